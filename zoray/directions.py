@@ -1,0 +1,235 @@
+"""Address -> direction. Every random number zoray uses for a parameter is a pure function of where it belongs.
+
+Guarantees: the same bits from NumPy and from torch, on CPU and on every GPU, for any slice taken alone. Nothing here
+keeps a stream position, and torch's own generators are never used: CUDA `randn` depends on the number of SMs.
+
+Generator: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11).
+    key     = (run seed, low half of the tensor's name hash)
+    counter = (block, probe, step, high half of the tensor's name hash)
+A block is 128 bits: 128 `rademacher` elements (1 bit each) or 8 `gaussian` ones (a 16-bit word each, mapped to the
+normal quantile at (word + 1/2) / 65536 by table, because log and cos differ in the last bit between devices).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from itertools import pairwise
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from zoray.records import ConfigError, require
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+Distribution = Literal["rademacher", "gaussian"]
+BLOCK_ELEMENTS: dict[str, int] = {"rademacher": 128, "gaussian": 8}
+ALIGNMENT = 128  # elements: a multiple of every distribution's block, so that tensors of a Layout share no block
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+_QUANTILES_SHA256 = "1cfbba1e07e34386a57626f82aeb43e6ed54ba70a3ea6b7d964dc66a841074a8"
+
+
+def name_hash(name: str) -> int:
+    """64-bit hash of a tensor's canonical name; the same in every process and version (unlike `hash`)."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def check_distribution(distribution: str) -> None:
+    """Raise ConfigError unless `distribution` is one this module can generate."""
+    require(distribution in get_args(Distribution), "distribution to be rademacher or gaussian", distribution)
+
+
+def philox_numpy(counter: Sequence[np.ndarray | int], key: Sequence[np.ndarray | int], rounds: int = 10) -> np.ndarray:
+    """Philox4x32 on broadcastable unsigned words: 4 counter words and 2 key words -> (..., 4) uint32."""
+    mask, shift = np.uint64(_MASK), np.uint64(32)
+    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
+    k0, k1 = (np.asarray(word, dtype=np.uint64) for word in key)
+    for _ in range(rounds):
+        product0, product1 = c0 * np.uint64(_MULTIPLIERS[0]), c2 * np.uint64(_MULTIPLIERS[1])
+        c0, c1, c2, c3 = (
+            (product1 >> shift) ^ c1 ^ k0,
+            product1 & mask,
+            (product0 >> shift) ^ c3 ^ k1,
+            product0 & mask,
+        )
+        k0, k1 = (k0 + np.uint64(_WEYL[0])) & mask, (k1 + np.uint64(_WEYL[1])) & mask
+    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1).astype(np.uint32)
+
+
+def philox_torch(counter: Sequence[torch.Tensor | int], key: Sequence[torch.Tensor | int], rounds: int = 10):
+    """The same in torch: int64 tensors holding 32-bit words -> (..., 4) int64. At least one word must be a tensor.
+
+    A product of two 32-bit words wraps in int64, but its bit pattern is right; masking after the shift drops the sign.
+    """
+    import torch
+
+    device = next(word.device for word in (*counter, *key) if isinstance(word, torch.Tensor))
+    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
+    k0, k1 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in key)
+    for _ in range(rounds):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
+            product1 & _MASK,
+            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
+            product0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+
+
+@lru_cache(maxsize=1)
+def gaussian_quantiles() -> np.ndarray:
+    """(65536,) float32: the standard normal quantile at (i + 1/2) / 65536; odd-symmetric, variance 0.99998.
+
+    Built with the platform's `math.log`, so it is checked against a pinned hash: a platform that would round one
+    entry otherwise fails here rather than drift away from the other replicas.
+    """
+    inverse = NormalDist().inv_cdf
+    upper = np.array([inverse((i + 0.5) / 65536) for i in range(32768, 65536)], dtype=np.float32)
+    table = np.concatenate([-upper[::-1], upper])
+    found = hashlib.sha256(table.astype("<f4").tobytes()).hexdigest()
+    if found != _QUANTILES_SHA256:
+        raise ConfigError(f"this platform computes other normal quantiles ({found[:12]}); use distribution=rademacher")
+    return table
+
+
+def _words(seed: int, step: int, probe: int) -> None:
+    for what, word in (("seed", seed), ("step", step), ("probe", probe)):
+        require(0 <= word <= _MASK, f"{what} to fit 32 bits", word)
+
+
+def direction_numpy(
+    seed: int, step: int, probe: int, name: str, start: int, stop: int, distribution: str
+) -> np.ndarray:
+    """Elements [start, stop) of the flattened tensor `name` of the direction at (seed, step, probe), float32."""
+    check_distribution(distribution)
+    _words(seed, step, probe)
+    per_block, tensor = BLOCK_ELEMENTS[distribution], name_hash(name)
+    first = start // per_block
+    blocks = np.arange(first, -(-stop // per_block), dtype=np.uint64)
+    words = philox_numpy((blocks, probe, step, tensor >> 32), (seed, tensor & _MASK))
+    if distribution == "rademacher":
+        bits = (words[..., None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
+        values = np.float32(1) - np.float32(2) * bits.astype(np.float32)
+    else:
+        halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=-1)
+        values = gaussian_quantiles()[halves]
+    return values.reshape(-1)[start - first * per_block : stop - first * per_block]
+
+
+def _elements_torch(words: torch.Tensor, distribution: str) -> torch.Tensor:
+    """(n, 4) words -> (n, elements of a block) float32."""
+    import torch
+
+    if distribution == "rademacher":
+        bits = (words.to(torch.int32)[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+        return (1.0 - 2.0 * bits.to(torch.float32)).flatten(1)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)
+    return _quantiles_on(words.device)[halves]
+
+
+@lru_cache(maxsize=8)
+def _quantiles_on(device: torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(gaussian_quantiles()).to(device)
+
+
+class Layout:
+    """Where the tensors of an adapter stand in one flat float32 vector, and how to fill that vector with a direction.
+
+    Each tensor starts at a multiple of ALIGNMENT; the padding in between is always zero. One call generates the whole
+    adapter, so a direction costs a few kernels however many modules there are.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str = "cpu") -> None:
+        import torch
+
+        self.shapes = dict(shapes)
+        self.device = torch.device(device)
+        self.offsets: dict[str, int] = {}
+        self.size = 0
+        for name, shape in self.shapes.items():
+            self.offsets[name] = self.size
+            self.size += -(-int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT
+        self.numel = sum(int(np.prod(shape)) for shape in self.shapes.values())
+        self._padding = self._padding_index()
+        self._counters: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def _padding_index(self) -> torch.Tensor:
+        import torch
+
+        ends = [*list(self.offsets.values())[1:], self.size]
+        spans = [
+            torch.arange(self.offsets[name] + int(np.prod(shape)), end)
+            for (name, shape), end in zip(self.shapes.items(), ends, strict=True)
+        ]
+        return torch.cat(spans or [torch.empty(0, dtype=torch.int64)]).to(self.device)
+
+    def _block_counters(self, distribution: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Per block of the flat vector: its number in its tensor, and that tensor's hash in two halves; each (n,)."""
+        import torch
+
+        if distribution not in self._counters:
+            per_block = BLOCK_ELEMENTS[distribution]
+            starts = [*self.offsets.values(), self.size]
+            counts = torch.tensor([(b - a) // per_block for a, b in pairwise(starts)])
+            hashes = [name_hash(name) for name in self.shapes]
+            blocks = torch.cat([torch.arange(int(n)) for n in counts] or [torch.empty(0, dtype=torch.int64)])
+            low = torch.tensor([h & _MASK for h in hashes], dtype=torch.int64).repeat_interleave(counts)
+            high = torch.tensor([h >> 32 for h in hashes], dtype=torch.int64).repeat_interleave(counts)
+            self._counters[distribution] = (blocks.to(self.device), low.to(self.device), high.to(self.device))
+        return self._counters[distribution]
+
+    def direction(self, seed: int, step: int, probe: int, distribution: str) -> torch.Tensor:
+        """The direction at (seed, step, probe) for all tensors: (size,) float32 on the layout's device."""
+        check_distribution(distribution)
+        _words(seed, step, probe)
+        blocks, low, high = self._block_counters(distribution)
+        flat = _elements_torch(philox_torch((blocks, probe, step, high), (seed, low)), distribution).flatten()
+        if len(self._padding):
+            flat[self._padding] = 0.0
+        return flat
+
+    def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
+        """The tensor `name` inside a flat vector of this layout; shares its memory."""
+        shape, offset = self.shapes[name], self.offsets[name]
+        return flat[offset : offset + int(np.prod(shape))].view(shape)
+
+
+def direction_torch(
+    seed: int,
+    step: int,
+    probe: int,
+    name: str,
+    shape: tuple[int, int],
+    distribution: str,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The part [rows, columns] of a matrix's direction, generated alone: what a tensor-parallel shard needs.
+
+    Only the blocks that the part touches are computed. Equal to the slice of the whole, bit for bit.
+    """
+    import torch
+
+    check_distribution(distribution)
+    _words(seed, step, probe)
+    per_block, tensor = BLOCK_ELEMENTS[distribution], name_hash(name)
+    row = torch.arange(shape[0], device=device)[rows]
+    column = torch.arange(shape[1], device=device)[columns]
+    index = (row[:, None] * shape[1] + column[None, :]).flatten()
+    blocks, position = torch.unique(index // per_block, return_inverse=True)
+    words = philox_torch((blocks, probe, step, tensor >> 32), (seed, tensor & _MASK))
+    elements = _elements_torch(words, distribution)
+    return elements[position, index % per_block].view(len(row), len(column))

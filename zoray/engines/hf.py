@@ -1,0 +1,121 @@
+"""The reference engine: transformers, one sequence at a time, no batching, no cache. Slow and exact.
+
+Same protocol and same adapter state as the vLLM engine, so any difference between the two is a difference in scoring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoray.records import require
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from zoray.records import Commit, Probe, TokenSequence
+    from zoray.spaces import Lora
+
+
+@dataclass(frozen=True)
+class Hf:
+    """Score with transformers.
+
+    Args:
+        device: where the model runs, "cpu" or "cuda".
+        max_length: longest sequence; null for the model's own limit.
+        deterministic: always so; here because every engine has it.
+    """
+
+    device: str = "cpu"
+    max_length: int | None = None
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.device.split(":")[0] in ("cpu", "cuda"), "engine.device to be cpu or cuda", self.device)
+        require(self.max_length is None or self.max_length >= 8, "engine.max_length >= 8 or null", self.max_length)
+
+    def length_limit(self, model_limit: int) -> int:
+        """The longest sequence that this engine will score."""
+        return min(model_limit, self.max_length or model_limit)
+
+    def start(
+        self, folder: Path | str, dtype: str, matrices: Mapping[str, tuple[int, int]], space: Lora, seed: int
+    ) -> HfEngine:
+        """Load the model and open the adapter state."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch_dtype = torch.float32 if dtype == "auto" and self.device == "cpu" else dtype
+        options = {"dtype": torch_dtype, "attn_implementation": "eager", "device_map": self.device}
+        return HfEngine(AutoModelForCausalLM.from_pretrained(folder, **options).eval(), space, matrices, seed)
+
+
+class HfEngine:
+    """Engine protocol (base.py) over a transformers model; adapters are applied by forward hooks."""
+
+    def __init__(self, model: Any, space: Lora, matrices: Mapping[str, tuple[int, int]], seed: int) -> None:
+        self.model, self.space = model, space
+        self.state = space.open(matrices, seed, model.device)
+        self.self_test: dict[str, float] = {}
+        self._active: dict[str, tuple[Any, Any]] = {}
+        for name in self.state.matrices:
+            model.get_submodule(name).register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Any:
+        def add_adapter(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+            if name not in self._active:
+                return output
+            a, b = self._active[name]
+            return output + self.space.scaling * (inputs[0].to(a.dtype) @ a.t() @ b.t()).to(output.dtype)
+
+        return add_adapter
+
+    def apply(self, commits: Sequence[Commit]) -> None:
+        """Advance the adapter state; commits come in step order."""
+        for commit in commits:
+            self.state.apply(commit)
+
+    def score(self, work: Sequence[tuple[Probe, TokenSequence]]) -> list[np.ndarray]:
+        """For each (probe, sequence) its sums of log-probabilities, (n_outputs,) float64."""
+        members: dict[Probe, list[int]] = {}
+        for i, (probe, _) in enumerate(work):
+            members.setdefault(probe, []).append(i)
+        results: list[np.ndarray] = [np.empty(0)] * len(work)
+        for probe, indices in members.items():
+            self._active = {name: (a, b) for name, a, b in self.state.tensors(self.state.perturbed(probe))}
+            for i in indices:
+                results[i] = self._score_one(work[i][1])
+        self._active = {}
+        return results
+
+    def score_base(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+        """The same for the bare model."""
+        return [self._score_one(sequence) for sequence in sequences]
+
+    def _score_one(self, sequence: TokenSequence) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            tokens = torch.from_numpy(sequence.tokens.astype(np.int64))[None].to(self.model.device)
+            logps = self.model(input_ids=tokens).logits[0].float().log_softmax(-1)
+        picked = logps[sequence.rows.astype(np.int64), sequence.targets.astype(np.int64)].double().cpu().numpy()
+        return np.bincount(sequence.outputs, weights=picked, minlength=sequence.n_outputs)
+
+    def step(self) -> int:
+        """The journal index of the state."""
+        return self.state.step
+
+    def digest(self) -> str:
+        """Digest of the trained tensors."""
+        return self.state.digest()
+
+    def adapter(self) -> dict[str, np.ndarray]:
+        """The state as float32 arrays, see base.py."""
+        tensors = {}
+        for name, a, b in self.state.tensors(self.state.flat):
+            tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = a.cpu().numpy().copy(), b.cpu().numpy().copy()
+        return tensors

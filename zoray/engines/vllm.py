@@ -1,0 +1,163 @@
+"""The vLLM engine: configuration, start-up checks, and the calls into the worker (vllm_worker.py)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoray.engines.base import split_outputs
+from zoray.records import ConfigError, require
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from zoray.records import Commit, Probe, TokenSequence
+    from zoray.spaces import Lora
+
+SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates slots for
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """Score with vLLM, on CPU or CUDA, on the wheel as it is.
+
+    Args:
+        slots: adapters that are resident together; a step with more probes is scored in several passes.
+        max_tokens: tokens of one forward; larger plans are split.
+        max_length: longest sequence; null for the model's own limit, at most `max_tokens`.
+        kv_cache_gib: memory for the KV cache. Scoring needs max_tokens of it, serving more.
+        deterministic: score every tile in a forward of its own, so that a score's last bits do not depend on which
+            other tiles a replica happens to hold; slower.
+        eager: no CUDA graphs, no torch.compile.
+    """
+
+    slots: int = 8
+    max_tokens: int = 4096
+    max_length: int | None = None
+    kv_cache_gib: float = 1.0
+    deterministic: bool = False
+    eager: bool = True
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.slots, int) and self.slots >= 1, "engine.slots to be at least 1", self.slots)
+        require(isinstance(self.max_tokens, int) and self.max_tokens >= 64, "engine.max_tokens >= 64", self.max_tokens)
+        require(self.max_length is None or self.max_length >= 8, "engine.max_length >= 8 or null", self.max_length)
+        require(self.kv_cache_gib > 0, "engine.kv_cache_gib to be positive", self.kv_cache_gib)
+
+    def length_limit(self, model_limit: int) -> int:
+        """The longest sequence that this engine will score."""
+        return min(model_limit, self.max_tokens, self.max_length or model_limit)
+
+    def start(
+        self, folder: Path | str, dtype: str, matrices: Mapping[str, tuple[int, int]], space: Lora, seed: int
+    ) -> VllmEngine:
+        """Load the model and open the adapter state. {canonical name: (out, in)} are the model's linear layers.
+
+        Raises:
+            ConfigError: vLLM cannot run this model, or has no LoRA for it.
+        """
+        # One process and one model runner everywhere: the packed scorer calls the worker directly.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the pool binds the process itself
+        from vllm import LLM
+
+        limit = self.length_limit(_model_limit(folder))
+        check_lora_support(folder)
+        targets = space.select(matrices)
+        llm = LLM(
+            model=str(folder),
+            dtype=_dtype(dtype),
+            seed=0,
+            max_model_len=limit,
+            max_num_batched_tokens=self.max_tokens,
+            max_num_seqs=min(256, self.max_tokens),
+            enforce_eager=self.eager,
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30),
+            enable_lora=True,
+            max_loras=self.slots,
+            max_lora_rank=min(rank for rank in SLOT_RANKS if rank >= space.rank),
+            lora_dtype="auto",
+            lora_target_modules=sorted({name.rsplit(".", 1)[-1] for name in targets}),
+            worker_extension_cls="zoray.engines.vllm_worker.ZorayWorker",
+            disable_log_stats=True,
+            skip_tokenizer_init=True,  # sequences come as tokens
+            block_size=32 if _on_cpu() else None,  # CPU's own 128 is mostly padding
+        )
+        return VllmEngine(llm, space, matrices, seed)
+
+
+class VllmEngine:
+    """Engine protocol (base.py) over one vLLM instance in this process."""
+
+    def __init__(self, llm: Any, space: Lora, matrices: Mapping[str, tuple[int, int]], seed: int) -> None:
+        self.llm = llm
+        self.self_test: dict[str, float] = self._call("zoray_open", space, dict(matrices), seed)
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return self.llm.collective_rpc(method, args=args)[0]
+
+    def apply(self, commits: Sequence[Commit]) -> None:
+        """Advance the adapter state; commits come in step order."""
+        self._call("zoray_apply", tuple(commits))
+
+    def score(self, work: Sequence[tuple[Probe, TokenSequence]]) -> list[np.ndarray]:
+        """For each (probe, sequence) its sums of log-probabilities, (n_outputs,) float64."""
+        return split_outputs(self._call("zoray_score", work), work) if work else []
+
+    def score_base(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+        """The same for the bare model."""
+        return split_outputs(self._call("zoray_base", sequences), [(None, s) for s in sequences])
+
+    def step(self) -> int:
+        """The journal index of the state."""
+        return self._call("zoray_step")
+
+    def digest(self) -> str:
+        """Digest of the trained tensors."""
+        return self._call("zoray_digest")
+
+    def adapter(self) -> dict[str, np.ndarray]:
+        """The state as float32 arrays, see base.py."""
+        return self._call("zoray_adapter")
+
+
+def check_lora_support(folder: Path | str) -> None:
+    """Raise ConfigError when vLLM has no implementation of the model, or one without LoRA; loads no weights."""
+    from transformers import AutoConfig
+    from vllm.model_executor.models import ModelRegistry
+
+    architectures = AutoConfig.from_pretrained(folder).architectures or []
+    supported = set(ModelRegistry.get_supported_archs())
+    known = [name for name in architectures if name in supported]
+    if not known:
+        raise ConfigError(f"vLLM does not know the architecture {architectures or 'none given'} of {folder}")
+    loaded = ModelRegistry.models[known[0]].load_model_cls()
+    if not getattr(loaded, "supports_lora", False):
+        raise ConfigError(
+            f"vLLM has no LoRA support for {known[0]} ({folder}); zoray perturbs models through LoRA slots"
+        )
+
+
+def _model_limit(folder: Path | str) -> int:
+    from zoray.models import max_length
+
+    return max_length(folder)
+
+
+def _dtype(dtype: str) -> Any:
+    """float32 on CPU unless asked otherwise: exact, and the fastest where there are no bf16 units."""
+    return "float32" if dtype == "auto" and _on_cpu() else dtype
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()

@@ -1,0 +1,326 @@
+"""zoray inside a vLLM worker: adapter slots written in place, and packed scoring without the request path.
+
+Mixed into vLLM's worker class by `worker_extension_cls`, on an unmodified wheel. Everything that reaches into vLLM's
+internals is in this file (and cpu_lora.py). Tried on 0.32 (CPU); written against 0.26's sources as well.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.forward_context import set_forward_context
+from vllm.lora.layers import LoRAMapping
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from zoray.engines.base import Pack, blocks_needed, by_slot_groups, pack
+from zoray.records import ConfigError, Probe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from zoray.records import Commit, TokenSequence
+    from zoray.spaces import Lora
+
+LOGITS_ELEMENTS = 1 << 25  # rows x vocabulary of one LM-head chunk: 128 MiB of float32
+
+
+class ZorayWorker:
+    """The methods that zoray's engine calls on every worker through `collective_rpc`."""
+
+    model_runner: Any
+    vllm_config: Any
+
+    def zoray_open(self, space: Lora, matrices: Mapping[str, tuple[int, int]], seed: int) -> dict[str, float]:
+        """Create the adapter state beside the slots; prove that the slots are live. Returns what the test measured."""
+        self._zoray = PackedScorer(self.model_runner, self.vllm_config, space, matrices, seed)
+        return self._zoray.prove_live()
+
+    def zoray_apply(self, commits: Sequence[Commit]) -> None:
+        for commit in commits:
+            self._zoray.state.apply(commit)
+
+    def zoray_score(self, work: Sequence[tuple[Probe, TokenSequence]]) -> np.ndarray:
+        return self._zoray.score(work)
+
+    def zoray_base(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
+        return self._zoray.score_base(sequences)
+
+    def zoray_step(self) -> int:
+        return self._zoray.state.step
+
+    def zoray_digest(self) -> str:
+        return self._zoray.state.digest()
+
+    def zoray_adapter(self) -> dict[str, np.ndarray]:
+        state, tensors = self._zoray.state, {}
+        for name, a, b in state.tensors(state.flat):
+            tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = a.cpu().numpy().copy(), b.cpu().numpy().copy()
+        return tensors
+
+
+class PackedScorer:
+    """Adapter state, the slots it fills, and one packed forward for all probes and sequences.
+
+    Uses the worker's KV cache as scratch: no request may be in flight in this engine meanwhile.
+    """
+
+    def __init__(self, runner: Any, vllm_config: Any, space: Lora, matrices: Mapping[str, tuple[int, int]], seed: int):
+        self.runner, self.vllm_config, self.space = runner, vllm_config, space
+        self.device: torch.device = runner.device
+        self.slots: int = vllm_config.lora_config.max_loras
+        self.max_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
+        groups = runner.kv_cache_config.kv_cache_groups
+        self.block_size: int = max(group.kv_cache_spec.block_size for group in groups)
+        self.blocks: int = runner.kv_cache_config.num_blocks - 1  # block 0 is vLLM's null block
+        self.manager = _adapter_manager(runner)
+        self.state = space.open(matrices, seed, self.device)
+        self.sites = self._find_sites()
+        self.wrapper = self._lora_wrapper()
+        if space.train == "B":  # A never moves: write it once into every slot
+            for name, a, _ in self.state.tensors(self.state.flat):
+                self.sites[name][0][:, 0, : space.rank].copy_(a)
+
+    def _find_sites(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Canonical matrix name -> its slot tensors, A (slots, 1, max rank, in) and B (slots, 1, out, max rank).
+
+        vLLM fuses matrices (q, k, v; gate, up) into one module with a pair of stacked tensors for each.
+        """
+        sites: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for module_name, module in self.manager.modules.items():
+            names = self._children(module_name)
+            if len(names) != len(module.lora_a_stacked):
+                raise ConfigError(
+                    f"vLLM stacks {len(module.lora_a_stacked)} matrices in {module_name}, expected {names}"
+                )
+            sites.update(zip(names, zip(module.lora_a_stacked, module.lora_b_stacked, strict=True), strict=True))
+        missing = [name for name in self.state.matrices if name not in sites]
+        if missing:
+            raise ConfigError(
+                f"vLLM has no LoRA slot for {len(missing)} of this model's {len(self.state.matrices)} matrices, e.g. "
+                f"{missing[0]}; choose space.targets among {sorted({name.rsplit('.', 1)[-1] for name in sites})}"
+            )
+        for name, (out_features, in_features) in self.state.matrices.items():
+            a, b = sites[name]
+            if a.shape[3] != in_features or b.shape[2] != out_features:
+                raise ConfigError(
+                    f"expected a slot for {name} of {out_features} x {in_features}; vLLM has {b.shape[2]} x "
+                    f"{a.shape[3]} (tensor parallel shards are not supported yet)"
+                )
+        return sites
+
+    def _lora_wrapper(self) -> Any:
+        """The wrapper that maps tokens to slots; on CPU replaced by the segmented one in every LoRA layer."""
+        modules = list(self.manager.modules.values())
+        if self.device.type != "cpu":
+            return modules[0].punica_wrapper
+        from zoray.engines.cpu_lora import SegmentedLora
+
+        mapping = self.manager.punica_wrapper_mapping
+        wrapper = SegmentedLora(self.max_tokens, self.vllm_config.scheduler_config.max_num_seqs, self.device)
+        wrapper.used_rank = self.space.rank
+        for key in mapping:
+            mapping[key] = wrapper
+        for module in modules:
+            module.set_mapping(wrapper)
+        return wrapper
+
+    def write_slot(self, slot: int, probe: Probe) -> None:
+        """Put state + scale * z into a slot, in place on the device. alpha / rank enters B here and only here."""
+        flat = self.state.perturbed(probe)
+        for name, a, b in self.state.tensors(flat):
+            a_slots, b_slots = self.sites[name]
+            if self.space.train == "AB":
+                a_slots[slot, 0, : self.space.rank].copy_(a)
+            b_slots[slot, 0, :, : self.space.rank].copy_(b * self.space.scaling)
+
+    @torch.inference_mode()
+    def score(self, work: Sequence[tuple[Probe, TokenSequence]]) -> np.ndarray:
+        """Sums of log-probabilities of all outputs of `work`, in its order, (sum of n_outputs,) float64."""
+        first = np.cumsum([0] + [sequence.n_outputs for _, sequence in work])
+        result = np.zeros(first[-1])
+        for probes, members in by_slot_groups(work, self.slots):
+            slot_of = {probe: slot for slot, probe in enumerate(probes)}
+            for probe, slot in slot_of.items():
+                self.write_slot(slot, probe)
+            sums = self._score_slots([(slot_of[work[i][0]], work[i][1]) for i in members])
+            at = np.concatenate([np.arange(first[i], first[i + 1]) for i in members])
+            result[at] = sums
+        return result
+
+    @torch.inference_mode()
+    def score_base(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
+        """The same for the bare model, no adapter applied."""
+        return self._score_slots([(-1, sequence) for sequence in sequences])
+
+    def _score_slots(self, work: Sequence[tuple[int, TokenSequence]]) -> np.ndarray:
+        total = sum(sequence.n_outputs for _, sequence in work)
+        sums = torch.zeros(total, dtype=torch.float64, device=self.device)
+        for packed in pack(work, self.max_tokens, self.blocks, self.block_size):
+            hidden = self._forward(packed)
+            logps = self._log_probabilities(hidden, packed)
+            sums.index_add_(0, torch.from_numpy(packed.outputs).to(self.device), logps.double())
+        return sums.cpu().numpy()
+
+    def _forward(self, packed: Pack) -> torch.Tensor:
+        """One packed forward: hidden states of all tokens, (T, hidden)."""
+        self._map_tokens(packed.segments)
+        metadata, slot_mapping = self._attention_metadata(packed)
+        tokens = torch.from_numpy(packed.tokens).to(self.device)
+        positions = torch.from_numpy(packed.positions).to(self.device)
+        with set_forward_context(metadata, self.vllm_config, num_tokens=len(packed.tokens), slot_mapping=slot_mapping):
+            return self.runner.model(
+                input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None
+            )
+
+    def _log_probabilities(self, hidden: torch.Tensor, packed: Pack) -> torch.Tensor:
+        """(M,) float32: only the asked rows reach the LM head, in chunks of bounded size."""
+        rows = torch.from_numpy(packed.rows).to(self.device)
+        vocabulary = self.vllm_config.model_config.get_vocab_size()
+        chunk = max(1, LOGITS_ELEMENTS // vocabulary)
+        row_of, targets = (
+            torch.from_numpy(packed.target_rows).to(self.device),
+            torch.from_numpy(packed.targets).to(self.device),
+        )
+        result = torch.empty(len(packed.targets), dtype=torch.float32, device=self.device)
+        for start in range(0, len(rows), chunk):
+            logits = self.runner.model.compute_logits(hidden[rows[start : start + chunk]]).float()
+            here = (row_of >= start) & (row_of < start + chunk)
+            local = row_of[here] - start
+            result[here] = logits[local, targets[here]] - torch.logsumexp(logits, dim=-1)[local]
+        return result
+
+    def _map_tokens(self, segments: tuple[tuple[int, int, int], ...]) -> None:
+        """Tell the LoRA layers which tokens belong to which slot; slot -1 is the bare model."""
+        if self.device.type == "cpu":
+            self.wrapper.segments = tuple(segment for segment in segments if segment[0] >= 0)
+            return
+        ids = np.concatenate([np.full(stop - start, slot + 1) for slot, start, stop in segments])  # 0 means no adapter
+        mapping = LoRAMapping(tuple(ids.tolist()), (), is_prefill=True)
+        self.wrapper.update_metadata(
+            mapping, list(range(1, self.slots + 1)), self.slots + 1, self.vllm_config.model_config.get_vocab_size()
+        )
+
+    def _attention_metadata(self, packed: Pack) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Per-layer attention metadata for S fresh sequences, each in KV blocks of its own."""
+        lengths = packed.lengths
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        metadata: dict[str, Any] = {}
+        mappings: dict[str, torch.Tensor] = {}
+        seq_lens = torch.from_numpy(lengths)
+        for groups, group in zip(self.runner.attn_groups, self.runner.kv_cache_config.kv_cache_groups, strict=True):
+            size = group.kv_cache_spec.block_size
+            per_sequence = -(-lengths // size)
+            first_block = 1 + np.concatenate([[0], np.cumsum(per_sequence)[:-1]])
+            table = first_block[:, None] + np.arange(per_sequence.max())[None, :]
+            table = np.where(np.arange(per_sequence.max())[None, :] < per_sequence[:, None], table, 0).astype(np.int32)
+            of_token = np.repeat(np.arange(len(lengths)), lengths)
+            slots = table[of_token, packed.positions // size].astype(np.int64) * size + packed.positions % size
+            assert blocks_needed(lengths, size) <= self.blocks
+            slot_mapping = torch.from_numpy(slots).to(self.device)
+            common = CommonAttentionMetadata(
+                query_start_loc=torch.from_numpy(starts).to(self.device),
+                query_start_loc_cpu=torch.from_numpy(starts),
+                seq_lens=seq_lens.to(self.device),
+                num_reqs=len(lengths),
+                num_actual_tokens=len(packed.tokens),
+                max_query_len=int(lengths.max()),
+                max_seq_len=int(lengths.max()),
+                block_table_tensor=torch.from_numpy(table).to(self.device),
+                slot_mapping=slot_mapping,
+                causal=True,
+                **_optional_fields(packed, self.device),
+            )
+            for attention in groups:
+                # 0.32 maps kernel block tables in a helper that 0.26 does not have
+                build = getattr(attention, "build_metadata", None)
+                built = build(common, 0) if build else attention.get_metadata_builder(0).build(0, common)
+                for layer in attention.layer_names:
+                    metadata[layer], mappings[layer] = built, slot_mapping
+        return metadata, mappings
+
+    @torch.inference_mode()
+    def prove_live(self) -> dict[str, float]:
+        """Check every LoRA layer against plain matrix products, with another known adapter in every slot.
+
+        Raises:
+            ConfigError: a slot whose B is zero changes a bit of a layer's output, or an output differs from
+                W x + (alpha / rank) B A x; either means that this vLLM does not do what zoray relies on.
+        """
+        dtype = self.vllm_config.model_config.dtype
+        segments = tuple((slot, 3 * slot, 3 * slot + 3) for slot in range(self.slots))
+        inputs, bare = {}, {}
+        for width in {module.lora_a_stacked[0].shape[3] for module in self.manager.modules.values()}:
+            ramp = torch.arange(3 * self.slots * width, device=self.device, dtype=torch.float32)
+            inputs[width] = torch.sin(ramp).view(-1, width).to(dtype)
+        self._map_tokens(((-1, 0, 3 * self.slots),))
+        for name, module in self.manager.modules.items():
+            bare[name] = _layer_output(module, inputs)
+
+        for slot in range(self.slots):
+            self.write_slot(slot, Probe(0, slot, 0.0))  # B is zero at journal index 0
+        self._map_tokens(segments)
+        changed = [n for n, m in self.manager.modules.items() if not torch.equal(_layer_output(m, inputs), bare[n])]
+        if changed:
+            raise ConfigError(f"adapter self-test failed: a zero adapter changes the output of {changed[0]}")
+
+        probes = [Probe(0, slot, 1.0) for slot in range(self.slots)]
+        for slot, probe in enumerate(probes):
+            self.write_slot(slot, probe)
+        adapters = [{name: (a, b) for name, a, b in self.state.tensors(self.state.perturbed(p))} for p in probes]
+        worst, where = 0.0, ""
+        for name, module in self.manager.modules.items():
+            found = _layer_output(module, inputs).float() - bare[name].float()
+            x = inputs[module.lora_a_stacked[0].shape[3]].float()
+            for slot, start, stop in segments:
+                expected = self._expected(name, module, adapters[slot], x[start:stop])
+                error = float((found[start:stop] - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+                if not error <= worst:
+                    worst, where = error, name
+        tolerance = 1e-3 if dtype == torch.float32 else 0.1
+        if not worst <= tolerance:
+            raise ConfigError(
+                f"adapter self-test failed: the output of {where} differs from W x + s B A x by {worst:.2e} relative, "
+                f"at most {tolerance:g} expected; this vLLM build does not apply adapters as zoray writes them"
+            )
+        return {"adapter_error": worst}
+
+    def _expected(self, module_name: str, module: Any, adapter: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
+        """(alpha / rank) x A^T B^T of a fused module's matrices side by side; zero for those that are not trained."""
+        parts = []
+        for child, b_slots in zip(self._children(module_name), module.lora_b_stacked, strict=True):
+            if child in adapter:
+                a, b = adapter[child]
+                parts.append(self.space.scaling * (x @ a.t()) @ b.t())
+            else:
+                parts.append(torch.zeros(len(x), b_slots.shape[2], device=self.device))
+        return torch.cat(parts, dim=1)
+
+    def _children(self, module_name: str) -> list[str]:
+        """Canonical names of the matrices that vLLM has fused into a module, in its order."""
+        prefix, _, leaf = module_name.rpartition(".")
+        return [f"{prefix}.{child}" for child in self.manager.packed_modules_mapping.get(leaf, [leaf])]
+
+
+def _layer_output(module: Any, inputs: dict[int, torch.Tensor]) -> torch.Tensor:
+    result = module(inputs[module.lora_a_stacked[0].shape[3]])
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _adapter_manager(runner: Any) -> Any:
+    """vLLM's slot manager, behind the worker's LoRA manager."""
+    return runner.lora_manager._adapter_manager
+
+
+def _optional_fields(packed: Pack, device: torch.device) -> dict[str, Any]:
+    """Fields of CommonAttentionMetadata that not every version has."""
+    known = CommonAttentionMetadata.__dataclass_fields__
+    fields: dict[str, Any] = {
+        "positions": torch.from_numpy(packed.positions).to(device),
+        "is_prefilling": torch.ones(len(packed.lengths), dtype=torch.bool),
+        "seq_lens_cpu_upper_bound": torch.from_numpy(packed.lengths),
+        "_seq_lens_cpu": torch.from_numpy(packed.lengths),
+        "_num_computed_tokens_cpu": torch.zeros(len(packed.lengths), dtype=torch.int32),
+    }
+    return {name: value for name, value in fields.items() if name in known}

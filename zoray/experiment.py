@@ -1,0 +1,89 @@
+"""An experiment: the components of a run, each a frozen config of its own, and the numbers of the loop itself."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoray.data import ReplicaSpec
+from zoray.records import require
+
+
+@dataclass(frozen=True)
+class Run:
+    """The loop.
+
+    Args:
+        name: the run's folder below `folder`.
+        folder: where runs are kept.
+        resume: folder of a run to go on with; its config is taken from there.
+        steps: optimizer steps.
+        batch: examples a step.
+        seed: of directions and of A.
+        data_seed: of the order of examples.
+        tile_examples: examples of a tile, the unit handed to a replica. Part of the result's definition, so it does not
+            depend on the number of replicas; a step can use at most (directions x batch / tile_examples) of them.
+        eval_every: steps between evaluations on dev; 0 for only before and after.
+        digest_every: steps between comparisons of the replicas' states.
+        test: evaluate on test, before and after.
+    """
+
+    name: str = "run"
+    folder: str = "runs"
+    resume: str | None = None
+    steps: int = 200
+    batch: int = 16
+    seed: int = 0
+    data_seed: int = 0
+    tile_examples: int = 4
+    eval_every: int = 50
+    digest_every: int = 10
+    test: bool = True
+
+    def __post_init__(self) -> None:
+        ok = re.fullmatch(r"[A-Za-z0-9][\w.=,+-]*", str(self.name)) is not None
+        require(ok, "run.name of letters, digits and . _ - = , +, beginning with a letter or digit", self.name)
+        for field in ("steps", "batch", "tile_examples", "digest_every"):
+            value = getattr(self, field)
+            require(isinstance(value, int) and value >= 1, f"run.{field} to be a whole number of at least 1", value)
+        require(isinstance(self.eval_every, int) and self.eval_every >= 0, "run.eval_every >= 0", self.eval_every)
+        for field in ("seed", "data_seed"):
+            value = getattr(self, field)
+            require(isinstance(value, int) and 0 <= value < 2**32, f"run.{field} to be in 0..2**32-1", value)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return Path(self.resume) if self.resume else Path(self.folder) / self.name
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All components of a run; what `conf/config.yaml` composes."""
+
+    model: Any
+    task: Any
+    objective: Any
+    space: Any
+    estimator: Any
+    optimizer: Any
+    engine: Any
+    cluster: Any
+    logging: Any
+    run: Run
+
+    @property
+    def spec(self) -> ReplicaSpec:
+        """The part that a replica needs."""
+        return ReplicaSpec(
+            self.model,
+            self.task,
+            self.objective,
+            self.space,
+            self.engine,
+            self.run.seed,
+            self.run.data_seed,
+            self.run.batch,
+        )

@@ -1,0 +1,183 @@
+"""The run's source of truth: an append-only log of coefficients from which every replica's state can be rebuilt.
+
+One JSON object a line. The first is the header: everything that replay needs besides the steps. Each later line is a
+step: its probes' losses (for audit) and its commit (what is applied). Every line ends in a CRC-32 of its own text and
+carries the hash of the line before, so a changed, lost, doubled or swapped line is found. A line is appended before anyone
+applies it. A torn last line (no newline: the write was cut) never took effect and is dropped; any other damage is an
+error that names the line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoray.records import Commit, JournalError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+FORMAT = 1
+FILE_NAME = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A journalled step: what was measured and what it does to the state.
+
+    `digest` is the state's digest *before* this step's commit, when the replicas were asked for it.
+    """
+
+    commit: Commit
+    losses: tuple[float, ...]  # one per probe, in the order of `ask`; nan where a loss was not finite
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A journal as read: header, steps, and how many bytes hold whole lines."""
+
+    header: dict[str, Any]
+    steps: tuple[StepRecord, ...]
+    valid_bytes: int
+    last_hash: str
+
+
+def _seal(body: dict[str, Any]) -> bytes:
+    text = json.dumps(body, separators=(",", ":"), allow_nan=False)
+    return f'{text[:-1]},"crc":"{zlib.crc32(text.encode()):08x}"}}\n'.encode()
+
+
+def _unseal(line: bytes, number: int, path: Path) -> dict[str, Any]:
+    def damaged(why: str) -> JournalError:
+        return JournalError(
+            f"{path}, line {number}: {why}; restore the file from a copy, or replay up to the step before"
+        )
+
+    body, separator, tail = line.rpartition(b',"crc":"')
+    if not separator or len(tail) != 10 or tail[8:] != b'"}':
+        raise damaged("damaged (no checksum)")
+    text = body + b"}"
+    if f"{zlib.crc32(text):08x}".encode() != tail[:8]:
+        raise damaged("damaged (checksum does not match)")
+    return json.loads(text)
+
+
+def _hash(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()[:16]
+
+
+def read(path: Path) -> Contents:
+    """Read and verify a journal up to its last whole line.
+
+    Raises:
+        JournalError: no journal there, a damaged line (named), a broken chain, or another format.
+    """
+    if not path.is_file():
+        raise JournalError(f"expected a journal at {path}; there is none. Give the folder of a run: run=runs/<name>")
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    lines = whole.split(b"\n")[:-1]
+    if not lines:
+        raise JournalError(f"{path} holds no whole line: the run ended before its header was written; start it anew")
+    header = _unseal(lines[0], 1, path)
+    if header.get("format") != FORMAT:
+        raise JournalError(
+            f"{path}: expected journal format {FORMAT}, got {header.get('format')!r}; use that zoray version"
+        )
+    steps, previous = [], _hash(lines[0])
+    for number, line in enumerate(lines[1:], start=2):
+        body = _unseal(line, number, path)
+        if body["prev"] != previous or body["step"] != len(steps):
+            raise JournalError(
+                f"{path}, line {number}: does not follow the line before (step {body['step']}); lines are missing"
+            )
+        losses = tuple(math.nan if loss is None else loss for loss in body["losses"])
+        steps.append(StepRecord(Commit(body["step"], tuple(body["c"]), body["decay"]), losses, body.get("digest")))
+        previous = _hash(line)
+    return Contents(header, tuple(steps), len(whole), previous)
+
+
+class Journal:
+    """Appends to a journal.
+
+    A step is in the operating system's hands when `append` returns, so that killing the process loses nothing; `sync`
+    makes it survive a power cut as well.
+    """
+
+    def __init__(self, path: Path, last_hash: str, next_step: int) -> None:
+        self.path, self.next_step, self._previous = path, next_step, last_hash
+        self._file = path.open("ab", buffering=0)
+
+    @classmethod
+    def create(cls, path: Path, header: dict[str, Any]) -> Journal:
+        """Start a journal with its header.
+
+        Raises:
+            JournalError: there is one already.
+        """
+        line = _seal({"format": FORMAT, **header})
+        try:
+            with path.open("xb") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            raise JournalError(
+                f"expected no journal at {path} yet; resume that run, or choose another run.name"
+            ) from None
+        return cls(path, _hash(line[:-1]), 0)
+
+    @classmethod
+    def resume(cls, path: Path, contents: Contents) -> Journal:
+        """Go on after the last whole line; a torn line behind it is cut off."""
+        os.truncate(path, contents.valid_bytes)
+        return cls(path, contents.last_hash, len(contents.steps))
+
+    def append(self, record: StepRecord) -> None:
+        """Write a step. Steps come in order, each once."""
+        if record.commit.step != self.next_step:
+            raise JournalError(f"expected step {self.next_step} next, got step {record.commit.step}")
+        body: dict[str, Any] = {
+            "step": record.commit.step,
+            "c": list(record.commit.coefficients),
+            "decay": record.commit.decay,
+            "losses": _plain(record.losses),
+        }
+        if record.digest is not None:
+            body["digest"] = record.digest
+        line = _seal({**body, "prev": self._previous})
+        written = self._file.write(line)
+        if written != len(line):
+            raise OSError(f"{self.path}: only {written} of {len(line)} bytes written (disk full?)")
+        self._previous = _hash(line[:-1])
+        self.next_step += 1
+
+    def sync(self) -> None:
+        """Make everything appended so far survive a power cut."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close."""
+        self.sync()
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _plain(losses: Sequence[float]) -> list[float | None]:
+    """JSON has no nan: a loss that is not finite is null."""
+    return [loss if math.isfinite(loss) else None for loss in losses]

@@ -1,0 +1,407 @@
+"""What a run shows and leaves to look at: progress, metrics.jsonl, summary.json, curve.png, Weights & Biases.
+
+Guarantees: every step and evaluation is a line of metrics.jsonl, flushed at once. A sink that is configured works at
+start or is a ConfigError. After that no failure of a sink ever reaches the run: it is warned about once and the sink
+is switched off. So nothing may be rebuilt from here; the journal is the run's source of truth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from zoray.plots import draw_curve, label, summarise, table
+from zoray.records import ConfigError, Evaluation, JournalError, StepResult, require
+
+__all__ = ["History", "Logging", "Monitor", "Wandb", "read_metrics", "summarise", "table"]
+
+log = logging.getLogger(__name__)
+LOGIN_REMEDY = "Set WANDB_API_KEY, or logging.wandb.mode=offline"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wandb:
+    """Weights & Biases: `offline` keeps the files in the run folder, `online` needs WANDB_API_KEY or `wandb login`."""
+
+    mode: str = "disabled"
+    project: str = "zoray"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        modes = ("disabled", "offline", "online")
+        require(self.mode in modes, f"logging.wandb.mode to be one of {', '.join(modes)}", self.mode)
+        require(isinstance(self.project, str) and self.project != "", "a name as logging.wandb.project", self.project)
+        require(not isinstance(self.tags, str), "logging.wandb.tags to be a list", self.tags, f"Write [{self.tags}].")
+        object.__setattr__(self, "tags", tuple(str(tag) for tag in self.tags))
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+    """Which sinks a run has besides metrics.jsonl and summary.json."""
+
+    progress: bool = True
+    curve: bool = True
+    wandb: Wandb | dict = dataclasses.field(default_factory=Wandb)
+
+    def __post_init__(self) -> None:
+        for name in ("progress", "curve"):
+            require(isinstance(getattr(self, name), bool), f"logging.{name} to be true or false", getattr(self, name))
+        if isinstance(self.wandb, Mapping):
+            known = [f.name for f in dataclasses.fields(Wandb)]
+            for key in self.wandb:
+                require(key in known, f"a key of logging.wandb, one of {', '.join(known)}", key)
+            object.__setattr__(self, "wandb", Wandb(**self.wandb))
+        require(isinstance(self.wandb, Wandb), "logging.wandb to be a Wandb or its parameters", self.wandb)
+
+    def check(self) -> None:
+        """ConfigError if a sink can't work on this machine. Writes nothing, so it can run before there is a folder."""
+        if self.curve:
+            _require_installed("matplotlib", "logging.curve", "logging.curve=false")
+        if isinstance(self.wandb, Wandb) and self.wandb.mode != "disabled":
+            _require_installed("wandb", "logging.wandb", "logging.wandb.mode=disabled")
+            if self.wandb.mode == "online":
+                import wandb
+
+                try:
+                    login = wandb.login(prompt=False)  # a prompt would hang a batch job
+                except Exception as error:  # a malformed key; not swallowed
+                    raise ConfigError(f"W&B login failed: {error}. {LOGIN_REMEDY}") from error
+                require(login, "a login for logging.wandb.mode=online", "no API key", LOGIN_REMEDY)
+
+
+class Monitor:
+    """Everything that watches one run, behind four verbs. Build it before any GPU is taken: it checks the sinks.
+
+    A run that is left without `finish` still gets its curve, and W&B marks it as failed, to be resumed.
+    """
+
+    def __init__(
+        self, folder: Path, logging: Logging, name: str, config: dict, steps: int, start_step: int = 0
+    ) -> None:
+        logging.check()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.history = History()
+        self.sinks: dict[str, Sink] = {
+            "console": Console(logging.progress, steps, start_step),
+            "metrics.jsonl": MetricsFile(folder, start_step),
+            "summary.json": SummaryFile(folder),
+        }
+        # Damaged metrics of an earlier session cost the curve its beginning; they must not stop a resume.
+        self._guard("earlier metrics", lambda: self.history.read(folder))
+        if logging.curve:
+            self.sinks["curve.png"] = Curve(folder, name, config, self.history)
+        if isinstance(logging.wandb, Wandb) and logging.wandb.mode != "disabled":
+            run = self.sinks["wandb"] = WandbRun(folder, logging.wandb, name, config)
+            self.message(f"W&B: {run.where}")
+
+    def step(self, result: StepResult) -> None:
+        self.history.step(result)
+        self._each("step", result)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self.history.evaluation(evaluation)
+        self._each("evaluation", evaluation)
+
+    def message(self, text: str) -> None:
+        """Print a line without breaking the progress bar."""
+        self._each("message", text)
+
+    def finish(self, summary: dict) -> None:
+        """The run reached its end: write summary.json and curve.png, print what changed."""
+        self._each("finish", summary)
+        self.message(table(self.history.evaluations))
+
+    def close(self) -> None:
+        self._each("close")
+        self.sinks.clear()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _each(self, verb: str, *arguments: object) -> None:
+        for name, sink in list(self.sinks.items()):
+            self._guard(name, lambda sink=sink: getattr(sink, verb)(*arguments))
+
+    def _guard(self, name: str, action: Callable[[], None]) -> None:
+        """The one place that swallows errors: a lost metric must not cost the run that it describes."""
+        try:
+            action()
+        except Exception as error:
+            self.sinks.pop(name, None)
+            log.warning("monitoring goes on without %s: %s: %s", name, type(error).__name__, error)
+
+
+class Sink:
+    """A place that metrics go to. Any method may raise; the monitor then drops the sink."""
+
+    def step(self, result: StepResult) -> None: ...
+
+    def evaluation(self, evaluation: Evaluation) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def finish(self, summary: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class History:
+    """A run's steps and evaluations in order; a later record of the same step (and split) replaces the earlier one."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, StepResult] = {}
+        self._evaluations: dict[tuple[int, str], Evaluation] = {}
+
+    @property
+    def steps(self) -> list[StepResult]:
+        return [self._steps[key] for key in sorted(self._steps)]
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        return [self._evaluations[key] for key in sorted(self._evaluations)]
+
+    def step(self, result: StepResult) -> None:
+        self._steps[result.step] = result
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self._evaluations[evaluation.step, evaluation.split] = evaluation
+
+    def rewind(self, step: int) -> None:
+        """Forget what was measured after `step`: a resumed run goes on from there."""
+        self._steps = {key: value for key, value in self._steps.items() if key <= step}
+        self._evaluations = {key: value for key, value in self._evaluations.items() if key[0] <= step}
+
+    def read(self, folder: Path) -> None:
+        """Take in a metrics.jsonl. A torn last line is left out; a damaged one before it is an error that names it."""
+        path = folder / "metrics.jsonl"
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                record = json.loads(line)
+                kind = record["kind"]
+                if kind == "step":
+                    self.step(_record(StepResult, record))
+                elif kind == "evaluation":
+                    self.evaluation(_record(Evaluation, record))
+                elif kind == "resume":
+                    self.rewind(record["step"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise JournalError(f"{path}, line {number} is damaged: {type(error).__name__}: {error}") from error
+
+
+class Console(Sink):
+    """Messages on stdout; progress on stderr: a bar on a terminal, else lines a tenth of the run and 30 s apart."""
+
+    def __init__(self, progress: bool, steps: int, start_step: int, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.progress, self.steps, self.start, self.done = progress, steps, start_step, start_step
+        self.clock = time.monotonic
+        self.loss, self.weight, self.dev = 0.0, 0.0, math.nan
+        self.seconds, self.began, self.printed = math.nan, 0.0, (start_step, -math.inf)  # printed: (step, time)
+        self.bar: tqdm | None = None
+
+    def step(self, result: StepResult) -> None:
+        now = self.clock()
+        if self.done == self.start:
+            self.began = now - result.seconds  # loading the model is not a step
+        self.done += 1
+        if math.isfinite(result.loss):  # mean over about the last 20 steps, unbiased from the first one on
+            self.loss, self.weight = 0.95 * self.loss + 0.05 * result.loss, 0.95 * self.weight + 0.05
+        self.seconds = result.seconds if math.isnan(self.seconds) else 0.9 * self.seconds + 0.1 * result.seconds
+        if not self.progress:
+            return
+        left = (now - self.began) / (self.done - self.start) * (self.steps - self.done)
+        status = f"{self._numbers()}, lr {result.lr:.2g}, {self.seconds:.3g} s/step, {_duration(left)} left"
+        if self.stream.isatty():
+            if self.bar is None:
+                layout = "{percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt}{postfix}"
+                places = {"total": self.steps, "initial": self.start, "file": self.stream}
+                self.bar = tqdm(**places, bar_format=layout, dynamic_ncols=True)
+            self.bar.set_postfix_str(status, refresh=False)
+            self.bar.update()
+            return
+        step, then = self.printed
+        if self.done == self.steps or then < 0 or (self.done - step >= self.steps / 10 and now - then >= 30):
+            self.printed = (self.done, now)
+            print(f"step {self.done}/{self.steps}: {status}", file=self.stream, flush=True)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        if evaluation.split == "dev":
+            self.dev = evaluation.accuracy
+        if self.progress:
+            e = evaluation
+            self.message(f"step {e.step}: {e.split} accuracy {e.accuracy:.3f}, loss {e.loss:.4f} ({e.count} examples)")
+
+    def message(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def finish(self, summary: dict) -> None:
+        self.close()  # what follows is printed below the finished bar
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.refresh()
+            self.bar.close()
+            self.bar = None
+
+    def _numbers(self) -> str:
+        loss = f"loss {self.loss / self.weight:.4f}" if self.weight else "loss nan"
+        return loss if math.isnan(self.dev) else f"{loss}, dev accuracy {self.dev:.3f}"
+
+
+class MetricsFile(Sink):
+    """metrics.jsonl: append-only lines, each flushed; a torn last line of an earlier session is cut off."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        path = folder / "metrics.jsonl"
+        resumed = path.exists()
+        self.file = path.open("ab", buffering=0)  # a line is with the system at once, whole or as an error
+        if resumed:
+            data = path.read_bytes()
+            self.file.truncate(data.rfind(b"\n") + 1)
+        if resumed or start_step:
+            self._append({"kind": "resume", "step": start_step})
+
+    def step(self, result: StepResult) -> None:
+        self._append({"kind": "step", **dataclasses.asdict(result)})
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self._append({"kind": "evaluation", **dataclasses.asdict(evaluation)})
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _append(self, record: dict) -> None:
+        line = (_json({**record, "time": round(time.time(), 3)}) + "\n").encode()
+        if self.file.write(line) != len(line):
+            raise OSError("the line was cut short; is the disk full?")
+
+
+class SummaryFile(Sink):
+    """summary.json, replaced as a whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "summary.json"
+
+    def finish(self, summary: dict) -> None:
+        partial = self.path.with_name("summary.json.partial")
+        partial.write_text(_json(summary, indent=2) + "\n")
+        os.replace(partial, self.path)
+
+
+class Curve(Sink):
+    """curve.png, drawn once: when the run finishes, or is left early after at least one step or evaluation."""
+
+    def __init__(self, folder: Path, name: str, config: dict, history: History) -> None:
+        self.path, self.name, self.history, self.pending = folder / "curve.png", name, history, False
+        labels = [label(config.get(key)) for key in ("model", "task", "space", "estimator")]
+        self.subtitle = " · ".join(filter(None, labels))
+
+    def step(self, result: StepResult) -> None:
+        self.pending = True
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self.pending = True
+
+    def finish(self, summary: dict) -> None:
+        self.pending = False
+        draw_curve(self.path, self.history.steps, self.history.evaluations, self.name, self.subtitle)
+
+    def close(self) -> None:
+        if self.pending:
+            self.finish({})
+
+
+class WandbRun(Sink):
+    """A W&B run with the step as x axis. It never prompts, and waits for a server a bounded time only."""
+
+    def __init__(self, folder: Path, config: Wandb, name: str, run_config: dict) -> None:
+        import wandb
+
+        # A server that is away costs a minute; a bar redrawn every step would fill W&B's console log.
+        limits: dict[str, Any] = {"init_timeout": 60, "finish_timeout": 60, "console": "off", "silent": True}
+        options: dict[str, Any] = {**dataclasses.asdict(config), "dir": str(folder), "name": name, "config": run_config}
+        # `auto` goes on with the run that this folder began and did not finish; W&B has that online only.
+        options["resume"] = "auto" if config.mode == "online" else None
+        try:
+            self.run = wandb.init(**options, settings=wandb.Settings(**limits))
+        except Exception as error:  # not swallowed: it becomes the user's error, before the run costs anything
+            raise ConfigError(f"W&B did not start: {type(error).__name__}: {error}. {LOGIN_REMEDY}") from error
+        self.run.define_metric("*", step_metric="step")
+        self.where = self.run.url or f"offline in {self.run.dir}; upload it with `wandb sync`"
+        self.finished = False
+
+    def step(self, result: StepResult) -> None:
+        numbers = {"train/loss": result.loss, "train/accuracy": result.accuracy, "optim/lr": result.lr}
+        numbers |= {"probes/ties": result.ties, "probes/dropped": result.dropped}
+        numbers |= {"time/step_seconds": result.seconds, "time/tokens": result.tokens}
+        self.run.log({"step": result.step, **numbers})
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        e = evaluation
+        numbers = {"accuracy": e.accuracy, "loss": e.loss, "seconds": e.seconds}
+        self.run.log({"step": e.step, **{f"{e.split}/{key}": value for key, value in numbers.items()}})
+
+    def finish(self, summary: dict) -> None:
+        self.run.summary.update({"summary": _plain(summary)})
+        self.finished = True
+
+    def close(self) -> None:
+        self.run.finish(exit_code=0 if self.finished else 1)
+
+
+def read_metrics(folder: Path) -> tuple[list[StepResult], list[Evaluation]]:
+    """The steps and evaluations of a run folder, without what a resume took back; later lines win."""
+    history = History()
+    history.read(folder)
+    return history.steps, history.evaluations
+
+
+def _record(kind: type, line: dict) -> Any:
+    """A record from its line; null is a number that was not finite, and keys of another version are left out."""
+    names = [f.name for f in dataclasses.fields(kind) if f.name in line]
+    return kind(**{name: math.nan if line[name] is None else line[name] for name in names})
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, default=str)
+
+
+def _plain(value: Any) -> Any:
+    """Values that strict JSON has: NaN and infinities become null, NumPy scalars become Python's."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {seconds:02d}s"
+
+
+def _require_installed(package: str, key: str, instead: str) -> None:
+    found = importlib.util.find_spec(package) is not None
+    require(found, f"the package {package} for {key}", "it is not installed", f"Install it, or set {instead}")

@@ -1,0 +1,151 @@
+"""What crosses files and processes: frozen records of plain values, and zoray's three errors.
+
+Nothing here imports torch, vLLM or Ray. Every record pickles; none holds a tensor that moves between machines.
+Shapes: T tokens of a sequence, M scored positions of a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+class ConfigError(ValueError):
+    """The user asked for something that can't be done: what was expected, what came, what to do instead."""
+
+
+class JournalError(ValueError):
+    """A journal is damaged, or does not belong to what it is applied to."""
+
+
+class ReplicaLost(RuntimeError):
+    """Too few replicas are left to go on; the run can be resumed."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One perturbed scoring: the direction at (run seed, step, index), times a signed scale.
+
+    A scale of 0 is the unperturbed centre. Plus and minus of a pair share an index.
+    """
+
+    step: int
+    index: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What one step does to the adapter state: state <- decay * state + sum_k coefficients[k] * z(step, k)."""
+
+    step: int
+    coefficients: tuple[float, ...]  # float32 values; 0.0 leaves its direction out
+    decay: float = 1.0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A unit of scoring that is assigned as a whole: some probes of a step on a slice of its examples.
+
+    `examples` are positions [start, stop) in the step's batch, or in a split when `split` is set.
+    """
+
+    probes: tuple[Probe, ...]
+    start: int
+    stop: int
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class TileScore:
+    """Sums over a tile's examples, one entry per probe. Idempotent: whoever scores a tile, it counts once."""
+
+    loss_sums: tuple[float, ...]
+    correct_sums: tuple[float, ...]
+    count: int
+    tokens: int  # forward tokens spent, over all probes
+
+
+@dataclass(frozen=True)
+class Example:
+    """A labelled example. `options` are the continuations to choose from, `label` the index of the right one."""
+
+    prompt: str
+    options: tuple[str, ...]
+    label: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label < len(self.options):
+            raise ConfigError(
+                f"label must be in 0..{len(self.options) - 1}, got {self.label} for prompt {self.prompt[:60]!r}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSequence:
+    """Tokens to run through the model, and which next-token log-probabilities to sum.
+
+    For each j < M, log p(targets[j] | tokens[: rows[j] + 1]) is added to output outputs[j].
+    Options of one token share a sequence: all read the same last row.
+    """
+
+    tokens: np.ndarray  # (T,) int32
+    rows: np.ndarray  # (M,) int32, ascending positions in 0..T-1
+    targets: np.ndarray  # (M,) int32 token ids
+    outputs: np.ndarray  # (M,) int32 in 0..n_outputs-1
+    n_outputs: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the driver knows of a finished step; one line of metrics.jsonl. `step` counts finished steps, from 1."""
+
+    step: int
+    loss: float
+    accuracy: float
+    lr: float
+    tokens: int
+    seconds: float
+    dropped: int = 0
+    ties: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and accuracy of the state after `step` steps on `count` examples of a split."""
+
+    step: int
+    split: str
+    loss: float
+    accuracy: float
+    count: int
+    tokens: int
+    seconds: float
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task's examples. The same config gives the same splits on every machine."""
+
+    train: tuple[Example, ...]
+    dev: tuple[Example, ...]
+    test: tuple[Example, ...] = field(default=())
+
+    def __getitem__(self, split: str) -> tuple[Example, ...]:
+        if split not in ("train", "dev", "test"):
+            raise ConfigError(f"split must be train, dev or test, got {split!r}")
+        return getattr(self, split)
+
+
+def require(condition: bool, expected: str, got: object, instead: str = "") -> None:
+    """Raise ConfigError with the three things a user needs: what was expected, what came, what to do."""
+    if not condition:
+        raise ConfigError(f"expected {expected}; got {got!r}" + (f". {instead}" if instead else ""))
+
+
+def is_finite(value: float) -> bool:
+    """True for a number that may enter an update."""
+    return math.isfinite(value)

@@ -1,0 +1,116 @@
+"""A replica: one engine with its adapter state at a journal index, and the data to score. Ray wraps it in pool.py.
+
+Guarantees: `evaluate` is a pure function of the commits seen so far and the tiles asked for, so a tile may be scored by
+anyone, and twice. Commits are applied in step order before anything is scored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zoray.data import ReplicaSpec, Workload, batch_indices, load_workload
+from zoray.records import Example, Probe, Tile, TileScore, TokenSequence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from zoray.records import Commit
+
+
+@dataclass(frozen=True)
+class ReplicaInfo:
+    """What a replica says of itself once it can score."""
+
+    digest: str
+    weights: str  # hash of the base weights
+    engine: str
+    self_test: tuple[tuple[str, float], ...]
+
+
+class Replica:
+    """Scores tiles for the driver; see `evaluate`."""
+
+    def __init__(self, spec: ReplicaSpec, workload: Workload | None = None) -> None:
+        """Load data and model, and prove that the engine's adapters are live."""
+        from zoray.models import weights_hash
+
+        self.spec = spec
+        self.workload = workload or load_workload(spec)
+        self.engine = spec.engine.start(
+            self.workload.folder, spec.model.dtype, self.workload.matrices, spec.space, spec.seed
+        )
+        self.info = ReplicaInfo(
+            digest=self.engine.digest(),
+            weights=weights_hash(self.workload.folder),
+            engine=type(self.engine).__name__,
+            self_test=tuple(self.engine.self_test.items()),
+        )
+
+    def evaluate(
+        self, commits: Sequence[Commit], tiles: Sequence[Tile], digest: bool = False
+    ) -> tuple[tuple[TileScore, ...], str | None]:
+        """Apply the commits not seen yet, then score the tiles. The digest is of the state that was scored.
+
+        All tiles go to the engine together and share its forward passes, unless the engine is deterministic: then each
+        tile is scored alone, and its bits do not depend on the others.
+        """
+        self.apply(commits)
+        groups = [[tile] for tile in tiles] if self.spec.engine.deterministic else [list(tiles)]
+        scores = tuple(score for group in groups if group for score in self._score(group))
+        return scores, self.engine.digest() if digest else None
+
+    def apply(self, commits: Sequence[Commit]) -> None:
+        """Apply the commits of the steps not seen yet; others are ignored, so that sending one twice is harmless."""
+        seen = self.engine.step()
+        self.engine.apply([commit for commit in commits if commit.step >= seen])
+
+    def outcomes(self, split: str, probe: Probe) -> list[tuple[float, float]]:
+        """(loss, correct) of every example of a split under a probe, in order."""
+        examples = [self.workload.example(split, i) for i in range(len(self.workload.splits[split]))]
+        return self._outcomes([(probe, *example) for example in examples])
+
+    def adapter(self) -> dict[str, np.ndarray]:
+        """The adapter state as float32 arrays, see engines/base.py."""
+        return self.engine.adapter()
+
+    def _score(self, tiles: list[Tile]) -> list[TileScore]:
+        work = [
+            (probe, *self.workload.example(tile.split, index))
+            for tile in tiles
+            for probe in tile.probes
+            for index in self._indices(tile)
+        ]
+        outcomes = iter(self._outcomes(work))
+        scores = []
+        for tile in tiles:
+            indices = self._indices(tile)
+            per_probe = [[next(outcomes) for _ in indices] for _ in tile.probes]
+            tokens = sum(len(s.tokens) for i in indices for s in self.workload.encoded[tile.split][i])
+            scores.append(
+                TileScore(
+                    loss_sums=tuple(sum(loss for loss, _ in rows) for rows in per_probe),
+                    correct_sums=tuple(sum(correct for _, correct in rows) for rows in per_probe),
+                    count=len(indices),
+                    tokens=tokens * len(tile.probes),
+                )
+            )
+        return scores
+
+    def _outcomes(self, work: list[tuple[Probe, Example, tuple[TokenSequence, ...]]]) -> list[tuple[float, float]]:
+        sums = iter(self.engine.score([(probe, sequence) for probe, _, sequences in work for sequence in sequences]))
+        return [
+            self.spec.objective.reduce(example, sequences, [next(sums) for _ in sequences])
+            for _, example, sequences in work
+        ]
+
+    def _indices(self, tile: Tile) -> list[int]:
+        """Which examples of the split a tile covers: a slice of the step's batch, or of an evaluation split itself."""
+        if tile.split != "train":
+            return list(range(tile.start, tile.stop))
+        n = len(self.workload.splits.train)
+        return batch_indices(self.spec.data_seed, tile.probes[0].step, self.spec.batch, n)[
+            tile.start : tile.stop
+        ].tolist()

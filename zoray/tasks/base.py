@@ -1,0 +1,82 @@
+"""What tasks share: the protocol, the seeded split, and the checks of template, label words and sizes.
+
+Guarantees: a split depends on the rows' order, the sizes and the seed alone; it uses no random generator, so it is the
+same on every machine and with every version of NumPy or Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Protocol, TypeVar
+
+from zoray.records import ConfigError, Example, Splits
+
+Row = TypeVar("Row")
+
+
+class Task(Protocol):
+    """A dataset with its template. `metric` names the number that decides which state is best."""
+
+    metric: ClassVar[str]
+
+    def load(self) -> Splits:
+        """Read, check and split the data; raises ConfigError before a model loads."""
+        ...
+
+
+def seeded_split(rows: Sequence[Row], sizes: Sequence[int], seed: int, source: str) -> list[tuple[Row, ...]]:
+    """Disjoint samples of `rows` of the given sizes, in order of SHA-256 of "seed:row number".
+
+    An earlier sample does not change when a later size does. `source` names the data in the error.
+    """
+    if sum(sizes) > len(rows):
+        asked = " + ".join(str(size) for size in sizes)
+        raise ConfigError(f"{source} has {len(rows)} usable rows; asked for {asked} = {sum(sizes)}. Ask for fewer")
+    order = sorted(range(len(rows)), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(tuple(rows[i] for i in order[start : start + size]))
+        start += size
+    return parts
+
+
+def distinct(examples: Iterable[Example]) -> list[Example]:
+    """The examples without those whose prompt came before, so that no prompt is in two splits."""
+    first: dict[str, Example] = {}
+    for example in examples:
+        first.setdefault(example.prompt, example)
+    return list(first.values())
+
+
+def fill(template: str, text: str) -> str:
+    """The template with `{text}` replaced; other braces, in template or text, stay as they are."""
+    return template.replace("{text}", text)
+
+
+def check_template(template: object) -> None:
+    """A template holds `{text}` exactly once."""
+    if not isinstance(template, str) or template.count("{text}") != 1:
+        raise ConfigError(
+            f"template must be text with {{text}} in it once, such as '{{text}} It was'; got {template!r}"
+        )
+
+
+def check_words(words: Sequence[object], count: int | None = None) -> tuple[str, ...]:
+    """Label words as a tuple: `count` of them (or at least two), none empty, no two the same."""
+    enough = len(words) >= 2 if count is None else len(words) == count
+    valid = all(isinstance(word, str) and word.strip() for word in words)
+    if not enough or not valid or len(set(words)) != len(words):
+        wanted = "two or more" if count is None else count
+        raise ConfigError(
+            f"words must be {wanted} different label words, one per label, each with its leading space; got {words!r}. "
+            "For example [' terrible', ' great']"
+        )
+    return tuple(str(word) for word in words)
+
+
+def check_sizes(train: object, dev: object, test: object, seed: object) -> None:
+    """Train and dev hold at least one example, test may be empty, and all four numbers are whole."""
+    for name, value, least in (("train", train, 1), ("dev", dev, 1), ("test", test, 0), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be a whole number of at least {least}; got {value!r}")
