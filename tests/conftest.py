@@ -1,0 +1,42 @@
+"""Shared fixtures: tiny models on disk, a labelled file, and one Ray for all tests that need it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from tiny import tiny_llama, tiny_opt
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the tiny models, by architecture."""
+    root = tmp_path_factory.mktemp("models")
+    return {"llama": tiny_llama(root / "llama"), "opt": tiny_opt(root / "opt")}
+
+
+@pytest.fixture(scope="session")
+def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 short texts of two kinds, as JSONL with columns text and label."""
+    path = tmp_path_factory.mktemp("data") / "reviews.jsonl"
+    words = {0: ["a dull and lifeless story", "far too long", "I did not like the plot"], 1: ["one of the best movies"]}
+    words[1] += ["a wonderful thing to see", "I liked the music"]
+    rows = [{"text": f"{words[i % 2][i % 3]} number {i}", "label": i % 2} for i in range(100)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """One Ray of two cores, shared; pools join it and leave it running."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
