@@ -83,6 +83,10 @@ class ReplicaActor:
         """Id of the node that this actor runs on."""
         return ray.get_runtime_context().get_node_id()
 
+    def pid(self) -> int:
+        """Process id of this actor on its node."""
+        return os.getpid()
+
     def load(self, spec: ReplicaSpec, cores: tuple[int, int] | None) -> ReplicaInfo:
         """Bind to this replica's share of the node's cores (i of n; before torch starts its threads) and load."""
         if cores is not None:

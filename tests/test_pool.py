@@ -1,0 +1,139 @@
+"""The tile grid and its sums; the pool with real Ray actors on the reference engine, and what it does when one dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from zoray.data import ReplicaSpec
+from zoray.engines.hf import Hf
+from zoray.models import Model
+from zoray.objectives import ChoiceNLL
+from zoray.pool import Cluster, Pool, bind_cores, sum_tiles, tile_grid
+from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Tile, TileScore
+from zoray.spaces import Lora
+from zoray.tasks.labelled_file import LabelledFile
+
+PAIR = (Probe(0, 0, 0.1), Probe(0, 0, -0.1))
+TWO_PAIRS = (*PAIR, Probe(0, 1, 0.1), Probe(0, 1, -0.1))
+
+
+def test_grid_covers_every_probe_and_example_once_and_keeps_pairs_together():
+    tiles = tile_grid(TWO_PAIRS, 10, 4)
+    seen = [(p, i) for tile in tiles for p in tile.probes for i in range(tile.start, tile.stop)]
+    assert sorted(seen, key=repr) == sorted(((p, i) for p in TWO_PAIRS for i in range(10)), key=repr)
+    assert all(len(tile.probes) == 2 and tile.probes[0].index == tile.probes[1].index for tile in tiles)
+
+
+def test_sums_are_means_over_examples_not_over_tiles():
+    tiles = [Tile(PAIR, 0, 3), Tile(PAIR, 3, 4)]
+    scores = [TileScore((3.0, 6.0), (1.0, 3.0), 3, 10), TileScore((5.0, 2.0), (1.0, 0.0), 1, 4)]
+    losses, accuracies = sum_tiles(PAIR, tiles, scores)
+    assert losses == [2.0, 2.0] and accuracies == [0.5, 0.75]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"replicas": 0}, {"replicas": "many"}, {"address": "ray://host:10001"}, {"cpus_per_replica": 0}]
+)
+def test_bad_cluster_settings(setting):
+    with pytest.raises(ConfigError, match="expected"):
+        Cluster(**setting)
+
+
+def test_cores_are_shared_out_without_overlap():
+    """In a child, because a process can't widen its own affinity for the other tests."""
+    cores = sorted(os.sched_getaffinity(0))
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        first = bind_cores(0, 2)
+        os.write(write, repr((first, sorted(os.sched_getaffinity(0)))).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    bound, affinity = eval(os.read(read, 1000).decode())
+    assert bound == affinity == cores[: max(1, len(cores) // 2)]
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_models, labelled_file) -> ReplicaSpec:
+    task = LabelledFile(str(labelled_file), [" terrible", " great"])
+    model, space = Model(str(tiny_models["llama"])), Lora(rank=2, alpha=4)
+    return ReplicaSpec(model, task, ChoiceNLL(), space, Hf(), seed=1, data_seed=2, batch=8)
+
+
+def run_steps(pool: Pool, steps: int, disturb=lambda step: None) -> tuple[list[tuple[float, ...]], str]:
+    """A few steps of a loop with fixed coefficients: (losses of each step, final digest)."""
+    losses = []
+    for step in range(steps):
+        disturb(step)
+        probes = tuple(Probe(step, k, s) for k in range(2) for s in (0.1, -0.1))
+        tiles = tile_grid(probes, 8, 2)
+        scores, _ = pool.evaluate(tiles)
+        losses.append(tuple(sum_tiles(probes, tiles, scores)[0]))
+        pool.commit(Commit(step, (0.01, -0.02)))
+    return losses, pool.adapter()[1]
+
+
+@pytest.mark.ray
+def test_one_two_and_dying_replicas_give_the_same_bits(local_ray, spec):
+    """hf scores every sequence alone, so nothing but the pool could make a difference."""
+    with Pool.start(spec, Cluster(replicas=1), "one") as pool:
+        undisturbed = run_steps(pool, 4)
+    with Pool.start(spec, Cluster(replicas=2), "two") as pool:
+        assert run_steps(pool, 4) == undisturbed
+        assert pool.size == 2 and not pool.lost
+
+    import ray
+
+    with Pool.start(spec, Cluster(replicas=2), "dying") as pool:
+        pids = ray.get([member.actor.pid.remote() for member in pool.members])
+
+        def kill_one(step: int) -> None:
+            if step == 2:
+                os.kill(pids[0], signal.SIGKILL)
+
+        assert run_steps(pool, 4, kill_one) == undisturbed
+        assert pool.size == 1 and len(pool.lost) == 1
+
+
+@pytest.mark.ray
+def test_losing_every_replica_ends_the_run_at_once(local_ray, spec):
+    import ray
+
+    with Pool.start(spec, Cluster(replicas=1), "last") as pool:
+        os.kill(ray.get(pool.members[0].actor.pid.remote()), signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(ReplicaLost, match="all replicas are lost"):
+            run_steps(pool, 1)
+        assert time.monotonic() - began < 60
+
+
+@pytest.mark.ray
+def test_a_replica_that_drifts_is_noticed(local_ray, spec):
+    import ray
+
+    from zoray.records import JournalError
+
+    with Pool.start(spec, Cluster(replicas=2), "drift") as pool:
+        wrong = (Commit(0, (0.5,)),)
+        ray.get(pool.members[1].actor.evaluate.remote(wrong, (), False))  # behind the pool's back
+        pool.commit(Commit(0, (0.25,)))
+        with pytest.raises(JournalError, match="disagree"):
+            pool.evaluate(tile_grid(PAIR, 8, 4), digest=True)
+
+
+@pytest.mark.ray
+def test_more_replicas_than_the_cluster_has_room_for(local_ray, spec):
+    with pytest.raises(ConfigError, match=r"expected room for 3 replicas .* the cluster has 2 CPU"):
+        Pool.start(spec, Cluster(replicas=3), "big")
+
+
+@pytest.mark.ray
+def test_a_bad_config_in_a_replica_reaches_the_driver_as_itself(local_ray, spec, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(ConfigError, match="is not there"):
+        Pool.start(replace(spec, model=Model(str(tmp_path / "gone"))), Cluster(replicas=1), "bad")
