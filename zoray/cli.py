@@ -5,16 +5,16 @@ Used by the mains only. Nothing here imports torch, vLLM or Ray, so a mistake in
 
 from __future__ import annotations
 
-import difflib
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from zoray.records import ConfigError, JournalError, ReplicaLost
+from zoray.signatures import check_signature, did_you_mean, unknown_key
 
-USAGE_EXIT, FAILURE_EXIT = 2, 1
+USAGE_EXIT, FAILURE_EXIT, INTERRUPT_EXIT = 2, 1, 130
+SHOWING_FLAGS = {"--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"}  # of Hydra's: print, run nothing
 
 
 def conf_dir() -> Path:
@@ -30,14 +30,24 @@ def run_main(config_name: str, function: Callable[[Any], int | None]) -> NoRetur
     traceback; any other exception is a defect and keeps its traceback.
     """
     arguments = sys.argv[1:]
-    if any(argument.startswith("-") for argument in arguments):
-        import hydra
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    if not flags:
+        sys.exit(_guarded(lambda: function(compose(config_name, arguments))))
+    if flags <= SHOWING_FLAGS:  # Hydra's own messages for a wrong key give advice that does not hold here
 
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(
-            lambda config: _guarded(lambda: function(config))
-        )()
-        sys.exit(0)
-    sys.exit(_guarded(lambda: function(compose(config_name, arguments))))
+        def check() -> None:
+            compose(config_name, [argument for argument in arguments if "=" in argument])
+
+        if _guarded(check):
+            sys.exit(USAGE_EXIT)
+
+    import hydra
+
+    codes = [0]
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(
+        lambda config: codes.append(_guarded(lambda: function(config)))
+    )()
+    sys.exit(max(codes))
 
 
 def _guarded(call: Callable[[], int | None]) -> int:
@@ -49,103 +59,127 @@ def _guarded(call: Callable[[], int | None]) -> int:
     except (JournalError, ReplicaLost, FloatingPointError) as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return FAILURE_EXIT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPT_EXIT
 
 
-def compose(config_name: str, overrides: list[str]) -> Any:
-    """The composed config. Raises ConfigError where Hydra refuses an override, with the nearest name that exists."""
+def compose(config_name: str, overrides: Sequence[str]) -> Any:
+    """The config with `group=option` and `key=value` overrides; a leading `+` changes nothing for a key that exists.
+
+    Raises:
+        ConfigError: an override that is no key=value, an option that a group lacks, or a key that the config lacks.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    options, settings = [], []
     for override in overrides:
-        if "=" not in override and not override.startswith("~"):
-            raise ConfigError(f"expected arguments of the form key=value; got {override!r}")
+        key, value = _split(override)
+        if group_options(key):
+            if value not in group_options(key):
+                raise ConfigError(
+                    f"expected {key} to be one of {', '.join(group_options(key))}; got {value!r}"
+                    + did_you_mean(value, group_options(key))
+                )
+            options.append(override)
+        else:
+            settings.append((key, override.lstrip("+")))
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
-            return hydra_compose(config_name, overrides)
+            config = hydra_compose(config_name, options)
+            for key, _ in settings:
+                if not key.startswith("hydra."):
+                    check_key(key, config)
+            return hydra_compose(config_name, [*options, *(override for _, override in settings)])
         except (HydraException, OmegaConfBaseException) as error:
-            plain = hydra_compose(config_name, [])
-            raise ConfigError(_explain(str(error), overrides, plain)) from None
+            raise ConfigError(" ".join(str(error).split())) from None
 
 
-def _explain(message: str, overrides: list[str], plain: Any) -> str:
-    """What Hydra found wrong, in one sentence, with what to write instead."""
-    key_match = re.search(r"Could not override '([^']+)'", message)
-    if key_match:
-        return unknown_key(key_match.group(1), plain)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        options = group_options(key.lstrip("+~"))
-        if options and value not in options and f"{key.lstrip('+')}/{value}" in message:
-            return f"expected {key}=one of {', '.join(options)}; got {value!r}{_did_you_mean(value, options)}"
-    missing_group = re.search(r"Could not (?:find|load) '([^']+)'", message)
-    if missing_group:
-        return f"there is no config {missing_group.group(1)!r}: {message.splitlines()[0]}"
-    return message.strip().splitlines()[0]
+def _split(override: str) -> tuple[str, str]:
+    """(key, value) of an override. Hydra's grammar decides what a value is."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip("+") or key.startswith("~"):
+        raise ConfigError(f"expected arguments of the form key=value; got {override!r}. --help lists the keys")
+    try:
+        several = OverridesParser.create().parse_override(override).is_sweep_override()
+    except HydraException as error:
+        raise ConfigError(
+            f"can't read the value of {override!r} ({str(error).splitlines()[0]}). "
+            f"""Quote text with special characters, for the shell as well: '{key}="..."'"""
+        ) from None
+    if several:
+        raise ConfigError(
+            f"expected one value; got {override!r}. Write {key}=[{value}] for a list, "
+            f"""'{key}="{value}"' for text, or add --multirun for a run with each value"""
+        )
+    return key.lstrip("+"), value
 
 
-def unknown_key(key: str, plain: Any) -> str:
-    """The message for a key that the config does not have."""
-    parent, _, leaf = key.rpartition(".")
-    node = plain
-    for part in parent.split(".") if parent else []:
-        if not hasattr(node, "keys") or part not in node:
-            return unknown_key(".".join(parent.split(".")[: parent.split(".").index(part) + 1]), plain)
-        node = node[part]
-    known = [str(name) for name in node if name != "_target_"] if hasattr(node, "keys") else []
-    where = f"{parent} has" if parent else "the top level has"
-    return f"unknown config key {key!r}; {where} {', '.join(known) or 'no keys'}{_did_you_mean(leaf, known)}"
+def check_key(key: str, config: Any) -> None:
+    """Raise ConfigError, with the names that exist, unless `config` has the dotted `key`."""
+    from omegaconf import DictConfig, OmegaConf
 
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f". Did you mean {close[0]}?" if close else ""
+    node, parent = config, ""
+    for part in key.split("."):
+        if not isinstance(node, DictConfig) or part not in OmegaConf.to_container(node):
+            known = [str(name) for name in node if name != "_target_"] if isinstance(node, DictConfig) else []
+            raise unknown_key(key, part, parent, known)
+        parent = f"{parent}.{part}" if parent else part
+        node = None if OmegaConf.is_missing(node, part) else node[part]
 
 
 def group_options(group: str) -> list[str]:
-    """The configs of a group, e.g. `task` -> [file, movie_reviews, sst2]."""
+    """The configs of a group, e.g. `task` -> [file, movie_reviews, sst2]; none if there is no such group."""
     return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml")) if group else []
 
 
-def build(config: Any) -> Any:
-    """Instantiate a component (or a dict of them) from its config; every error in it is a ConfigError.
+def build(config: Any, where: str) -> Any:
+    """Instantiate the component at the key `where` from its config; every error in it is a ConfigError.
 
     A `_target_` is code to import: configs come from the user's own command line and files, never from the network.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
+        check_signature(OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config, where)
         return instantiate(config, _convert_="all")
     except OmegaConfBaseException as error:
-        raise ConfigError(f"config value missing or wrong: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
     except InstantiationException as error:
-        cause = error.__cause__
-        while cause is not None and not isinstance(cause, ConfigError) and cause.__cause__ is not None:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__
-        if isinstance(cause, ConfigError):
-            raise cause from None
-        unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unexpected:
-            target = str(config.get("_target_", "")) if hasattr(config, "get") else ""
-            raise ConfigError(f"unknown config key {unexpected.group(1)!r} for {target or 'this component'}") from None
-        raise ConfigError(f"{str(error).splitlines()[0]} {cause or ''}".strip()) from None
+        raise (cause or ConfigError(f"{where}: {' '.join(str(error).split())}")) from None
 
 
 def build_experiment(config: Any) -> Any:
     """All components of a run from the composed `config.yaml`."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     from zoray.experiment import Experiment
 
-    missing = sorted(OmegaConf.missing_keys(config))
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+    except OmegaConfBaseException as error:  # an interpolation such as ${oc.env:NAME} of what is not there
+        raise ConfigError(" ".join(str(error).split())) from None
     if missing:
         raise ConfigError(
             f"these settings have no default and must be given: {', '.join(f'{key}=...' for key in missing)}"
         )
-    return Experiment(**{name: build(config[name]) for name in Experiment.__dataclass_fields__})
+    absent = [name for name in Experiment.__dataclass_fields__ if name not in config]
+    if absent:
+        raise ConfigError(f"expected a config with all parts of a run; it lacks {', '.join(absent)}")
+    return Experiment(**{name: build(config[name], name) for name in Experiment.__dataclass_fields__})
 
 
 def load_run_config(folder: Path) -> Any:

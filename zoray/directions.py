@@ -168,7 +168,7 @@ class Layout:
     def _padding_index(self) -> torch.Tensor:
         import torch
 
-        ends = [*list(self.offsets.values())[1:], self.size]
+        ends = [*self.offsets.values(), self.size][1:]
         spans = [
             torch.arange(self.offsets[name] + int(np.prod(shape)), end)
             for (name, shape), end in zip(self.shapes.items(), ends, strict=True)
@@ -182,7 +182,7 @@ class Layout:
         if distribution not in self._counters:
             per_block = BLOCK_ELEMENTS[distribution]
             starts = [*self.offsets.values(), self.size]
-            counts = torch.tensor([(b - a) // per_block for a, b in pairwise(starts)])
+            counts = torch.tensor([(b - a) // per_block for a, b in pairwise(starts)], dtype=torch.int64)
             hashes = [name_hash(name) for name in self.shapes]
             blocks = torch.cat([torch.arange(int(n)) for n in counts] or [torch.empty(0, dtype=torch.int64)])
             low = torch.tensor([h & _MASK for h in hashes], dtype=torch.int64).repeat_interleave(counts)

@@ -21,7 +21,7 @@ def main(config: Any) -> None:
     contents = journal.read(folder / journal.FILE_NAME)
     experiment = build_experiment(load_run_config(folder))
     if config.engine is not None:
-        experiment = replace(experiment, engine=build(config.engine))
+        experiment = replace(experiment, engine=build(config.engine, "engine"))
     last = len(contents.steps) if config.step is None else config.step
     if not isinstance(last, int) or not 0 <= last <= len(contents.steps):
         raise ConfigError(f"expected step in 0..{len(contents.steps)}, the steps in this journal; got {last!r}")

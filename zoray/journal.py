@@ -17,7 +17,7 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoray.records import Commit, JournalError
+from zoray.records import Commit, ConfigError, JournalError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,10 +78,11 @@ def read(path: Path) -> Contents:
     """Read and verify a journal up to its last whole line.
 
     Raises:
-        JournalError: no journal there, a damaged line (named), a broken chain, or another format.
+        ConfigError: there is no journal.
+        JournalError: a damaged line (named), a broken chain, or another format.
     """
     if not path.is_file():
-        raise JournalError(f"expected a journal at {path}; there is none. Give the folder of a run: run=runs/<name>")
+        raise ConfigError(f"expected a journal at {path}; there is none. Give the folder of a run: run=runs/<name>")
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     lines = whole.split(b"\n")[:-1]
@@ -95,9 +96,9 @@ def read(path: Path) -> Contents:
     steps, previous = [], _hash(lines[0])
     for number, line in enumerate(lines[1:], start=2):
         body = _unseal(line, number, path)
-        if body["prev"] != previous or body["step"] != len(steps):
+        if body.get("prev") != previous or body.get("step") != len(steps):
             raise JournalError(
-                f"{path}, line {number}: does not follow the line before (step {body['step']}); lines are missing"
+                f"{path}, line {number}: does not follow the line before (step {body.get('step')}); lines are missing"
             )
         losses = tuple(math.nan if loss is None else loss for loss in body["losses"])
         steps.append(StepRecord(Commit(body["step"], tuple(body["c"]), body["decay"]), losses, body.get("digest")))

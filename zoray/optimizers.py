@@ -18,7 +18,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 def to_float32(value: float) -> float:
     """The nearest float32, as the shortest decimal that names it: what is journalled and what replicas multiply by."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):  # infinity is the caller's to refuse
+        return float(str(np.float32(value)))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 
 import numpy as np
 
@@ -146,6 +147,6 @@ def require(condition: bool, expected: str, got: object, instead: str = "") -> N
         raise ConfigError(f"expected {expected}; got {got!r}" + (f". {instead}" if instead else ""))
 
 
-def is_finite(value: float) -> bool:
-    """True for a number that may enter an update."""
-    return math.isfinite(value)
+def is_finite(value: object) -> bool:
+    """True for a number that may enter an update; false for inf, nan, and what is no number (a config's text)."""
+    return isinstance(value, Real) and math.isfinite(value)

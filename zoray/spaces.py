@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoray.directions import Layout, check_distribution, name_hash
-from zoray.records import Commit, ConfigError, JournalError, Probe, require
+from zoray.records import Commit, ConfigError, JournalError, Probe, is_finite, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -49,7 +49,7 @@ class Lora:
     def __post_init__(self) -> None:
         ok = isinstance(self.rank, int) and 1 <= self.rank <= MAX_RANK
         require(ok, f"space.rank to be a whole number from 1 to {MAX_RANK} (vLLM's largest LoRA rank)", self.rank)
-        require(self.alpha > 0, "space.alpha to be positive", self.alpha)
+        require(is_finite(self.alpha) and self.alpha > 0, "space.alpha to be a positive number", self.alpha)
         require(self.train in ("B", "AB"), "space.train to be B or AB", self.train)
         check_distribution(self.distribution)
         if not isinstance(self.targets, str):

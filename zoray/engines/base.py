@@ -79,10 +79,9 @@ def pack(
     for end, i in enumerate(order):
         length = len(work[i][1].tokens)
         need = -(-length // block_size)
-        if length > max_tokens or (max_blocks is not None and need > max_blocks):
-            raise ConfigError(
-                f"a sequence of {length} tokens is over the engine's budget of {max_tokens} tokens a forward"
-            )
+        budget = max_tokens if max_blocks is None else min(max_tokens, max_blocks * block_size)
+        if length > budget:
+            raise ConfigError(f"a sequence of {length} tokens is over the engine's budget of {budget} tokens a forward")
         if end > begin and (tokens + length > max_tokens or (max_blocks is not None and blocks + need > max_blocks)):
             yield _join([(work[j], first_output[j]) for j in order[begin:end]])
             begin, tokens, blocks = end, 0, 0
@@ -126,4 +125,4 @@ def by_slot_groups(work: Sequence[tuple[Probe, TokenSequence]], slots: int) -> I
 
 def split_outputs(flat: np.ndarray, work: Sequence[tuple[object, TokenSequence]]) -> list[np.ndarray]:
     """The flat list of outputs, cut per (probe, sequence)."""
-    return np.split(flat, np.cumsum([sequence.n_outputs for _, sequence in work])[:-1])
+    return np.split(flat, np.cumsum([sequence.n_outputs for _, sequence in work])[:-1])[: len(work)]

@@ -1,0 +1,266 @@
+"""The journal: what goes in comes out, every damage is found where it is, and a killed process loses nothing."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zoray import journal
+from zoray.journal import Journal, StepRecord
+from zoray.optimizers import to_float32
+from zoray.records import Commit, ConfigError, JournalError
+
+HEADER = {"model": "tiny", "space": {"name": "Lora", "rank": 2}, "run": {"seed": 3}, "note": "ä"}
+RECORDS = [
+    StepRecord(Commit(0, (0.1, to_float32(-1 / 3))), (0.5, 0.25, math.nan, 1e-9), "00ff00ff00ff00ff"),
+    StepRecord(Commit(1, (0.0,), decay=0.999), (math.inf, 0.5)),
+    StepRecord(Commit(2, (to_float32(1e-45), to_float32(3.4e38), -0.0)), (0.1 + 0.2, 1.0, -2.0, 3.0, 4.0, 5.0)),
+    StepRecord(Commit(3, (-7.0,)), (1.0, 2.0), "0123456789abcdef"),
+]
+
+
+def write(path: Path, records: list[StepRecord] = RECORDS) -> Path:
+    with Journal.create(path, HEADER) as log:
+        for record in records:
+            log.append(record)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write(tmp_path / "journal.jsonl")
+
+
+def same(a: StepRecord, b: StepRecord) -> bool:
+    """Equal; nan stands for any loss that is not finite."""
+    losses = [(x if math.isfinite(x) else None, y if math.isfinite(y) else None) for x, y in zip(a.losses, b.losses)]
+    return (a.commit, a.digest, len(a.losses)) == (b.commit, b.digest, len(b.losses)) and all(x == y for x, y in losses)
+
+
+# what goes in comes out
+
+
+def test_round_trip(path):
+    contents = journal.read(path)
+    assert contents.header == {"format": 1, **HEADER}
+    assert len(contents.steps) == len(RECORDS)
+    assert all(same(found, put) for found, put in zip(contents.steps, RECORDS, strict=True))
+    assert contents.valid_bytes == path.stat().st_size
+    for found, put in zip(contents.steps, RECORDS, strict=True):
+        bits = [np.array(record.commit.coefficients, np.float32).tobytes() for record in (found, put)]
+        assert bits[0] == bits[1]
+    assert math.isnan(contents.steps[0].losses[2]) and math.isnan(contents.steps[1].losses[0])
+
+
+def test_a_line_is_plain_json_with_short_numbers(path):
+    lines = path.read_text().splitlines()
+    bodies = [json.loads(line) for line in lines]
+    assert bodies[1]["c"] == [0.1, -0.33333334] and '"c":[0.1,-0.33333334],' in lines[1]
+    assert bodies[1]["losses"] == [0.5, 0.25, None, 1e-9]
+    assert "digest" not in bodies[2] and bodies[4]["digest"] == "0123456789abcdef"
+    assert not any(word in line for line in lines for word in ("NaN", "Infinity"))
+
+
+def test_a_journal_may_hold_its_header_only(tmp_path):
+    contents = journal.read(write(tmp_path / "journal.jsonl", []))
+    assert contents.steps == () and contents.header["model"] == "tiny"
+
+
+def test_a_step_is_on_disk_when_append_returns(tmp_path):
+    with Journal.create(tmp_path / "journal.jsonl", HEADER) as log:
+        for count, record in enumerate(RECORDS, start=1):
+            log.append(record)
+            assert len(journal.read(log.path).steps) == count
+
+
+def test_random_coefficients_and_losses_round_trip(tmp_path):
+    generator = np.random.default_rng(0)
+    records = [
+        StepRecord(Commit(step, tuple(to_float32(c) for c in generator.standard_cauchy(5))), tuple(losses))
+        for step, losses in enumerate(generator.standard_cauchy((50, 10)).tolist())
+    ]
+    assert list(journal.read(write(tmp_path / "journal.jsonl", records)).steps) == records
+
+
+# what is refused
+
+
+def test_a_missing_journal_is_the_users_mistake(tmp_path):
+    with pytest.raises(ConfigError, match=r"expected a journal at .*journal\.jsonl; there is none.*run=runs/<name>"):
+        journal.read(tmp_path / "journal.jsonl")
+
+
+def test_an_empty_journal_and_a_torn_header_are_refused(path):
+    header = path.read_bytes().split(b"\n")[0]
+    for content in (b"", header[:10], header):
+        path.write_bytes(content)
+        with pytest.raises(JournalError, match=r"holds no whole line.*start it anew"):
+            journal.read(path)
+
+
+def test_a_second_create_is_refused_and_harms_nothing(path):
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match=r"expected no journal at .* yet; resume that run, or choose another"):
+        Journal.create(path, {"model": "other"})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("step", [0, 3, 5])
+def test_a_wrong_next_step_is_refused_and_writes_nothing(path, step):
+    before = path.read_bytes()
+    with (
+        Journal.resume(path, journal.read(path)) as log,
+        pytest.raises(JournalError, match=f"expected step 4 next, got step {step}"),
+    ):
+        log.append(StepRecord(Commit(step, (1.0,)), (1.0, 2.0)))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [0, 2, "1", None])
+def test_another_format_is_refused(tmp_path, number):
+    Journal.create(tmp_path / "journal.jsonl", {"format": number, "model": "tiny"}).close()
+    with pytest.raises(JournalError, match=f"expected journal format 1, got {number!r}; use that zoray version"):
+        journal.read(tmp_path / "journal.jsonl")
+
+
+# damage
+
+
+def test_a_torn_last_line_is_dropped_at_every_length_and_the_run_goes_on_as_if_undisturbed(path):
+    whole = path.read_bytes()
+    begin = whole[:-1].rfind(b"\n") + 1
+    assert len(whole) - begin > 100
+    for end in range(begin, len(whole)):
+        path.write_bytes(whole[:end])
+        contents = journal.read(path)
+        assert len(contents.steps) == len(RECORDS) - 1 and contents.valid_bytes == begin
+        with Journal.resume(path, contents) as log:
+            assert log.next_step == len(RECORDS) - 1
+            log.append(RECORDS[-1])
+        assert path.read_bytes() == whole
+
+
+def test_resuming_an_undamaged_journal_goes_on_as_if_undisturbed(path, tmp_path):
+    split = write(tmp_path / "split.jsonl", RECORDS[:2])
+    for record in RECORDS[2:]:
+        with Journal.resume(split, journal.read(split)) as log:
+            log.append(record)
+    assert split.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x20, 0x80])
+def test_a_flip_of_any_byte_is_found_in_its_line(path, mask):
+    whole = path.read_bytes()
+    starts = [0, *(i + 1 for i, byte in enumerate(whole) if byte == 0x0A)]
+    for position in range(len(whole) - 1):  # without its newline, the last line counts as torn
+        damaged = bytearray(whole)
+        damaged[position] ^= mask
+        path.write_bytes(damaged)
+        number = sum(start <= position for start in starts)
+        with pytest.raises(JournalError, match=rf"journal\.jsonl, line {number}: damaged"):
+            journal.read(path)
+
+
+def test_a_newline_in_place_of_any_byte_is_found_in_its_line(path):
+    whole = path.read_bytes()
+    starts = [0, *(i + 1 for i, byte in enumerate(whole) if byte == 0x0A)]
+    for position, byte in enumerate(whole[:-1]):
+        if byte == 0x0A:
+            continue
+        path.write_bytes(whole[:position] + b"\n" + whole[position + 1 :])
+        number = sum(start <= position for start in starts)
+        with pytest.raises(JournalError, match=rf"journal\.jsonl, line {number}: damaged"):
+            journal.read(path)
+
+
+@pytest.mark.parametrize(
+    ("order", "number"),
+    [
+        ([0, 2, 1, 3, 4], 2),  # swapped
+        ([0, 1, 3, 2, 4], 3),
+        ([0, 1, 2, 4, 3], 4),
+        ([0, 1, 1, 2, 3, 4], 3),  # doubled
+        ([0, 1, 2, 3, 4, 4], 6),
+        ([0, 2, 3, 4], 2),  # removed
+        ([0, 1, 2, 4], 4),
+    ],
+)
+def test_swapped_doubled_and_removed_lines_are_found(path, order, number):
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[i] for i in order))
+    with pytest.raises(JournalError, match=rf"journal\.jsonl, line {number}: does not follow the line before"):
+        journal.read(path)
+
+
+def test_a_removed_header_and_a_second_one_are_found(path):
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[1:]))
+    with pytest.raises(JournalError, match="expected journal format 1, got None"):
+        journal.read(path)
+    path.write_bytes(b"".join([lines[0], *lines]))
+    with pytest.raises(JournalError, match="line 2: does not follow the line before"):
+        journal.read(path)
+
+
+def test_a_line_of_another_run_is_found(path, tmp_path):
+    """Whole, with a right checksum and the right step, but not a successor of the line before."""
+    others = [StepRecord(Commit(record.commit.step, (9.0,)), (1.0, 2.0)) for record in RECORDS]
+    other = write(tmp_path / "other.jsonl", others).read_bytes().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], other[3], *lines[4:]]))
+    with pytest.raises(JournalError, match="line 4: does not follow the line before"):
+        journal.read(path)
+
+
+# kill
+
+
+def made_up_record(step: int) -> StepRecord:
+    return StepRecord(Commit(step, (to_float32(1 / (step + 1)),) * 40), tuple([step / 7, -step / 3] * 40))
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from test_journal import HEADER, made_up_record
+from zoray import journal
+
+path = Path(sys.argv[1])
+if path.exists():
+    log = journal.Journal.resume(path, journal.read(path))
+else:
+    log = journal.Journal.create(path, HEADER)
+while True:
+    log.append(made_up_record(log.next_step))
+    print(log.next_step, flush=True)
+"""
+
+
+def test_a_killed_process_loses_no_step_that_append_returned_for(tmp_path):
+    path, before = tmp_path / "journal.jsonl", 0
+    random_moment = random.Random()
+    for _ in range(3):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        )
+        assert child.stdout is not None
+        for _ in range(random_moment.randrange(1, 300)):
+            announced = int(child.stdout.readline())
+        child.send_signal(signal.SIGKILL)
+        announced = max([announced, *map(int, child.stdout.read().split("\n")[:-1])])
+        child.stdout.close()
+        assert child.wait(timeout=60) == -signal.SIGKILL
+        contents = journal.read(path)
+        assert before < announced <= len(contents.steps) <= announced + 1
+        assert all(found == made_up_record(step) for step, found in enumerate(contents.steps))
+        before = len(contents.steps)

@@ -1,0 +1,105 @@
+"""What crosses processes: frozen, equal after pickling, and checked where it is made."""
+
+import pickle
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+
+import numpy as np
+import pytest
+
+from zoray import records
+from zoray.records import (
+    Commit,
+    ConfigError,
+    Evaluation,
+    Example,
+    JournalError,
+    Probe,
+    ReplicaLost,
+    Splits,
+    StepResult,
+    Tile,
+    TileScore,
+    TokenSequence,
+    is_finite,
+    require,
+)
+
+EXAMPLE = Example("It was", (" terrible", " great"), 1)
+RECORDS = [
+    Probe(3, 1, -0.01),
+    Commit(3, (0.1, 0.0, -0.33333334), decay=0.999),
+    Tile((Probe(3, 0, 0.01), Probe(3, 0, -0.01)), 4, 8, "dev"),
+    TileScore((1.25, 1e-300), (3.0, 4.0), 4, 512),
+    EXAMPLE,
+    TokenSequence(*(np.arange(4, dtype=np.int32) for _ in range(4)), n_outputs=4),
+    StepResult(step=3, loss=0.7, accuracy=0.5, lr=1e-2, tokens=4096, seconds=0.25, dropped=1, ties=2),
+    Evaluation(step=3, split="dev", loss=0.7, accuracy=0.5, count=100, tokens=4096, seconds=0.25, digest="00ff"),
+    Splits((EXAMPLE,), (EXAMPLE, EXAMPLE)),
+]
+each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+
+
+def test_every_record_is_in_the_list():
+    there = {thing for thing in vars(records).values() if isinstance(thing, type) and is_dataclass(thing)}
+    assert {type(record) for record in RECORDS} == there
+
+
+@each_record
+def test_records_pickle(record):
+    back = pickle.loads(pickle.dumps(record))
+    assert type(back) is type(record)
+    for field in fields(record):
+        before, after = getattr(record, field.name), getattr(back, field.name)
+        assert type(after) is type(before)
+        if isinstance(before, np.ndarray):
+            assert after.dtype == before.dtype and after.tolist() == before.tolist()
+        else:
+            assert after == before
+    if not isinstance(record, TokenSequence):  # which holds arrays, and is compared by identity
+        assert back == record and hash(back) == hash(record)
+
+
+@each_record
+def test_records_are_frozen(record):
+    name = fields(record)[0].name
+    with pytest.raises(FrozenInstanceError):
+        setattr(record, name, getattr(record, name))
+
+
+@pytest.mark.parametrize("error", [ConfigError("a"), JournalError("b"), ReplicaLost("c")])
+def test_errors_pickle(error):
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is type(error) and str(back) == str(error)
+
+
+@pytest.mark.parametrize("label", [-1, 2, 7])
+def test_a_label_without_an_option_is_refused(label):
+    with pytest.raises(ConfigError, match=rf"label must be in 0\.\.1, got {label} for prompt 'It was'"):
+        Example("It was", (" terrible", " great"), label)
+
+
+def test_an_example_without_options_is_refused():
+    with pytest.raises(ConfigError, match="label must be in"):
+        Example("It was", (), 0)
+
+
+def test_splits_are_found_by_name():
+    splits = Splits((EXAMPLE,), (EXAMPLE, EXAMPLE))
+    assert [len(splits[name]) for name in ("train", "dev", "test")] == [1, 2, 0]
+    with pytest.raises(ConfigError, match="split must be train, dev or test, got 'validation'"):
+        splits["validation"]
+
+
+def test_require_says_what_was_expected_what_came_and_what_to_do():
+    require(True, "anything", None)
+    with pytest.raises(ConfigError) as error:
+        require(False, "a size of at least 1", 0, "Raise size")
+    assert str(error.value) == "expected a size of at least 1; got 0. Raise size"
+    with pytest.raises(ConfigError) as error:
+        require(False, "a name", "x")
+    assert str(error.value) == "expected a name; got 'x'"
+
+
+def test_is_finite():
+    assert all(is_finite(value) for value in (0, 1.5, np.float32(2), np.float64(-3), np.int64(4)))
+    assert not any(is_finite(value) for value in (float("nan"), float("inf"), np.float32("-inf"), "1", None))

@@ -1,0 +1,71 @@
+"""A component's config is its own signature: plain settings are checked against it, before the component is built.
+
+Every key must be a parameter of the class that `_target_` names, and every value of the annotated type, so that a slip
+never becomes a truthy string or a folder called "None". Ranges and names are the component's own business.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from zoray.records import ConfigError
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+
+
+def check_signature(settings: Any, where: str) -> None:
+    """Raise ConfigError unless every setting is a parameter of the component's signature, and of its type."""
+    if not isinstance(settings, Mapping) or "_target_" not in settings:
+        raise ConfigError(f"expected {where} to be a component's settings; got {settings!r}. Set {where}.KEY=...")
+    module, _, name = str(settings["_target_"]).rpartition(".")
+    try:
+        types = get_type_hints(getattr(import_module(module), name).__init__)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(f"expected {where}._target_ to name a class; got {module}.{name} ({error})") from None
+    types.pop("return", None)
+    for key, value in settings.items():
+        if key != "_target_" and key not in types:
+            raise unknown_key(f"{where}.{key}", key, where, list(types))
+        if isinstance(value, Mapping) and "_target_" in value:
+            check_signature(value, f"{where}.{key}")
+        elif key != "_target_" and not _fits(value, types[key]):
+            quote = f". Write '{where}.{key}=\"{value}\"' for text" if _fits("", types[key]) else ""
+            raise ConfigError(f"expected {where}.{key} to be {_words(types[key])}; got {value!r}{quote}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a plain value is of an annotated type: a whole number is a number too; true and false are not numbers."""
+    parts = get_args(kind)
+    if get_origin(kind) in (UnionType, Union):
+        return any(_fits(value, part) for part in parts)
+    if get_origin(kind) in (tuple, list, Sequence):
+        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, get_origin(kind) or kind)
+
+
+def _words(kind: Any) -> str:
+    """An annotated type as a person would say it."""
+    if get_origin(kind) in (UnionType, Union):
+        return " or ".join(_words(part) for part in get_args(kind))
+    if get_origin(kind) in (tuple, list, Sequence):
+        return f"a list, each item {_words(get_args(kind)[0])}"
+    return WORDS.get(kind, "a mapping {key: value}")
+
+
+def unknown_key(key: str, part: str, parent: str, known: list[str]) -> ConfigError:
+    """The error for `part` of the dotted `key`: what its `parent` has instead."""
+    names = ", ".join(known) or "no keys"
+    where = f"{parent} has {names}" if parent else f"the keys are {names}"
+    return ConfigError(f"unknown config key {key!r}; {where}{did_you_mean(part, known)}")
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """The nearest known word, as a sentence to append; nothing if none is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f". Did you mean {close[0]}?" if close else ""
