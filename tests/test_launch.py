@@ -69,7 +69,7 @@ def test_a_run_leaves_what_the_readme_says(vllm_run):
         assert summary[key], key
     assert {"accuracy", "loss", "test"} <= set(summary["initial"]) and {"accuracy", "test"} <= set(summary["final"])
     assert summary["best"]["step"] in (0, 4, 8, 12)
-    assert "adapters are live" in done.stdout and "dev" in done.stdout and "test" in done.stdout
+    assert "adapters live: adapter_error" in done.stdout and "dev" in done.stdout and "test" in done.stdout
 
 
 def test_the_loss_on_dev_falls(vllm_run):
@@ -123,7 +123,9 @@ def test_exported_adapter_in_peft_gives_the_final_loss_and_predictions(vllm_run,
     losses, correct = [], []
     for example in build_experiment(load_run_config(folder)).task.load().dev:
         with torch.inference_mode():
-            logits = model(**tokenizer(example.prompt, return_tensors="pt", return_token_type_ids=False)).logits[0, -1, words]
+            logits = model(**tokenizer(example.prompt, return_tensors="pt", return_token_type_ids=False)).logits[
+                0, -1, words
+            ]
         losses.append(float(torch.nn.functional.cross_entropy(logits[None], torch.tensor([example.label]))))
         correct.append(int(logits.argmax()) == example.label)
     final = json.loads((folder / "summary.json").read_text())["final"]
@@ -162,3 +164,20 @@ def test_a_run_that_was_cut_short_resumes_to_the_same_digest(number, hf_run, tmp
     assert [e.accuracy for e in read_metrics(folder)[1]] == [
         e.accuracy for e in read_metrics(hf_run)[1] if e.split == "dev"
     ]
+
+
+def test_joins_a_running_cluster_of_two_nodes(hf_run, tmp_path, tiny_models, labelled_file):
+    """A head and a second raylet with one core each: one replica on either, and the same journal as on one machine."""
+    from ray.cluster_utils import Cluster as RayCluster
+
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        more = ("run.test=false", "cluster.replicas=auto", f"cluster.address={cluster.address}")
+        done = launch(*settings(tmp_path, tiny_models["llama"], labelled_file, "hf", "joined", *more))
+    finally:
+        cluster.shutdown()
+    assert f"joined the Ray cluster at {cluster.address}: 2 CPU" in done.stdout
+    assert "2 replica(s)" in done.stdout
+    whole, joined = (journal.read(path / "journal.jsonl") for path in (hf_run, tmp_path / "joined"))
+    assert [s.commit for s in joined.steps] == [s.commit for s in whole.steps]

@@ -146,8 +146,8 @@ def test_one_option_that_merges_shortens_the_prefix_of_all(tokenizer):
     example = Example("It wa", ("s great", " film"), 1)
     shared = ids(tokenizer, "It")
     great, film = ChoiceNLL().encode(example, tokenizer)
-    assert great.tokens.tolist() + [great.targets[-1]] == ids(tokenizer, "It was great")
-    assert film.tokens.tolist() + [film.targets[-1]] == ids(tokenizer, "It wa film")
+    assert [*great.tokens.tolist(), great.targets[-1]] == ids(tokenizer, "It was great")
+    assert [*film.tokens.tolist(), film.targets[-1]] == ids(tokenizer, "It wa film")
     for sequence in (great, film):
         assert sequence.tokens.tolist()[: len(shared)] == shared
         assert sequence.rows.tolist() == list(range(len(shared) - 1, len(sequence.tokens)))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
 from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
+from zoray.engines.vllm import Vllm
 from zoray.models import Model
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Cluster, Pool, bind_cores, sum_tiles, tile_grid
@@ -100,6 +102,17 @@ def test_one_two_and_dying_replicas_give_the_same_bits(local_ray, spec):
 
 
 @pytest.mark.ray
+def test_deterministic_vllm_gives_the_same_bits_with_any_number_of_replicas(local_ray, spec):
+    """One replica with all cores and eight tiles a step, two with half of both: every tile is a forward of its own."""
+    vllm = Vllm(slots=4, max_tokens=512, kv_cache_gib=0.25, deterministic=True)
+    results = []
+    for count in (1, 2):
+        with Pool.start(replace(spec, engine=vllm), Cluster(replicas=count), f"vllm-{count}") as pool:
+            results.append(run_steps(pool, 3))
+    assert results[0] == results[1]
+
+
+@pytest.mark.ray
 def test_losing_every_replica_ends_the_run_at_once(local_ray, spec):
     import ray
 
@@ -133,7 +146,5 @@ def test_more_replicas_than_the_cluster_has_room_for(local_ray, spec):
 
 @pytest.mark.ray
 def test_a_bad_config_in_a_replica_reaches_the_driver_as_itself(local_ray, spec, tmp_path):
-    from dataclasses import replace
-
     with pytest.raises(ConfigError, match="is not there"):
         Pool.start(replace(spec, model=Model(str(tmp_path / "gone"))), Cluster(replicas=1), "bad")

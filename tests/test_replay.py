@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from zoray import journal
+from zoray.cli import run_main
 from zoray.journal import Contents, StepRecord
 from zoray.optimizers import to_float32
 from zoray.records import Commit, ConfigError, JournalError
-from zoray.replay import replay
+from zoray.replay import main, replay
 from zoray.spaces import Lora, LoraState
 
 MATRICES = {"model.layers.0.q_proj": (6, 10), "model.layers.0.up_proj": (11, 7)}
@@ -138,35 +139,54 @@ def test_the_command_prints_step_and_digest(folder, tmp_path):
     done = command(tmp_path, f"run={folder}")
     assert done.stdout == f"step {STEPS} of {STEPS}, digest {digests[-1]}, 4 digests on the way agree\n"
     assert (done.returncode, done.stderr) == (0, "")
-    done = command(tmp_path, "run=run", "step=3")
-    assert done.stdout == f"step 3 of {STEPS}, digest {digests[3]}, 2 digests on the way agree\n"
-    assert (done.returncode, done.stderr) == (0, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # it leaves nothing behind
+
+
+def test_a_missing_run_is_one_clear_line(tmp_path):
+    done = command(tmp_path, "run=gone")
+    says = "expected a journal at gone/journal.jsonl; there is none. Give the folder of a run: run=runs/<name>"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {says}\n")
+
+
+@pytest.fixture
+def in_process(folder, tmp_path, monkeypatch, capsys):
+    """The command without a process of its own: arguments -> (exit code, stdout, stderr). A run is in `run`."""
+    write(folder)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["zoray.replay", *arguments])
+        with pytest.raises(SystemExit) as done:
+            run_main("replay", main)
+        return done.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_command_stops_at_a_step(in_process, folder):
+    said = f"step 3 of {STEPS}, digest {replay(read(folder), 3).digest()}, 2 digests on the way agree\n"
+    assert in_process("run=run", "step=3") == (0, said, "")
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["run=gone"], "error: expected a journal at gone/journal.jsonl; there is none. Give the folder of a run"),
-        ([], "error: expected the folder of a run: python -m zoray.replay run=runs/<name> [step=K]"),
-        (["run=run", "step=two"], "error: expected step to be a whole number; got 'two'"),
-        (["run=run", "step=-1"], f"error: expected step in 0..{STEPS}, the steps in this journal; got -1"),
+        ([], "expected the folder of a run: python -m zoray.replay run=runs/<name> [step=K]"),
+        (["run=run", "step=two"], "expected step to be a whole number; got 'two'"),
+        (["run=run", "step=-1"], f"expected step in 0..{STEPS}, the steps in this journal; got -1"),
+        (["run=run", "step=8"], f"expected step in 0..{STEPS}, the steps in this journal; got 8"),
     ],
 )
-def test_a_mistake_in_the_command_is_one_clear_line(folder, tmp_path, arguments, says):
-    write(folder)
-    done = command(tmp_path, *arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(says) and done.stderr.count("\n") == 1
+def test_a_mistake_in_the_command_is_one_clear_line(in_process, arguments, says):
+    assert in_process(*arguments) == (2, "", f"error: {says}\n")
 
 
-def test_a_damaged_journal_is_a_failure_that_names_the_line(folder, tmp_path):
-    write(folder)
+def test_a_damaged_journal_is_a_failure_that_names_the_line(in_process, folder):
     path = folder / journal.FILE_NAME
     path.write_bytes(path.read_bytes().replace(b'"step":3', b'"step":4', 1))
-    done = command(tmp_path, "run=run")
-    assert done.returncode == 1 and done.stdout == ""
-    assert "journal.jsonl, line 5: damaged" in done.stderr and "Traceback" not in done.stderr
+    code, out, said = in_process("run=run")
+    assert (code, out) == (1, "")
+    assert said.startswith("error: JournalError: run/journal.jsonl, line 5: damaged") and said.count("\n") == 1
 
 
 def test_replay_needs_no_engine_and_no_model(folder, tmp_path):

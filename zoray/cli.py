@@ -34,11 +34,8 @@ def run_main(config_name: str, function: Callable[[Any], int | None]) -> NoRetur
     if not flags:
         sys.exit(_guarded(lambda: function(compose(config_name, arguments))))
     if flags <= SHOWING_FLAGS:  # Hydra's own messages for a wrong key give advice that does not hold here
-
-        def check() -> None:
-            compose(config_name, [argument for argument in arguments if "=" in argument])
-
-        if _guarded(check):
+        overrides = [argument for argument in arguments if "=" in argument]
+        if _guarded(lambda: compose(config_name, overrides) and None):
             sys.exit(USAGE_EXIT)
 
     import hydra
@@ -75,27 +72,24 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    options, settings = [], []
-    for override in overrides:
-        key, value = _split(override)
-        if group_options(key):
-            if value not in group_options(key):
-                raise ConfigError(
-                    f"expected {key} to be one of {', '.join(group_options(key))}; got {value!r}"
-                    + did_you_mean(value, group_options(key))
-                )
-            options.append(override)
-        else:
-            settings.append((key, override.lstrip("+")))
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        options, settings = [], []
         try:
-            config = hydra_compose(config_name, options)
+            base = hydra_compose(config_name)
+            for override in overrides:
+                key, value = _split(override)
+                if group_options(key):
+                    check_option(key, value)
+                    options.append(f"{key}={value}" if key in base else override)
+                else:
+                    settings.append((key, override.lstrip("+")))
+            config = hydra_compose(config_name, options) if options else base
             for key, _ in settings:
                 if not key.startswith("hydra."):
                     check_key(key, config)
-            return hydra_compose(config_name, [*options, *(override for _, override in settings)])
+            return hydra_compose(config_name, options + [override for _, override in settings]) if settings else config
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(" ".join(str(error).split())) from None
+            raise ConfigError(" ".join(f"{error} {error.__cause__ or ''}".split())) from None
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -121,13 +115,21 @@ def _split(override: str) -> tuple[str, str]:
     return key.lstrip("+"), value
 
 
+def check_option(group: str, option: str) -> None:
+    """Raise ConfigError, with the options that exist, unless the group has this one."""
+    options = group_options(group)
+    if option not in options:
+        advice = did_you_mean(option, options) or f". Settings of the chosen one are {group}.KEY=VALUE"
+        raise ConfigError(f"expected {group} to be one of {', '.join(options)}; got {option!r}{advice}")
+
+
 def check_key(key: str, config: Any) -> None:
     """Raise ConfigError, with the names that exist, unless `config` has the dotted `key`."""
     from omegaconf import DictConfig, OmegaConf
 
     node, parent = config, ""
     for part in key.split("."):
-        if not isinstance(node, DictConfig) or part not in OmegaConf.to_container(node):
+        if not isinstance(node, DictConfig) or part not in list(node.keys()):
             known = [str(name) for name in node if name != "_target_"] if isinstance(node, DictConfig) else []
             raise unknown_key(key, part, parent, known)
         parent = f"{parent}.{part}" if parent else part
@@ -183,14 +185,14 @@ def build_experiment(config: Any) -> Any:
 
 
 def load_run_config(folder: Path) -> Any:
-    """The config that a run was started with.
-
-    Raises:
-        ConfigError: the folder is not a run's.
-    """
+    """The config that a run was started with; ConfigError if the folder is not a run's."""
+    import yaml
     from omegaconf import OmegaConf
 
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"expected the folder of a run (with config.yaml and journal.jsonl); got {str(folder)!r}")
-    return OmegaConf.load(path)
+    try:
+        return OmegaConf.load(path)
+    except (yaml.YAMLError, OSError) as error:  # OmegaConf's word for neither a mapping nor a list is OSError
+        raise ConfigError(f"{path} is not readable: {' '.join(str(error).split())}") from None

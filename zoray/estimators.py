@@ -46,7 +46,11 @@ class TwoPoint:
     def __post_init__(self) -> None:
         require(isinstance(self.pairs, int) and self.pairs >= 1, "estimator.pairs to be at least 1", self.pairs)
         require(is_finite(self.eps) and self.eps > 0, "estimator.eps to be a positive number", self.eps)
-        require(is_finite(self.max_dropped) and 0 <= self.max_dropped < 1, "estimator.max_dropped to be a share in [0, 1)", self.max_dropped)
+        require(
+            is_finite(self.max_dropped) and 0 <= self.max_dropped < 1,
+            "estimator.max_dropped to be a share in [0, 1)",
+            self.max_dropped,
+        )
 
     @property
     def directions(self) -> int:

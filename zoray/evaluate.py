@@ -17,7 +17,7 @@ def main(config: Any) -> None:
         raise ConfigError("expected the folder of a run: python -m zoray.evaluate run=runs/<name> [step=K] [split=dev]")
     if config.split not in ("train", "dev", "test"):
         raise ConfigError(f"expected split to be train, dev or test; got {config.split!r}")
-    folder = Path(config.run)
+    folder = Path(str(config.run))
     contents = journal.read(folder / journal.FILE_NAME)
     experiment = build_experiment(load_run_config(folder))
     if config.engine is not None:

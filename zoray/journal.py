@@ -2,9 +2,9 @@
 
 One JSON object a line. The first is the header: everything that replay needs besides the steps. Each later line is a
 step: its probes' losses (for audit) and its commit (what is applied). Every line ends in a CRC-32 of its own text and
-carries the hash of the line before, so a changed, lost, doubled or swapped line is found. A line is appended before anyone
-applies it. A torn last line (no newline: the write was cut) never took effect and is dropped; any other damage is an
-error that names the line.
+carries the hash of the line before, so a changed, lost, doubled or swapped line is found. A line is appended before
+anyone applies it. A torn last line (no newline: the write was cut) never took effect and is dropped; any other damage
+is an error that names the line.
 """
 
 from __future__ import annotations

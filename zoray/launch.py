@@ -11,7 +11,7 @@ from typing import Any
 from zoray.cli import build_experiment, load_run_config, run_main
 from zoray.records import ConfigError
 
-KEEP_ON_RESUME = ("cluster", "engine", "logging")  # what a resumed run may change: none of it enters the result
+MAY_CHANGE = ("cluster", "engine", "logging")  # in a resumed run: none of it enters the result
 
 
 def main(config: Any) -> int:
@@ -20,7 +20,7 @@ def main(config: Any) -> int:
 
     resume = config.run.resume
     if resume is not None:
-        config = _resumed(config, Path(resume))
+        config = _resumed(config, Path(str(resume)))
     experiment = build_experiment(config)
     experiment.logging.check()
     path = experiment.run.path
@@ -32,48 +32,62 @@ def main(config: Any) -> int:
 
     from zoray.data import load_workload
     from zoray.driver import tune
+    from zoray.pool import check_reachable
 
-    load_workload(experiment.spec)  # every mistake in model and data shows before a folder is made
+    check_reachable(experiment.cluster.joins)
+    workload = load_workload(experiment.spec)  # every mistake in model and data shows before a folder is made
     if resume is None:
         _create(path, OmegaConf.to_yaml(config, resolve=True))
-    summary = tune(experiment, OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    try:
+        summary = tune(experiment, workload, OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    except BaseException:
+        if resume is None and not _measured(path):  # nothing to lose, and the next try may have this name
+            shutil.rmtree(path, ignore_errors=True)
+        raise
     return 0 if summary["finished"] else 3
+
+
+def _measured(path: Path) -> bool:
+    """Whether a run has come as far as its first evaluation or step."""
+    metrics, steps = path / "metrics.jsonl", path / "journal.jsonl"  # the journal's first line is only its header
+    return (metrics.exists() and metrics.stat().st_size > 0) or (steps.exists() and steps.read_bytes().count(b"\n") > 1)
 
 
 def _resumed(config: Any, folder: Path) -> Any:
     """The stored config, with the settings of this command line that may differ from session to session."""
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import OmegaConf
 
     stored = load_run_config(folder)
-    given = {argument.split("=", 1)[0].split(".")[0] for argument in sys.argv[1:] if not argument.startswith("-")}
     foreign = sorted(argument for argument in sys.argv[1:] if not _may_resume_with(argument))
     if foreign:
         raise ConfigError(
-            f"a resumed run keeps its settings; got {', '.join(foreign)}. Only {', '.join(KEEP_ON_RESUME)} may change"
+            f"a resumed run keeps its settings; got {', '.join(foreign)}. Only {', '.join(MAY_CHANGE)} may change"
         )
-    for name in KEEP_ON_RESUME:
-        if name in given:
-            stored[name] = config[name]
-    with open_dict(stored):
-        stored.run.resume = str(folder)
-    return OmegaConf.create(OmegaConf.to_container(stored))
+    given = [argument.split("=", 1)[0].lstrip("+") for argument in sys.argv[1:]]
+    for key in sorted(given, key=lambda key: "." in key):  # whole components first, then settings of them
+        if key.split(".")[0] in MAY_CHANGE:
+            OmegaConf.update(stored, key, OmegaConf.select(config, key), merge=False)
+    stored.run.resume = str(folder)
+    return stored
 
 
 def _may_resume_with(argument: str) -> bool:
-    key = argument.split("=", 1)[0]
-    return argument.startswith("-") or key == "run.resume" or key.split(".")[0] in KEEP_ON_RESUME
+    key = argument.split("=", 1)[0].lstrip("+")
+    return argument.startswith("-") or key == "run.resume" or key.split(".")[0] in MAY_CHANGE
 
 
 def _create(path: Path, config: str) -> None:
     """Make the run's folder with its config, whole or not at all."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:6]}")
-    partial.mkdir(parents=True)
-    (partial / "config.yaml").write_text(config)
     try:
+        partial.mkdir(parents=True)
+        (partial / "config.yaml").write_text(config)
         partial.rename(path)
-    except OSError:
-        shutil.rmtree(partial)
-        raise ConfigError(f"expected run folder {path} not to exist yet; another run has just made it") from None
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConfigError(
+            f"can't make the run folder {path}: {error.strerror}. Choose another run.folder or run.name"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Sgd:
 
     Args:
         lr: peak learning rate.
-        schedule: "constant", or "linear" / "cosine" decay from `lr` after the warm-up to zero at the run's last step.
+        schedule: "constant", or "linear" / "cosine" decay from `lr` after the warm-up to zero just after the last step.
         warmup: steps of linear warm-up from lr / warmup to lr.
     """
 

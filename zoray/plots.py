@@ -41,7 +41,7 @@ def draw_curve(
     last = max([0, *(s.step for s in steps), *(e.step for e in evaluations)])
     bottom.set_xlim(-0.02 * max(last, 1), 1.04 * max(last, 1))
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    bottom.set_xlabel("step (forward passes only)", color=INK)
+    bottom.set_xlabel("step", color=INK)
     for axes in (top, bottom):
         axes.grid(color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)

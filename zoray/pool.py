@@ -66,11 +66,13 @@ class Cluster:
         cpus = self.cpus_per_replica
         require(cpus is None or cpus >= 1, "cluster.cpus_per_replica to be at least 1, or null", cpus)
         require(self.start_timeout_s > 0, "cluster.start_timeout_s to be positive", self.start_timeout_s)
-        if self.address is not None and self.address.startswith("ray://"):
-            raise ConfigError(
-                f"expected cluster.address as host:port; got {self.address!r}. The Ray Client protocol is not used: "
-                "run this command on a node of the cluster, or through `ray job submit -- python -m zoray.launch ...`"
-            )
+        if self.address is not None:
+            check_address(self.address)
+
+    @property
+    def joins(self) -> str | None:
+        """The address of the running cluster to join; None if one is started here."""
+        return self.address or os.environ.get("RAY_ADDRESS")
 
 
 class ReplicaActor:
@@ -292,10 +294,12 @@ def connect(cluster: Cluster, say: Callable[[str], None]) -> tuple[bool, str | N
     if ray.is_initialized():  # a test or a notebook has its own
         return False, None
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    # Ray runs workers at niceness 15: one busy process beside them was seen to slow a replica (OpenMP barriers) 40-fold.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    address = cluster.joins
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
-        _check_reachable(address)
+        check_reachable(address)
         try:
             context = ray.init(address=address, **quiet)
         except ConnectionError as error:
@@ -317,23 +321,48 @@ def connect(cluster: Cluster, say: Callable[[str], None]) -> tuple[bool, str | N
     return True, context.dashboard_url or None
 
 
-def _check_reachable(address: str) -> None:
-    """Fail within CONNECT_SECONDS when nothing answers at the address; `ray.init` alone may wait for minutes."""
-    advice = "Start one with `ray start --head`, or leave cluster.address=null for a local one"
-    if address in ("auto", "local"):
+def check_reachable(address: str | None) -> None:
+    """Raise ConfigError within CONNECT_SECONDS unless a Ray cluster answers at `address` ("host:port"); null is fine.
+
+    `ray.init` alone may wait for minutes. "auto" and "local" are left to it, which knows at once.
+    """
+    if address in (None, "auto", "local"):
         return
+    check_address(address)
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"expected cluster.address as host:port or auto; got {address!r}")
     deadline = time.monotonic() + CONNECT_SECONDS
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS / 3).close()
         command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
         subprocess.run(command, timeout=deadline - time.monotonic(), check=True, capture_output=True)
-    except (OSError, subprocess.SubprocessError) as error:
+        return
+    except subprocess.TimeoutExpired:
+        why = f"a connection is accepted, but no answer came within {CONNECT_SECONDS} s"
+    except subprocess.CalledProcessError:
+        why = "what listens there is no Ray head, or one of another version"
+    except (OSError, UnicodeError) as error:  # refused, unreachable, no such host
+        why = str(error)
+    raise ConfigError(
+        f"expected a Ray cluster at {address} (cluster.address or RAY_ADDRESS); it does not answer ({why}). "
+        "Start one with `ray start --head`, or leave both unset for a local one"
+    )
+
+
+def check_address(address: str) -> None:
+    """Raise ConfigError unless `address` looks like that of a Ray cluster."""
+    if address in ("auto", "local"):
+        return
+    if address.startswith("ray://"):
         raise ConfigError(
-            f"expected a Ray cluster at cluster.address={address}; it does not answer ({error}). {advice}"
-        ) from None
+            f"expected cluster.address as host:port; got {address!r}. The Ray Client protocol is not used: "
+            "run this command on a node of the cluster, or through `ray job submit -- python -m zoray.launch ...`"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"expected cluster.address (or RAY_ADDRESS) as host:port or auto; got {address!r}. "
+            "`ray start --head` prints the address, by default port 6379; 8265 is the dashboard's"
+        )
 
 
 def _port_is_free(port: int) -> bool:

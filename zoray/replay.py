@@ -43,7 +43,7 @@ def main(config: Any) -> None:
         raise ConfigError("expected the folder of a run: python -m zoray.replay run=runs/<name> [step=K]")
     if config.step is not None and not isinstance(config.step, int):
         raise ConfigError(f"expected step to be a whole number; got {config.step!r}")
-    contents = journal.read(Path(config.run) / journal.FILE_NAME)
+    contents = journal.read(Path(str(config.run)) / journal.FILE_NAME)
     state = replay(contents, config.step)
     checked = sum(noted.digest is not None for noted in contents.steps[: state.step])
     print(f"step {state.step} of {len(contents.steps)}, digest {state.digest()}, {checked} digests on the way agree")

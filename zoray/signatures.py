@@ -67,5 +67,5 @@ def unknown_key(key: str, part: str, parent: str, known: list[str]) -> ConfigErr
 
 def did_you_mean(word: str, known: list[str]) -> str:
     """The nearest known word, as a sentence to append; nothing if none is near."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f". Did you mean {close[0]}?" if close else ""

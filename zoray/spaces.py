@@ -165,6 +165,6 @@ class LoraState:
 def from_record(record: Mapping[str, Any]) -> Lora:
     """A space from its record in a journal's header: {"name": class name, fields...}. Imports nothing by name."""
     fields = {key: value for key, value in record.items() if key != "name"}
-    if record["name"] != Lora.__name__:
-        raise JournalError(f"expected a space that this version knows (Lora); got {record['name']!r}")
+    if record["name"] != Lora.__name__ or not fields.keys() <= Lora.__dataclass_fields__.keys():
+        raise JournalError(f"expected a space that this version knows (Lora); got {record}")
     return Lora(**fields)

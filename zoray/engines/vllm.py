@@ -134,15 +134,18 @@ def check_lora_support(folder: Path | str) -> None:
     from transformers import AutoConfig
     from vllm.model_executor.models import ModelRegistry
 
+    advice = "Take a model of another family, or engine=hf (slow)"
     architectures = AutoConfig.from_pretrained(folder).architectures or []
     supported = set(ModelRegistry.get_supported_archs())
     known = [name for name in architectures if name in supported]
     if not known:
-        raise ConfigError(f"vLLM does not know the architecture {architectures or 'none given'} of {folder}")
+        raise ConfigError(
+            f"vLLM does not know the architecture of {folder} ({architectures or 'config.json names none'}). {advice}"
+        )
     loaded = ModelRegistry.models[known[0]].load_model_cls()
     if not getattr(loaded, "supports_lora", False):
         raise ConfigError(
-            f"vLLM has no LoRA support for {known[0]} ({folder}); zoray perturbs models through LoRA slots"
+            f"vLLM has no LoRA support for {known[0]} ({folder}), and probes live in LoRA slots. {advice}"
         )
 
 

@@ -196,8 +196,9 @@ class PackedScorer:
         if self.device.type == "cpu":
             self.wrapper.segments = tuple(segment for segment in segments if segment[0] >= 0)
             return
-        ids = np.concatenate([np.full(stop - start, slot + 1) for slot, start, stop in segments])  # 0 means no adapter
-        mapping = LoRAMapping(tuple(ids.tolist()), (), is_prefill=True)
+        ids = [slot + 1 for slot, _, _ in segments]  # 0 means no adapter
+        of_token = np.repeat(ids, [stop - start for _, start, stop in segments])
+        mapping = LoRAMapping(tuple(of_token.tolist()), tuple(ids), is_prefill=True)
         self.wrapper.update_metadata(
             mapping, list(range(1, self.slots + 1)), self.slots + 1, self.vllm_config.model_config.get_vocab_size()
         )

@@ -1,0 +1,93 @@
+"""The layers, read from the sources: who may import which library, and that no file imports what comes after it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parent.parent / "zoray"
+FILES = {str(path.relative_to(SOURCES)): path for path in sorted(SOURCES.rglob("*.py"))}
+
+# A file imports only what stands before it. A new file takes its place in this list and in the README's tree.
+ORDER = [
+    *("__init__", "records", "signatures", "directions", "spaces", "estimators", "optimizers", "journal", "objectives"),
+    *("models", "tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
+    *("engines", "engines.base", "engines.cpu_lora", "engines.vllm_worker", "engines.vllm", "engines.hf"),
+    *("replica", "pool", "plots", "monitoring", "export", "experiment", "driver", "cli"),
+    *("prepare", "replay", "evaluate", "launch"),
+]
+ALLOWED = {  # library -> the files that may import it
+    "ray": ["pool.py", "serving/*"],
+    "vllm": ["engines/vllm*.py", "engines/cpu_lora.py"],
+    "hydra": ["cli.py"],
+    "omegaconf": ["cli.py", "launch.py", "replay.py", "evaluate.py", "serve.py", "plan.py", "export.py"],
+}
+LIGHT = [
+    "records",
+    "directions",
+    "estimators",
+    "optimizers",
+    "objectives",
+    "journal",
+    "experiment",
+    "monitoring",
+    "cli",
+]
+HEAVY = {"torch", "vllm", "ray", "hydra", "transformers"}
+
+
+def imports(source: str) -> set[str]:
+    """The dotted names that a source imports anywhere: in functions and under TYPE_CHECKING too."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def module_of(file: str) -> str:
+    name = file.removesuffix(".py").replace("/", ".")
+    return name.removesuffix(".__init__")
+
+
+def test_imports_are_found_wherever_they_stand():
+    source = "import a.b\nfrom c import d\nif TYPE_CHECKING:\n    import e\ndef f():\n    from g.h import i as j\n"
+    assert imports(source) == {"a.b", "c", "c.d", "e", "g.h", "g.h.i"}
+
+
+@pytest.mark.parametrize("library", ALLOWED)
+def test_a_library_is_imported_only_where_it_belongs(library):
+    users = [name for name, path in FILES.items() if library in {i.split(".")[0] for i in imports(path.read_text())}]
+    assert users, "nobody imports it: the rule is out of date"
+    assert [name for name in users if not any(fnmatch(name, pattern) for pattern in ALLOWED[library])] == []
+
+
+def test_every_file_has_its_place():
+    assert sorted(module_of(name) for name in FILES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_imports_what_comes_after_it(file):
+    place = {f"zoray.{name}": i for i, name in enumerate(ORDER)}
+    own = place[f"zoray.{module_of(file)}"]
+    assert [name for name in imports(FILES[file].read_text()) if place.get(name, -1) >= own] == []
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_file_is_over_500_lines(file):
+    assert len(FILES[file].read_text().splitlines()) <= 500
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_nothing_heavy(module):
+    code = f"import sys, zoray.{module}; print(sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
