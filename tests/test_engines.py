@@ -44,8 +44,8 @@ def engines(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> tup
     architecture, train = request.param
     folder = tiny_models[architecture]
     space, matrices = Lora(rank=2, alpha=4, train=train), linear_matrices(folder)
-    vllm = Vllm(slots=SLOTS, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(folder, "auto", matrices, space, seed=3)
-    reference = Hf().start(folder, "auto", matrices, space, seed=3)
+    vllm = Vllm(slots=SLOTS, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(folder, "float32", matrices, space, seed=3)
+    reference = Hf().start(folder, "float32", matrices, space, seed=3)
     assert vllm.digest() == reference.digest()
     for engine in (vllm, reference):
         engine.apply(COMMITS)
@@ -164,7 +164,7 @@ def test_a_dead_adapter_fails_the_self_test(tiny_models, monkeypatch):
     folder = tiny_models["llama"]
     with pytest.raises(ConfigError, match="self-test failed"):
         Vllm(slots=2, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(
-            folder, "auto", linear_matrices(folder), Lora(rank=2, alpha=4), seed=0
+            folder, "float32", linear_matrices(folder), Lora(rank=2, alpha=4), seed=0
         )
 
 
@@ -172,8 +172,8 @@ def test_targets_choose_the_matrices(tiny_models, sequences):
     """Training q and v only: vLLM still fuses them with k, whose part must stay as it is."""
     folder = tiny_models["llama"]
     space, matrices = Lora(rank=2, alpha=4, targets=("q_proj", "v_proj")), linear_matrices(folder)
-    vllm = Vllm(slots=2, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(folder, "auto", matrices, space, seed=0)
-    reference = Hf().start(folder, "auto", matrices, space, seed=0)
+    vllm = Vllm(slots=2, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(folder, "float32", matrices, space, seed=0)
+    reference = Hf().start(folder, "float32", matrices, space, seed=0)
     assert {name.rpartition(".")[0].rsplit(".", 1)[-1] for name in vllm.adapter()} == {"q_proj", "v_proj"}
     work = [(Probe(0, 0, 0.1), s) for s in sequences]
     assert worst(vllm.score(work), reference.score(work)) < TOLERANCE

@@ -18,11 +18,11 @@ ORDER = [
     *("__init__", "records", "signatures", "directions", "spaces", "estimators", "optimizers", "journal", "objectives"),
     *("models", "tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
     *("engines", "engines.base", "engines.cpu_lora", "engines.vllm_worker", "engines.vllm", "engines.hf"),
-    *("replica", "pool", "plots", "monitoring", "export", "experiment", "driver", "cli"),
+    *("tiles", "cluster", "replica", "pool", "plots", "monitoring", "export", "experiment", "driver", "cli"),
     *("prepare", "replay", "evaluate", "launch"),
 ]
 ALLOWED = {  # library -> the files that may import it
-    "ray": ["pool.py", "serving/*"],
+    "ray": ["cluster.py", "pool.py", "serving/*"],
     "vllm": ["engines/vllm*.py", "engines/cpu_lora.py"],
     "hydra": ["cli.py"],
     "omegaconf": ["cli.py", "launch.py", "replay.py", "evaluate.py", "serve.py", "plan.py", "export.py"],

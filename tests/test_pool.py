@@ -9,15 +9,17 @@ from dataclasses import replace
 
 import pytest
 
+from zoray.cluster import Cluster, bind_cores
 from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
 from zoray.models import Model
 from zoray.objectives import ChoiceNLL
-from zoray.pool import Cluster, Pool, bind_cores, sum_tiles, tile_grid
+from zoray.pool import Pool
 from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Tile, TileScore
 from zoray.spaces import Lora
 from zoray.tasks.labelled_file import LabelledFile
+from zoray.tiles import sum_tiles, tile_grid
 
 PAIR = (Probe(0, 0, 0.1), Probe(0, 0, -0.1))
 TWO_PAIRS = (*PAIR, Probe(0, 1, 0.1), Probe(0, 1, -0.1))

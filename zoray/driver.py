@@ -17,8 +17,9 @@ from zoray import journal
 from zoray.export import write_peft
 from zoray.models import weights_hash
 from zoray.monitoring import Monitor, summarise
-from zoray.pool import Pool, sum_tiles, tile_grid
+from zoray.pool import Pool
 from zoray.records import Evaluation, JournalError, Probe, StepResult, require
+from zoray.tiles import sum_tiles, tile_grid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -30,9 +30,9 @@ def main(config: Any) -> int:
             f"go on with it: run.resume={path}, or choose another run.name"
         )
 
+    from zoray.cluster import check_reachable
     from zoray.data import load_workload
     from zoray.driver import tune
-    from zoray.pool import check_reachable
 
     check_reachable(experiment.cluster.joins)
     workload = load_workload(experiment.spec)  # every mistake in model and data shows before a folder is made

@@ -1,0 +1,198 @@
+"""Which Ray cluster a run uses: join or start one, see how many replicas it has room for, share out a node's cores.
+
+Guarantees: what can't be reached is said within CONNECT_SECONDS; a cluster that was started here ends with the run; the
+dashboard is served on loopback only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoray.records import ConfigError, require
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+CONNECT_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where replicas run.
+
+    Args:
+        replicas: how many, or "auto": one per GPU, or one per node where there are none.
+        address: of a Ray cluster to join ("host:port", or "auto" for the one on this machine); null starts a local one,
+            unless RAY_ADDRESS is set (as `ray job submit` does).
+        cpus_per_replica: cores that each replica reserves and binds to; null shares each node's cores out evenly.
+        gpus_per_replica: GPUs of each replica; null takes one where there are any.
+        dashboard: serve Ray's dashboard on this machine (loopback only) when the cluster is started here.
+        dashboard_port: its port; taken only if it is free.
+        start_timeout_s: longest wait for the actors to be placed.
+    """
+
+    replicas: int | str = 1
+    address: str | None = None
+    cpus_per_replica: int | None = None
+    gpus_per_replica: float | None = None
+    dashboard: bool = True
+    dashboard_port: int = 8265
+    start_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        ok = self.replicas == "auto" or (isinstance(self.replicas, int) and self.replicas >= 1)
+        require(ok, "cluster.replicas to be auto or a whole number of at least 1", self.replicas)
+        cpus = self.cpus_per_replica
+        require(cpus is None or cpus >= 1, "cluster.cpus_per_replica to be at least 1, or null", cpus)
+        require(self.start_timeout_s > 0, "cluster.start_timeout_s to be positive", self.start_timeout_s)
+        if self.address is not None:
+            check_address(self.address)
+
+    @property
+    def joins(self) -> str | None:
+        """The address of the running cluster to join; None if one is started here."""
+        return self.address or os.environ.get("RAY_ADDRESS")
+
+
+def connect(cluster: Cluster, say: Callable[[str], None]) -> tuple[bool, str | None]:
+    """Join or start a Ray cluster: (did we start Ray in this process, the dashboard's address)."""
+    import ray
+
+    if ray.is_initialized():  # a test or a notebook has its own
+        return False, None
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray runs workers at niceness 15: one busy process beside them slows a replica (OpenMP barriers) up to 40-fold.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    address = cluster.joins
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address:
+        check_reachable(address)
+        try:
+            context = ray.init(address=address, **quiet)
+        except ConnectionError as error:
+            raise ConfigError(f"expected a Ray cluster at cluster.address={address}; {error}") from error
+        say(f"joined the Ray cluster at {address}: {totals()}")
+        return True, context.dashboard_url or None
+    port = cluster.dashboard_port if cluster.dashboard and _port_is_free(cluster.dashboard_port) else None
+    context = ray.init(
+        address="local",
+        include_dashboard=port is not None,
+        dashboard_host="127.0.0.1",
+        dashboard_port=port,
+        **quiet,
+    )
+    if context.dashboard_url:
+        say(f"Ray dashboard: http://{context.dashboard_url}")
+    elif cluster.dashboard:
+        say(f"Ray dashboard: off, port {cluster.dashboard_port} is taken (cluster.dashboard_port=... for another)")
+    return True, context.dashboard_url or None
+
+
+def check_reachable(address: str | None) -> None:
+    """Raise ConfigError within CONNECT_SECONDS unless a Ray cluster answers at `address` ("host:port"); null is fine.
+
+    `ray.init` alone may wait for minutes. "auto" and "local" are left to it, which knows at once.
+    """
+    if address in (None, "auto", "local"):
+        return
+    check_address(address)
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + CONNECT_SECONDS
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS / 3).close()
+        command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+        subprocess.run(command, timeout=deadline - time.monotonic(), check=True, capture_output=True)
+        return
+    except subprocess.TimeoutExpired:
+        why = f"a connection is accepted, but no answer came within {CONNECT_SECONDS} s"
+    except subprocess.CalledProcessError:
+        why = "what listens there is no Ray head, or one of another version"
+    except (OSError, UnicodeError) as error:  # refused, unreachable, no such host
+        why = str(error)
+    raise ConfigError(
+        f"expected a Ray cluster at {address} (cluster.address or RAY_ADDRESS); it does not answer ({why}). "
+        "Start one with `ray start --head`, or leave both unset for a local one"
+    )
+
+
+def check_address(address: str) -> None:
+    """Raise ConfigError unless `address` looks like that of a Ray cluster."""
+    if address in ("auto", "local"):
+        return
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"expected cluster.address as host:port; got {address!r}. The Ray Client protocol is not used: "
+            "run this command on a node of the cluster, or through `ray job submit -- python -m zoray.launch ...`"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"expected cluster.address (or RAY_ADDRESS) as host:port or auto; got {address!r}. "
+            "`ray start --head` prints the address, by default port 6379; 8265 is the dashboard's"
+        )
+
+
+def _port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def size(cluster: Cluster) -> tuple[int, int, float]:
+    """(replicas, cores of each, GPUs of each) for the cluster that is there."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    per_gpu = cluster.gpus_per_replica if cluster.gpus_per_replica is not None else (1 if gpus else 0)
+    if cluster.replicas == "auto":
+        count = int(gpus // per_gpu) if per_gpu else len([node for node in nodes if node.get("CPU", 0) >= 1])
+    else:
+        count = int(cluster.replicas)
+    per_node = -(-count // len(nodes))
+    fewest = min(node.get("CPU", 1) for node in nodes if node.get("CPU", 0) >= 1)
+    cpus = cluster.cpus_per_replica or max(1, int(fewest // per_node))
+    if cpus * count > sum(node.get("CPU", 0) for node in nodes) or per_gpu * count > gpus:
+        raise ConfigError(
+            f"expected room for {count} replicas of {cpus} CPU and {per_gpu:g} GPU each; the cluster has {totals()}. "
+            "Lower cluster.replicas, or join a larger cluster with cluster.address"
+        )
+    return count, cpus, per_gpu
+
+
+def totals(resources: Mapping[str, float] | None = None) -> str:
+    import ray
+
+    found = ray.cluster_resources() if resources is None else resources
+    return f"{found.get('CPU', 0):g} CPU, {found.get('GPU', 0):g} GPU"
+
+
+def leave(group: Any, owns_ray: bool) -> None:
+    """Give a placement group back, and end Ray if it was joined or started by this process."""
+    import ray
+    from ray.util.placement_group import remove_placement_group
+
+    if group is not None and ray.is_initialized():
+        remove_placement_group(group)
+    if owns_ray:
+        ray.shutdown()
+
+
+def bind_cores(index: int, count: int) -> list[int]:
+    """Restrict this process to the index-th of `count` equal shares of the cores it may use; returns them."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // count)
+    mine = [cores[(index * share + i) % len(cores)] for i in range(share)]
+    os.sched_setaffinity(0, mine)
+    return mine
