@@ -166,5 +166,7 @@ def from_record(record: Mapping[str, Any]) -> Lora:
     """A space from its record in a journal's header: {"name": class name, fields...}. Imports nothing by name."""
     fields = {key: value for key, value in record.items() if key != "name"}
     if record["name"] != Lora.__name__ or not fields.keys() <= Lora.__dataclass_fields__.keys():
-        raise JournalError(f"expected a space that this version knows (Lora); got {record}")
+        raise JournalError(
+            f"expected a space that this version knows (Lora); got {record['name']!r} with {sorted(fields)}"
+        )
     return Lora(**fields)
