@@ -173,11 +173,12 @@ def test_joins_a_running_cluster_of_two_nodes(hf_run, tmp_path, tiny_models, lab
     cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         cluster.add_node(num_cpus=1)
-        more = ("run.test=false", "cluster.replicas=auto", f"cluster.address={cluster.address}")
+        address = cluster.address  # None after the shutdown
+        more = ("run.test=false", "cluster.replicas=auto", f"cluster.address={address}")
         done = launch(*settings(tmp_path, tiny_models["llama"], labelled_file, "hf", "joined", *more))
     finally:
         cluster.shutdown()
-    assert f"joined the Ray cluster at {cluster.address}: 2 CPU" in done.stdout
+    assert f"joined the Ray cluster at {address}: 2 CPU" in done.stdout
     assert "2 replica(s)" in done.stdout
     whole, joined = (journal.read(path / "journal.jsonl") for path in (hf_run, tmp_path / "joined"))
     assert [s.commit for s in joined.steps] == [s.commit for s in whole.steps]

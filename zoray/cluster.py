@@ -190,9 +190,11 @@ def leave(group: Any, owns_ray: bool) -> None:
 
 
 def bind_cores(index: int, count: int) -> list[int]:
-    """Restrict this process to the index-th of `count` equal shares of the cores it may use; returns them."""
+    """Restrict this process to the index-th run of `count` of the cores that it may use; returns them.
+
+    Replicas that start as many threads as a node has cores slow each other down several times.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // count)
-    mine = [cores[(index * share + i) % len(cores)] for i in range(share)]
+    mine = sorted({cores[i % len(cores)] for i in range(index * count, (index + 1) * count)})
     os.sched_setaffinity(0, mine)
     return mine

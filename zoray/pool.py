@@ -48,7 +48,7 @@ class ReplicaActor:
         return os.getpid()
 
     def load(self, spec: ReplicaSpec, cores: tuple[int, int] | None) -> ReplicaInfo:
-        """Bind to this replica's share of the node's cores (i of n; before torch starts its threads) and load."""
+        """Bind to the i-th run of n cores of the node, before torch starts its threads, and load."""
         if cores is not None:
             os.environ["OMP_NUM_THREADS"] = str(len(bind_cores(*cores)))
         self.replica = Replica(spec)
@@ -117,7 +117,7 @@ class Pool:
                     "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
                 }
                 members.append(_Member(options["name"], ray.remote(ReplicaActor).options(**options).remote()))
-            info = _load(members, spec, bind=gpus == 0)
+            info = _load(members, spec, None if gpus else cpus)
             return cls(members, info, group, owns_ray, dashboard)
         except BaseException:
             leave(group, owns_ray)
@@ -209,10 +209,10 @@ class Pool:
         self.close()
 
 
-def _load(members: list[_Member], spec: ReplicaSpec, bind: bool) -> ReplicaInfo:
-    """Load all replicas side by side; they must have the same weights and the same initial state."""
+def _load(members: list[_Member], spec: ReplicaSpec, cores: int | None) -> ReplicaInfo:
+    """Load all replicas side by side, each bound to cores of its own; weights and initial state must be the same."""
     nodes = ray.get([member.actor.node.remote() for member in members])
-    shares = [(nodes[:i].count(node), nodes.count(node)) if bind else None for i, node in enumerate(nodes)]
+    shares = [None if cores is None else (nodes[:i].count(node), cores) for i, node in enumerate(nodes)]
     references = [member.actor.load.remote(spec, share) for member, share in zip(members, shares, strict=True)]
     try:
         infos = ray.get(references)
