@@ -89,7 +89,10 @@ def connect(cluster: Cluster, say: Callable[[str], None]) -> tuple[bool, str | N
         **quiet,
     )
     if context.dashboard_url:
-        say(f"Ray dashboard: http://{context.dashboard_url}")
+        token = (
+            "" if os.environ.get("RAY_AUTH_MODE") == "disabled" else " (it asks for what `ray get-auth-token` prints)"
+        )
+        say(f"Ray dashboard: http://{context.dashboard_url}{token}")
     elif cluster.dashboard:
         say(f"Ray dashboard: off, port {cluster.dashboard_port} is taken (cluster.dashboard_port=... for another)")
     return True, context.dashboard_url or None
