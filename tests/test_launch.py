@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from zoray import journal
+from zoray.cli import compose
+from zoray.launch import main
 from zoray.monitoring import read_metrics
 from zoray.replay import replay
 
@@ -37,6 +39,12 @@ def settings(folder: Path, model: Path, data: Path, engine: str, name: str, *mor
     ]
 
 
+def launch_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The same main in this process and on the shared Ray: most of a short run's time is importing and starting."""
+    monkeypatch.setattr(sys, "argv", ["zoray.launch", *arguments])
+    assert main(compose("config", list(arguments))) == 0
+
+
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command("launch", *arguments), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -52,10 +60,11 @@ def vllm_run(tmp_path_factory, tiny_models, labelled_file) -> tuple[Path, subpro
 
 
 @pytest.fixture(scope="module")
-def hf_run(tmp_path_factory, tiny_models, labelled_file) -> Path:
+def hf_run(tmp_path_factory, tiny_models, labelled_file, local_ray) -> Path:
     """A finished, undisturbed run on the reference engine."""
     root = tmp_path_factory.mktemp("runs")
-    launch(*settings(root, tiny_models["llama"], labelled_file, "hf", "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        launch_here(patch, *settings(root, tiny_models["llama"], labelled_file, "hf", "whole"))
     return root / "whole"
 
 
@@ -77,9 +86,11 @@ def test_the_loss_on_dev_falls(vllm_run):
     assert summary["final"]["loss"] < summary["initial"]["loss"]
 
 
-def test_one_and_two_replicas_agree_up_to_score_noise(vllm_run, tmp_path, tiny_models, labelled_file):
+def test_one_and_two_replicas_agree_up_to_score_noise(
+    vllm_run, tmp_path, tiny_models, labelled_file, local_ray, monkeypatch
+):
     """Tiles are packed differently, so the last bits differ; the coefficients are differences over 2 eps of them."""
-    launch(*settings(tmp_path, tiny_models["llama"], labelled_file, "vllm", "one", "run.test=false"))
+    launch_here(monkeypatch, *settings(tmp_path, tiny_models["llama"], labelled_file, "vllm", "one", "run.test=false"))
     one, two = (journal.read(folder / "journal.jsonl") for folder in (tmp_path / "one", vllm_run[0]))
     a = np.array([step.commit.coefficients[0] for step in one.steps])
     b = np.array([step.commit.coefficients[0] for step in two.steps])
@@ -133,15 +144,17 @@ def test_exported_adapter_in_peft_gives_the_final_loss_and_predictions(vllm_run,
     assert abs(np.mean(correct) - final["accuracy"]) < 1e-9
 
 
-def test_two_runs_of_one_seed_are_equal(hf_run, tmp_path, tiny_models, labelled_file):
-    launch(*settings(tmp_path, tiny_models["llama"], labelled_file, "hf", "again", "run.test=false"))
+def test_two_runs_of_one_seed_are_equal(hf_run, tmp_path, tiny_models, labelled_file, monkeypatch):
+    launch_here(monkeypatch, *settings(tmp_path, tiny_models["llama"], labelled_file, "hf", "again", "run.test=false"))
     first, second = (journal.read(folder / "journal.jsonl") for folder in (hf_run, tmp_path / "again"))
     assert [s.commit for s in first.steps] == [s.commit for s in second.steps]
     assert replay(first).digest() == replay(second).digest()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "kill -9"])
-def test_a_run_that_was_cut_short_resumes_to_the_same_digest(number, hf_run, tmp_path, tiny_models, labelled_file):
+def test_a_run_that_was_cut_short_resumes_to_the_same_digest(
+    number, hf_run, tmp_path, tiny_models, labelled_file, monkeypatch
+):
     arguments = settings(tmp_path, tiny_models["llama"], labelled_file, "hf", "cut", "run.test=false")
     folder = tmp_path / "cut"
     process = subprocess.Popen(command("launch", *arguments), stdout=subprocess.PIPE, text=True)
@@ -157,7 +170,7 @@ def test_a_run_that_was_cut_short_resumes_to_the_same_digest(number, hf_run, tmp
     if number == signal.SIGTERM:
         assert process.returncode == 3
         assert "go on with run.resume=" in (process.stdout.read() if process.stdout else "")
-    launch(f"run.resume={folder}", "cluster.dashboard=false")
+    launch_here(monkeypatch, f"run.resume={folder}", "cluster.dashboard=false")
     assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS
     whole, cut = (journal.read(path / "journal.jsonl") for path in (hf_run, folder))
     assert [s.commit for s in cut.steps] == [s.commit for s in whole.steps]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 CONNECT_SECONDS = 30
+_answered: set[str] = set()  # addresses that have answered this process; asking takes seconds
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def check_reachable(address: str | None) -> None:
 
     `ray.init` alone may wait for minutes. "auto" and "local" are left to it, which knows at once.
     """
-    if address in (None, "auto", "local"):
+    if address in (None, "auto", "local") or address in _answered:
         return
     check_address(address)
     host, _, port = address.rpartition(":")
@@ -112,6 +113,7 @@ def check_reachable(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS / 3).close()
         command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
         subprocess.run(command, timeout=deadline - time.monotonic(), check=True, capture_output=True)
+        _answered.add(address)
         return
     except subprocess.TimeoutExpired:
         why = f"a connection is accepted, but no answer came within {CONNECT_SECONDS} s"
