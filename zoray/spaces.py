@@ -17,6 +17,7 @@ from zoray.records import Commit, ConfigError, JournalError, Probe, is_finite, r
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    import numpy as np
     import torch
 
 MAX_RANK = 512  # the largest LoRA rank that vLLM has slots for
@@ -133,6 +134,13 @@ class LoraState:
         a_flat = flat if self.space.train == "AB" else self._a_flat
         for name in self.matrices:
             yield name, self._a_layout.view(a_flat, f"{name}.lora_A"), self.layout.view(flat, f"{name}.lora_B")
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """{`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)} float32 copies of the state, B not scaled."""
+        arrays = {}
+        for name, a, b in self.tensors(self.flat):
+            arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"] = a.cpu().numpy().copy(), b.cpu().numpy().copy()
+        return arrays
 
     def apply(self, commit: Commit) -> None:
         """state <- decay * state + sum_k c_k z_k, in probe order. Commits must come in step order, each once."""

@@ -115,7 +115,4 @@ class HfEngine:
 
     def adapter(self) -> dict[str, np.ndarray]:
         """The state as float32 arrays, see base.py."""
-        tensors = {}
-        for name, a, b in self.state.tensors(self.state.flat):
-            tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = a.cpu().numpy().copy(), b.cpu().numpy().copy()
-        return tensors
+        return self.state.arrays()

@@ -54,10 +54,7 @@ class ZorayWorker:
         return self._zoray.state.digest()
 
     def zoray_adapter(self) -> dict[str, np.ndarray]:
-        state, tensors = self._zoray.state, {}
-        for name, a, b in state.tensors(state.flat):
-            tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = a.cpu().numpy().copy(), b.cpu().numpy().copy()
-        return tensors
+        return self._zoray.state.arrays()
 
 
 class PackedScorer:
