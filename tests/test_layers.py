@@ -15,11 +15,13 @@ FILES = {str(path.relative_to(SOURCES)): path for path in sorted(SOURCES.rglob("
 
 # A file imports only what stands before it. A new file takes its place in this list and in the README's tree.
 ORDER = [
-    *("__init__", "records", "signatures", "directions", "spaces", "estimators", "optimizers", "journal", "objectives"),
-    *("models", "tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
+    *("__init__", "records", "signatures", "directions", "tiles", "models"),
+    *("spaces.base", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces"),
+    *("estimators", "optimizers", "journal", "objectives"),
+    *("tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
     *("engines", "engines.base", "engines.cpu_lora", "engines.vllm_worker", "engines.vllm", "engines.hf"),
-    *("tiles", "cluster", "replica", "pool", "plots", "monitoring", "export", "experiment", "driver", "cli"),
-    *("prepare", "replay", "evaluate", "launch"),
+    *("cluster", "replica", "pool", "plots", "history", "monitoring", "adapters", "experiment", "driver", "cli"),
+    *("prepare", "replay", "evaluate", "export", "launch"),
 ]
 ALLOWED = {  # library -> the files that may import it
     "ray": ["cluster.py", "pool.py", "serving/*"],
@@ -35,6 +37,7 @@ LIGHT = [
     "objectives",
     "journal",
     "experiment",
+    "history",
     "monitoring",
     "cli",
 ]

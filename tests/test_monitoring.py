@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from zoray.monitoring import Console, Logging, Monitor, Sink, Wandb, read_metrics, summarise, table
+from zoray.history import read_metrics, summarise, table
+from zoray.monitoring import Console, Logging, Monitor, Sink, Wandb
 from zoray.plots import draw_curve, label
 from zoray.records import ConfigError, Evaluation, JournalError, StepResult
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -20,7 +21,7 @@ from zoray.pool import Pool
 from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Tile, TileScore
 from zoray.spaces import Lora
 from zoray.tasks.labelled_file import LabelledFile
-from zoray.tiles import sum_tiles, tile_grid
+from zoray.tiles import join_tiles, mean, tile_grid
 
 PAIR = (Probe(0, 0, 0.1), Probe(0, 0, -0.1))
 TWO_PAIRS = (*PAIR, Probe(0, 1, 0.1), Probe(0, 1, -0.1))
@@ -33,11 +34,33 @@ def test_grid_covers_every_probe_and_example_once_and_keeps_pairs_together():
     assert all(len(tile.probes) == 2 and tile.probes[0].index == tile.probes[1].index for tile in tiles)
 
 
-def test_sums_are_means_over_examples_not_over_tiles():
+def test_joined_tiles_give_every_probe_its_examples_in_order():
     tiles = [Tile(PAIR, 0, 3), Tile(PAIR, 3, 4)]
-    scores = [TileScore((3.0, 6.0), (1.0, 3.0), 3, 10), TileScore((5.0, 2.0), (1.0, 0.0), 1, 4)]
-    losses, accuracies = sum_tiles(PAIR, tiles, scores)
-    assert losses == [2.0, 2.0] and accuracies == [0.5, 0.75]
+    scores = [
+        TileScore(((3.0, 1.0, 2.0), (6.0, 0.0, 0.0)), ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0)), 10),
+        TileScore(((5.0,), (2.0,)), ((1.0,), (0.0,)), 4),
+    ]
+    losses, correct = join_tiles(PAIR, tiles, scores)
+    assert losses == [(3.0, 1.0, 2.0, 5.0), (6.0, 0.0, 0.0, 2.0)]
+    assert correct == [(1.0, 0.0, 0.0, 1.0), (1.0, 1.0, 1.0, 0.0)]
+
+
+def test_directions_can_share_the_batch_out():
+    tiles = tile_grid(TWO_PAIRS, 6, 2, shared=False)
+    assert [(t.probes[0].index, t.start, t.stop) for t in tiles] == [(0, 0, 2), (0, 2, 3), (1, 3, 5), (1, 5, 6)]
+
+
+def test_the_centre_is_a_group_of_its_own():
+    centre = Probe(0, 0, 0.0)
+    tiles = tile_grid((centre, Probe(0, 0, 0.1), Probe(0, 1, 0.1)), 4, 4)
+    assert [tile.probes for tile in tiles] == [(centre,), (Probe(0, 0, 0.1),), (Probe(0, 1, 0.1),)]
+
+
+def test_means_are_free_of_order_and_say_when_they_are_not_finite():
+    values = [1e16, 1.0, -1e16, 3.0]
+    assert mean(values) == mean(values[::-1]) == 1.0
+    assert all(math.isnan(mean(bad)) for bad in ([1.0, math.nan], [math.inf, -math.inf]))
+    assert not math.isfinite(mean([math.inf, 1.0]))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ RECORDS = [
     Probe(3, 1, -0.01),
     Commit(3, (0.1, 0.0, -0.33333334), decay=0.999),
     Tile((Probe(3, 0, 0.01), Probe(3, 0, -0.01)), 4, 8, "dev"),
-    TileScore((1.25, 1e-300), (3.0, 4.0), 4, 512),
+    TileScore(((1.25, 1e-300), (0.5, 2.0)), ((1.0, 0.0), (1.0, 1.0)), 512),
     EXAMPLE,
     TokenSequence(*(np.arange(4, dtype=np.int32) for _ in range(4)), n_outputs=4),
     StepResult(step=3, loss=0.7, accuracy=0.5, lr=1e-2, tokens=4096, seconds=0.25, dropped=1, ties=2),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.directions import name_hash, philox_numpy
-from zoray.models import linear_matrices, load_tokenizer, max_length
+from zoray.models import linear_matrices, load_tokenizer, max_length, quantisation
 from zoray.records import ConfigError, Example, Splits, TokenSequence
 
 if TYPE_CHECKING:
@@ -60,6 +60,13 @@ def load_workload(spec: ReplicaSpec) -> Workload:
     folder = spec.model.resolve()
     matrices = linear_matrices(folder)
     spec.space.select(matrices)
+    method = quantisation(folder)
+    if spec.space.folds and method is not None:
+        raise ConfigError(
+            f"space={type(spec.space).__name__.lower()} folds its steps into the base weights, and those of "
+            f"{spec.model.path} are quantised ({method}): each step would be rounded away. Take space=lora, which "
+            "never writes the base weights, or the unquantised model"
+        )
     tokenizer = load_tokenizer(folder)
     model_limit = max_length(folder)
     limit = spec.engine.length_limit(model_limit)

@@ -233,3 +233,17 @@ def direction_torch(
     words = philox_torch((blocks, probe, step, tensor >> 32), (seed, tensor & _MASK))
     elements = _elements_torch(words, distribution)
     return elements[position, index % per_block].view(len(row), len(column))
+
+
+def uniform_torch(
+    seed: int, step: int, probe: int, name: str, n: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """n numbers (i + 1/2) / 65536 of 16 random bits each, (n,) float32 in (0, 1); the bits of `name` at its address."""
+    import torch
+
+    _words(seed, step, probe)
+    tensor = name_hash(name)
+    blocks = torch.arange(-(-n // 8), dtype=torch.int64, device=device)
+    words = philox_torch((blocks, probe, step, tensor >> 32), (seed, tensor & _MASK))
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten()[:n]
+    return (halves.to(torch.float32) + 0.5) * (1 / 65536)

@@ -9,20 +9,22 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from zoray import journal
-from zoray.export import write_peft
+from zoray.adapters import write_peft
+from zoray.history import best, stalled, summarise
 from zoray.models import weights_hash
-from zoray.monitoring import Monitor, summarise
+from zoray.monitoring import Monitor
 from zoray.pool import Pool
 from zoray.records import Evaluation, JournalError, Probe, StepResult, require
-from zoray.tiles import sum_tiles, tile_grid
+from zoray.tiles import join_tiles, mean, tile_grid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
     from zoray.data import Workload
@@ -41,90 +43,128 @@ def tune(experiment: Experiment, workload: Workload, config: dict[str, Any]) -> 
         ConfigError, JournalError, ReplicaLost, FloatingPointError: as the parts say; what is journalled is kept.
     """
     e, run, folder = experiment, experiment.run, experiment.run.path
-    measured_splits = ("dev", "test") if run.test else ("dev",)
-    for split in measured_splits:
+    for split in ("dev", "test") if run.test else ("dev",):
         require(len(workload.splits[split]) > 0, f"examples in the {split} split", 0, f"Raise task.{split}")
     header = make_header(e, workload)
-    log, done = open_journal(folder / journal.FILE_NAME, header)
+    earlier = read_journal(folder / journal.FILE_NAME, header)
+    done = earlier.steps if earlier else ()
     started = time.monotonic()
 
-    with log, Monitor(folder, e.logging, folder.name, config, run.steps, log.next_step) as monitor:
-        monitor.message(
-            f"{folder}: {len(workload.splits.train)} training examples, {_trained(e, workload):,} numbers trained"
-        )
-        with Pool.start(e.spec, e.cluster, folder.name, monitor.message) as pool, stop_requested() as stopping:
+    with Monitor(folder, e.logging, folder.name, config, run.steps, len(done)) as monitor:
+        trained = e.space.trained(workload.matrices)
+        monitor.message(f"{folder}: {len(workload.splits.train)} training examples, {trained:,} numbers trained")
+        with (
+            Pool.start(e.spec, e.cluster, folder.name, monitor.message) as pool,
+            open_journal(folder / journal.FILE_NAME, header, earlier, pool.info.dtype, e.space.folds) as log,
+            stop_requested() as stopping,
+        ):
             check = ", ".join(f"{name} {value:.1e}" for name, value in pool.info.self_test) or "exact reference"
             monitor.message(
-                f"{pool.size} replica(s) ready after {time.monotonic() - started:.0f} s; adapters live: {check}"
+                f"{pool.size} replica(s) ready after {time.monotonic() - started:.0f} s; adapters live: {check}; "
+                f"score noise {pool.info.noise:.1e}"
             )
-            tile_count = len(tile_grid(e.estimator.ask(0), run.batch, run.tile_examples))
-            if pool.size > tile_count:
+            grid = partial(tile_grid, examples=run.batch, tile_examples=run.tile_examples, shared=e.estimator.shared)
+            if pool.size > len(grid(e.estimator.ask(0))):
                 monitor.message(
-                    f"warning: a step has {tile_count} tiles for {pool.size} replicas; lower run.tile_examples"
+                    f"warning: a step has {len(grid(e.estimator.ask(0)))} tiles for {pool.size} replicas; "
+                    "lower run.tile_examples"
                 )
-            for commit in done:
-                pool.commit(commit)
+            for noted in done:
+                pool.commit(noted.commit)
+            memory = done[-1].optimizer if done else e.optimizer.init()
+            early = False
 
             for step in range(log.next_step, run.steps):
                 if step == 0 or (run.eval_every and step % run.eval_every == 0):
                     log.sync()
-                    measure(pool, workload, monitor, measured_splits if step == 0 else ("dev",))
+                    measure(pool, workload, monitor, "dev")
+                    if step == 0 and run.test:
+                        measure(pool, workload, monitor, "test")
+                    if early := stalled(monitor.history.evaluations, run.patience):
+                        monitor.message(f"no better dev accuracy in {run.patience} evaluations: the run ends early")
+                        break
                 if stopping():
                     break
                 began = time.monotonic()
                 probes = e.estimator.ask(step)
-                tiles = tile_grid(probes, run.batch, run.tile_examples)
+                tiles = grid(probes)
                 scores, digest = pool.evaluate(tiles, digest=step % run.digest_every == 0)
-                losses, accuracies = sum_tiles(probes, tiles, scores)
-                estimate = e.estimator.tell(probes, losses)
-                commit = e.optimizer.commit(step, run.steps, estimate.weights)
-                log.append(journal.StepRecord(commit, tuple(losses), digest))
+                losses, correct = join_tiles(probes, tiles, scores)
+                estimate = e.estimator.tell(probes, losses, pool.info.noise)
+                memory, commit = e.optimizer.update(memory, step, run.steps, estimate.weights)
+                log.append(journal.StepRecord(commit, tuple(map(mean, losses)), digest, memory))
                 pool.commit(commit)
                 monitor.step(
                     StepResult(
                         step=step + 1,
                         loss=estimate.loss,
-                        accuracy=sum(accuracies) / len(accuracies),
+                        accuracy=mean([mean(row) for row in correct]),
                         lr=e.optimizer.lr_at(step, run.steps),
                         tokens=sum(score.tokens for score in scores),
                         seconds=time.monotonic() - began,
                         dropped=estimate.dropped,
                         ties=estimate.ties,
+                        buried=estimate.buried,
                     )
                 )
 
-            finished = log.next_step == run.steps
+            finished = early or log.next_step == run.steps
+            last = selected = log.next_step
             if finished:
-                measure(pool, workload, monitor, measured_splits)
-            adapter, digest = pool.adapter()
-            write_peft(folder / "adapter", adapter, e.space, e.model.path)
+                if not early:
+                    measure(pool, workload, monitor, "dev")
+                top = best(monitor.history.evaluations)
+                if run.select == "best" and top is not None and top.step < last:
+                    selected = top.step
+                    monitor.message(f"back to step {selected}, the best on dev, by replay")
+                    pool.rewind(selected)
+                if run.test:
+                    measure(pool, workload, monitor, "test")
+            if e.space.folds:
+                digest = pool.digest()
+            else:
+                arrays, digest = pool.adapter()
+                write_peft(folder / "adapter", arrays, e.space.rank, e.space.alpha, e.model.path, e.space.targets)
             steps = monitor.history.steps
             seconds, tokens = sum(s.seconds for s in steps), sum(s.tokens for s in steps)
+            directions = e.estimator.directions * len(steps)
             summary = {
                 "finished": finished,
-                "steps": log.next_step,
+                "steps": last,
+                "selected": selected,
                 "wall_seconds": time.monotonic() - started,
                 "seconds_per_step": seconds / len(steps) if steps else 0.0,
                 "tokens_per_second": tokens / seconds if steps else 0.0,
                 "forward_tokens": tokens,
-                **summarise(monitor.history.evaluations),
+                **summarise(monitor.history.evaluations, selected),
+                "silent_directions": {
+                    name: sum(getattr(s, name) for s in steps) for name in ("dropped", "ties", "buried")
+                },
+                "score_noise": pool.info.noise,
                 "digest": digest,
                 "replicas": pool.size,
                 "lost_replicas": len(pool.lost),
-                **{name: header[name] for name in ("model", "task", "space", "estimator")},
+                **{name: header[name] for name in ("model", "task", "space", "estimator", "optimizer")},
             }
             monitor.finish(summary)
+            silent = summary["silent_directions"]["ties"] + summary["silent_directions"]["buried"]
+            if directions and silent > directions / 2:
+                monitor.message(
+                    f"warning: {silent} of {directions} directions said nothing (equal losses, or a difference below "
+                    "the score noise): raise the perturbation (estimator.eps or sigma), or the batch"
+                )
             if not finished:
-                monitor.message(f"stopped after step {log.next_step} of {run.steps}; go on with run.resume={folder}")
+                monitor.message(f"stopped after step {last} of {run.steps}; go on with run.resume={folder}")
+            elif e.space.folds:
+                monitor.message(f"the tuned model: python -m zoray.export run={folder} step={selected} out=DIR")
     return summary
 
 
-def measure(pool: Pool, workload: Workload, monitor: Monitor, splits: Sequence[str]) -> None:
-    """Evaluate the current state on the splits that the run has not measured it on yet (a resumed run may have)."""
+def measure(pool: Pool, workload: Workload, monitor: Monitor, split: str) -> None:
+    """Evaluate the current state on a split, unless the run has done so before (a resumed run may have)."""
     known = {(evaluation.step, evaluation.split) for evaluation in monitor.history.evaluations}
-    for split in splits:
-        if (len(pool.commits), split) not in known:
-            monitor.evaluation(evaluate(pool, workload, split))
+    if (len(pool.commits), split) not in known:
+        monitor.evaluation(evaluate(pool, workload, split))
 
 
 def evaluate(pool: Pool, workload: Workload, split: str) -> Evaluation:
@@ -133,15 +173,17 @@ def evaluate(pool: Pool, workload: Workload, split: str) -> Evaluation:
     centre = Probe(step, 0, 0.0)
     tiles = tile_grid([centre], count, 32, split)
     scores, digest = pool.evaluate(tiles, digest=True)
-    losses, accuracies = sum_tiles([centre], tiles, scores)
+    (losses,), (correct,) = join_tiles([centre], tiles, scores)
     tokens = sum(score.tokens for score in scores)
-    return Evaluation(step, split, losses[0], accuracies[0], count, tokens, time.monotonic() - began, digest or "")
+    seconds = time.monotonic() - began
+    return Evaluation(step, split, mean(losses), mean(correct), count, tokens, seconds, digest or "")
 
 
 def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:
     """What the journal pins: everything that replay and resume need besides the steps."""
     return {
         "model": e.model.path,
+        "revision": e.model.revision,
         "weights": weights_hash(workload.folder),
         "matrices": {name: list(shape) for name, shape in e.space.select(workload.matrices).items()},
         "space": record(e.space),
@@ -154,28 +196,46 @@ def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:
     }
 
 
-def open_journal(path: Path, header: dict[str, Any]) -> tuple[journal.Journal, list[Any]]:
-    """A new journal, or the one that is there with its commits.
+def read_journal(path: Path, header: dict[str, Any]) -> journal.Contents | None:
+    """The journal that is there, or None.
 
     Raises:
-        JournalError: the journal there was made with other weights, data or settings.
+        JournalError: it was made with other weights, data or settings.
     """
     if not path.exists():
-        return journal.Journal.create(path, header), []
+        return None
     contents = journal.read(path)
-    expected = {key: value for key, value in header.items() if key != "versions"}
-    for key, value in expected.items():
+    for key, value in header.items():
         found = contents.header.get(key)
-        if found != value:
+        if key != "versions" and found != value:
             raise JournalError(f"{path} was made with {key}={found}; this run has {value}. Resume with the same {key}")
-    return journal.Journal.resume(path, contents), [step.commit for step in contents.steps]
+    return contents
 
 
-def record(component: Any) -> dict[str, Any]:
-    """A component as plain JSON values: its class name and its fields."""
-    assert is_dataclass(component) and not isinstance(component, type)
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(component).items()}
-    return {"name": type(component).__name__, **plain}
+def open_journal(
+    path: Path, header: dict[str, Any], earlier: journal.Contents | None, dtype: str, folds: bool
+) -> journal.Journal:
+    """A new journal, or the one that is there. `dtype`: of the base weights as the engine holds them.
+
+    Raises:
+        JournalError: a run that folds into its base weights is resumed with another dtype.
+    """
+    if earlier is None:
+        return journal.Journal.create(path, {**header, "dtype": dtype})
+    if folds and earlier.header["dtype"] != dtype:
+        raise JournalError(
+            f"{path} folds into base weights of {earlier.header['dtype']}; this engine holds {dtype}. "
+            f"Resume with the same model.dtype and kind of device"
+        )
+    return journal.Journal.resume(path, earlier)
+
+
+def record(component: Any) -> Any:
+    """A component as plain JSON values: its class name and its fields; components inside it likewise."""
+    if is_dataclass(component) and not isinstance(component, type):
+        inner = {field.name: record(getattr(component, field.name)) for field in fields(component)}
+        return {"name": type(component).__name__, **inner}
+    return [record(item) for item in component] if isinstance(component, (list, tuple)) else component
 
 
 @contextmanager
@@ -199,12 +259,6 @@ def stop_requested() -> Iterator[Any]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _trained(e: Experiment, workload: Workload) -> int:
-    """How many numbers are trained."""
-    shapes = e.space.select(workload.matrices).values()
-    return sum(e.space.rank * (out + into if e.space.train == "AB" else out) for out, into in shapes)
 
 
 def _versions() -> Iterator[tuple[str, str]]:

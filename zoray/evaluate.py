@@ -1,4 +1,4 @@
-"""`python -m zoray.evaluate run=DIR [step=K] [split=dev]`: rebuild the state of any step and score it, without Ray."""
+"""`python -m zoray.evaluate run=DIR [step=K|best] [split=dev] [task=NAME]`: score any step, without Ray."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 
 from zoray import journal
 from zoray.cli import build, build_experiment, load_run_config, run_main
+from zoray.history import resolve_step
 from zoray.records import ConfigError, JournalError, Probe
 
 
 def main(config: Any) -> None:
     """Print loss, accuracy and digest."""
     if config.run is None:
-        raise ConfigError("expected the folder of a run: python -m zoray.evaluate run=runs/<name> [step=K] [split=dev]")
+        raise ConfigError(
+            "expected the folder of a run: python -m zoray.evaluate run=runs/<name> [step=K|best] [split=dev]"
+        )
     if config.split not in ("train", "dev", "test"):
         raise ConfigError(f"expected split to be train, dev or test; got {config.split!r}")
     folder = Path(str(config.run))
@@ -22,9 +25,9 @@ def main(config: Any) -> None:
     experiment = build_experiment(load_run_config(folder))
     if config.engine is not None:
         experiment = replace(experiment, engine=build(config.engine, "engine"))
-    last = len(contents.steps) if config.step is None else config.step
-    if not isinstance(last, int) or not 0 <= last <= len(contents.steps):
-        raise ConfigError(f"expected step in 0..{len(contents.steps)}, the steps in this journal; got {last!r}")
+    if config.task is not None:
+        experiment = replace(experiment, task=build(config.task, "task"))
+    last = resolve_step(config.step, folder, len(contents.steps))
 
     from zoray.replica import Replica
 
@@ -33,6 +36,11 @@ def main(config: Any) -> None:
         raise JournalError(
             f"the journal was made with base weights {contents.header['weights']}; {experiment.model.path} has "
             f"{replica.info.weights}"
+        )
+    if experiment.space.folds and replica.info.dtype != contents.header["dtype"]:
+        raise JournalError(
+            f"the run folded into base weights of {contents.header['dtype']}; this engine holds {replica.info.dtype}. "
+            "Take the run's own engine and kind of device"
         )
     replica.apply([noted.commit for noted in contents.steps[:last]])
     outcomes = replica.outcomes(config.split, Probe(last, 0, 0.0))

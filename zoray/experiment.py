@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zoray.data import ReplicaSpec
-from zoray.records import require
+from zoray.records import ConfigError, require
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Run:
             depend on the number of replicas; a step can use at most (directions x batch / tile_examples) of them.
         eval_every: steps between evaluations on dev; 0 for only before and after.
         digest_every: steps between comparisons of the replicas' states.
-        test: evaluate on test, before and after.
+        patience: end the run when that many evaluations on dev in a row brought no new best one; 0 for never.
+        select: which state is the result, "best" on dev or "last".
+        test: evaluate on test, before the first step and at the selected one.
     """
 
     name: str = "run"
@@ -40,6 +42,8 @@ class Run:
     tile_examples: int = 4
     eval_every: int = 50
     digest_every: int = 10
+    patience: int = 0
+    select: str = "best"
     test: bool = True
 
     def __post_init__(self) -> None:
@@ -48,7 +52,10 @@ class Run:
         for field in ("steps", "batch", "tile_examples", "digest_every"):
             value = getattr(self, field)
             require(isinstance(value, int) and value >= 1, f"run.{field} to be a whole number of at least 1", value)
-        require(isinstance(self.eval_every, int) and self.eval_every >= 0, "run.eval_every >= 0", self.eval_every)
+        for field in ("eval_every", "patience"):
+            value = getattr(self, field)
+            require(isinstance(value, int) and value >= 0, f"run.{field} to be a whole number of 0 or more", value)
+        require(self.select in ("best", "last"), "run.select to be best or last", self.select)
         for field in ("seed", "data_seed"):
             value = getattr(self, field)
             require(isinstance(value, int) and 0 <= value < 2**32, f"run.{field} to be in 0..2**32-1", value)
@@ -73,6 +80,25 @@ class Experiment:
     cluster: Any
     logging: Any
     run: Run
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not go together."""
+        space, batch, pairs = type(self.space).__name__.lower(), self.run.batch, self.estimator.directions
+        if not self.estimator.shared and batch % pairs:
+            raise ConfigError(
+                f"expected run.batch to be a multiple of the estimator's {pairs} directions, which share it out "
+                f"(estimator.shared=false); got {batch}. Take {max(1, batch // pairs) * pairs}"
+            )
+        if space == "lowrank" and self.optimizer.momentum:
+            raise ConfigError(
+                f"expected optimizer.momentum=0 with space=lowrank, whose momentum would be as large as the model; got "
+                f"{self.optimizer.momentum}. Take space=lozo or space=lora"
+            )
+        if self.space.folds and self.optimizer.anchor and not self.space.keep_base:
+            raise ConfigError(
+                f"expected space.keep_base=true with optimizer.anchor={self.optimizer.anchor} and space={space}: steps "
+                "are folded into the base weights, so the decay towards them needs a copy"
+            )
 
     @property
     def spec(self) -> ReplicaSpec:

@@ -1,50 +1,98 @@
-"""Adapter state -> PEFT adapter folder, that `peft` and vLLM load."""
+"""`python -m zoray.export run=DIR [step=K|best] [format=peft|merged] out=DIR`: any step of a run, for other programs.
+
+`peft` writes an adapter folder that peft and vLLM load; `merged` a Hugging Face checkpoint in safetensors. A run that
+folds into its base weights has no small adapter of its own: its folds are stacked while their rank fits a LoRA slot,
+else the change is cut to `rank` by SVD, and the error is printed.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from zoray import journal
+from zoray.adapters import Stack, relative_error, truncate, write_merged, write_peft
+from zoray.cli import run_main
+from zoray.history import resolve_step
+from zoray.models import load_matrices, pinned_folder, quantisation
+from zoray.records import ConfigError, require
+from zoray.spaces import from_record
+from zoray.spaces.base import MAX_RANK
+from zoray.spaces.fold import product
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    import torch
 
-    from zoray.spaces import Lora
+FORMATS = ("peft", "merged")
 
 
-def write_peft(folder: Path, adapter: Mapping[str, np.ndarray], space: Lora, base_model: str) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`; an earlier export there is replaced as a whole.
+def main(config: Any) -> None:
+    """Rebuild the state and write it; print what was written and how exact it is."""
+    if config.run is None or config.out is None:
+        raise ConfigError("expected python -m zoray.export run=runs/<name> out=DIR [step=K|best] [format=peft|merged]")
+    require(config.format in FORMATS, f"format to be one of {', '.join(FORMATS)}", config.format)
+    ok = isinstance(config.rank, int) and 1 <= config.rank <= MAX_RANK
+    require(ok, f"rank to be a whole number from 1 to {MAX_RANK}", config.rank)
+    folder, out = Path(str(config.run)), Path(str(config.out))
+    if out.exists():
+        raise ConfigError(f"expected {out} not to exist yet; it does. Choose another folder with out=DIR")
+    contents = journal.read(folder / journal.FILE_NAME)
+    step = resolve_step(config.step, folder, len(contents.steps))
+    write = _folded if from_record(contents.header["space"]).folds else _lora
+    print(f"step {step} of {len(contents.steps)}, {write(contents, step, config.format, config.rank, out)}: {out}")
 
-    Args:
-        folder: the adapter's folder.
-        adapter: {`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)}, not scaled: PEFT applies alpha / rank.
-        space: its rank, alpha and matrices.
-        base_model: what `adapter_config.json` names as the base.
-    """
-    from safetensors.numpy import save_file
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    matrices = sorted({name.rpartition(".")[0] for name in adapter})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": space.rank,
-        "lora_alpha": space.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in matrices}),
-    }
-    (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {f"base_model.model.{name}.weight": np.ascontiguousarray(value) for name, value in adapter.items()}
-    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+def _lora(contents: journal.Contents, step: int, kind: str, rank: int, out: Path) -> str:
+    header, space = contents.header, from_record(contents.header["space"])
+    state = journal.replay(contents, step)
+    arrays, digest = state.arrays(), state.digest()
+    if kind == "peft":
+        write_peft(out, arrays, space.rank, space.alpha, header["model"], space.targets)
+        return f"digest {digest}, exact adapter of rank {space.rank}"
+    source = pinned_folder(header)
+    if quantisation(source):
+        raise ConfigError(
+            f"format=merged adds the adapter to the base weights, and those of {header['model']} are quantised; "
+            "take format=peft"
+        )
+    weights = load_matrices(source, header["matrices"], "auto")
+    write_merged(out, source, {name: _merge(weights[name], arrays, name, space.scaling) for name in weights})
+    return f"digest {digest}, merged, {next(iter(weights.values())).dtype}"
+
+
+def _merge(weight: torch.Tensor, arrays: dict[str, Any], name: str, scaling: float) -> torch.Tensor:
+    """W + scaling * B @ A in float32, rounded once to the dtype of W."""
+    import torch
+
+    b, a = (torch.from_numpy(arrays[f"{name}.{part}"]) for part in ("lora_B", "lora_A"))
+    return (weight.float() + product(b, a) * scaling).to(weight.dtype)
+
+
+def _folded(contents: journal.Contents, step: int, kind: str, rank: int, out: Path) -> str:
+    header, space = contents.header, from_record(contents.header["space"])
+    source = pinned_folder(header)
+    original = load_matrices(source, header["matrices"], header["dtype"])
+    weights = {name: weight.clone() for name, weight in original.items()}
+    stack = Stack()
+    state: Any = journal.replay(contents, step, weights=weights, on_fold=stack)
+    digest = state.digest()
+    rest = state.pending()
+    if rest:  # what is not folded yet belongs to the model as well
+        stack(rest)
+    final = {name: weights[name].float() + (product(*rest[name]) if rest else 0) for name in weights}
+    if kind == "merged":
+        write_merged(out, source, {name: value.to(weights[name].dtype) for name, value in final.items()})
+        return f"digest {digest}, merged, {header['dtype']}"
+    change = {name: final[name] - original[name].float() for name in final}
+    decayed = any(noted.commit.decay != 1 or noted.commit.anchor != 1 for noted in contents.steps[:step])
+    if step and stack.fits and not decayed:
+        arrays, how = stack.arrays(), f"stack of all folds, rank {stack.rank}"
+        width = stack.rank
+    else:
+        arrays, how, width = truncate(change, rank), f"SVD of the change to rank {rank}", rank
+    write_peft(out, arrays, width, width, header["model"], space.targets)
+    return f"digest {digest}, {how}, relative error {relative_error(arrays, change):.2e}"
+
+
+if __name__ == "__main__":
+    run_main("export", main)

@@ -18,13 +18,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import Commit, ConfigError, JournalError
+from zoray.spaces import from_record
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
-FORMAT = 1
+    import torch
+
+    from zoray.spaces import State
+
+FORMAT = 2  # 1 had neither anchor, momentum, rate nor optimizer state; it is read as well
 FILE_NAME = "journal.jsonl"
 
 
@@ -38,6 +43,7 @@ class StepRecord:
     commit: Commit
     losses: tuple[float, ...]  # one per probe, in the order of `ask`; nan where a loss was not finite
     digest: str | None = None
+    optimizer: tuple[float, ...] = ()  # the optimizer's state after this step
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def read(path: Path) -> Contents:
     if not lines:
         raise JournalError(f"{path} holds no whole line: the run ended before its header was written; start it anew")
     header = _unseal(lines[0], 1, path)
-    if header.get("format") != FORMAT:
+    if header.get("format") not in (1, FORMAT):
         raise JournalError(
             f"{path}: expected journal format {FORMAT}, got {header.get('format')!r}; use that zoray version"
         )
@@ -101,9 +107,51 @@ def read(path: Path) -> Contents:
                 f"{path}, line {number}: does not follow the line before (step {body.get('step')}); lines are missing"
             )
         losses = tuple(math.nan if loss is None else loss for loss in body["losses"])
-        steps.append(StepRecord(Commit(body["step"], tuple(body["c"]), body["decay"]), losses, body.get("digest")))
+        commit = Commit(
+            step=body["step"],
+            coefficients=tuple(body["c"]),
+            **{name: body[name] for name in ("decay", "anchor", "momentum", "rate") if name in body},
+        )
+        steps.append(StepRecord(commit, losses, body.get("digest"), tuple(body.get("optimizer", ()))))
         previous = _hash(line)
     return Contents(header, tuple(steps), len(whole), previous)
+
+
+def replay(
+    contents: Contents,
+    step: int | None = None,
+    device: str = "cpu",
+    weights: Mapping[str, torch.Tensor] | None = None,
+    on_fold: Callable[..., None] | None = None,
+) -> State:
+    """The state after `step` steps (all of them if None), checked against the digests on the way.
+
+    Args:
+        contents: the journal.
+        step: how many steps to take.
+        device: where the state lives.
+        weights: the base weights in the header's dtype, which a folding space writes in place.
+        on_fold: sees the factors of each fold, see spaces/lozo.py.
+
+    Raises:
+        ConfigError: the journal has fewer steps, or the space folds and there are no weights.
+        JournalError: a digest differs from the one that the run noted.
+    """
+    header, last = contents.header, len(contents.steps) if step is None else step
+    if not 0 <= last <= len(contents.steps):
+        raise ConfigError(f"expected step in 0..{len(contents.steps)}, the steps in this journal; got {last}")
+    matrices = {name: (shape[0], shape[1]) for name, shape in header["matrices"].items()}
+    state = from_record(header["space"]).open(matrices, header["run"]["seed"], device, weights)
+    if on_fold is not None:
+        state.on_fold = on_fold
+    for noted in contents.steps[:last]:
+        if noted.digest is not None and noted.digest != state.digest():
+            raise JournalError(
+                f"replay differs from the run at step {noted.commit.step}: "
+                f"digest {state.digest()}, the run had {noted.digest}"
+            )
+        state.apply(noted.commit)
+    return state
 
 
 class Journal:
@@ -146,12 +194,14 @@ class Journal:
         """Write a step. Steps come in order, each once."""
         if record.commit.step != self.next_step:
             raise JournalError(f"expected step {self.next_step} next, got step {record.commit.step}")
-        body: dict[str, Any] = {
-            "step": record.commit.step,
-            "c": list(record.commit.coefficients),
-            "decay": record.commit.decay,
-            "losses": _plain(record.losses),
-        }
+        commit = record.commit
+        body: dict[str, Any] = {"step": commit.step, "c": list(commit.coefficients)}
+        for name, neutral in (("decay", 1.0), ("anchor", 1.0), ("momentum", None), ("rate", 1.0)):
+            if getattr(commit, name) != neutral:
+                body[name] = getattr(commit, name)
+        body["losses"] = _plain(record.losses)
+        if record.optimizer:
+            body["optimizer"] = list(record.optimizer)
         if record.digest is not None:
             body["digest"] = record.digest
         line = _seal({**body, "prev": self._previous})

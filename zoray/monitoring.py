@@ -21,10 +21,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from zoray.plots import draw_curve, label, summarise, table
-from zoray.records import ConfigError, Evaluation, JournalError, StepResult, require
-
-__all__ = ["History", "Logging", "Monitor", "Wandb", "read_metrics", "summarise", "table"]
+from zoray.history import History, table
+from zoray.plots import draw_curve, label
+from zoray.records import ConfigError, Evaluation, StepResult, require
 
 log = logging.getLogger(__name__)
 LOGIN_REMEDY = "Set WANDB_API_KEY, or logging.wandb.mode=offline"
@@ -122,7 +121,7 @@ class Monitor:
     def finish(self, summary: dict) -> None:
         """The run reached its end: write summary.json and curve.png, print what changed."""
         self._each("finish", summary)
-        self.message(table(self.history.evaluations))
+        self.message(table(self.history.evaluations, summary.get("selected")))
 
     def close(self) -> None:
         self._each("close")
@@ -159,49 +158,6 @@ class Sink:
     def finish(self, summary: dict) -> None: ...
 
     def close(self) -> None: ...
-
-
-class History:
-    """A run's steps and evaluations in order; a later record of the same step (and split) replaces the earlier one."""
-
-    def __init__(self) -> None:
-        self._steps: dict[int, StepResult] = {}
-        self._evaluations: dict[tuple[int, str], Evaluation] = {}
-
-    @property
-    def steps(self) -> list[StepResult]:
-        return [self._steps[key] for key in sorted(self._steps)]
-
-    @property
-    def evaluations(self) -> list[Evaluation]:
-        return [self._evaluations[key] for key in sorted(self._evaluations)]
-
-    def step(self, result: StepResult) -> None:
-        self._steps[result.step] = result
-
-    def evaluation(self, evaluation: Evaluation) -> None:
-        self._evaluations[evaluation.step, evaluation.split] = evaluation
-
-    def rewind(self, step: int) -> None:
-        """Forget what was measured after `step`: a resumed run goes on from there."""
-        self._steps = {key: value for key, value in self._steps.items() if key <= step}
-        self._evaluations = {key: value for key, value in self._evaluations.items() if key[0] <= step}
-
-    def read(self, folder: Path) -> None:
-        """Take in a metrics.jsonl. A torn last line is left out; a damaged one before it is an error that names it."""
-        path = folder / "metrics.jsonl"
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            try:
-                record = json.loads(line)
-                kind = record["kind"]
-                if kind == "step":
-                    self.step(_record(StepResult, record))
-                elif kind == "evaluation":
-                    self.evaluation(_record(Evaluation, record))
-                elif kind == "resume":
-                    self.rewind(record["step"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise JournalError(f"{path}, line {number} is damaged: {type(error).__name__}: {error}") from error
 
 
 class Console(Sink):
@@ -352,7 +308,7 @@ class WandbRun(Sink):
 
     def step(self, result: StepResult) -> None:
         numbers = {"train/loss": result.loss, "train/accuracy": result.accuracy, "optim/lr": result.lr}
-        numbers |= {"probes/ties": result.ties, "probes/dropped": result.dropped}
+        numbers |= {f"probes/{name}": getattr(result, name) for name in ("ties", "buried", "dropped")}
         numbers |= {"time/step_seconds": result.seconds, "time/tokens": result.tokens}
         self.run.log({"step": result.step, **numbers})
 
@@ -367,19 +323,6 @@ class WandbRun(Sink):
 
     def close(self) -> None:
         self.run.finish(exit_code=0 if self.finished else 1)
-
-
-def read_metrics(folder: Path) -> tuple[list[StepResult], list[Evaluation]]:
-    """The steps and evaluations of a run folder, without what a resume took back; later lines win."""
-    history = History()
-    history.read(folder)
-    return history.steps, history.evaluations
-
-
-def _record(kind: type, line: dict) -> Any:
-    """A record from its line; null is a number that was not finite, and keys of another version are left out."""
-    names = [f.name for f in dataclasses.fields(kind) if f.name in line]
-    return kind(**{name: math.nan if line[name] is None else line[name] for name in names})
 
 
 def _json(value: object, indent: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""What a run did, as a picture (curve.png: two panels over the steps) and as a table of before and after.
+"""What a run did, as a picture: curve.png, two panels over the steps.
 
 Draws whatever there is: no steps, one step, non-finite losses or no evaluations give a readable picture, not an error.
 Non-finite losses are gaps in the line and counted in the legend, never zeros. Uses no display and no pyplot state.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,56 +63,6 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     start = np.maximum(stop - window, 0)
     count = counts[stop] - counts[start]
     return np.where(count > 0, (sums[stop] - sums[start]) / np.maximum(count, 1), np.nan)
-
-
-def summarise(evaluations: Iterable[Evaluation]) -> dict[str, dict]:
-    """What was measured before step 1, last after it, and best on dev; a block is empty if it was not measured.
-
-    A block has step, accuracy, loss and count on dev; `initial` and `final` hold the same of the test split as "test".
-    """
-    summary: dict[str, dict] = {"initial": {}, "final": {}, "best": {}}
-    ordered = sorted(evaluations, key=lambda e: e.step)
-    for e in ordered:  # in order, so the last one stays in `final`
-        numbers = {"step": e.step, "accuracy": e.accuracy, "loss": e.loss, "count": e.count}
-        block = summary["initial" if e.step == 0 else "final"]
-        block.update(numbers if e.split == "dev" else {e.split: numbers})
-        if e.split == "dev" and _rank(numbers) > _rank(summary["best"]):
-            summary["best"] = numbers
-    return summary
-
-
-def table(evaluations: Iterable[Evaluation]) -> str:
-    """Accuracy and loss before and after as plain text; what was not measured is a dash."""
-    summary = summarise(evaluations)
-    lines = [
-        "         accuracy                            loss",
-        "         before     after    change      before     after",
-    ]
-    for split in ("dev", "test"):
-        before, after = summary["initial"], summary["final"]
-        if split == "test":
-            before, after = before.get("test", {}), after.get("test", {})
-        if "step" in before or "step" in after:
-            old, new = before.get("accuracy"), after.get("accuracy")
-            change = None if old is None or new is None else new - old
-            cells = [_cell(old, ".3f"), _cell(new, ".3f"), _cell(change, "+.3f")]
-            cells += [_cell(before.get("loss"), ".4f", 11), _cell(after.get("loss"), ".4f")]
-            lines.append(f"{split:<5}" + "".join(cells))
-    best = summary["best"]
-    lines.append(f"best dev accuracy {best['accuracy']:.3f} at step {best['step']}" if best else "no evaluation on dev")
-    return "\n".join(lines if len(lines) > 3 else lines[-1:])
-
-
-def _rank(block: dict) -> tuple[float, float]:
-    """Higher is better: accuracy first, then a low loss; a number that is not finite loses to every other."""
-    if not block:
-        return -math.inf, -math.inf
-    accuracy, loss = block["accuracy"], block["loss"]
-    return accuracy if math.isfinite(accuracy) else -1.0, -loss if math.isfinite(loss) else -1e300
-
-
-def _cell(value: float | None, layout: str, width: int = 10) -> str:
-    return f"{'-' if value is None else format(value, layout):>{width}}"
 
 
 def label(part: object) -> str:

@@ -61,6 +61,11 @@ class ReplicaActor:
         assert self.replica is not None
         return self.replica.evaluate(commits, tiles, digest)
 
+    def reset(self) -> None:
+        """Back to journal index 0."""
+        assert self.replica is not None
+        self.replica.reset()
+
     def adapter(self, commits: tuple[Commit, ...]) -> tuple[dict[str, np.ndarray], str]:
         """Adapter state and digest after the given commits."""
         assert self.replica is not None
@@ -131,6 +136,18 @@ class Pool:
     def commit(self, commit: Commit) -> None:
         """Take a journalled commit; it is sent with each replica's next message."""
         self.commits.append(commit)
+
+    def digest(self) -> str:
+        """Digest of the state after all commits."""
+        return self.evaluate((), digest=True)[1] or ""
+
+    def rewind(self, step: int) -> None:
+        """Take all replicas to the state after `step` steps, by replay from the start."""
+        references = [(member, member.actor.reset.remote()) for member in self.members]
+        for member, reference in references:
+            self._result(member, reference)
+            member.sent = 0
+        del self.commits[step:]
 
     def evaluate(self, tiles: Sequence[Tile], digest: bool = False) -> tuple[list[TileScore], str | None]:
         """Scores of all tiles, in their order, at the state after all commits; and the state's digest if asked for.
@@ -220,7 +237,7 @@ def _load(members: list[_Member], spec: ReplicaSpec, cores: int | None) -> Repli
         raise _cause(error) from error
     except RayActorError as error:
         raise ReplicaLost(f"a replica died while it loaded the model (out of memory?): {error}") from error
-    for name in ("weights", "digest"):
+    for name in ("weights", "dtype", "digest"):
         found = {getattr(info, name) for info in infos}
         if len(found) > 1:
             raise ConfigError(

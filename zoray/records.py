@@ -39,11 +39,26 @@ class Probe:
 
 @dataclass(frozen=True)
 class Commit:
-    """What one step does to the adapter state: state <- decay * state + sum_k coefficients[k] * z(step, k)."""
+    """What one step does to the trained numbers x of an adapter state, in this order and in float32:
+
+        x <- decay * x
+        x <- x0 + anchor * (x - x0)                 x0: x before the first step
+        m <- momentum * m + sum_k coefficients[k] * z(step, k)
+        x <- x + rate * m
+
+    Without momentum there is no m: x <- x + sum_k coefficients[k] * z(step, k), and the rate is 1.
+    """
 
     step: int
-    coefficients: tuple[float, ...]  # float32 values; 0.0 leaves its direction out
+    coefficients: tuple[float, ...]  # float32 values, as all others; 0.0 leaves its direction out
     decay: float = 1.0
+    anchor: float = 1.0
+    momentum: float | None = None
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.momentum is None and self.rate != 1.0:
+            raise ValueError(f"a commit without momentum has rate 1; got {self.rate}")
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class TileScore:
-    """Sums over a tile's examples, one entry per probe. Idempotent: whoever scores a tile, it counts once."""
+    """What a tile's probes made of its examples: one tuple per probe with an entry per example.
 
-    loss_sums: tuple[float, ...]
-    correct_sums: tuple[float, ...]
-    count: int
+    Idempotent: whoever scores a tile, it counts once. Scalars of single examples travel, not sums over the tile, so
+    that a step's result does not depend on how its batch was cut.
+    """
+
+    losses: tuple[tuple[float, ...], ...]
+    correct: tuple[tuple[float, ...], ...]
     tokens: int  # forward tokens spent, over all probes
 
 
@@ -111,6 +129,7 @@ class StepResult:
     seconds: float
     dropped: int = 0
     ties: int = 0
+    buried: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ anyone, and twice. Commits are applied in step order before anything is scored.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zoray.data import ReplicaSpec, Workload, batch_indices, load_workload
 from zoray.records import Example, Probe, Tile, TileScore, TokenSequence
+from zoray.tiles import mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +29,8 @@ class ReplicaInfo:
     digest: str
     weights: str  # hash of the base weights
     engine: str
+    dtype: str  # of the base weights as the engine holds them
+    noise: float  # standard deviation of an example's score between two packings of the same state, see score_noise
     self_test: tuple[tuple[str, float], ...]
 
 
@@ -46,6 +50,8 @@ class Replica:
             digest=self.engine.digest(),
             weights=weights_hash(self.workload.folder),
             engine=type(self.engine).__name__,
+            dtype=self.engine.dtype,
+            noise=self.score_noise(),
             self_test=tuple(self.engine.self_test.items()),
         )
 
@@ -61,6 +67,22 @@ class Replica:
         groups = [[tile] for tile in tiles] if self.spec.engine.deterministic else [list(tiles)]
         scores = tuple(score for group in groups if group for score in self._score(group))
         return scores, self.engine.digest() if digest else None
+
+    def score_noise(self, examples: int = 8) -> float:
+        """How much an example's loss depends on what it is scored with: its standard deviation.
+
+        The same state scores a few training examples alone and together; losses would be equal in exact arithmetic.
+        """
+        centre, count = Probe(self.engine.step(), 0, 0.0), min(examples, len(self.workload.splits.train))
+        work = [(centre, *self.workload.example("train", i)) for i in range(count)]
+        together = self._outcomes(work)
+        alone = [self._outcomes([item])[0] for item in work]
+        squares = [(a[0] - b[0]) ** 2 for a, b in zip(together, alone, strict=True)]
+        return math.sqrt(mean(squares) / 2)  # the difference of two scores has twice the variance of one
+
+    def reset(self) -> None:
+        """Back to journal index 0."""
+        self.engine.reset()
 
     def apply(self, commits: Sequence[Commit]) -> None:
         """Apply the commits of the steps not seen yet; others are ignored, so that sending one twice is harmless."""
@@ -91,9 +113,8 @@ class Replica:
             tokens = sum(len(s.tokens) for i in indices for s in self.workload.encoded[tile.split][i])
             scores.append(
                 TileScore(
-                    loss_sums=tuple(sum(loss for loss, _ in rows) for rows in per_probe),
-                    correct_sums=tuple(sum(correct for _, correct in rows) for rows in per_probe),
-                    count=len(indices),
+                    losses=tuple(tuple(loss for loss, _ in rows) for rows in per_probe),
+                    correct=tuple(tuple(correct for _, correct in rows) for rows in per_probe),
                     tokens=tokens * len(tile.probes),
                 )
             )

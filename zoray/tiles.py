@@ -5,6 +5,7 @@ The grid follows from the config and never from who is there, so the number of r
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -14,33 +15,54 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def tile_grid(probes: Sequence[Probe], examples: int, tile_examples: int, split: str = "train") -> list[Tile]:
-    """All probes x all examples, cut into tiles: the probes of one direction, on `tile_examples` examples.
+def tile_grid(
+    probes: Sequence[Probe], examples: int, tile_examples: int, split: str = "train", shared: bool = True
+) -> list[Tile]:
+    """All probes x all examples, cut into tiles: the probes of one direction, on up to `tile_examples` examples.
 
     Plus and minus of a direction stay in one tile, so that both are scored by one replica: what a device adds to both
-    cancels in their difference.
+    cancels in their difference. With `shared=False` the directions share the examples out among them: direction k of K
+    sees examples [k * n/K, (k + 1) * n/K).
     """
-    directions: dict[int, list[Probe]] = {}
+    groups = list(by_direction(probes).values())
+    width = examples if shared else examples // len(groups)
+    tiles = []
+    for k, group in enumerate(groups):
+        first = 0 if shared else k * width
+        for start in range(first, first + width, tile_examples):
+            tiles.append(Tile(tuple(group), start, min(start + tile_examples, first + width), split))
+    return tiles
+
+
+def by_direction(probes: Sequence[Probe]) -> dict[int, list[Probe]]:
+    """Probes by the direction that they lie on; the centre (scale 0) lies on none and has the key -1."""
+    groups: dict[int, list[Probe]] = {}
     for probe in probes:
-        directions.setdefault(probe.index, []).append(probe)
-    return [
-        Tile(tuple(group), start, min(start + tile_examples, examples), split)
-        for group in directions.values()
-        for start in range(0, examples, tile_examples)
-    ]
+        groups.setdefault(probe.index if probe.scale else -1, []).append(probe)
+    return groups
 
 
-def sum_tiles(
+def join_tiles(
     probes: Sequence[Probe], tiles: Sequence[Tile], scores: Sequence[TileScore]
-) -> tuple[list[float], list[float]]:
-    """Mean loss and accuracy of each probe over its tiles, added in the order of the grid: (losses, accuracies)."""
+) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+    """Losses and correctness of each probe on each of its examples, in the order of the grid: (losses, correct)."""
     position = {probe: i for i, probe in enumerate(probes)}
-    loss, correct, count = [0.0] * len(probes), [0.0] * len(probes), [0] * len(probes)
+    losses: list[tuple[float, ...]] = [()] * len(probes)
+    correct: list[tuple[float, ...]] = [()] * len(probes)
     for tile, score in zip(tiles, scores, strict=True):
-        for probe, loss_sum, correct_sum in zip(tile.probes, score.loss_sums, score.correct_sums, strict=True):
+        for probe, some_losses, some_correct in zip(tile.probes, score.losses, score.correct, strict=True):
             i = position[probe]
-            loss[i], correct[i], count[i] = loss[i] + loss_sum, correct[i] + correct_sum, count[i] + score.count
-    return [s / n for s, n in zip(loss, count, strict=True)], [s / n for s, n in zip(correct, count, strict=True)]
+            losses[i] += some_losses
+            correct[i] += some_correct
+    return losses, correct
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of an exactly rounded sum, so that it is free of order; nan or inf where a value is not finite."""
+    try:
+        return math.fsum(values) / len(values)
+    except (OverflowError, ValueError):  # an infinity, or two of both signs
+        return math.nan
 
 
 def contiguous(items: list[int], shares: int) -> list[list[int]]:

@@ -22,12 +22,19 @@ if TYPE_CHECKING:
 class Engine(Protocol):
     """A model with adapter slots, and the adapter state that fills them."""
 
+    self_test: dict[str, float]
+    dtype: str  # of the base weights as loaded, "float32" for example
+
     def apply(self, commits: Sequence[Commit]) -> None:
         """Advance the adapter state; commits come in step order."""
         ...
 
     def score(self, work: Sequence[tuple[Probe, TokenSequence]]) -> list[np.ndarray]:
         """For each (probe, sequence) the sums of log-probabilities, (n_outputs,) float64; any number of tokens."""
+        ...
+
+    def reset(self) -> None:
+        """Back to journal index 0, base weights included."""
         ...
 
     def step(self) -> int:

@@ -6,10 +6,12 @@ Same protocol and same adapter state as the vLLM engine, so any difference betwe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoray.models import restore
 from zoray.records import require
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from zoray.records import Commit, Probe, TokenSequence
-    from zoray.spaces import Lora
+    from zoray.spaces.base import Space
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Hf:
         return min(model_limit, self.max_length or model_limit)
 
     def start(
-        self, folder: Path | str, dtype: str, matrices: Mapping[str, tuple[int, int]], space: Lora, seed: int
+        self, folder: Path | str, dtype: str, matrices: Mapping[str, tuple[int, int]], space: Space, seed: int
     ) -> HfEngine:
         """Load the model and open the adapter state."""
         import torch
@@ -51,15 +53,21 @@ class Hf:
 
         torch_dtype = torch.float32 if dtype == "auto" and self.device == "cpu" else dtype
         options = {"dtype": torch_dtype, "attn_implementation": "eager", "device_map": self.device}
-        return HfEngine(AutoModelForCausalLM.from_pretrained(folder, **options).eval(), space, matrices, seed)
+        return HfEngine(AutoModelForCausalLM.from_pretrained(folder, **options).eval(), space, matrices, seed, folder)
 
 
 class HfEngine:
     """Engine protocol (base.py) over a transformers model; adapters are applied by forward hooks."""
 
-    def __init__(self, model: Any, space: Lora, matrices: Mapping[str, tuple[int, int]], seed: int) -> None:
+    def __init__(
+        self, model: Any, space: Space, matrices: Mapping[str, tuple[int, int]], seed: int, folder: Path | str
+    ) -> None:
         self.model, self.space = model, space
-        self.state = space.open(matrices, seed, model.device)
+        self._open = partial(space.open, matrices, seed, model.device)
+        self._folder = folder
+        self.weights = {name: model.get_submodule(name).weight.data for name in space.select(matrices)}
+        self.state = self._open(self.weights)
+        self.dtype = str(model.dtype).removeprefix("torch.")
         self.self_test: dict[str, float] = {}
         self._active: dict[str, tuple[Any, Any]] = {}
         for name in self.state.matrices:
@@ -86,7 +94,7 @@ class HfEngine:
             members.setdefault(probe, []).append(i)
         results: list[np.ndarray] = [np.empty(0)] * len(work)
         for probe, indices in members.items():
-            self._active = {name: (a, b) for name, a, b in self.state.tensors(self.state.perturbed(probe))}
+            self._active = {name: (a, b) for name, a, b in self.state.factors(probe)}
             for i in indices:
                 results[i] = self._score_one(work[i][1])
         self._active = {}
@@ -104,6 +112,12 @@ class HfEngine:
             logps = self.model(input_ids=tokens).logits[0].float().log_softmax(-1)
         picked = logps[sequence.rows.astype(np.int64), sequence.targets.astype(np.int64)].double().cpu().numpy()
         return np.bincount(sequence.outputs, weights=picked, minlength=sequence.n_outputs)
+
+    def reset(self) -> None:
+        """Back to journal index 0; folded base weights are read from the model's folder again."""
+        if self.space.folds:
+            restore(self.weights, self._folder)
+        self.state = self._open(self.weights)
 
     def step(self) -> int:
         """The journal index of the state."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,11 @@ from zoray.engines.base import split_outputs
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from zoray.records import Commit, Probe, TokenSequence
-    from zoray.spaces import Lora
+    from zoray.spaces.base import Space
 
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates slots for
 
@@ -53,7 +54,7 @@ class Vllm:
         return min(model_limit, self.max_tokens, self.max_length or model_limit)
 
     def start(
-        self, folder: Path | str, dtype: str, matrices: Mapping[str, tuple[int, int]], space: Lora, seed: int
+        self, folder: Path | str, dtype: str, matrices: Mapping[str, tuple[int, int]], space: Space, seed: int
     ) -> VllmEngine:
         """Load the model and open the adapter state. {canonical name: (out, in)} are the model's linear layers.
 
@@ -71,7 +72,14 @@ class Vllm:
         limit = self.length_limit(_model_limit(folder))
         check_lora_support(folder)
         targets = space.select(matrices)
-        llm = LLM(
+        with plain_cpu_weights() if space.folds else nullcontext():
+            llm = LLM(**self._llm_arguments(folder, dtype, limit, space, targets))
+        return VllmEngine(llm, space, matrices, seed, folder)
+
+    def _llm_arguments(
+        self, folder: Path | str, dtype: str, limit: int, space: Space, targets: Mapping[str, tuple[int, int]]
+    ) -> dict[str, Any]:
+        return dict(
             model=str(folder),
             dtype=_dtype(dtype),
             seed=0,
@@ -91,15 +99,17 @@ class Vllm:
             skip_tokenizer_init=True,  # sequences come as tokens
             block_size=32 if _on_cpu() else None,  # CPU's own 128 is mostly padding
         )
-        return VllmEngine(llm, space, matrices, seed)
 
 
 class VllmEngine:
     """Engine protocol (base.py) over one vLLM instance in this process."""
 
-    def __init__(self, llm: Any, space: Lora, matrices: Mapping[str, tuple[int, int]], seed: int) -> None:
-        self.llm = llm
-        self.self_test: dict[str, float] = self._call("zoray_open", space, dict(matrices), seed)
+    def __init__(
+        self, llm: Any, space: Space, matrices: Mapping[str, tuple[int, int]], seed: int, folder: Path | str
+    ) -> None:
+        self.llm, self._folder = llm, str(folder)
+        self.self_test: dict[str, float]
+        self.self_test, self.dtype = self._call("zoray_open", space, dict(matrices), seed)
 
     def _call(self, method: str, *args: Any) -> Any:
         return self.llm.collective_rpc(method, args=args)[0]
@@ -116,6 +126,10 @@ class VllmEngine:
         """The same for the bare model."""
         return split_outputs(self._call("zoray_base", sequences), [(None, s) for s in sequences])
 
+    def reset(self) -> None:
+        """Back to journal index 0; folded base weights are read from the model's folder again."""
+        self._call("zoray_reset", self._folder)
+
     def step(self) -> int:
         """The journal index of the state."""
         return self._call("zoray_step")
@@ -127,6 +141,31 @@ class VllmEngine:
     def adapter(self) -> dict[str, np.ndarray]:
         """The state as float32 arrays, see base.py."""
         return self._call("zoray_adapter")
+
+
+@contextmanager
+def plain_cpu_weights() -> Iterator[None]:
+    """While a model loads: keep its linear weights as they are on CPU, where vLLM would pack them into oneDNN handles.
+
+    Folding writes base weights in place, which a packed copy would not see.
+    """
+    from vllm.model_executor.layers import utils
+
+    original = getattr(utils, "dispatch_cpu_unquantized_gemm", None)
+    if original is None or not _on_cpu():
+        yield
+        return
+
+    def keep(layer: Any, remove_weight: bool) -> None:
+        import torch
+
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = keep
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = original
 
 
 def check_lora_support(folder: Path | str) -> None:

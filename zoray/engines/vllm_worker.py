@@ -6,6 +6,7 @@ internals is in this file (and cpu_lora.py). Tried on 0.32 (CPU); written agains
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from vllm.lora.layers import LoRAMapping
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from zoray.engines.base import Pack, blocks_needed, by_slot_groups, pack
+from zoray.models import restore
 from zoray.records import ConfigError, Probe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from zoray.records import Commit, TokenSequence
-    from zoray.spaces import Lora
+    from zoray.spaces.base import Space, State
 
 LOGITS_ELEMENTS = 1 << 25  # rows x vocabulary of one LM-head chunk: 128 MiB of float32
 
@@ -32,10 +34,18 @@ class ZorayWorker:
     model_runner: Any
     vllm_config: Any
 
-    def zoray_open(self, space: Lora, matrices: Mapping[str, tuple[int, int]], seed: int) -> dict[str, float]:
-        """Create the adapter state beside the slots; prove that the slots are live. Returns what the test measured."""
+    def zoray_open(
+        self, space: Space, matrices: Mapping[str, tuple[int, int]], seed: int
+    ) -> tuple[dict[str, float], str]:
+        """Create the adapter state beside the slots; prove that the slots are live.
+
+        Returns what the test measured, and the dtype of the base weights.
+        """
         self._zoray = PackedScorer(self.model_runner, self.vllm_config, space, matrices, seed)
-        return self._zoray.prove_live()
+        return self._zoray.prove_live(), str(self.vllm_config.model_config.dtype).removeprefix("torch.")
+
+    def zoray_reset(self, folder: str) -> None:
+        self._zoray.reset(folder)
 
     def zoray_apply(self, commits: Sequence[Commit]) -> None:
         for commit in commits:
@@ -63,7 +73,7 @@ class PackedScorer:
     Uses the worker's KV cache as scratch: no request may be in flight in this engine meanwhile.
     """
 
-    def __init__(self, runner: Any, vllm_config: Any, space: Lora, matrices: Mapping[str, tuple[int, int]], seed: int):
+    def __init__(self, runner: Any, vllm_config: Any, space: Space, matrices: Mapping[str, tuple[int, int]], seed: int):
         self.runner, self.vllm_config, self.space = runner, vllm_config, space
         self.device: torch.device = runner.device
         self.slots: int = vllm_config.lora_config.max_loras
@@ -72,12 +82,20 @@ class PackedScorer:
         self.block_size: int = max(group.kv_cache_spec.block_size for group in groups)
         self.blocks: int = runner.kv_cache_config.num_blocks - 1  # block 0 is vLLM's null block
         self.manager = _adapter_manager(runner)
-        self.state = space.open(matrices, seed, self.device)
+        self.matrices = space.select(matrices)
         self.sites = self._find_sites()
+        self.weights = self._base_weights() if space.folds else {}
+        self._open = partial(space.open, matrices, seed, self.device)
+        self.state: State = self._open(self.weights)
         self.wrapper = self._lora_wrapper()
-        if space.train == "B":  # A never moves: write it once into every slot
-            for name, a, _ in self.state.tensors(self.state.flat):
-                self.sites[name][0][:, 0, : space.rank].copy_(a)
+        self._a_in_slot: dict[int, Hashable] = {}
+
+    def reset(self, folder: str) -> None:
+        """Back to journal index 0; folded base weights are read from the model's folder again."""
+        if self.weights:
+            restore(self.weights, folder)
+        self.state = self._open(self.weights)
+        self._a_in_slot.clear()
 
     def _find_sites(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Canonical matrix name -> its slot tensors, A (slots, 1, max rank, in) and B (slots, 1, out, max rank).
@@ -92,13 +110,13 @@ class PackedScorer:
                     f"vLLM stacks {len(module.lora_a_stacked)} matrices in {module_name}, expected {names}"
                 )
             sites.update(zip(names, zip(module.lora_a_stacked, module.lora_b_stacked, strict=True), strict=True))
-        missing = [name for name in self.state.matrices if name not in sites]
+        missing = [name for name in self.matrices if name not in sites]
         if missing:
             raise ConfigError(
-                f"vLLM has no LoRA slot for {len(missing)} of this model's {len(self.state.matrices)} matrices, e.g. "
+                f"vLLM has no LoRA slot for {len(missing)} of this model's {len(self.matrices)} matrices, e.g. "
                 f"{missing[0]}; choose space.targets among {sorted({name.rsplit('.', 1)[-1] for name in sites})}"
             )
-        for name, (out_features, in_features) in self.state.matrices.items():
+        for name, (out_features, in_features) in self.matrices.items():
             a, b = sites[name]
             if a.shape[3] != in_features or b.shape[2] != out_features:
                 raise ConfigError(
@@ -106,6 +124,21 @@ class PackedScorer:
                     f"{a.shape[3]} (tensor parallel shards are not supported yet)"
                 )
         return sites
+
+    def _base_weights(self) -> dict[str, torch.Tensor]:
+        """Canonical matrix name -> its rows of the fused base weight, (out, in), as a view that can be written.
+
+        A weight that vLLM has packed or quantised has no such view; the space then says what to do.
+        """
+        weights: dict[str, torch.Tensor] = {}
+        for module_name, module in self.manager.modules.items():
+            fused = getattr(module.base_layer, "weight", None)
+            sizes = [b.shape[2] for b in module.lora_b_stacked]
+            if fused is None or fused.ndim != 2 or fused.shape[0] != sum(sizes):
+                continue
+            parts = fused.data.split(sizes)
+            weights.update(zip(self._children(module_name), parts, strict=True))
+        return {name: weights[name] for name in self.matrices if name in weights}
 
     def _lora_wrapper(self) -> Any:
         """The wrapper that maps tokens to slots; on CPU replaced by the segmented one in every LoRA layer."""
@@ -124,13 +157,15 @@ class PackedScorer:
         return wrapper
 
     def write_slot(self, slot: int, probe: Probe) -> None:
-        """Put state + scale * z into a slot, in place on the device. alpha / rank enters B here and only here."""
-        flat = self.state.perturbed(probe)
-        for name, a, b in self.state.tensors(flat):
+        """Put a probe's factors into a slot, in place on the device. The scaling enters B here and only here."""
+        key, rank = self.state.a_key(probe), self.space.rank
+        a_is_there = self._a_in_slot.get(slot) == key
+        for name, a, b in self.state.factors(probe):
             a_slots, b_slots = self.sites[name]
-            if self.space.train == "AB":
-                a_slots[slot, 0, : self.space.rank].copy_(a)
-            b_slots[slot, 0, :, : self.space.rank].copy_(b * self.space.scaling)
+            if not a_is_there:
+                a_slots[slot, 0, :rank].copy_(a)
+            b_slots[slot, 0, :, :rank].copy_(b * self.space.scaling)
+        self._a_in_slot[slot] = key
 
     @torch.inference_mode()
     def score(self, work: Sequence[tuple[Probe, TokenSequence]]) -> np.ndarray:
@@ -266,7 +301,7 @@ class PackedScorer:
         probes = [Probe(0, slot, 1.0) for slot in range(self.slots)]
         for slot, probe in enumerate(probes):
             self.write_slot(slot, probe)
-        adapters = [{name: (a, b) for name, a, b in self.state.tensors(self.state.perturbed(p))} for p in probes]
+        adapters = [{name: (a, b) for name, a, b in self.state.factors(probe)} for probe in probes]
         worst, where = 0.0, ""
         for name, module in self.manager.modules.items():
             found = _layer_output(module, inputs).float() - bare[name].float()
@@ -282,7 +317,42 @@ class PackedScorer:
                 f"adapter self-test failed: the output of {where} differs from W x + s B A x by {worst:.2e} relative, "
                 f"at most {tolerance:g} expected; this vLLM build does not apply adapters as zoray writes them"
             )
-        return {"adapter_error": worst}
+        self._a_in_slot.clear()
+        return {"adapter_error": worst, **self._prove_foldable(inputs, bare, tolerance)}
+
+    def _prove_foldable(self, inputs: dict[int, torch.Tensor], bare: dict[str, torch.Tensor], tolerance: float):
+        """Check that writing a base weight changes what its layer computes, by x dW^T, and put the weight back.
+
+        A backend that packs weights at load time keeps a copy that such a write would miss.
+        """
+        worst, where = 0.0, ""
+        self._map_tokens(((-1, 0, 3 * self.slots),))
+        for module_name, module in self.manager.modules.items():
+            children = [name for name in self._children(module_name) if name in self.weights]
+            if not children:
+                continue
+            x, expected = inputs[module.lora_a_stacked[0].shape[3]].float(), []
+            kept = {name: self.weights[name].clone() for name in children}
+            for name, b_slots in zip(self._children(module_name), module.lora_b_stacked, strict=True):
+                if name in kept:
+                    ramp = torch.cos(torch.arange(kept[name].numel(), device=self.device)).view(kept[name].shape)
+                    self.weights[name].add_((ramp * kept[name].float().abs().mean()).to(kept[name].dtype))
+                    expected.append(x @ (self.weights[name].float() - kept[name].float()).t())
+                else:
+                    expected.append(torch.zeros(len(x), b_slots.shape[2], device=self.device))
+            found = _layer_output(module, inputs).float() - bare[module_name].float()
+            for name, weight in kept.items():
+                self.weights[name].copy_(weight)
+            wanted = torch.cat(expected, dim=1)
+            error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+            if not error <= worst:
+                worst, where = error, module_name
+        if not worst <= tolerance:
+            raise ConfigError(
+                f"folding self-test failed: writing the base weight of {where} changes its output otherwise than "
+                f"expected ({worst:.2e} relative, at most {tolerance:g}); take space=lora on this backend"
+            )
+        return {"fold_error": worst} if self.weights else {}
 
     def _expected(self, module_name: str, module: Any, adapter: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
         """(alpha / rank) x A^T B^T of a fused module's matrices side by side; zero for those that are not trained."""

@@ -1,0 +1,159 @@
+"""What a run's state becomes for other programs: a PEFT adapter folder, or a merged Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from zoray.records import ConfigError
+from zoray.spaces.base import MAX_RANK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from zoray.spaces.lozo import Factors
+
+EXACT_SVD = 2048  # smaller side of a matrix up to which the full SVD is taken
+
+
+def write_peft(
+    folder: Path,
+    adapter: Mapping[str, np.ndarray],
+    rank: int,
+    alpha: float,
+    base_model: str,
+    targets: str | Sequence[str] = "all-linear",
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`; an earlier export there is replaced as a whole.
+
+    Args:
+        folder: the adapter's folder.
+        adapter: {`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)}, not scaled: PEFT applies alpha / rank.
+        rank: LoRA rank.
+        alpha: LoRA scale numerator.
+        base_model: what `adapter_config.json` names as the base.
+        targets: the space's targets; anything but plain module names is written out as full names.
+    """
+    from safetensors.numpy import save_file
+
+    matrices = sorted({name.rpartition(".")[0] for name in adapter})
+    listed = [targets] if isinstance(targets, str) else list(targets)
+    plain = all(target.replace("_", "").replace("-", "").isalnum() for target in listed)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in matrices}) if plain else matrices,
+    }
+    with _replacing(folder) as partial:
+        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tensors = {f"base_model.model.{name}.weight": np.ascontiguousarray(value) for name, value in adapter.items()}
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+class Stack:
+    """The folds of a run as one adapter: [B_1 B_2 ...] [A_1; A_2; ...], while its rank is at most vLLM's largest."""
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self._parts: list[Factors] = []
+
+    def __call__(self, factors: Factors) -> None:
+        """Take the factors of a fold; a stack that has grown too high forgets them."""
+        self.rank += next(iter(factors.values()))[0].shape[1]
+        if self.fits:
+            self._parts.append({name: (b.clone(), a.clone()) for name, (b, a) in factors.items()})
+        else:
+            self._parts.clear()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the exact stack is still within the largest rank."""
+        return self.rank <= MAX_RANK
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """{`<matrix>.lora_A`, `<matrix>.lora_B`}, for a scale of 1."""
+        import torch
+
+        arrays = {}
+        for name in self._parts[0]:
+            arrays[f"{name}.lora_B"] = torch.cat([part[name][0] for part in self._parts], dim=1).cpu().numpy()
+            arrays[f"{name}.lora_A"] = torch.cat([part[name][1] for part in self._parts]).cpu().numpy()
+        return arrays
+
+
+def truncate(change: Mapping[str, torch.Tensor], rank: int) -> dict[str, np.ndarray]:
+    """The best adapter of a rank for a change of weights {name: (out, in)}, by SVD; singular values split evenly."""
+    import torch
+
+    arrays = {}
+    for name, delta in change.items():
+        if min(delta.shape) <= EXACT_SVD:
+            u, s, vh = torch.linalg.svd(delta.float(), full_matrices=False)
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                u, s, v = torch.svd_lowrank(delta.float(), q=min(rank + 16, min(delta.shape)), niter=6)
+            vh = v.t()
+        root, width = s[:rank].sqrt(), min(rank, len(s))
+        b, a = torch.zeros(delta.shape[0], rank), torch.zeros(rank, delta.shape[1])
+        b[:, :width], a[:width] = (u[:, :rank] * root).cpu(), (root[:, None] * vh[:rank]).cpu()
+        arrays[f"{name}.lora_B"], arrays[f"{name}.lora_A"] = b.numpy(), a.numpy()
+    return arrays
+
+
+def relative_error(adapter: Mapping[str, np.ndarray], change: Mapping[str, torch.Tensor]) -> float:
+    """||B A - change|| / ||change|| over all matrices (Frobenius)."""
+    missed = total = 0.0
+    for name, delta in change.items():
+        exact = delta.double().cpu().numpy()
+        made = adapter[f"{name}.lora_B"].astype(np.float64) @ adapter[f"{name}.lora_A"].astype(np.float64)
+        missed, total = missed + float(((made - exact) ** 2).sum()), total + float((exact**2).sum())
+    return float(np.sqrt(missed / total)) if total else 0.0
+
+
+def write_merged(folder: Path, source: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write a Hugging Face checkpoint: the model in `source` with some weights {canonical name: (out, in)} replaced.
+
+    The checkpoint has the dtype of these weights. An earlier export in `folder` is replaced as a whole.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = next(iter(weights.values())).dtype
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    for name, weight in weights.items():
+        model.get_parameter(f"{name}.weight").data.copy_(weight)
+    with _replacing(folder) as partial:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A fresh folder to write to, that takes the place of `folder` when all went well."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"can't write to {folder}: {error.strerror}. Choose another folder") from None
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

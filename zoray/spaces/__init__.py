@@ -1,0 +1,29 @@
+"""Which parameters move, and how a direction becomes an adapter: one space a file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from zoray.records import JournalError
+from zoray.spaces.base import Space, State
+from zoray.spaces.lora import Lora, LoraState
+from zoray.spaces.lowrank import LowRank, LowRankState
+from zoray.spaces.lozo import Lozo, LozoState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Lora", "LoraState", "LowRank", "LowRankState", "Lozo", "LozoState", "Space", "State", "from_record"]
+
+
+def from_record(record: Mapping[str, Any]) -> Any:
+    """A space from its record in a journal's header: {"name": class name, fields...}. Imports nothing by name."""
+    known: dict[str, Any] = {space.__name__: space for space in (Lora, Lozo, LowRank)}
+    fields = {key: value for key, value in record.items() if key != "name"}
+    space = known.get(record["name"])
+    if space is None or not fields.keys() <= space.__dataclass_fields__.keys():
+        raise JournalError(
+            f"expected a space that this version knows ({', '.join(known)}); "
+            f"got {record['name']!r} with {sorted(fields)}"
+        )
+    return space(**fields)

@@ -1,0 +1,210 @@
+"""What every space is, and what the spaces share: targets, digests, cached directions, the update of a flat vector.
+
+A space is a frozen config. `open` gives its state: the numbers of one replica at a journal index. A state turns a probe
+into low-rank factors for a slot and takes commits; it knows nothing of losses, engines or other replicas. The same
+commits on the same start give the same bits on any device: everything is elementwise float32, multiply and add apart.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Protocol
+
+from zoray.directions import Layout, check_distribution, name_hash
+from zoray.records import Commit, ConfigError, JournalError, require
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+
+    import numpy as np
+    import torch
+
+    from zoray.records import Probe
+
+MAX_RANK = 512  # the largest LoRA rank that vLLM has slots for
+CACHED_ELEMENTS = 1 << 28  # of a step's directions kept between scoring and commit: 1 GiB
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: odd, so i * _GOLDEN differs for every i
+_DIGEST_CHUNK = 1 << 24  # elements hashed at a time: a few int64 copies of them exist meanwhile
+
+
+class State(Protocol):
+    """The numbers of one replica. `step` is the next step that `apply` expects."""
+
+    step: int
+    matrices: Mapping[str, tuple[int, int]]
+
+    def factors(self, probe: Probe) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(canonical name, A (rank, in), B (out, rank)) of every matrix under a probe; W + scaling * B @ A acts."""
+        ...
+
+    def a_key(self, probe: Probe) -> Hashable:
+        """Probes of equal keys have equal A, so a slot that holds it need not be written again."""
+        ...
+
+    def apply(self, commit: Commit) -> None:
+        """Take the commit of the next step; JournalError for any other."""
+        ...
+
+    def digest(self) -> str:
+        """16 hex digits over the bits of all numbers that a step can change."""
+        ...
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """{`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)} float32 copies, B not scaled."""
+        ...
+
+
+class Space(Protocol):
+    """The config of a space."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factors in a slot."""
+        ...
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B @ A in the effective weight."""
+        ...
+
+    @property
+    def folds(self) -> bool:
+        """Whether steps write into the base weights."""
+        ...
+
+    @property
+    def targets(self) -> str | tuple[str, ...]:
+        """Which matrices move."""
+        ...
+
+    def select(self, matrices: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """The matrices that move, {canonical name: (out, in)}."""
+        ...
+
+    def trained(self, matrices: Mapping[str, tuple[int, int]]) -> int:
+        """How many numbers move."""
+        ...
+
+    def open(
+        self,
+        matrices: Mapping[str, tuple[int, int]],
+        seed: int,
+        device: torch.device | str = "cpu",
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> State:
+        """The state at journal index 0. `weights`: the base's, which a folding space writes in place."""
+        ...
+
+
+def check_space(rank: Any, targets: Any, distribution: str) -> str | tuple[str, ...]:
+    """Check what all spaces have; returns the targets as a tuple where they are a list."""
+    ok = isinstance(rank, int) and 1 <= rank <= MAX_RANK
+    require(ok, f"space.rank to be a whole number from 1 to {MAX_RANK} (vLLM's largest LoRA rank)", rank)
+    check_distribution(distribution)
+    targets = targets if isinstance(targets, str) else tuple(targets)
+    require(bool(targets), "space.targets to be all-linear or a list of module names", targets)
+    return targets
+
+
+def select(matrices: Mapping[str, tuple[int, int]], targets: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """The target matrices out of a model's linear layers, {canonical name: (out, in)}, in the model's order.
+
+    A target is the last part or parts of a name (`q_proj`, `self_attn.q_proj`), with * ? [] as in file names.
+    """
+    if targets == "all-linear":
+        return dict(matrices)
+    wanted = (targets,) if isinstance(targets, str) else targets
+    unknown = [target for target in wanted if not any(_matches(name, target) for name in matrices)]
+    if unknown:
+        suffixes = {name.rsplit(".", 1)[-1] for name in matrices}
+        raise ConfigError(
+            f"space.targets: no linear layer of this model ends in {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(suffixes))}, or use all-linear"
+        )
+    return {name: shape for name, shape in matrices.items() if any(_matches(name, target) for target in wanted)}
+
+
+def _matches(name: str, target: str) -> bool:
+    return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
+
+
+class Directions:
+    """z at (seed, step, index) as a flat vector of a layout; those of the latest step are kept until the next one."""
+
+    def __init__(self, layout: Layout, seed: int, distribution: str) -> None:
+        self.layout, self.seed, self.distribution = layout, seed, distribution
+        self._fresh: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __call__(self, step: int, index: int) -> torch.Tensor:
+        key = (step, index)
+        if key in self._fresh:
+            return self._fresh[key]
+        if any(kept != step for kept, _ in self._fresh):
+            self._fresh.clear()
+        z = self.layout.direction(self.seed, step, index, self.distribution)
+        if (len(self._fresh) + 1) * self.layout.size <= CACHED_ELEMENTS:
+            self._fresh[key] = z
+        return z
+
+
+def expect(commit: Commit, step: int) -> None:
+    """JournalError unless the commit is that of `step`: commits come in order, each once."""
+    if commit.step != step:
+        raise JournalError(f"expected the commit of step {step}, got step {commit.step}")
+
+
+def advance(
+    x: torch.Tensor,
+    momentum: torch.Tensor | None,
+    commit: Commit,
+    direction: Callable[[int, int], torch.Tensor],
+    initial: Callable[[], torch.Tensor] | None = None,
+) -> torch.Tensor | None:
+    """Apply a commit (records.Commit has the formula) to a flat vector in place; returns the momentum buffer.
+
+    `initial` gives the vector before the first step; None if that was zero.
+    """
+    import torch
+
+    if commit.decay != 1.0:
+        x.mul_(commit.decay)
+    if commit.anchor != 1.0:
+        if initial is None:
+            x.mul_(commit.anchor)
+        else:
+            x.sub_(initial()).mul_(commit.anchor).add_(initial())
+    target = x
+    if commit.momentum is not None:
+        momentum = torch.zeros_like(x) if momentum is None else momentum
+        target = momentum.mul_(commit.momentum)
+    for index, coefficient in enumerate(commit.coefficients):
+        if coefficient != 0.0:
+            target.add_(direction(commit.step, index) * coefficient)
+    if momentum is not None and commit.momentum is not None:
+        x.add_(momentum * commit.rate)
+    return momentum
+
+
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """16 hex digits over the bits of named tensors; equal digests mean bit-identical replicas.
+
+    The sum over all elements of (bits) * (odd multiplier of tensor and position), modulo 2**64: free of order, so any
+    device and any sharding gives the same; a change of any single element changes it.
+    """
+    return f"{sum(digest_part(name, tensor) for name, tensor in tensors) & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def digest_part(name: str, tensor: torch.Tensor) -> int:
+    """One tensor's part of a digest; parts add up modulo 2**64."""
+    import torch
+
+    word = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[tensor.element_size()]
+    mask = (1 << 8 * tensor.element_size()) - 1
+    flat = tensor.flatten().view(word)
+    salt = name_hash(name) - (1 << 63)  # any bijection into int64 will do
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(flat), _DIGEST_CHUNK):
+        bits = flat[start : start + _DIGEST_CHUNK].to(torch.int64) & mask
+        position = torch.arange(start, start + len(bits), dtype=torch.int64, device=bits.device)
+        total += (bits * ((position * _GOLDEN + salt) | 1)).sum()
+    return int(total)

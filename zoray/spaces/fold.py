@@ -1,0 +1,101 @@
+"""Folding: add a low-rank update into base weights, with the same bits on every device.
+
+W <- round(decay * W + B @ A), the product and the sum in float32, one rounding to the dtype of W. A matrix product adds
+in an order that depends on device and threads, so the product is made of rank-one terms in a fixed order; where both
+factors hold only -1 and 1 (Rademacher) every order gives the same whole numbers and a plain product will do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zoray.directions import uniform_torch
+from zoray.records import ConfigError, require
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+ROUNDINGS = ("nearest", "stochastic")
+FOLDABLE = ("float32", "float16", "bfloat16")
+_FIXED_POINT = 1 << 21  # of normal quantiles (|z| < 4.4): products of 2**16 pairs of them still fit 63 bits
+
+
+def check_rounding(rounding: str) -> None:
+    """Raise ConfigError for a rounding that there is not."""
+    require(rounding in ROUNDINGS, f"space.fold_rounding to be one of {', '.join(ROUNDINGS)}", rounding)
+
+
+def check_weights(
+    matrices: Mapping[str, tuple[int, int]], weights: Mapping[str, torch.Tensor] | None, space: str
+) -> Mapping[str, torch.Tensor]:
+    """The base weights that a space folds into, checked.
+
+    Raises:
+        ConfigError: there are none, or some are quantised or of another shape.
+    """
+    if weights is None:
+        raise ConfigError(f"space={space} folds into the base weights; this caller has none to give")
+    for name, shape in matrices.items():
+        weight = weights.get(name)
+        dtype = None if weight is None else str(weight.dtype).removeprefix("torch.")
+        if weight is None or dtype not in FOLDABLE or tuple(weight.shape) != shape:
+            found = "no plain weight" if weight is None else f"{dtype} of shape {tuple(weight.shape)}"
+            raise ConfigError(
+                f"space={space} folds into base weights of {', '.join(FOLDABLE)}; {name} has {found} (expected "
+                f"{shape}). Take space=lora, which never writes the base weights, for a quantised model"
+            )
+    return weights
+
+
+def product(b: torch.Tensor, a: torch.Tensor, distribution: str | None = None) -> torch.Tensor:
+    """B @ A, (out, r) x (r, in) float32, the same bits everywhere. `distribution`: of both factors, if they are raw."""
+    if distribution == "rademacher":
+        return b @ a  # sums of at most 512 times +-1: exact in any order
+    total = b[:, :1] * a[:1]
+    for j in range(1, b.shape[1]):
+        total += b[:, j : j + 1] * a[j : j + 1]
+    return total
+
+
+def overlap(a_old: torch.Tensor, a_new: torch.Tensor) -> torch.Tensor:
+    """V_old^T V_new / n, (r, r) float32, from factors stored as (r, n); exact integer sums, so free of order."""
+    import torch
+
+    old, new = ((a.double() * _FIXED_POINT).round().to(torch.int64) for a in (a_old, a_new))
+    sums = torch.stack([(old[i] * new).sum(dim=1) for i in range(len(old))])
+    return (sums.double() / (float(_FIXED_POINT) ** 2 * a_old.shape[1])).float()
+
+
+def write_rounded(weight: torch.Tensor, exact: torch.Tensor, rounding: str, seed: int, step: int, name: str) -> None:
+    """weight <- exact, (out, in) float32, rounded once to the weight's dtype.
+
+    Stochastic rounding goes to one of the two neighbours with a probability that makes the mean exact (to 2**-16 of
+    their distance); its bits have the address (seed, step, 0, `<name>.round`). A float32 weight takes `exact` as it is.
+    """
+    import torch
+
+    near = exact.to(weight.dtype)
+    if rounding == "stochastic" and weight.dtype != torch.float32:
+        other = _neighbour(near, exact)
+        distance = (other.float() - near.float()).abs()
+        share = torch.where(distance > 0, (exact - near.float()).abs() / distance, torch.zeros_like(exact))
+        draw = uniform_torch(seed, step, 0, f"{name}.round", exact.numel(), exact.device).view(exact.shape)
+        near = torch.where(draw < share, other, near)
+    weight.copy_(near)
+
+
+def _neighbour(near: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """The 16-bit float next to `near` on the side of `exact`; itself where they are equal."""
+    import torch
+
+    bits = near.view(torch.int16).to(torch.int32)
+    magnitude, negative = bits & 0x7FFF, bits < 0
+    difference = exact - near.float()
+    outward = (difference > 0) != negative  # away from zero
+    zero_negative = (magnitude == 0) & (difference < 0)  # from either zero the first step down is a negative number
+    moved = torch.where(magnitude == 0, torch.ones_like(magnitude), magnitude + torch.where(outward, 1, -1))
+    sign = torch.where(magnitude == 0, zero_negative, negative)
+    result = torch.where(difference == 0, bits, torch.where(sign, moved - 0x8000, moved))
+    return result.to(torch.int16).view(near.dtype)

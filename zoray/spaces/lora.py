@@ -1,0 +1,161 @@
+"""The lora space: low-rank adapters beside frozen base weights. Works on any base, quantised or not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from zoray.directions import Layout
+from zoray.records import is_finite, require
+from zoray.spaces.base import Directions, advance, check_space, digest, expect, select
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Mapping
+
+    import numpy as np
+    import torch
+
+    from zoray.records import Commit, Probe
+
+_INIT_STEP = 0xFFFFFFFF  # the address step of initial values; `steps` stays below it
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on linear layers (Hu et al., arXiv 2106.09685); MeZO-LoRA when `train` is AB.
+
+    A starts as normal values from its init address, of variance 1 / (3 * in_features) as PEFT's default has; B as zero.
+    The base weights are never written, so any quantised base works. Perturbations act on A and B themselves; the factor
+    alpha / rank is applied once, when an adapter is written to a slot or exported.
+
+    Args:
+        rank: 1..512; slots are rounded up to the next rank that vLLM takes.
+        alpha: LoRA's scale numerator.
+        targets: "all-linear", or the last parts of module names, e.g. [q_proj, v_proj]; * ? [] as in file names, e.g.
+            ["layers.1?.*.v_proj"].
+        train: "B" moves B only, "AB" both.
+        distribution: of the directions, "rademacher" or "gaussian".
+    """
+
+    folds: ClassVar[bool] = False  # whether steps write into the base weights
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str | tuple[str, ...] = "all-linear"
+    train: str = "B"
+    distribution: str = "rademacher"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", check_space(self.rank, self.targets, self.distribution))
+        require(is_finite(self.alpha) and self.alpha > 0, "space.alpha to be a positive number", self.alpha)
+        require(self.train in ("B", "AB"), "space.train to be B or AB", self.train)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B @ A in the effective weight."""
+        return self.alpha / self.rank
+
+    def select(self, matrices: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """The matrices that have an adapter, {canonical name: (out, in)}."""
+        return select(matrices, self.targets)
+
+    def trained(self, matrices: Mapping[str, tuple[int, int]]) -> int:
+        """How many numbers move."""
+        return sum(self.rank * (out + into * (self.train == "AB")) for out, into in self.select(matrices).values())
+
+    def open(
+        self,
+        matrices: Mapping[str, tuple[int, int]],
+        seed: int,
+        device: torch.device | str = "cpu",
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> LoraState:
+        """The state at journal index 0 for the given matrices of a model, {canonical name: (out, in)}."""
+        return LoraState(self, self.select(matrices), seed, device)
+
+
+class LoraState:
+    """The adapter of one replica: float32 A and B, and how many steps they have seen.
+
+    `flat` holds the trained tensors (padded, see Layout).
+    """
+
+    def __init__(self, space: Lora, matrices: Mapping[str, tuple[int, int]], seed: int, device: torch.device | str):
+        import torch
+
+        require(0 <= seed < 2**32, "run.seed to fit 32 bits", seed)
+        self.space, self.seed, self.step = space, seed, 0
+        self.matrices = dict(matrices)
+        a_shapes = {f"{name}.lora_A": (space.rank, shape[1]) for name, shape in self.matrices.items()}
+        b_shapes = {f"{name}.lora_B": (shape[0], space.rank) for name, shape in self.matrices.items()}
+        self._a_initial = Layout(a_shapes, device)
+        self.layout = Layout({**b_shapes, **a_shapes} if space.train == "AB" else b_shapes, device)
+        self._a_layout = self.layout if space.train == "AB" else self._a_initial
+        self.flat = torch.zeros(self.layout.size, dtype=torch.float32, device=self.layout.device)
+        self._a_flat = self.flat if space.train == "AB" else torch.zeros(self._a_layout.size, device=device)
+        self._write_initial_a(self._a_flat)
+        self._initial: torch.Tensor | None = None
+        self.momentum: torch.Tensor | None = None
+        self.direction = Directions(self.layout, seed, space.distribution)
+
+    def _write_initial_a(self, flat: torch.Tensor) -> None:
+        normal = self._a_initial.direction(self.seed, _INIT_STEP, 0, "gaussian")
+        for name, shape in self._a_initial.shapes.items():
+            values = self._a_initial.view(normal, name) * (1 / math.sqrt(3 * shape[1]))
+            self._a_layout.view(flat, name).copy_(values)
+
+    def initial(self) -> torch.Tensor:
+        """`flat` as it was before the first step; made when it is first asked for."""
+        import torch
+
+        if self._initial is None:
+            self._initial = torch.zeros_like(self.flat)
+            if self.space.train == "AB":
+                self._write_initial_a(self._initial)
+        return self._initial
+
+    @property
+    def numel(self) -> int:
+        """How many numbers are trained."""
+        return self.layout.numel
+
+    def perturbed(self, probe: Probe) -> torch.Tensor:
+        """state + scale * z, flat; the state itself for the centre (scale 0)."""
+        if probe.scale == 0:
+            return self.flat
+        return self.flat + self.direction(probe.step, probe.index) * probe.scale
+
+    def tensors(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(canonical name, A (rank, in), B (out, rank)) for each matrix, as views into `flat`; B is not yet scaled."""
+        a_flat = flat if self.space.train == "AB" else self._a_flat
+        for name in self.matrices:
+            yield name, self._a_layout.view(a_flat, f"{name}.lora_A"), self.layout.view(flat, f"{name}.lora_B")
+
+    def factors(self, probe: Probe) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(canonical name, A (rank, in), B (out, rank)) of every matrix under a probe."""
+        return self.tensors(self.perturbed(probe))
+
+    def a_key(self, probe: Probe) -> Hashable:
+        """A never moves when only B is trained."""
+        return 0 if self.space.train == "B" else (self.step, probe)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """{`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)} float32 copies of the state, B not scaled."""
+        arrays = {}
+        for name, a, b in self.tensors(self.flat):
+            arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"] = a.cpu().numpy().copy(), b.cpu().numpy().copy()
+        return arrays
+
+    def apply(self, commit: Commit) -> None:
+        """Take the commit of the next step."""
+        expect(commit, self.step)
+        self.momentum = advance(self.flat, self.momentum, commit, self.direction, self.initial)
+        self.step += 1
+
+    def digest(self) -> str:
+        """Over the trained tensors, and the momentum where there is one."""
+        parts = [(name, self.layout.view(self.flat, name)) for name in self.layout.shapes]
+        if self.momentum is not None:
+            parts += [(f"{name}.momentum", self.layout.view(self.momentum, name)) for name in self.layout.shapes]
+        return digest(parts)
