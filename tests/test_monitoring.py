@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from zoray.history import read_metrics, summarise, table
+from zoray.history import read_metrics, table
 from zoray.monitoring import Console, Logging, Monitor, Sink, Wandb
 from zoray.plots import draw_curve, label
 from zoray.records import ConfigError, Evaluation, JournalError, StepResult
@@ -23,7 +23,8 @@ QUIET = Logging(progress=False, curve=False)
 
 
 def a_step(step: int, loss: float = 0.5, seconds: float = 0.1) -> StepResult:
-    return StepResult(step=step, loss=loss, accuracy=0.6, lr=1e-4, tokens=100, seconds=seconds, dropped=1, ties=2)
+    silent = {"dropped": 1, "ties": 2, "buried": 3}
+    return StepResult(step=step, loss=loss, accuracy=0.6, lr=1e-4, tokens=100, seconds=seconds, **silent)
 
 
 def an_evaluation(step: int, split: str = "dev", accuracy: float = 0.7, loss: float = 0.6) -> Evaluation:
@@ -41,7 +42,8 @@ def test_every_step_and_evaluation_is_a_line_at_once(tmp_path: Path) -> None:
         monitor.step(a_step(2, loss=math.nan))
         lines = lines_of(tmp_path)  # before close
     assert [line["kind"] for line in lines] == ["evaluation", "step", "step"]
-    assert lines[1]["loss"] == 0.5 and lines[1]["ties"] == 2 and lines[1]["time"] > 1e9
+    assert lines[1]["loss"] == 0.5 and lines[1]["time"] > 1e9
+    assert [lines[1][name] for name in ("dropped", "ties", "buried")] == [1, 2, 3]
     assert lines[2]["loss"] is None  # strict JSON has no NaN
     steps, evaluations = read_metrics(tmp_path)
     assert steps[0] == a_step(1) and math.isnan(steps[1].loss)
@@ -134,35 +136,16 @@ RUN = [
 ]
 
 
-def test_summarise_takes_initial_final_and_best() -> None:
-    summary = summarise(reversed(RUN))
-    assert summary["initial"] == {"step": 0, "accuracy": 0.552, "loss": 0.6931, "count": 500}
-    assert summary["final"]["step"] == 200 and summary["final"]["accuracy"] == 0.728
-    assert summary["final"]["test"]["accuracy"] == 0.722 and "test" not in summary["initial"]
-    assert summary["best"]["step"] == 100
-    assert summarise([]) == {"initial": {}, "final": {}, "best": {}}
-    # Equal accuracy: the lower loss is better, then the earlier step. NaN never wins.
-    tied = [an_evaluation(1, loss=0.6), an_evaluation(2, loss=0.5), an_evaluation(3, loss=0.5)]
-    assert summarise([*tied, an_evaluation(4, accuracy=math.nan)])["best"]["step"] == 2
-
-
-def test_table_shows_only_what_was_measured() -> None:
-    rows = table(RUN).splitlines()
-    assert rows[2].split() == ["dev", "0.552", "0.728", "+0.176", "0.6931", "0.5211"]
-    assert rows[3].split() == ["test", "-", "0.722", "-", "-", "0.5302"]
-    assert rows[4] == "best dev accuracy 0.731 at step 100"
-    assert table(RUN[:1]).splitlines()[2].split() == ["dev", "0.552", "-", "-", "0.6931", "-"]
-    assert table([]) == "no evaluation on dev"
-
-
-def test_finish_prints_the_table(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("selected", [None, 100])
+def test_finish_prints_the_table(selected: int | None, tmp_path: Path, capsys) -> None:
     with Monitor(tmp_path, QUIET, "run", {}, steps=200) as monitor:
         for evaluation in RUN:
             monitor.evaluation(evaluation)
         monitor.message("hello")
-        monitor.finish({})
+        monitor.finish({} if selected is None else {"selected": selected})
     out = capsys.readouterr().out
-    assert out == f"hello\n{table(RUN)}\n"
+    assert out == f"hello\n{table(RUN, selected)}\n"
+    assert table(RUN) != table(RUN, 100)
 
 
 @pytest.mark.parametrize(

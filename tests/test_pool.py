@@ -15,11 +15,11 @@ from zoray.cluster import Cluster, bind_cores
 from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
-from zoray.models import Model
+from zoray.models import Model, linear_matrices, load_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Tile, TileScore
-from zoray.spaces import Lora
+from zoray.spaces import Lora, Lozo
 from zoray.tasks.labelled_file import LabelledFile
 from zoray.tiles import join_tiles, mean, tile_grid
 
@@ -92,17 +92,25 @@ def spec(tiny_models, labelled_file) -> ReplicaSpec:
     return ReplicaSpec(model, task, ChoiceNLL(), space, Hf(), seed=1, data_seed=2, batch=8)
 
 
-def run_steps(pool: Pool, steps: int, disturb=lambda step: None) -> tuple[list[tuple[float, ...]], str]:
-    """A few steps of a loop with fixed coefficients: (losses of each step, final digest)."""
-    losses = []
-    for step in range(steps):
+def base_weights(spec: ReplicaSpec) -> dict:
+    return load_matrices(spec.model.path, linear_matrices(spec.model.path), "float32")
+
+
+def run_steps(pool: Pool, steps: int, disturb=lambda step: None) -> tuple[list[list[tuple[float, ...]]], list[str]]:
+    """The loop with fixed coefficients, up to `steps` steps: (losses of each one, digests before each and at the end).
+
+    It begins where the pool is.
+    """
+    losses, digests = [], []
+    for step in range(len(pool.commits), steps):
         disturb(step)
         probes = tuple(Probe(step, k, s) for k in range(2) for s in (0.1, -0.1))
         tiles = tile_grid(probes, 8, 2)
-        scores, _ = pool.evaluate(tiles)
-        losses.append(tuple(sum_tiles(probes, tiles, scores)[0]))
+        scores, digest = pool.evaluate(tiles, digest=True)
+        losses.append(join_tiles(probes, tiles, scores)[0])
+        digests.append(digest or "")
         pool.commit(Commit(step, (0.01, -0.02)))
-    return losses, pool.adapter()[1]
+    return losses, [*digests, pool.adapter()[1]]
 
 
 @pytest.mark.ray
@@ -125,6 +133,35 @@ def test_one_two_and_dying_replicas_give_the_same_bits(local_ray, spec):
 
         assert run_steps(pool, 4, kill_one) == undisturbed
         assert pool.size == 1 and len(pool.lost) == 1
+
+
+@pytest.mark.ray
+def test_rewind_takes_every_replica_back_and_it_goes_on_as_before(local_ray, spec):
+    """A space that folds into the base weights (after steps 2 and 4 here), so that these must come back as well."""
+    import ray
+
+    spec = replace(spec, space=Lozo(rank=1, interval=2))
+    state = spec.space.open(linear_matrices(spec.model.path), spec.seed, weights=base_weights(spec))
+    expected = [state.digest()]
+    for step in range(5):
+        state.apply(Commit(step, (0.01, -0.02)))
+        expected.append(state.digest())
+    assert len(set(expected)) == 6
+    with Pool.start(spec, Cluster(replicas=2), "rewind") as pool:
+        losses, digests = run_steps(pool, 5)
+        assert digests == expected
+        assert pool.digest() == expected[5]  # of the commits that have not been sent yet as well
+        for step in (3, 2, 0):  # into an interval, onto a fold, to the start
+            pool.rewind(step)
+            assert len(pool.commits) == step
+            assert pool.evaluate(tile_grid(PAIR, 8, 4), digest=True)[1] == expected[step]  # both replicas'
+            assert pool.digest() == pool.adapter()[1] == expected[step]
+            assert run_steps(pool, 5) == (losses[step:], expected[step:])
+        assert pool.size == 2 and not pool.lost
+        os.kill(ray.get(pool.members[0].actor.pid.remote()), signal.SIGKILL)
+        pool.rewind(4)
+        assert pool.size == 1 and len(pool.lost) == 1
+        assert run_steps(pool, 5) == (losses[4:], expected[4:])
 
 
 @pytest.mark.ray

@@ -80,7 +80,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
                 key, value = _split(override)
                 if group_options(key):
                     check_option(key, value)
-                    options.append(f"{key}={value}" if key in base else override)
+                    options.append(f"{key}={value}" if key in base else f"+{key}={value}")  # e.g. experiment
                 else:
                     settings.append((key, override.lstrip("+")))
             config = hydra_compose(config_name, options) if options else base

@@ -62,12 +62,12 @@ class Cluster:
         return self.address or os.environ.get("RAY_ADDRESS")
 
 
-def connect(cluster: Cluster, say: Callable[[str], None]) -> tuple[bool, str | None]:
-    """Join or start a Ray cluster: (did we start Ray in this process, the dashboard's address)."""
+def connect(cluster: Cluster, say: Callable[[str], None]) -> bool:
+    """Join or start a Ray cluster; whether this process connected, and so has to disconnect."""
     import ray
 
     if ray.is_initialized():  # a test or a notebook has its own
-        return False, None
+        return False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray runs workers at niceness 15: one busy process beside them slows a replica (OpenMP barriers) up to 40-fold.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -76,11 +76,11 @@ def connect(cluster: Cluster, say: Callable[[str], None]) -> tuple[bool, str | N
     if address:
         check_reachable(address)
         try:
-            context = ray.init(address=address, **quiet)
+            ray.init(address=address, **quiet)
         except ConnectionError as error:
             raise ConfigError(f"expected a Ray cluster at cluster.address={address}; {error}") from error
         say(f"joined the Ray cluster at {address}: {totals()}")
-        return True, context.dashboard_url or None
+        return True
     port = cluster.dashboard_port if cluster.dashboard and _port_is_free(cluster.dashboard_port) else None
     context = ray.init(
         address="local",
@@ -96,7 +96,7 @@ def connect(cluster: Cluster, say: Callable[[str], None]) -> tuple[bool, str | N
         say(f"Ray dashboard: http://{context.dashboard_url}{token}")
     elif cluster.dashboard:
         say(f"Ray dashboard: off, port {cluster.dashboard_port} is taken (cluster.dashboard_port=... for another)")
-    return True, context.dashboard_url or None
+    return True
 
 
 def check_reachable(address: str | None) -> None:

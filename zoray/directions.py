@@ -13,6 +13,7 @@ normal quantile at (word + 1/2) / 65536 by table, because log and cos differ in 
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import lru_cache
 from itertools import pairwise
 from statistics import NormalDist
@@ -203,7 +204,7 @@ class Layout:
     def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
         """The tensor `name` inside a flat vector of this layout; shares its memory."""
         shape, offset = self.shapes[name], self.offsets[name]
-        return flat[offset : offset + int(np.prod(shape))].view(shape)
+        return flat[offset : offset + math.prod(shape)].view(shape)
 
 
 def direction_torch(

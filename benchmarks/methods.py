@@ -1,0 +1,161 @@
+"""How good is each method at equal forward tokens? Accuracy on movie_reviews, three seeds, one table.
+
+    python -m benchmarks.methods                     all runs that are missing, then the table
+    python -m benchmarks.methods sequences=6400 only=fzoo,rloo seeds=0 lr=0.5,1,2
+
+Every method scores the same number of sequences of the same prompts. A run is one process with one replica on the cores
+it is given, the driver's loop without Ray. Its result is kept as a file in `out`, so an interrupted call goes on where
+it was. `lr` multiplies each method's own learning rate, for a search; `test=false` leaves the test split out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# The methods as settings over the defaults of conf/; steps follow from the budget.
+METHODS: dict[str, list[str]] = {
+    "mezo-lora-B": ["estimator=two_point", "run.batch=16", "optimizer.lr=0.04"],
+    "mezo-lora-AB": ["estimator=two_point", "space.train=AB", "run.batch=16", "optimizer.lr=0.01"],
+    "pairs-share-batch": [
+        *("estimator=two_point", "estimator.pairs=16", "estimator.shared=false", "run.batch=16"),
+        "optimizer.lr=0.06",
+    ],
+    "lozo": ["estimator=two_point", "space=lozo", "estimator.eps=5e-4", "run.batch=16", "optimizer.lr=1e-4"],
+    "lozo-m": [
+        *("estimator=two_point", "space=lozo", "estimator.eps=5e-4", "run.batch=16"),
+        *("optimizer=momentum", "optimizer.lr=1e-4"),
+    ],
+    "lowrank-128": [
+        *("estimator=two_point", "space=lowrank", "space.rank=128", "space.distribution=rademacher"),
+        *("estimator.eps=7e-4", "run.batch=16", "optimizer.lr=1.8e-4"),
+    ],
+    "fzoo": ["estimator=one_sided", "estimator.probes=15", "run.batch=2", "optimizer.lr=0.04"],
+    "es-zscore": ["estimator=evolution", "run.batch=1", "optimizer.lr=0.06"],
+    "es-rank": ["estimator=evolution", "estimator.shaping=centred_rank", "run.batch=1", "optimizer.lr=0.2"],
+    "eggroll": [
+        *("estimator=evolution", "estimator.centring=prompt", "estimator.sigma=7e-4", "run.batch=2"),
+        *("estimator.population=16", "space=lowrank", "optimizer.lr=4e-3"),
+    ],
+    "rloo": [
+        *("estimator=evolution", "estimator.shaping=none", "estimator.antithetic=false", "estimator.population=16"),
+        *("estimator.sigma=0.003", "run.batch=2", "optimizer.lr=0.06"),
+    ],
+    "sign": ["estimator=two_point", "run.batch=16", "optimizer=sign", "optimizer.lr=0.02"],
+    "meazo": ["estimator=two_point", "run.batch=16", "optimizer=adaptive", "optimizer.lr=0.02"],
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Run what is missing and print the table; with `run=` one run, in this process."""
+    options = {"sequences": "3200", "seeds": "0,1,2", "only": ",".join(METHODS), "lr": "1", "out": "runs/methods"}
+    options |= {"run": "", "test": "true"}
+    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    if unknown := given.keys() - options.keys():
+        sys.exit(f"expected {', '.join(options)}; got {', '.join(sorted(unknown))}")
+    options |= given
+    budget, out = int(options["sequences"]), Path(options["out"])
+    if options["run"]:
+        method, seed, factor = options["run"].split(",")
+        print(json.dumps(run(method, int(seed), float(factor), budget, options["test"] == "true")))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for seed in map(int, options["seeds"].split(",")):
+        for method in options["only"].split(","):
+            for factor in map(float, options["lr"].split(",")):
+                path = (
+                    out / f"{method}-{budget}-seed{seed}-lr{factor:g}{'' if options['test'] == 'true' else '-dev'}.json"
+                )
+                if not path.exists():
+                    command = [sys.executable, "-m", "benchmarks.methods", f"sequences={budget}"]
+                    command += [f"run={method},{seed},{factor}", f"test={options['test']}"]
+                    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                    path.with_suffix(".partial").write_text(done.stdout.strip().splitlines()[-1] + "\n")
+                    os.replace(path.with_suffix(".partial"), path)
+                results.append(json.loads(path.read_text()))
+                print(path.read_text().strip(), file=sys.stderr, flush=True)
+    print(table(results))
+    print(json.dumps({"benchmark": "methods", "sequences": budget, "runs": results}))
+
+
+def run(
+    method: str, seed: int, factor: float, budget: int, test: bool, where: tuple[str, ...] = ("engine.slots=32",)
+) -> dict[str, Any]:
+    """One run: tune within the budget of scored sequences, then measure the last state.
+
+    `where`: settings that are the same for all methods, such as the engine's.
+    """
+    from zoray.cli import build_experiment, compose
+    from zoray.records import Probe
+    from zoray.replica import Replica
+    from zoray.tiles import join_tiles, mean
+
+    overrides = [*METHODS[method], *where, f"run.seed={seed}", f"run.data_seed={seed}", "run.tile_examples=16"]
+    lr = compose("config", overrides).optimizer.lr * factor
+    e = build_experiment(compose("config", [*overrides, f"optimizer.lr={lr!r}"]))
+    replica = Replica(e.spec)
+    each = sum(len(tile.probes) * (tile.stop - tile.start) for tile in _tiles(e, 0))
+    steps, tokens, commits, memory = budget // each, 0, [], e.optimizer.init()
+    began = time.monotonic()
+    for step in range(steps):
+        probes, tiles = e.estimator.ask(step), _tiles(e, step)
+        scores, _ = replica.evaluate(commits[-1:], tiles)
+        losses, _ = join_tiles(probes, tiles, scores)
+        estimate = e.estimator.tell(probes, losses, replica.info.noise)
+        memory, commit = e.optimizer.update(memory, step, steps, estimate.weights)
+        commits.append(commit)
+        tokens += sum(score.tokens for score in scores)
+    seconds = time.monotonic() - began
+    replica.apply(commits[-1:])
+    result: dict[str, Any] = {"method": method, "seed": seed, "lr": lr, "factor": factor, "steps": steps}
+    result |= {
+        "sequences": steps * each,
+        "tokens": tokens,
+        "seconds": round(seconds, 1),
+        "digest": replica.engine.digest(),
+    }
+    for split in ("dev", "test") if test else ("dev",):
+        outcomes = replica.outcomes(split, Probe(steps, 0, 0.0))
+        loss, accuracy = (mean(column) for column in zip(*outcomes, strict=True))
+        result |= {f"{split}_accuracy": accuracy, f"{split}_loss": loss}
+    return result
+
+
+def _tiles(e: Any, step: int) -> list[Any]:
+    from zoray.tiles import tile_grid
+
+    return tile_grid(e.estimator.ask(step), e.run.batch, e.run.tile_examples, shared=e.estimator.shared)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a row per method and learning rate, mean and standard deviation over the seeds."""
+    rows = ["| method | lr | seeds | steps | tokens | dev accuracy | test accuracy | dev loss |", "|" + "---|" * 8]
+    for key in sorted({(r["method"], r["lr"]) for r in results}):
+        runs = [r for r in results if (r["method"], r["lr"]) == key]
+        tokens = sum(r["tokens"] for r in runs) / len(runs)
+        cells = [key[0], f"{key[1]:.3g}", str(len(runs)), str(runs[0]["steps"]), f"{tokens:,.0f}"]
+        for name in ("dev_accuracy", "test_accuracy", "dev_loss"):
+            values = [r[name] for r in runs if name in r]
+            cells.append(_spread(values))
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ± {math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)):.3f}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

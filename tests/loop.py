@@ -1,0 +1,122 @@
+"""For tests: the driver's loop over replicas in this process, and a replica whose model is a quadratic.
+
+The loop is that of driver.tune without Ray, files and plots; replicas share a step's tiles as the pool shares them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from zoray import journal
+from zoray.directions import direction_numpy
+from zoray.records import Probe, Tile, TileScore
+from zoray.tiles import contiguous, join_tiles, mean, tile_grid
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from zoray.journal import StepRecord
+
+MATRICES = {"model.layers.0.q_proj": (6, 5), "model.layers.1.up_proj": (4, 7)}  # (out, in)
+SEED, EXAMPLES = 11, 64
+
+
+def base_weights(scale: float = 0.3) -> dict[str, torch.Tensor]:
+    """Small base weights, the same at every call."""
+    return {
+        name: scale * torch.from_numpy(direction_numpy(3, 0, 0, name, 0, out * into, "gaussian")).view(out, into)
+        for name, (out, into) in MATRICES.items()
+    }
+
+
+class Quadratic:
+    """A replica without a language model: the loss of example j is |W_eff - T_j|^2 / 2, per element.
+
+    The targets T_j differ from the base weights by a common matrix of low rank and a little noise of their own.
+    """
+
+    def __init__(self, space: Any, seed: int = SEED) -> None:
+        self.space, self.weights = space, base_weights()
+        self.state = space.open(MATRICES, seed, weights=self.weights)
+        self.common, self.own = {}, {}
+        for name, (out, into) in MATRICES.items():
+            u = torch.from_numpy(direction_numpy(4, 0, 0, name, 0, out, "gaussian")).view(out, 1)
+            v = torch.from_numpy(direction_numpy(4, 1, 0, name, 0, into, "gaussian")).view(1, into)
+            self.common[name] = (base_weights()[name] + 0.5 * u @ v).double().numpy()
+            noise = direction_numpy(4, 2, 0, name, 0, EXAMPLES * out * into, "gaussian")
+            self.own[name] = 0.05 * noise.reshape(EXAMPLES, out, into).astype(np.float64)
+
+    def missing(self, probe: Probe) -> dict[str, np.ndarray]:
+        """W + scaling B A - (the common target), under a probe, float64."""
+        return {
+            name: self.weights[name].double().numpy()
+            + self.space.scaling * (b.double().numpy() @ a.double().numpy())
+            - self.common[name]
+            for name, a, b in self.state.factors(probe)
+        }
+
+    def losses(self, probe: Probe, examples: range) -> tuple[float, ...]:
+        """The loss of each example; free of what is scored beside it."""
+        missing = self.missing(probe)
+        return tuple(
+            sum(float(((m - self.own[name][i % EXAMPLES]) ** 2).mean()) / 2 for name, m in missing.items())
+            for i in examples
+        )
+
+    def evaluate(self, commits: Sequence[Any], tiles: Sequence[Tile], digest: bool) -> tuple[list[TileScore], str]:
+        """As Replica.evaluate; the step's examples are `batch`-sized runs, one after another."""
+        for commit in commits:
+            if commit.step >= self.state.step:
+                self.state.apply(commit)
+        scores = []
+        for tile in tiles:
+            first = 16 * tile.probes[0].step
+            rows = tuple(self.losses(p, range(first + tile.start, first + tile.stop)) for p in tile.probes)
+            scores.append(TileScore(rows, tuple(tuple(0.0 for _ in row) for row in rows), 0))
+        return scores, self.state.digest()
+
+
+def drive(
+    replicas: Sequence[Any],
+    estimator: Any,
+    optimizer: Any,
+    steps: int,
+    batch: int = 8,
+    tile: int = 8,
+    done: Sequence[StepRecord] = (),
+    stop: int | None = None,
+) -> list[StepRecord]:
+    """Steps [len(done), stop) of a run of `steps`; all records, `done` included. Every record has a digest."""
+    records = list(done)
+    memory = records[-1].optimizer if records else optimizer.init()
+    for step in range(len(records), steps if stop is None else stop):
+        probes = estimator.ask(step)
+        tiles = tile_grid(probes, batch, tile, shared=estimator.shared)
+        commits, scores, digests = [r.commit for r in records], [], set()
+        for replica, share in zip(replicas, contiguous(list(range(len(tiles))), len(replicas)), strict=True):
+            answer, digest = replica.evaluate(commits, [tiles[i] for i in share], True)
+            scores += answer
+            digests.add(digest)
+        assert len(digests) == 1, f"replicas disagree at step {step}"
+        losses, _ = join_tiles(probes, tiles, scores)
+        estimate = estimator.tell(probes, losses)
+        memory, commit = optimizer.update(memory, step, steps, estimate.weights)
+        records.append(journal.StepRecord(commit, tuple(map(mean, losses)), digests.pop(), memory))
+    return records
+
+
+def final_digest(replica: Any, records: Sequence[StepRecord]) -> str:
+    """The digest after all records."""
+    return replica.evaluate([r.commit for r in records], (), True)[1]
+
+
+def through_a_file(path: Path, header: dict[str, Any], records: Sequence[StepRecord]) -> journal.Contents:
+    """Write a journal and read it back."""
+    with journal.Journal.create(path, header) as log:
+        for record in records:
+            log.append(record)
+    return journal.read(path)
