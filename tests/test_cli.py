@@ -165,6 +165,16 @@ def test_a_sweep_with_a_mistake_fails_too(tmp_path):
     assert done.stderr.count("error: expected space.rank to be a whole number from 1 to 512") == 2
 
 
+@pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--multirun", "run.steps=0"]], ids=" ".join)
+def test_an_experiment_goes_with_hydras_flags(arguments, tmp_path):
+    """Which see the arguments as they are typed."""
+    done = run(*arguments, "experiment=lozo_opt13b_sst2", cwd=tmp_path)
+    if "--cfg" in arguments:
+        assert done.returncode == 0 and "_target_: zoray.spaces.Lozo" in done.stdout and "steps: 20000" in done.stdout
+    else:
+        assert done.stderr == "error: expected run.steps to be a whole number of at least 1; got 0\n"
+
+
 @pytest.mark.parametrize(
     ("module", "key", "usage", "more"),
     [

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zoray.data import ReplicaSpec, batch_indices, load_workload
+from zoray.data import ReplicaSpec, batch_indices, load_workload, stratified_indices
 from zoray.models import Model
 from zoray.objectives import ChoiceNLL
 from zoray.records import ConfigError, Example, Splits
@@ -21,6 +21,7 @@ GOLDEN = {
     (0, 1, 8, 10): [3, 4, 3, 4, 6, 2, 9, 1],
     (4294967295, 7, 3, 1000): [939, 631, 354],
 }
+STRATIFIED = [2, 3, 8, 1, 6, 4]  # seed 0, step 1, batch 6
 WORDS = (" terrible", " great")
 
 
@@ -62,6 +63,44 @@ def test_each_epoch_and_seed_has_an_order_of_its_own():
 @pytest.mark.parametrize("address", GOLDEN)
 def test_the_order_is_pinned(address):
     assert batch_indices(*address).tolist() == GOLDEN[address]
+
+
+LABELS = [0, 0, 0, 1, 2, 0, 1, 0, 2, 0]  # six, two and two
+
+
+@pytest.mark.parametrize("batch", [3, 6, 12])
+def test_stratified_batches_have_as_many_examples_of_each_label(batch):
+    for step in range(20):
+        labels = [LABELS[i] for i in stratified_indices(3, step, batch, LABELS)]
+        assert [labels.count(label) for label in (0, 1, 2)] == [batch // 3] * 3
+        assert labels == [0, 1, 2] * (batch // 3)  # in turn, so that tiles of a batch are balanced as well
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 60])
+def test_stratified_labels_come_epoch_after_epoch_on_their_own(batch):
+    """Whatever the batch size; the order is that of one long list."""
+    seen = np.concatenate([stratified_indices(3, step, batch, LABELS) for step in range(-(-180 // batch))])[
+        :180
+    ].tolist()
+    assert seen == stratified_indices(3, 0, 180, LABELS).tolist()
+    for label, count in ((0, 6), (1, 2), (2, 2)):
+        own = [i for i in seen if LABELS[i] == label]
+        epochs = [own[k : k + count] for k in range(0, 60, count)]
+        assert all(sorted(epoch) == [i for i in range(10) if LABELS[i] == label] for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_one_label_is_the_plain_order_and_seeds_differ():
+    assert stratified_indices(3, 2, 8, [4] * 10).tolist() == batch_indices(3, 2, 8, 10).tolist()
+    orders = {tuple(stratified_indices(seed, 0, 20, LABELS).tolist()) for seed in (0, 1, 2, 2**32 - 1)}
+    assert len(orders) == 4
+    balanced = [0, 1] * 50
+    order = stratified_indices(0, 0, 100, balanced) // 2
+    assert order[::2].tolist() != order[1::2].tolist()  # labels of equal counts have orders of their own
+
+
+def test_the_stratified_order_is_pinned():
+    assert stratified_indices(0, 1, 6, LABELS).tolist() == STRATIFIED
 
 
 # the workload

@@ -350,7 +350,15 @@ def test_the_base_weights_of_16_bits_are_rounded_to(export, tiny_models, tmp_pat
         assert (model.get_parameter(f"{name}.weight").data.double().numpy() == weight).all()
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="a stack without any fold has no parts to join")
+def test_a_run_in_float64_is_merged_to_the_bit(export, tiny_models, tmp_path):
+    made = make(tmp_path / "run", tiny_models["llama"], LowRank(targets=("q_proj",)), dtype="float64")
+    said = export(run="run", out="out", step=None, format="merged")
+    assert f"digest {made.digests[-1]}, merged, float64: out" in said
+    model = merged_model(tmp_path / "out")
+    for name, weight in made.effective[-1].items():
+        assert (model.get_parameter(f"{name}.weight").data.double().numpy() == weight).all()
+
+
 def test_a_lowrank_run_that_never_moved_is_exported(export, tiny_models, tmp_path):
     """All directions of all its steps were silent."""
     space = LowRank(targets=("q_proj",))
@@ -360,7 +368,6 @@ def test_a_lowrank_run_that_never_moved_is_exported(export, tiny_models, tmp_pat
     assert torch.equal(found, logits(base))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the empty B of a new interval counts towards the rank")
 def test_a_stack_of_512_fits_when_nothing_waits(export, tiny_models, tmp_path):
     """Four folds of rank 128, and the fifth interval has not taken a step."""
     space = Lozo(rank=128, interval=1, targets=("layers.0.self_attn.q_proj",))

@@ -7,7 +7,7 @@ import torch
 
 from zoray.directions import Layout, direction_torch
 from zoray.records import Commit, Probe
-from zoray.spaces import Lora
+from zoray.spaces import Lora, LowRank, Lozo
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,3 +38,35 @@ def test_states_stay_bit_identical_over_a_hundred_commits(train, distribution):
     assert states[0].digest() == states[1].digest()
     probe = Probe(100, 0, 0.01)
     assert torch.equal(states[0].perturbed(probe), states[1].perturbed(probe).cpu())
+
+
+FOLDING = {
+    "lozo": Lozo(rank=2, interval=3, keep_base=True),
+    "lozo-stochastic": Lozo(rank=2, interval=3, keep_base=True, fold_rounding="stochastic", distribution="rademacher"),
+    "lowrank": LowRank(rank=3, keep_base=True),
+    "lowrank-stochastic": LowRank(rank=3, keep_base=True, fold_rounding="stochastic", distribution="rademacher"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FOLDING)
+def test_folded_base_weights_stay_bit_identical(name, dtype):
+    """With momentum (where the space has it), decay and anchor: every operation that a commit can ask for."""
+    space, random = FOLDING[name], torch.Generator().manual_seed(0)
+    base = {matrix: (torch.randn(shape, generator=random) * 0.05).to(dtype) for matrix, shape in MATRICES.items()}
+    copies = [{matrix: weight.clone().to(device) for matrix, weight in base.items()} for device in ("cpu", "cuda")]
+    states = [
+        space.open(MATRICES, 11, device, weights) for device, weights in zip(("cpu", "cuda"), copies, strict=True)
+    ]
+    with_momentum = {"momentum": 0.9, "rate": -0.01} if isinstance(space, Lozo) else {}
+    for step in range(31):  # ends within an interval
+        for state in states:
+            state.apply(Commit(step, (0.0123, 0.0, -0.0456), decay=0.999, anchor=0.99, **with_momentum))
+        assert states[0].digest() == states[1].digest(), step
+    for matrix in MATRICES:
+        assert torch.equal(copies[0][matrix], copies[1][matrix].cpu()) and not torch.equal(
+            copies[0][matrix], base[matrix]
+        )
+    probe = Probe(31, 1, 0.01)
+    for (_, *on_cpu), (_, *on_cuda) in zip(*(state.factors(probe) for state in states), strict=True):
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu, on_cuda, strict=True))

@@ -198,7 +198,7 @@ KINDS = {
     ],
     "lowrank": [
         *("space=lowrank", "estimator=evolution", "estimator.population=4", "estimator.centring=prompt"),
-        *("optimizer.lr=0.01", "run.steps=6"),
+        *("optimizer.lr=0.01", "run.steps=6", "run.stratify=true"),
     ],
     "adaptive": [  # a step size that is too large, so that the best state is neither the first nor the last
         *("optimizer=adaptive", "optimizer.momentum=0.5", "optimizer.lr=0.1", "optimizer.schedule=constant"),
@@ -277,6 +277,7 @@ def test_the_journal_has_what_each_kind_needs(start, tiny_models):
     lozo, lowrank, adaptive = (journal.read(start(kind) / "journal.jsonl") for kind in KINDS)
     assert all(contents.header["dtype"] == "float32" for contents in (lozo, lowrank, adaptive))
     assert all(contents.header["revision"] is None for contents in (lozo, lowrank, adaptive))
+    assert [contents.header["run"]["stratify"] for contents in (lozo, lowrank, adaptive)] == [False, True, False]
     commits = [noted.commit for noted in lozo.steps]
     assert all(c.momentum == 0.9 and -0.035 <= c.rate < 0 and len(c.coefficients) == 2 for c in commits)
     assert all(0.96 < c.decay < 1 and c.anchor == c.decay for c in commits)
@@ -307,7 +308,7 @@ def test_every_kind_of_run_resumes_to_the_same_end(kind, start, tmp_path, monkey
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folding_run_does_not_resume_on_weights_of_another_dtype(kind, start, tmp_path):
-    """They hold other digits after a fold, so the steps would not be those of one run; an adapter is the same on any."""
+    """They hold other digits after a fold, so it would not be one run; an adapter is the same on any."""
     path = cut(start(kind), tmp_path / kind, steps=3) / "journal.jsonl"
     contents, before = journal.read(path), path.read_bytes()
     if kind in FOLDING:

@@ -55,6 +55,8 @@ def check_one_step(stored: list[str], fresh: list[str]) -> None:
     assert fresh[directions].count("True") == 2 and stored[directions] == fresh[directions]
     assert not any("False" in text for text in fresh)
     for texts in (stored, fresh):
+        (line,) = [line for text in texts for line in text.splitlines() if line.startswith("by hand:")]
+        assert line.split()[2] == line.split()[-1]
         digests = [line.split()[-1] for line in texts[-1].splitlines() if line.startswith("digest of the")]
         assert len(digests) == 2 and digests[0] == digests[1] != "0" * 16
         losses = [float(line.split()[-1]) for line in texts[-2].splitlines()]

@@ -12,13 +12,14 @@ from dataclasses import replace
 import pytest
 
 from zoray.cluster import Cluster, bind_cores
-from zoray.data import ReplicaSpec
+from zoray.data import ReplicaSpec, batch_indices, stratified_indices
 from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
 from zoray.models import Model, linear_matrices, load_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Tile, TileScore
+from zoray.replica import Replica
 from zoray.spaces import Lora, Lozo
 from zoray.tasks.labelled_file import LabelledFile
 from zoray.tiles import join_tiles, mean, tile_grid
@@ -90,6 +91,21 @@ def spec(tiny_models, labelled_file) -> ReplicaSpec:
     task = LabelledFile(str(labelled_file), [" terrible", " great"])
     model, space = Model(str(tiny_models["llama"])), Lora(rank=2, alpha=4)
     return ReplicaSpec(model, task, ChoiceNLL(), space, Hf(), seed=1, data_seed=2, batch=8)
+
+
+@pytest.mark.parametrize("stratify", [False, True])
+def test_a_replica_scores_the_examples_of_the_step(stratify, spec):
+    """Tile by tile: its scores on the batch are those on the examples that the step sees."""
+    replica = Replica(replace(spec, stratify=stratify))
+    train, centre = replica.workload.splits.train, Probe(1, 0, 0.0)
+    labels = [example.label for example in train]
+    chosen = stratified_indices(2, 1, 8, labels) if stratify else batch_indices(2, 1, 8, len(train))
+    outcomes = replica.outcomes("train", centre)
+    tiles = tile_grid([centre], 8, 3)
+    scores, _ = replica.evaluate((Commit(0, (0.0,)),), tiles)
+    (losses,), (correct,) = join_tiles([centre], tiles, scores)
+    assert list(zip(losses, correct, strict=True)) == [outcomes[i] for i in chosen]
+    assert len(set(losses)) > 4 and (sum(labels[i] for i in chosen) == 4 or not stratify)
 
 
 def base_weights(spec: ReplicaSpec) -> dict:

@@ -529,7 +529,6 @@ def test_a_record_of_an_unknown_space_or_field_is_refused(record, got):
         from_record(record)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="from_record takes class constants for fields")
 @pytest.mark.parametrize("record", [{"name": "Lora", "folds": True}, {"name": "Lozo", "scaling": 2.0}])
 def test_a_record_cannot_set_a_constant_of_its_class(record):
     with pytest.raises(JournalError, match="expected a space that this version knows"):

@@ -8,6 +8,7 @@ tokenised once; a text that is too long is an error before any model loads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from zoray.models import linear_matrices, load_tokenizer, max_length, quantisati
 from zoray.records import ConfigError, Example, Splits, TokenSequence
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 _SHUFFLE = name_hash("zoray.data.shuffle")
@@ -34,6 +36,7 @@ class ReplicaSpec:
     seed: int  # of the directions and of A
     data_seed: int
     batch: int
+    stratify: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,21 @@ def batch_indices(data_seed: int, step: int, batch: int, n: int) -> np.ndarray:
     return np.array([order[p // n][p % n] for p in positions])
 
 
+def stratified_indices(data_seed: int, step: int, batch: int, labels: Sequence[int]) -> np.ndarray:
+    """The same with labels in turn, (batch,): batches of a multiple of the number of labels have equally many of each.
+
+    Each label's examples come epoch after epoch on their own, so a rare label comes round more often.
+    """
+    strata = [np.flatnonzero(np.asarray(labels) == label) for label in sorted(set(labels))]
+    chosen = []
+    for position in range(step * batch, (step + 1) * batch):
+        own, place = strata[position % len(strata)], position // len(strata)
+        seed = (data_seed + position % len(strata)) % 2**32  # labels of equal counts get orders of their own
+        chosen.append(own[batch_indices(seed, place, 1, len(own))[0]])
+    return np.array(chosen)
+
+
+@lru_cache(maxsize=64)
 def _permutation(data_seed: int, epoch: int, n: int) -> np.ndarray:
     """An order of n examples: they are sorted by 64 random bits each, so that it is the same on every machine."""
     words = philox_numpy((np.arange(n), epoch, 0, _SHUFFLE >> 32), (data_seed, _SHUFFLE & 0xFFFFFFFF)).astype(np.uint64)

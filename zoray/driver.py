@@ -191,7 +191,7 @@ def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:
         "objective": record(e.objective),
         "estimator": record(e.estimator),
         "optimizer": record(e.optimizer),
-        "run": {k: getattr(e.run, k) for k in ("seed", "data_seed", "batch", "steps", "tile_examples")},
+        "run": {k: getattr(e.run, k) for k in ("seed", "data_seed", "batch", "stratify", "steps", "tile_examples")},
         "versions": dict(_versions()),
     }
 

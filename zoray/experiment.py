@@ -21,6 +21,7 @@ class Run:
         resume: folder of a run to go on with; its config is taken from there.
         steps: optimizer steps.
         batch: examples a step.
+        stratify: take labels in turn, so that batches are balanced.
         seed: of directions and of A.
         data_seed: of the order of examples.
         tile_examples: examples of a tile, the unit handed to a replica. Part of the result's definition, so it does not
@@ -37,6 +38,7 @@ class Run:
     resume: str | None = None
     steps: int = 200
     batch: int = 16
+    stratify: bool = False
     seed: int = 0
     data_seed: int = 0
     tile_examples: int = 4
@@ -55,6 +57,7 @@ class Run:
         for field in ("eval_every", "patience"):
             value = getattr(self, field)
             require(isinstance(value, int) and value >= 0, f"run.{field} to be a whole number of 0 or more", value)
+        require(isinstance(self.stratify, bool), "run.stratify to be true or false", self.stratify)
         require(self.select in ("best", "last"), "run.select to be best or last", self.select)
         for field in ("seed", "data_seed"):
             value = getattr(self, field)
@@ -112,4 +115,5 @@ class Experiment:
             self.run.seed,
             self.run.data_seed,
             self.run.batch,
+            self.run.stratify,
         )

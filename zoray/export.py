@@ -64,11 +64,14 @@ def _merge(weight: torch.Tensor, arrays: dict[str, Any], name: str, scaling: flo
     """W + scaling * B @ A in float32, rounded once to the dtype of W."""
     import torch
 
+    wide = torch.promote_types(weight.dtype, torch.float32)
     b, a = (torch.from_numpy(arrays[f"{name}.{part}"]) for part in ("lora_B", "lora_A"))
-    return (weight.float() + product(b, a) * scaling).to(weight.dtype)
+    return (weight.to(wide) + product(b, a) * scaling).to(weight.dtype)
 
 
 def _folded(contents: journal.Contents, step: int, kind: str, rank: int, out: Path) -> str:
+    import torch
+
     header, space = contents.header, from_record(contents.header["space"])
     source = pinned_folder(header)
     original = load_matrices(source, header["matrices"], header["dtype"])
@@ -77,15 +80,16 @@ def _folded(contents: journal.Contents, step: int, kind: str, rank: int, out: Pa
     state: Any = journal.replay(contents, step, weights=weights, on_fold=stack)
     digest = state.digest()
     rest = state.pending()
-    if rest:  # what is not folded yet belongs to the model as well
+    if any(b.any() for b, _ in rest.values()):  # what is not folded yet belongs to the model as well
         stack(rest)
-    final = {name: weights[name].float() + (product(*rest[name]) if rest else 0) for name in weights}
+    wide = torch.promote_types(next(iter(weights.values())).dtype, torch.float32)
+    final = {name: weights[name].to(wide) + (product(*rest[name]) if rest else 0) for name in weights}
     if kind == "merged":
         write_merged(out, source, {name: value.to(weights[name].dtype) for name, value in final.items()})
         return f"digest {digest}, merged, {header['dtype']}"
-    change = {name: final[name] - original[name].float() for name in final}
+    change = {name: final[name] - original[name].to(wide) for name in final}
     decayed = any(noted.commit.decay != 1 or noted.commit.anchor != 1 for noted in contents.steps[:step])
-    if step and stack.fits and not decayed:
+    if stack.rank and stack.fits and not decayed:
         arrays, how = stack.arrays(), f"stack of all folds, rank {stack.rank}"
         width = stack.rank
     else:

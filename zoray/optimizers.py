@@ -76,8 +76,6 @@ class GlobalAdaptive:
             return state, tuple(weights)
         v, power = state
         square = len(weights) * math.fsum(w * w for w in weights)
-        if not is_finite(square):
-            raise FloatingPointError(f"a weight's square overflows ({max(map(abs, weights)):g}); set optimizer.clip")
         v, power = self.beta * v + (1 - self.beta) * square, self.beta * power
         scale = 1 / (math.sqrt(v / (1 - power)) + self.epsilon)
         return (v, power), tuple(w * scale for w in weights)
@@ -153,6 +151,10 @@ class Sgd:
         """
         if self.link:
             state, weights = self.link.update(state, weights)
+            if not all(map(is_finite, state)):
+                raise FloatingPointError(
+                    f"step {step}: a weight is too large for optimizer.link; lower the perturbation"
+                )
         norm = math.hypot(*weights)
         if self.clip is not None and norm > self.clip:
             weights = [w * (self.clip / norm) for w in weights]

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zoray.data import ReplicaSpec, Workload, batch_indices, load_workload
+from zoray.data import ReplicaSpec, Workload, batch_indices, load_workload, stratified_indices
 from zoray.records import Example, Probe, Tile, TileScore, TokenSequence
 from zoray.tiles import mean
 
@@ -131,7 +131,9 @@ class Replica:
         """Which examples of the split a tile covers: a slice of the step's batch, or of an evaluation split itself."""
         if tile.split != "train":
             return list(range(tile.start, tile.stop))
-        n = len(self.workload.splits.train)
-        return batch_indices(self.spec.data_seed, tile.probes[0].step, self.spec.batch, n)[
-            tile.start : tile.stop
-        ].tolist()
+        address, train = (self.spec.data_seed, tile.probes[0].step, self.spec.batch), self.workload.splits.train
+        if self.spec.stratify:
+            chosen = stratified_indices(*address, [example.label for example in train])
+        else:
+            chosen = batch_indices(*address, len(train))
+        return chosen[tile.start : tile.stop].tolist()

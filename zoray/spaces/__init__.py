@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import JournalError
@@ -21,7 +22,7 @@ def from_record(record: Mapping[str, Any]) -> Any:
     known: dict[str, Any] = {space.__name__: space for space in (Lora, Lozo, LowRank)}
     fields = {key: value for key, value in record.items() if key != "name"}
     space = known.get(record["name"])
-    if space is None or not fields.keys() <= space.__dataclass_fields__.keys():
+    if space is None or not fields.keys() <= {field.name for field in dataclasses.fields(space)}:
         raise JournalError(
             f"expected a space that this version knows ({', '.join(known)}); "
             f"got {record['name']!r} with {sorted(fields)}"

@@ -98,7 +98,7 @@ class Space(Protocol):
 
 def check_space(rank: Any, targets: Any, distribution: str) -> str | tuple[str, ...]:
     """Check what all spaces have; returns the targets as a tuple where they are a list."""
-    ok = isinstance(rank, int) and 1 <= rank <= MAX_RANK
+    ok = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= MAX_RANK
     require(ok, f"space.rank to be a whole number from 1 to {MAX_RANK} (vLLM's largest LoRA rank)", rank)
     check_distribution(distribution)
     targets = targets if isinstance(targets, str) else tuple(targets)

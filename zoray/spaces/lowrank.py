@@ -133,7 +133,8 @@ class LowRankState:
             self.on_fold(self._stack(moving, drawn))
         if moving or commit.decay != 1.0 or commit.anchor != 1.0:
             for name in self.matrices:
-                exact = decayed(self.weights[name], commit.decay, commit.anchor, self.base[name] if self.base else None)
+                owed = [(commit.decay, commit.anchor)]
+                exact = decayed(self.weights[name], owed, self.base[name] if self.base else None)
                 for k, factor in moving.items():
                     exact += fold.product(*drawn[k][name], self.space.distribution) * factor
                 fold.write_rounded(self.weights[name], exact, self.space.fold_rounding, self.seed, self.step, name)

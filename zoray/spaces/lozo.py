@@ -8,7 +8,8 @@ the official script and the published learning rates have it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -105,7 +106,7 @@ class LozoState:
         self.momentum: torch.Tensor | None = None
         self.direction = Directions(self.layout, seed, space.distribution)
         self._draw_v = Directions(self._v_layout, seed, space.distribution)
-        self._decay = self._anchor = 1.0  # what the base weights are owed at the next fold
+        self._owed: list[tuple[float, float]] = []  # (decay, anchor) of the steps since the last fold, for the base
         self.on_fold: Callable[[Factors], None] | None = None
         self._weights_digest: int | None = None
 
@@ -145,7 +146,7 @@ class LozoState:
         """Take the commit of the next step; fold and redraw after the last one of an interval."""
         expect(commit, self.step)
         self.momentum = advance(self.flat, self.momentum, commit, self.direction)
-        self._decay, self._anchor = self._decay * commit.decay, self._anchor * commit.anchor
+        self._owed.append((commit.decay, commit.anchor))
         if (self.step + 1) % self.space.interval == 0:
             self._fold()
         else:
@@ -156,7 +157,7 @@ class LozoState:
         if self.on_fold is not None:
             self.on_fold(old)
         for name, (b, a) in old.items():
-            exact = decayed(self.weights[name], self._decay, self._anchor, self.base[name] if self.base else None)
+            exact = decayed(self.weights[name], self._owed, self.base[name] if self.base else None)
             exact += fold.product(b, a)
             fold.write_rounded(self.weights[name], exact, self.space.fold_rounding, self.seed, self.step, name)
         self.step += 1
@@ -166,7 +167,7 @@ class LozoState:
                 n = self.layout.view(self.momentum, f"{name}.lozo_U")
                 n.copy_(fold.product(n, fold.overlap(a, new[name])))
         self.flat.zero_()
-        self._decay = self._anchor = 1.0
+        self._owed.clear()
         self._weights_digest = None
 
     def pending(self) -> Factors:
@@ -184,15 +185,21 @@ class LozoState:
         return f"{total & 0xFFFFFFFFFFFFFFFF:016x}"
 
 
-def decayed(weight: torch.Tensor, decay: float, anchor: float, base: torch.Tensor | None) -> torch.Tensor:
-    """base + anchor * (decay * weight - base), a new tensor in float32 (float64 for a weight of that)."""
+def decayed(weight: torch.Tensor, owed: Sequence[tuple[float, float]], base: torch.Tensor | None) -> torch.Tensor:
+    """w <- base + anchor * (decay * w - base) for each (decay, anchor), starting from the weight.
+
+    A new tensor in float32 (float64 for a weight of that). Steps of one kind only are taken in one go.
+    """
     import torch
 
+    if all(anchor == 1 for _, anchor in owed) or all(decay == 1 for decay, _ in owed):
+        owed = [(math.prod(decay for decay, _ in owed), math.prod(anchor for _, anchor in owed))]
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    if decay != 1.0:
-        exact.mul_(decay)
-    if anchor != 1.0:
-        assert base is not None, "Experiment checks that keep_base goes with an anchor"
-        origin = base.to(exact.dtype)
-        exact.sub_(origin).mul_(anchor).add_(origin)
+    for decay, anchor in owed:
+        if decay != 1.0:
+            exact.mul_(decay)
+        if anchor != 1.0:
+            assert base is not None, "Experiment checks that keep_base goes with an anchor"
+            origin = base.to(exact.dtype)
+            exact.sub_(origin).mul_(anchor).add_(origin)
     return exact
