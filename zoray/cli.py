@@ -80,7 +80,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
                 key, value = _split(override)
                 if group_options(key):
                     check_option(key, value)
-                    options.append(f"{key}={value}" if key in base else f"+{key}={value}")  # e.g. experiment
+                    options.append(f"{key}={value}")
                 else:
                     settings.append((key, override.lstrip("+")))
             config = hydra_compose(config_name, options) if options else base
@@ -152,6 +152,9 @@ def build(config: Any, where: str) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
+        if OmegaConf.is_config(config) and (missing := sorted(OmegaConf.missing_keys(config))):
+            needed = ", ".join(f"{where}.{key}=..." for key in missing)
+            raise ConfigError(f"these settings have no default and must be given: {needed}")
         check_signature(OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config, where)
         return instantiate(config, _convert_="all")
     except OmegaConfBaseException as error:

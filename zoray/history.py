@@ -107,8 +107,8 @@ def table(evaluations: Iterable[Evaluation], selected: int | None = None) -> str
     """Accuracy and loss before and after as plain text; what was not measured is a dash."""
     summary = summarise(evaluations, selected)
     lines = [
-        "         accuracy                            loss",
-        "         before     after    change      before     after",
+        "         accuracy                           loss",
+        "         before     after    change     before     after",
     ]
     for split in ("dev", "test"):
         before, after = summary["initial"], summary["final"]

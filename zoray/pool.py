@@ -158,7 +158,7 @@ class Pool:
         scores: list[TileScore | None] = [None] * len(tiles)
         digests: dict[str, str] = {}
         missing = list(range(len(tiles)))
-        while missing:
+        while missing or (digest and not digests):
             pending = {}
             shares = contiguous(missing, self.size)
             for member, share in zip(list(self.members), shares, strict=False):

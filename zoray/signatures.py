@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from importlib import import_module
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -52,10 +53,12 @@ def _fits(value: Any, kind: Any) -> bool:
 def _words(kind: Any) -> str:
     """An annotated type as a person would say it."""
     if get_origin(kind) in (UnionType, Union):
-        return " or ".join(_words(part) for part in get_args(kind))
+        return " or ".join(dict.fromkeys(_words(part) for part in get_args(kind)))  # each once, in order
     if get_origin(kind) in (tuple, list, Sequence):
         return f"a list, each item {_words(get_args(kind)[0])}"
-    return WORDS.get(kind, "a mapping {key: value}")
+    return WORDS.get(
+        kind, "a component {_target_: ..., key: value}" if is_dataclass(kind) else "a mapping {key: value}"
+    )
 
 
 def unknown_key(key: str, part: str, parent: str, known: list[str]) -> ConfigError:

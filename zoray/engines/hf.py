@@ -62,7 +62,7 @@ class HfEngine:
     """Engine protocol (base.py) over a transformers model; adapters are applied by forward hooks."""
 
     def __init__(
-        self, model: Any, space: Space, matrices: Mapping[str, tuple[int, int]], seed: int, folder: Path | str
+        self, model: Any, space: Space, matrices: Mapping[str, tuple[int, int]], seed: int, folder: Path | str = ""
     ) -> None:
         self.model, self.space = model, space
         self._open = partial(space.open, matrices, seed, model.device)

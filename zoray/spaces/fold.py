@@ -44,7 +44,7 @@ def check_weights(
             found = "no plain weight" if weight is None else f"{dtype} of shape {tuple(weight.shape)}"
             raise ConfigError(
                 f"space={space} folds into base weights of {', '.join(FOLDABLE)}; {name} has {found} (expected "
-                f"{shape}). Take space=lora, which never writes the base weights, for a quantised model"
+                f"{shape}). Take space=lora, which never writes the base weights"
             )
     return weights
 

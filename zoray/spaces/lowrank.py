@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+import zoray.spaces.fold as fold
 from zoray.directions import Layout
 from zoray.records import ConfigError, require
-from zoray.spaces import fold
 from zoray.spaces.base import Directions, check_space, digest, expect, select
 from zoray.spaces.lozo import Factors, decayed
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import zoray.spaces.fold as fold
 from zoray.directions import Layout
 from zoray.records import require
-from zoray.spaces import fold
 from zoray.spaces.base import Directions, advance, check_space, digest_part, expect, select
 
 if TYPE_CHECKING:
