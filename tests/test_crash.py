@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ METHODS = {
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     """The main job in a process group of its own, on the shared Ray."""
-    command = [sys.executable, "-m", "zoray.launch", *arguments, "cluster.address=auto", "cluster.cpus_per_replica=1"]
+    cluster = ["cluster.address=auto", "cluster.cpus_per_replica=1", "cluster.dashboard=false"]
+    command = [sys.executable, "-m", "zoray.launch", *arguments, *cluster]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -43,7 +45,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 def kill_after(process: subprocess.Popen[str], path: Path, lines: int, delay: float) -> None:
     """SIGKILL once the journal has grown by some lines, and a moment more has passed."""
-    before, deadline = path.read_bytes().count(b"\n") if path.exists() else 0, time.monotonic() + 120
+    before, deadline = path.read_bytes().count(b"\n") if path.exists() else 0, time.monotonic() + 240
     while not path.exists() or path.read_bytes().count(b"\n") < before + lines:
         assert process.poll() is None, f"the run ended before it was killed: {process.communicate()[0]}"
         assert time.monotonic() < deadline, "no progress"
@@ -60,35 +62,39 @@ def tear(path: Path, dice: random.Random) -> None:
     path.write_bytes(data[: dice.randrange(last + 1, len(data))])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_resume_gives_the_undisturbed_run(method, tmp_path, tiny_models, labelled_file, local_ray):
+def survive(method: str, root: Path, model: Path, data: Path) -> None:
+    """A run that is killed KILLS times, against one that is not."""
     dice = random.Random(method)
     settings = [
-        *(f"model.path={tiny_models['llama']}", "model=hf", "task=file", f"task.path={labelled_file}"),
-        *("task.words=[' terrible',' great']", "task.dev=8", "task.test=8", "engine=hf", f"run.folder={tmp_path}"),
-        *(f"run.steps={STEPS}", "run.batch=4", "run.eval_every=0", "run.test=false", "logging.curve=false"),
-        *("run.digest_every=3", "cluster.dashboard=false"),
+        *(f"model.path={model}", "model=hf", "task=file", f"task.path={data}", f"run.folder={root}"),
+        *("task.words=[' terrible',' great']", "task.dev=8", "task.test=8", "engine=hf", "run.test=false"),
+        *(f"run.steps={STEPS}", "run.batch=4", "run.eval_every=0", "run.digest_every=3", "logging.curve=false"),
         *METHODS[method],
     ]
-    whole = start(*settings, "run.name=whole")
-    killed = tmp_path / "killed" / "journal.jsonl"
+    finish(start(*settings, "run.name=whole"))
+    undisturbed = (root / "whole" / "journal.jsonl").read_bytes()
+    assert undisturbed.count(b"\n") == STEPS + 1
+
+    killed = root / "killed" / "journal.jsonl"
     session = start(*settings, "run.name=killed")
     torn, lengths = 0, []
     for round_ in range(KILLS):
         kill_after(session, killed, dice.randint(1, 5), dice.uniform(0, 0.06))
-        if round_ == 0:
-            finish(whole)
-            undisturbed = (tmp_path / "whole" / "journal.jsonl").read_bytes()
-            assert undisturbed.count(b"\n") == STEPS + 1
         if dice.random() < 0.4 or (torn < 3 and KILLS - round_ <= 3 - torn):
             tear(killed, dice)
             torn += 1
-        data = killed.read_bytes()
-        assert undisturbed.startswith(data[: data.rfind(b"\n") + 1])
-        lengths.append(data.count(b"\n") - 1)
+        data_left = killed.read_bytes()
+        assert undisturbed.startswith(data_left[: data_left.rfind(b"\n") + 1])
+        lengths.append(data_left.count(b"\n") - 1)
         session = start(f"run.resume={killed.parent}")
     finish(session)
     assert torn >= 3 and max(lengths) < STEPS and len(set(lengths)) > 5
     assert killed.read_bytes() == undisturbed
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed")]
+    summaries = [json.loads((root / name / "summary.json").read_text()) for name in ("whole", "killed")]
     assert summaries[0]["digest"] == summaries[1]["digest"] and summaries[1]["finished"]
+
+
+def test_every_resume_gives_the_undisturbed_run(tmp_path, tiny_models, labelled_file, local_ray):
+    with ThreadPoolExecutor(len(METHODS)) as both:
+        for done in [both.submit(survive, m, tmp_path / m, tiny_models["llama"], labelled_file) for m in METHODS]:
+            done.result()
