@@ -1,6 +1,6 @@
 """kill -9 at random moments, again and again, with the journal's last line torn now and then: nothing is lost.
 
-Two runs of different methods are killed ten times each. After every kill the journal holds a prefix of the undisturbed
+Two runs of different methods are killed five times each. After every kill the journal holds a prefix of the undisturbed
 run's, byte for byte; after the last resume it is that journal, and the state has its digest.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-STEPS, KILLS = 90, 10
+STEPS, KILLS = 90, 5
 METHODS = {
     "two_point-lora": ["space.rank=2", "optimizer.lr=0.01"],
     "evolution-lozo-adaptive": [
@@ -80,7 +80,7 @@ def survive(method: str, root: Path, model: Path, data: Path) -> None:
     torn, lengths = 0, []
     for round_ in range(KILLS):
         kill_after(session, killed, dice.randint(1, 5), dice.uniform(0, 0.06))
-        if dice.random() < 0.4 or (torn < 3 and KILLS - round_ <= 3 - torn):
+        if dice.random() < 0.4 or (torn < 2 and KILLS - round_ <= 2 - torn):
             tear(killed, dice)
             torn += 1
         data_left = killed.read_bytes()
@@ -88,7 +88,7 @@ def survive(method: str, root: Path, model: Path, data: Path) -> None:
         lengths.append(data_left.count(b"\n") - 1)
         session = start(f"run.resume={killed.parent}")
     finish(session)
-    assert torn >= 3 and max(lengths) < STEPS and len(set(lengths)) > 5
+    assert torn >= 2 and max(lengths) < STEPS and len(set(lengths)) > 2
     assert killed.read_bytes() == undisturbed
     summaries = [json.loads((root / name / "summary.json").read_text()) for name in ("whole", "killed")]
     assert summaries[0]["digest"] == summaries[1]["digest"] and summaries[1]["finished"]
