@@ -200,9 +200,10 @@ def package(cache: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         def locate_file(self, path: object) -> Path:
             return tmp_path / str(path)
 
-    real_model, real_tokenizer = transformers.AutoModelForCausalLM.from_pretrained, load_tokenizer(llama)
+    # Loaded once: transformers patches its own class while it loads, so two threads at it spoil the whole process.
+    real_model, real_tokenizer = transformers.AutoModelForCausalLM.from_pretrained(llama), load_tokenizer(llama)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Toy())
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: real_model(llama))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: real_model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: real_tokenizer)
     return "package:toy/toy.gguf"
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from zoray.spaces.lozo import Factors
+    from zoray.spaces.fold import Factors
 
 EXACT_SVD = 2048  # smaller side of a matrix up to which the full SVD is taken
 

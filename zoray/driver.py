@@ -64,10 +64,10 @@ def tune(experiment: Experiment, workload: Workload, config: dict[str, Any]) -> 
                 f"score noise {pool.info.noise:.1e}"
             )
             grid = partial(tile_grid, examples=run.batch, tile_examples=run.tile_examples, shared=e.estimator.shared)
-            if pool.size > len(grid(e.estimator.ask(0))):
+            tile_count = len(grid(e.estimator.ask(0)))
+            if pool.size > tile_count:
                 monitor.message(
-                    f"warning: a step has {len(grid(e.estimator.ask(0)))} tiles for {pool.size} replicas; "
-                    "lower run.tile_examples"
+                    f"warning: a step has {tile_count} tiles for {pool.size} replicas; lower run.tile_examples"
                 )
             for noted in done:
                 pool.commit(noted.commit)

@@ -99,16 +99,16 @@ class Replica:
         return self.engine.adapter()
 
     def _score(self, tiles: list[Tile]) -> list[TileScore]:
+        covered = [(tile, self._indices(tile)) for tile in tiles]
         work = [
             (probe, *self.workload.example(tile.split, index))
-            for tile in tiles
+            for tile, indices in covered
             for probe in tile.probes
-            for index in self._indices(tile)
+            for index in indices
         ]
         outcomes = iter(self._outcomes(work))
         scores = []
-        for tile in tiles:
-            indices = self._indices(tile)
+        for tile, indices in covered:
             per_probe = [[next(outcomes) for _ in indices] for _ in tile.probes]
             tokens = sum(len(s.tokens) for i in indices for s in self.workload.encoded[tile.split][i])
             scores.append(

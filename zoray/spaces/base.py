@@ -185,6 +185,14 @@ def advance(
     return momentum
 
 
+def as_arrays(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]]) -> dict[str, np.ndarray]:
+    """(name, A, B) of each matrix -> {`<matrix>.lora_A`, `<matrix>.lora_B`}, copies on the CPU."""
+    arrays = {}
+    for name, a, b in tensors:
+        arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"] = a.cpu().numpy().copy(), b.cpu().numpy().copy()
+    return arrays
+
+
 def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """16 hex digits over the bits of named tensors; equal digests mean bit-identical replicas.
 

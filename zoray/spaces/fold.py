@@ -7,16 +7,19 @@ factors hold only -1 and 1 (Rademacher) every order gives the same whole numbers
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from zoray.directions import uniform_torch
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     import torch
 
+Factors = Mapping[str, "tuple[torch.Tensor, torch.Tensor]"]  # name -> B (out, r), A (r, in)
 ROUNDINGS = ("nearest", "stochastic")
 FOLDABLE = ("float32", "float16", "bfloat16", "float64")
 _FIXED_POINT = 1 << 21  # of normal quantiles (|z| < 4.4): products of 2**16 pairs of them still fit 63 bits
@@ -47,6 +50,26 @@ def check_weights(
                 f"{shape}). Take space=lora, which never writes the base weights"
             )
     return weights
+
+
+def decayed(weight: torch.Tensor, owed: Sequence[tuple[float, float]], base: torch.Tensor | None) -> torch.Tensor:
+    """w <- base + anchor * (decay * w - base) for each (decay, anchor), starting from the weight.
+
+    A new tensor in float32 (float64 for a weight of that). Steps of one kind only are taken in one go.
+    """
+    import torch
+
+    if all(anchor == 1 for _, anchor in owed) or all(decay == 1 for decay, _ in owed):
+        owed = [(math.prod(decay for decay, _ in owed), math.prod(anchor for _, anchor in owed))]
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    for decay, anchor in owed:
+        if decay != 1.0:
+            exact.mul_(decay)
+        if anchor != 1.0:
+            assert base is not None, "Experiment checks that keep_base goes with an anchor"
+            origin = base.to(exact.dtype)
+            exact.sub_(origin).mul_(anchor).add_(origin)
+    return exact
 
 
 def product(b: torch.Tensor, a: torch.Tensor, distribution: str | None = None) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from zoray.directions import Layout
 from zoray.records import is_finite, require
-from zoray.spaces.base import Directions, advance, check_space, digest, expect, select
+from zoray.spaces.base import Directions, advance, as_arrays, check_space, digest, expect, select
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping
@@ -142,10 +142,7 @@ class LoraState:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """{`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)} float32 copies of the state, B not scaled."""
-        arrays = {}
-        for name, a, b in self.tensors(self.flat):
-            arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"] = a.cpu().numpy().copy(), b.cpu().numpy().copy()
-        return arrays
+        return as_arrays(self.tensors(self.flat))
 
     def apply(self, commit: Commit) -> None:
         """Take the commit of the next step."""

@@ -16,7 +16,6 @@ import zoray.spaces.fold as fold
 from zoray.directions import Layout
 from zoray.records import ConfigError, require
 from zoray.spaces.base import Directions, check_space, digest, expect, select
-from zoray.spaces.lozo import Factors, decayed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -39,7 +38,6 @@ class LowRank:
     """
 
     folds: ClassVar[bool] = True
-    train: ClassVar[str] = "AB"
 
     rank: int = 1
     targets: str | tuple[str, ...] = "all-linear"
@@ -96,7 +94,7 @@ class LowRankState:
         self._v_layout = Layout(v_shapes, device)
         self._draw_u = Directions(self._u_layout, seed, space.distribution)
         self._draw_v = Directions(self._v_layout, seed, space.distribution)
-        self.on_fold: Callable[[Factors], None] | None = None
+        self.on_fold: Callable[[fold.Factors], None] | None = None
 
     def _raw(self, step: int, index: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         u, v = self._draw_u(step, index), self._draw_v(step, index)
@@ -134,13 +132,13 @@ class LowRankState:
         if moving or commit.decay != 1.0 or commit.anchor != 1.0:
             for name in self.matrices:
                 owed = [(commit.decay, commit.anchor)]
-                exact = decayed(self.weights[name], owed, self.base[name] if self.base else None)
+                exact = fold.decayed(self.weights[name], owed, self.base[name] if self.base else None)
                 for k, factor in moving.items():
                     exact += fold.product(*drawn[k][name], self.space.distribution) * factor
                 fold.write_rounded(self.weights[name], exact, self.space.fold_rounding, self.seed, self.step, name)
         self.step += 1
 
-    def pending(self) -> Factors:
+    def pending(self) -> fold.Factors:
         """Nothing waits: every step is folded."""
         return {}
 
@@ -148,7 +146,7 @@ class LowRankState:
         """coefficient / sqrt(rank) as the float32 that every device multiplies by."""
         return float(np.float32(coefficient * self.space.scaling))
 
-    def _stack(self, moving: Mapping[int, float], drawn: Mapping[int, Factors]) -> Factors:
+    def _stack(self, moving: Mapping[int, float], drawn: Mapping[int, fold.Factors]) -> fold.Factors:
         import torch
 
         return {

@@ -8,25 +8,21 @@ the official script and the published learning rates have it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import zoray.spaces.fold as fold
 from zoray.directions import Layout
 from zoray.records import require
-from zoray.spaces.base import Directions, advance, check_space, digest_part, expect, select
+from zoray.spaces.base import Directions, advance, as_arrays, check_space, digest_part, expect, select
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterator, Mapping
 
     import numpy as np
     import torch
 
     from zoray.records import Commit, Probe
-
-Factors = Mapping[str, "tuple[torch.Tensor, torch.Tensor]"]  # name -> B (out, r), A (r, in)
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,6 @@ class Lozo:
 
     folds: ClassVar[bool] = True
     scaling: ClassVar[float] = 1.0
-    train: ClassVar[str] = "B"
 
     rank: int = 2
     interval: int = 50
@@ -107,7 +102,7 @@ class LozoState:
         self.direction = Directions(self.layout, seed, space.distribution)
         self._draw_v = Directions(self._v_layout, seed, space.distribution)
         self._owed: list[tuple[float, float]] = []  # (decay, anchor) of the steps since the last fold, for the base
-        self.on_fold: Callable[[Factors], None] | None = None
+        self.on_fold: Callable[[fold.Factors], None] | None = None
         self._weights_digest: int | None = None
 
     @property
@@ -137,10 +132,7 @@ class LozoState:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """{`<matrix>.lora_A`: V^T, `<matrix>.lora_B`: B}: what has not been folded yet."""
-        arrays = {}
-        for name, a, b in self.tensors(self.flat):
-            arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"] = a.cpu().numpy().copy(), b.cpu().numpy().copy()
-        return arrays
+        return as_arrays(self.tensors(self.flat))
 
     def apply(self, commit: Commit) -> None:
         """Take the commit of the next step; fold and redraw after the last one of an interval."""
@@ -153,11 +145,11 @@ class LozoState:
             self.step += 1
 
     def _fold(self) -> None:
-        old = {name: (b, a) for name, a, b in self.tensors(self.flat)}
+        old = self.pending()
         if self.on_fold is not None:
             self.on_fold(old)
         for name, (b, a) in old.items():
-            exact = decayed(self.weights[name], self._owed, self.base[name] if self.base else None)
+            exact = fold.decayed(self.weights[name], self._owed, self.base[name] if self.base else None)
             exact += fold.product(b, a)
             fold.write_rounded(self.weights[name], exact, self.space.fold_rounding, self.seed, self.step, name)
         self.step += 1
@@ -170,7 +162,7 @@ class LozoState:
         self._owed.clear()
         self._weights_digest = None
 
-    def pending(self) -> Factors:
+    def pending(self) -> fold.Factors:
         """B and V^T of what has not been folded yet."""
         return {name: (b, a) for name, a, b in self.tensors(self.flat)}
 
@@ -183,23 +175,3 @@ class LozoState:
             if flat is not None:
                 total += sum(digest_part(name + kind, self.layout.view(flat, name)) for name in self.layout.shapes)
         return f"{total & 0xFFFFFFFFFFFFFFFF:016x}"
-
-
-def decayed(weight: torch.Tensor, owed: Sequence[tuple[float, float]], base: torch.Tensor | None) -> torch.Tensor:
-    """w <- base + anchor * (decay * w - base) for each (decay, anchor), starting from the weight.
-
-    A new tensor in float32 (float64 for a weight of that). Steps of one kind only are taken in one go.
-    """
-    import torch
-
-    if all(anchor == 1 for _, anchor in owed) or all(decay == 1 for decay, _ in owed):
-        owed = [(math.prod(decay for decay, _ in owed), math.prod(anchor for _, anchor in owed))]
-    exact = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    for decay, anchor in owed:
-        if decay != 1.0:
-            exact.mul_(decay)
-        if anchor != 1.0:
-            assert base is not None, "Experiment checks that keep_base goes with an anchor"
-            origin = base.to(exact.dtype)
-            exact.sub_(origin).mul_(anchor).add_(origin)
-    return exact
