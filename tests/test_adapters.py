@@ -44,7 +44,10 @@ def changed_model(folder: Path, change: dict[str, torch.Tensor]):
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, delta in change.items():
-        model.get_parameter(f"{name}.weight").data += delta.float()
+        module = model.get_submodule(name)  # a weight of its own, where two modules share one
+        module.weight = torch.nn.Parameter(
+            module.weight + (delta.t() if name.endswith("embed_tokens") else delta).float()
+        )
     return model
 
 
@@ -57,7 +60,7 @@ def peft_model(folder: Path, adapter: Path):
 def tiny_adapter(folder: Path, space: Lora) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor]]:
     """Random A and B for a tiny model, and what they add to its weights."""
     arrays, change = {}, {}
-    for seed, (name, (out, into)) in enumerate(space.select(linear_matrices(folder)).items()):
+    for seed, (name, (out, into)) in enumerate(space.select(linear_matrices(folder, space.targets)).items()):
         a, b = normal(space.rank, into, seed=seed) / math.sqrt(into), normal(out, space.rank, seed=seed + 100) * 0.1
         arrays[f"{name}.lora_A"], arrays[f"{name}.lora_B"] = a, b
         change[name] = torch.from_numpy(space.scaling * b.astype(np.float64) @ a)
@@ -228,6 +231,7 @@ def test_relative_error_of_no_change_is_zero():
         (("layers.1.*",), None),
         (("self_attn.q_proj",), None),
         (("*_proj",), None),
+        (("q_proj", "lm_head", "embed_tokens"), ["embed_tokens", "lm_head", "q_proj"]),
     ],
 )
 def test_peft_scores_the_same(tiny_models, tmp_path, architecture, targets, modules):
@@ -240,7 +244,7 @@ def test_peft_scores_the_same(tiny_models, tmp_path, architecture, targets, modu
     assert config["target_modules"] == listed
     model = peft_model(folder, tmp_path / "out")
     adapted = {name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
-    assert adapted == set(change)
+    assert adapted == set(change) and len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 2 * len(change)
     found, expected = logits(model), logits(changed_model(folder, change))
     assert (found - expected).abs().max() < 1e-4
     assert (logits(changed_model(folder, {})) - expected).abs().max() > 0.1

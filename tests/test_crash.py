@@ -1,25 +1,26 @@
 """kill -9 at random moments, again and again, with the journal's last line torn now and then: nothing is lost.
 
-Two runs of different methods are killed five times each. After every kill the journal holds a prefix of the undisturbed
-run's, byte for byte; after the last resume it is that journal, and the state has its digest.
+Runs of different methods are killed twenty times together. After every kill the journal holds a prefix of the
+undisturbed run's, byte for byte; after the last resume it is that journal, and the state has its digest. Most kills
+meet the main job with its replica in the same process, which starts in a second; some meet it as a user has it.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-STEPS, KILLS = 90, 5
+STEPS = 90
 METHODS = {
     "two_point-lora": ["space.rank=2", "optimizer.lr=0.01"],
     "evolution-lozo-adaptive": [
@@ -27,32 +28,98 @@ METHODS = {
         *("optimizer=adaptive", "optimizer.lr=1e-4", "optimizer.momentum=0.5"),
     ],
 }
+OVER_RAY = ("cluster.address=auto", "cluster.cpus_per_replica=1", "cluster.dashboard=false")
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    """The main job in a process group of its own, on the shared Ray."""
-    cluster = ["cluster.address=auto", "cluster.cpus_per_replica=1", "cluster.dashboard=false"]
-    command = [sys.executable, "-m", "zoray.launch", *arguments, *cluster]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+def main_job(arguments: tuple[str, ...]) -> None:
+    """`zoray.launch` in this process, its pool being one replica in the same process."""
+    import zoray.driver
+    from zoray.launch import main
+    from zoray.pool import Pool
+    from zoray.replica import Replica
+
+    class Inside(Pool):
+        """A pool without actors; what it owes the driver is the same."""
+
+        @classmethod
+        def start(cls, spec: Any, *_: Any) -> Inside:
+            replica = Replica(spec)
+            pool = cls([], replica.info, None, False)
+            pool.replica, pool.sent = replica, 0  # type: ignore[attr-defined]
+            return pool
+
+        size = property(lambda self: 1)  # type: ignore[assignment]
+
+        def evaluate(self, tiles: Any, digest: bool = False) -> Any:
+            first, self.sent = self.sent, len(self.commits)
+            return self.replica.evaluate(tuple(self.commits[first:]), tuple(tiles), digest)
+
+        def rewind(self, step: int) -> None:
+            self.replica.reset()
+            self.sent = 0
+            del self.commits[step:]
+
+        def adapter(self) -> Any:
+            self.evaluate(())
+            return self.replica.adapter(), self.replica.engine.digest()
+
+        def close(self) -> None:
+            pass
+
+    zoray.driver.Pool = Inside  # type: ignore[misc]
+    from zoray.cli import compose
+
+    sys.argv = ["zoray.launch", *arguments]
+    sys.exit(main(compose("config", list(arguments))))
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
+class Inside:
+    """A process forked from one that has imported everything."""
+
+    server = multiprocessing.get_context("forkserver")
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = self.server.Process(target=main_job, args=(arguments,))
+        self.process.start()
+
+    def ended(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def wait(self) -> None:
+        self.process.join(240)
 
 
-def kill_after(process: subprocess.Popen[str], path: Path, lines: int, delay: float) -> None:
+class Launched:
+    """The command, in a process group of its own, on the shared Ray."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "zoray.launch", *arguments, *OVER_RAY]
+        self.process = subprocess.Popen(command, stdout=sys.stderr, stderr=sys.stderr, start_new_session=True)
+
+    def ended(self) -> int | None:
+        return self.process.poll()
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def wait(self) -> None:
+        self.process.wait(240)
+
+
+def kill_after(session: Inside | Launched, path: Path, lines: int, delay: float) -> None:
     """SIGKILL once the journal has grown by some lines, and a moment more has passed."""
     before, deadline = path.read_bytes().count(b"\n") if path.exists() else 0, time.monotonic() + 240
     while not path.exists() or path.read_bytes().count(b"\n") < before + lines:
-        assert process.poll() is None, f"the run ended before it was killed: {process.communicate()[0]}"
+        assert session.ended() is None, "the run ended before it was killed"
         assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.002)
+        time.sleep(0.001)
     time.sleep(delay)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    session.kill()
 
 
 def tear(path: Path, dice: random.Random) -> None:
@@ -62,8 +129,8 @@ def tear(path: Path, dice: random.Random) -> None:
     path.write_bytes(data[: dice.randrange(last + 1, len(data))])
 
 
-def survive(method: str, root: Path, model: Path, data: Path) -> None:
-    """A run that is killed KILLS times, against one that is not."""
+def survive(start: type[Inside | Launched], method: str, root: Path, model: Path, data: Path, kills: int, torn: int):
+    """A run that is killed, and torn in its last line as often as said, against one that is not."""
     dice = random.Random(method)
     settings = [
         *(f"model.path={model}", "model=hf", "task=file", f"task.path={data}", f"run.folder={root}"),
@@ -71,30 +138,45 @@ def survive(method: str, root: Path, model: Path, data: Path) -> None:
         *(f"run.steps={STEPS}", "run.batch=4", "run.eval_every=0", "run.digest_every=3", "logging.curve=false"),
         *METHODS[method],
     ]
-    finish(start(*settings, "run.name=whole"))
+    whole = Inside(*settings, "run.name=whole")
+    whole.wait()
+    assert whole.ended() == 0
     undisturbed = (root / "whole" / "journal.jsonl").read_bytes()
     assert undisturbed.count(b"\n") == STEPS + 1
 
     killed = root / "killed" / "journal.jsonl"
     session = start(*settings, "run.name=killed")
-    torn, lengths = 0, []
-    for round_ in range(KILLS):
+    torn_rounds, lengths = dice.sample(range(kills), torn), []
+    for round_ in range(kills):
         kill_after(session, killed, dice.randint(1, 5), dice.uniform(0, 0.06))
-        if dice.random() < 0.4 or (torn < 2 and KILLS - round_ <= 2 - torn):
+        if round_ in torn_rounds:
             tear(killed, dice)
-            torn += 1
         data_left = killed.read_bytes()
         assert undisturbed.startswith(data_left[: data_left.rfind(b"\n") + 1])
         lengths.append(data_left.count(b"\n") - 1)
         session = start(f"run.resume={killed.parent}")
-    finish(session)
-    assert torn >= 2 and max(lengths) < STEPS and len(set(lengths)) > 2
+    session.wait()
+    assert session.ended() == 0
+    assert max(lengths) < STEPS and len(set(lengths)) >= min(kills, 3)
     assert killed.read_bytes() == undisturbed
     summaries = [json.loads((root / name / "summary.json").read_text()) for name in ("whole", "killed")]
     assert summaries[0]["digest"] == summaries[1]["digest"] and summaries[1]["finished"]
 
 
-def test_every_resume_gives_the_undisturbed_run(tmp_path, tiny_models, labelled_file, local_ray):
-    with ThreadPoolExecutor(len(METHODS)) as both:
-        for done in [both.submit(survive, m, tmp_path / m, tiny_models["llama"], labelled_file) for m in METHODS]:
-            done.result()
+@pytest.fixture(scope="module")
+def imported() -> None:
+    """Children are forked from a process that has the slow imports behind it."""
+    preload = ["torch", "transformers", "zoray.launch", "zoray.driver", "zoray.pool", "zoray.engines.hf", "hydra"]
+    Inside.server.set_forkserver_preload(preload)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", METHODS)
+def test_nine_kills_and_every_resume_gives_the_undisturbed_run(method, tmp_path, tiny_models, labelled_file, imported):
+    survive(Inside, method, tmp_path, tiny_models["llama"], labelled_file, kills=9, torn=3)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_two_kills_of_the_command_over_ray(tmp_path, tiny_models, labelled_file, imported, local_ray):
+    survive(Launched, "two_point-lora", tmp_path, tiny_models["llama"], labelled_file, kills=2, torn=1)

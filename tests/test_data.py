@@ -206,6 +206,16 @@ def test_unknown_targets_are_refused_before_a_model_loads(spec):
         load_workload(replace(spec, space=Lora(targets=("c_attn",))))
 
 
+@pytest.mark.parametrize("space", [Lozo, LowRank])
+def test_head_and_embedding_are_not_folded_into(space, spec):
+    targets = ("all-linear", "lm_head", "embed_tokens")
+    says = rf"inner layers for space={space.__name__.lower()}; got lm_head, model\.embed_tokens: .* Take space=lora"
+    with pytest.raises(ConfigError, match=says):
+        load_workload(replace(spec, space=space(targets=targets)))
+    found = load_workload(replace(spec, space=Lora(targets=targets))).matrices
+    assert found.keys() - load_workload(spec).matrices.keys() == {"lm_head", "model.embed_tokens"}
+
+
 @pytest.fixture
 def quantised(tiny_models, tmp_path) -> Path:
     """A model whose config.json says that its weights are quantised; neither its weights nor its tokenizer load."""

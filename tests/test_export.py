@@ -51,7 +51,7 @@ class Made:
 def make(folder, model, space, commits=commit, steps=STEPS, dtype="float32") -> Made:
     """A run as the driver journals it, without any scoring."""
     folder.mkdir()
-    matrices = linear_matrices(model)
+    matrices = linear_matrices(model, space.targets)
     original = load_matrices(model, space.select(matrices), "float32")
     weights = {name: weight.to(getattr(torch, dtype)) for name, weight in original.items()}
     state = space.open(matrices, SEED, weights=weights)
@@ -145,7 +145,8 @@ def effective_model(folder: Path, weights: dict[str, np.ndarray]):
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, weight in weights.items():
-        model.get_parameter(f"{name}.weight").data.copy_(torch.from_numpy(weight))
+        value = torch.from_numpy(weight.T if name.endswith("embed_tokens") else weight)
+        model.get_submodule(name).weight = torch.nn.Parameter(value.float())  # of its own, where two modules share one
     return model
 
 
@@ -469,6 +470,27 @@ def test_the_adapter_of_a_lora_run_needs_no_model(export, tiny_models, tmp_path)
     shutil.rmtree(model)
     assert made.digests[-1] in export(run="run", out="out", step=None)
     with pytest.raises(ConfigError, match="is read as a local folder"):
+        export(run="run", out="merged", step=None, format="merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_head_and_embedding_are_exported(export, tiny_models, tmp_path, architecture):
+    """The tiny OPT has one weight for both, which two adapters can't be merged into."""
+    model, space = tiny_models[architecture], Lora(rank=2, train="AB", targets=("v_proj", "lm_head", "embed_tokens"))
+    made = make(tmp_path / "run", model, space)
+    assert made.digests[-1] in export(run="run", out="peft", step=None)
+    expected, base = logits(effective_model(model, made.effective[-1])), logits(effective_model(model, {}))
+    assert (expected - base).abs().max() > 0.05
+    assert (logits(peft_model(model, tmp_path / "peft")) - expected).abs().max() < 1e-4
+    if architecture == "llama":
+        export(run="run", out="merged", step=None, format="merged")
+        assert (logits(merged_model(tmp_path / "merged")) - expected).abs().max() < 1e-4
+        return
+    says = (
+        "one weight for its embedding and LM head: adapters on model.decoder.embed_tokens, lm_head can't be told apart"
+    )
+    with pytest.raises(ConfigError, match=says):
         export(run="run", out="merged", step=None, format="merged")
     assert not (tmp_path / "merged").exists()
 

@@ -23,6 +23,7 @@ from zoray.models import (
     pinned_folder,
     quantisation,
     restore,
+    tied,
     weights_hash,
 )
 from zoray.records import ConfigError, JournalError
@@ -277,6 +278,24 @@ def test_linear_matrices_have_canonical_names_and_no_head(llama, opt):
     matrices = linear_matrices(opt)
     assert len(matrices) == 12 and matrices["model.decoder.layers.1.fc2"] == (64, 128)
     assert not any("lm_head" in name for name in matrices)
+
+
+def test_head_and_embedding_come_only_where_they_are_named(llama, opt):
+    inner = linear_matrices(llama)
+    head, embedding = {"lm_head": (512, 64)}, {"model.embed_tokens": (64, 512)}
+    assert linear_matrices(llama, ("q_proj", "*")) == linear_matrices(llama, "*") == inner
+    assert linear_matrices(llama, "lm_head") == inner | head
+    both = linear_matrices(llama, ("all-linear", "model.embed_tokens", "lm_head"))
+    assert list(both.items()) == list((embedding | inner | head).items())  # order too
+    assert linear_matrices(opt, "embed_tokens").keys() - inner.keys() > {"model.decoder.embed_tokens"}
+    assert linear_matrices(opt, "embed_positions") == linear_matrices(opt) and tied(opt)
+
+
+def test_an_embedding_is_loaded_transposed(llama):
+    loaded, there = load_matrices(llama, ["model.embed_tokens", "lm_head"], "float32"), stored(llama)
+    assert (loaded["model.embed_tokens"] == there["model.embed_tokens.weight"].t()).all()
+    assert (loaded["lm_head"] == there["lm_head.weight"]).all()
+    assert not tied(llama)
 
 
 def test_linear_matrices_refuse_what_has_none(tmp_path):

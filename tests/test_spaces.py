@@ -114,6 +114,14 @@ def test_a_has_the_variance_of_pefts_default():
         assert abs(float(a.double().mean())) < 4 * math.sqrt(expected / a.numel())
 
 
+def test_a_of_an_embedding_takes_the_hidden_size_for_its_inputs():
+    """Only one of its inputs is not zero, so the vocabulary says nothing of the size of A x."""
+    matrices = {"model.embed_tokens": (64, 5000), "lm_head": (5000, 64), "embed.proj": (64, 5000)}
+    spread = {name: float(a.std()) for name, a, _ in Lora(rank=8).open(matrices, 0).tensors(torch.zeros(10**6))}
+    small, usual = 1 / math.sqrt(3 * 5000), 1 / math.sqrt(3 * 64)
+    assert spread == pytest.approx({"model.embed_tokens": usual, "lm_head": usual, "embed.proj": small}, rel=0.1)
+
+
 def test_a_does_not_depend_on_what_is_trained_but_on_the_seed():
     def start(space, seed):
         state = space.open(MATRICES, seed)
@@ -421,6 +429,8 @@ def test_digest_does_not_depend_on_padding():
         (["*up_proj"], [1, 3]),  # here gate_up_proj as well
         (["mlp.*", "layers.0.self_attn.*"], [0, 1, 3]),
         (["*"], [0, 1, 2, 3]),
+        (["all-linear"], [0, 1, 2, 3]),
+        (["up_proj", "all-linear"], [0, 1, 2, 3]),
     ],
 )
 def test_targets_are_the_last_parts_of_names(targets, expected):

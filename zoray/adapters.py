@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zoray.records import ConfigError
-from zoray.spaces.base import MAX_RANK
+from zoray.spaces.base import MAX_RANK, is_embedding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -61,8 +61,16 @@ def write_peft(
     }
     with _replacing(folder) as partial:
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tensors = {f"base_model.model.{name}.weight": np.ascontiguousarray(value) for name, value in adapter.items()}
+        tensors = {_peft_key(name): np.ascontiguousarray(value) for name, value in adapter.items()}
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _peft_key(name: str) -> str:
+    """`<matrix>.lora_A` as PEFT names it in a file."""
+    matrix, _, part = name.rpartition(".")
+    if is_embedding(matrix):
+        return f"base_model.model.{matrix}.{part.replace('lora_', 'lora_embedding_')}"
+    return f"base_model.model.{name}.weight"
 
 
 class Stack:
@@ -136,7 +144,7 @@ def write_merged(folder: Path, source: Path, weights: Mapping[str, torch.Tensor]
     dtype = next(iter(weights.values())).dtype
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     for name, weight in weights.items():
-        model.get_parameter(f"{name}.weight").data.copy_(weight)
+        model.get_parameter(f"{name}.weight").data.copy_(weight.t() if is_embedding(name) else weight)
     with _replacing(folder) as partial:
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(source).save_pretrained(partial)

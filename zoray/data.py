@@ -61,8 +61,14 @@ def load_workload(spec: ReplicaSpec) -> Workload:
     """
     splits = spec.task.load()
     folder = spec.model.resolve()
-    matrices = linear_matrices(folder)
-    spec.space.select(matrices)
+    matrices = linear_matrices(folder, spec.space.targets)
+    chosen = spec.space.select(matrices)
+    if spec.space.folds and (vocabulary := chosen.keys() - linear_matrices(folder).keys()):
+        raise ConfigError(
+            f"expected space.targets among the inner layers for space={type(spec.space).__name__.lower()}; got "
+            f"{', '.join(sorted(vocabulary))}: many models share one weight between embedding and LM head, and a fold "
+            "into one would move both. Take space=lora, or leave it out"
+        )
     method = quantisation(folder)
     if spec.space.folds and method is not None:
         raise ConfigError(

@@ -14,7 +14,7 @@ from zoray import journal
 from zoray.adapters import Stack, relative_error, truncate, write_merged, write_peft
 from zoray.cli import run_main
 from zoray.history import resolve_step
-from zoray.models import load_matrices, pinned_folder, quantisation
+from zoray.models import linear_matrices, load_matrices, pinned_folder, quantisation, tied
 from zoray.records import ConfigError, require
 from zoray.spaces import from_record
 from zoray.spaces.base import MAX_RANK
@@ -54,6 +54,12 @@ def _lora(contents: journal.Contents, step: int, kind: str, rank: int, out: Path
         raise ConfigError(
             f"format=merged adds the adapter to the base weights, and those of {header['model']} are quantised; "
             "take format=peft"
+        )
+    vocabulary = [name for name in header["matrices"] if name not in linear_matrices(source)]
+    if vocabulary and tied(source):
+        raise ConfigError(
+            f"format=merged adds the adapter to the base weights, and {header['model']} has one weight for its "
+            f"embedding and LM head: adapters on {', '.join(vocabulary)} can't be told apart in it. Take format=peft"
         )
     weights = load_matrices(source, header["matrices"], "auto")
     write_merged(out, source, {name: _merge(weights[name], arrays, name, space.scaling) for name in weights})

@@ -14,12 +14,13 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError, JournalError
+from zoray.spaces.base import is_embedding
 
 if TYPE_CHECKING:
     import torch
@@ -139,10 +140,12 @@ def max_length(folder: str | Path) -> int:
     raise ConfigError(f"{Path(folder) / 'config.json'} must say the longest sequence, as one of {LENGTH_KEYS}; add it")
 
 
-def linear_matrices(folder: str | Path) -> dict[str, tuple[int, int]]:
-    """Canonical name -> (out_features, in_features) of every linear layer but the LM head, in module order.
+def linear_matrices(folder: str | Path, targets: str | Sequence[str] = "all-linear") -> dict[str, tuple[int, int]]:
+    """Canonical name -> (out_features, in_features) of every linear layer, in module order.
 
-    Names are Hugging Face's (`model.layers.0.self_attn.q_proj`). Built on the meta device: no weights are read.
+    The LM head (vocabulary, hidden) and the input embedding (hidden, vocabulary) are there only where a target names
+    them, since adapters on them are large and `all-linear` means neither. Names are Hugging Face's
+    (`model.layers.0.self_attn.q_proj`). Built on the meta device: no weights are read.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -154,26 +157,31 @@ def linear_matrices(folder: str | Path) -> dict[str, tuple[int, int]]:
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError) as error:
         raise ConfigError(f"{folder} is not a causal language model that transformers knows: {error}") from error
-    head = model.get_output_embeddings()
-    matrices = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    named = {targets} if isinstance(targets, str) else set(targets)
+    matrices = {}
+    for name, module in model.named_modules():
+        if module in (embedding, head) and not any(f".{name}".endswith(f".{target}") for target in named):
+            continue
+        if isinstance(module, torch.nn.Linear):
+            matrices[name] = (module.out_features, module.in_features)
+        elif module is embedding and is_embedding(name):
+            matrices[name] = (module.embedding_dim, module.num_embeddings)
     if not matrices:
         raise ConfigError(f"{folder} ({config.model_type}) has no linear layers to adapt; take another model family")
     return matrices
 
 
 def load_matrices(folder: str | Path, names: Collection[str], dtype: str) -> dict[str, torch.Tensor]:
-    """Canonical name -> weight (out_features, in_features) in `dtype`, on the CPU.
+    """Canonical name -> weight (out_features, in_features) in `dtype`, on the CPU; an embedding's is transposed.
 
     Goes through transformers, because a checkpoint's own names differ from the model's for some families (OPT).
     """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return {name: model.get_parameter(f"{name}.weight").data for name in names}
+    weights = {name: model.get_parameter(f"{name}.weight").data for name in names}
+    return {name: weight.t() if is_embedding(name) else weight for name, weight in weights.items()}
 
 
 def pinned_folder(header: Mapping[str, Any]) -> Path:
@@ -204,6 +212,13 @@ def quantisation(folder: str | Path) -> str | None:
     """The method that a model's weights are quantised with, as its config.json names it; None for plain weights."""
     found = _read_config(Path(folder)).get("quantization_config")
     return None if not found else str(found.get("quant_method", "unknown"))
+
+
+def tied(folder: str | Path) -> bool:
+    """Whether the model's LM head and input embedding are one weight."""
+    from transformers import AutoConfig
+
+    return bool(AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

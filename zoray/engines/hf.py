@@ -13,6 +13,7 @@ import numpy as np
 
 from zoray.models import restore
 from zoray.records import require
+from zoray.spaces.base import is_embedding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -82,8 +83,9 @@ class HfEngine:
             if name not in self._active:
                 return output
             wide = torch.promote_types(output.dtype, torch.float32)  # as the adapter, or wider
-            x, (a, b) = inputs[0].to(wide), self._active[name]
-            return output + self.space.scaling * (x @ a.to(wide).t() @ b.to(wide).t()).to(output.dtype)
+            a, b = self._active[name]
+            low = a.to(wide).t()[inputs[0]] if is_embedding(name) else inputs[0].to(wide) @ a.to(wide).t()
+            return output + self.space.scaling * (low @ b.to(wide).t()).to(output.dtype)
 
         return add_adapter
 

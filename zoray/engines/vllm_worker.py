@@ -1,7 +1,8 @@
 """zoray inside a vLLM worker: adapter slots written in place, and packed scoring without the request path.
 
 Mixed into vLLM's worker class by `worker_extension_cls`, on an unmodified wheel. Everything that reaches into vLLM's
-internals is in this file (and cpu_lora.py). Tried on 0.32 (CPU); written against 0.26's sources as well.
+internals is in this file, vllm_layers.py, vllm_selftest.py and cpu_lora.py. Tried on 0.32 (CPU); written against
+0.26's sources as well.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from vllm.lora.layers import LoRAMapping
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from zoray.engines.base import Pack, blocks_needed, by_slot_groups, pack
+from zoray.engines.vllm_layers import find_slots, find_weights, is_head
+from zoray.engines.vllm_selftest import prove_live
 from zoray.models import restore
-from zoray.records import ConfigError, Probe
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
-    from zoray.records import Commit, TokenSequence
+    from zoray.records import Commit, Probe, TokenSequence
     from zoray.spaces.base import Space, State
 
 LOGITS_ELEMENTS = 1 << 25  # rows x vocabulary of one LM-head chunk: 128 MiB of float32
@@ -42,7 +44,7 @@ class ZorayWorker:
         Returns what the test measured, and the dtype of the base weights.
         """
         self._zoray = PackedScorer(self.model_runner, self.vllm_config, space, matrices, seed)
-        return self._zoray.prove_live(), str(self.vllm_config.model_config.dtype).removeprefix("torch.")
+        return self._zoray.self_test, str(self.vllm_config.model_config.dtype).removeprefix("torch.")
 
     def zoray_reset(self, folder: str) -> None:
         self._zoray.reset(folder)
@@ -83,12 +85,15 @@ class PackedScorer:
         self.blocks: int = runner.kv_cache_config.num_blocks - 1  # block 0 is vLLM's null block
         self.manager = _adapter_manager(runner)
         self.matrices = space.select(matrices)
-        self.sites = self._find_sites()
-        self.weights = self._base_weights() if space.folds else {}
+        self.sites = find_slots(self.manager, self.matrices)
+        self.weights = find_weights(self.manager, self.matrices) if space.folds else {}
+        self._head_moves = any(is_head(module) for module in self.manager.modules.values())
         self._open = partial(space.open, matrices, seed, self.device)
         self.state: State = self._open(self.weights)
         self.wrapper = self._lora_wrapper()
         self._a_in_slot: dict[int, Hashable] = {}
+        self.self_test = prove_live(self)
+        self._a_in_slot.clear()
 
     def reset(self, folder: str) -> None:
         """Back to journal index 0; folded base weights are read from the model's folder again."""
@@ -96,49 +101,6 @@ class PackedScorer:
             restore(self.weights, folder)
         self.state = self._open(self.weights)
         self._a_in_slot.clear()
-
-    def _find_sites(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Canonical matrix name -> its slot tensors, A (slots, 1, max rank, in) and B (slots, 1, out, max rank).
-
-        vLLM fuses matrices (q, k, v; gate, up) into one module with a pair of stacked tensors for each.
-        """
-        sites: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for module_name, module in self.manager.modules.items():
-            names = self._children(module_name)
-            if len(names) != len(module.lora_a_stacked):
-                raise ConfigError(
-                    f"vLLM stacks {len(module.lora_a_stacked)} matrices in {module_name}, expected {names}"
-                )
-            sites.update(zip(names, zip(module.lora_a_stacked, module.lora_b_stacked, strict=True), strict=True))
-        missing = [name for name in self.matrices if name not in sites]
-        if missing:
-            raise ConfigError(
-                f"vLLM has no LoRA slot for {len(missing)} of this model's {len(self.matrices)} matrices, e.g. "
-                f"{missing[0]}; choose space.targets among {sorted({name.rsplit('.', 1)[-1] for name in sites})}"
-            )
-        for name, (out_features, in_features) in self.matrices.items():
-            a, b = sites[name]
-            if a.shape[3] != in_features or b.shape[2] != out_features:
-                raise ConfigError(
-                    f"expected a slot for {name} of {out_features} x {in_features}; vLLM has {b.shape[2]} x "
-                    f"{a.shape[3]} (tensor parallel shards are not supported yet)"
-                )
-        return sites
-
-    def _base_weights(self) -> dict[str, torch.Tensor]:
-        """Canonical matrix name -> its rows of the fused base weight, (out, in), as a view that can be written.
-
-        A weight that vLLM has packed or quantised has no such view; the space then says what to do.
-        """
-        weights: dict[str, torch.Tensor] = {}
-        for module_name, module in self.manager.modules.items():
-            fused = getattr(module.base_layer, "weight", None)
-            sizes = [b.shape[2] for b in module.lora_b_stacked]
-            if fused is None or fused.ndim != 2 or fused.shape[0] != sum(sizes):
-                continue
-            parts = fused.data.split(sizes)
-            weights.update(zip(self._children(module_name), parts, strict=True))
-        return {name: weights[name] for name in self.matrices if name in weights}
 
     def _lora_wrapper(self) -> Any:
         """The wrapper that maps tokens to slots; on CPU replaced by the segmented one in every LoRA layer."""
@@ -197,7 +159,7 @@ class PackedScorer:
 
     def _forward(self, packed: Pack) -> torch.Tensor:
         """One packed forward: hidden states of all tokens, (T, hidden)."""
-        self._map_tokens(packed.segments)
+        self.map_slots(packed.segments)
         metadata, slot_mapping = self._attention_metadata(packed)
         tokens = torch.from_numpy(packed.tokens).to(self.device)
         positions = torch.from_numpy(packed.positions).to(self.device)
@@ -216,24 +178,33 @@ class PackedScorer:
             torch.from_numpy(packed.targets).to(self.device),
         )
         result = torch.empty(len(packed.targets), dtype=torch.float32, device=self.device)
+        if self._head_moves:
+            of_token = np.repeat(
+                [slot for slot, _, _ in packed.segments], [stop - start for _, start, stop in packed.segments]
+            )
+            row_slots = of_token[packed.rows].tolist()
+            chunk = min(chunk, self.vllm_config.scheduler_config.max_num_seqs)  # vLLM's buffers for rows end there
         for start in range(0, len(rows), chunk):
+            if self._head_moves:
+                self.map_slots(packed.segments, row_slots[start : start + chunk])
             logits = self.runner.model.compute_logits(hidden[rows[start : start + chunk]]).float()
             here = (row_of >= start) & (row_of < start + chunk)
             local = row_of[here] - start
             result[here] = logits[local, targets[here]] - torch.logsumexp(logits, dim=-1)[local]
         return result
 
-    def _map_tokens(self, segments: tuple[tuple[int, int, int], ...]) -> None:
-        """Tell the LoRA layers which tokens belong to which slot; slot -1 is the bare model."""
+    def map_slots(self, segments: tuple[tuple[int, int, int], ...], row_slots: Sequence[int] = ()) -> None:
+        """Tell the LoRA layers the slot of each token, and the head that of each of its rows; -1 is the bare model."""
+        vocabulary = self.vllm_config.model_config.get_vocab_size()
         if self.device.type == "cpu":
-            self.wrapper.segments = tuple(segment for segment in segments if segment[0] >= 0)
+            self.wrapper.map_tokens(segments, vocabulary)
+            self.wrapper.map_rows(row_slots)
             return
         ids = [slot + 1 for slot, _, _ in segments]  # 0 means no adapter
         of_token = np.repeat(ids, [stop - start for _, start, stop in segments])
-        mapping = LoRAMapping(tuple(of_token.tolist()), tuple(ids), is_prefill=True)
-        self.wrapper.update_metadata(
-            mapping, list(range(1, self.slots + 1)), self.slots + 1, self.vllm_config.model_config.get_vocab_size()
-        )
+        of_row = tuple(slot + 1 for slot in row_slots) or tuple(ids)
+        mapping = LoRAMapping(tuple(of_token.tolist()), of_row, is_prefill=True)
+        self.wrapper.update_metadata(mapping, list(range(1, self.slots + 1)), self.slots + 1, vocabulary)
 
     def _attention_metadata(self, packed: Pack) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Per-layer attention metadata for S fresh sequences, each in KV blocks of its own."""
@@ -272,108 +243,6 @@ class PackedScorer:
                 for layer in attention.layer_names:
                     metadata[layer], mappings[layer] = built, slot_mapping
         return metadata, mappings
-
-    @torch.inference_mode()
-    def prove_live(self) -> dict[str, float]:
-        """Check every LoRA layer against plain matrix products, with another known adapter in every slot.
-
-        Raises:
-            ConfigError: a slot whose B is zero changes a bit of a layer's output, or an output differs from
-                W x + (alpha / rank) B A x; either means that this vLLM does not do what zoray relies on.
-        """
-        dtype = self.vllm_config.model_config.dtype
-        segments = tuple((slot, 3 * slot, 3 * slot + 3) for slot in range(self.slots))
-        inputs, bare = {}, {}
-        for width in {module.lora_a_stacked[0].shape[3] for module in self.manager.modules.values()}:
-            ramp = torch.arange(3 * self.slots * width, device=self.device, dtype=torch.float32)
-            inputs[width] = torch.sin(ramp).view(-1, width).to(dtype)
-        self._map_tokens(((-1, 0, 3 * self.slots),))
-        for name, module in self.manager.modules.items():
-            bare[name] = _layer_output(module, inputs)
-
-        for slot in range(self.slots):
-            self.write_slot(slot, Probe(0, slot, 0.0))  # B is zero at journal index 0
-        self._map_tokens(segments)
-        changed = [n for n, m in self.manager.modules.items() if not torch.equal(_layer_output(m, inputs), bare[n])]
-        if changed:
-            raise ConfigError(f"adapter self-test failed: a zero adapter changes the output of {changed[0]}")
-
-        probes = [Probe(0, slot, 1.0) for slot in range(self.slots)]
-        for slot, probe in enumerate(probes):
-            self.write_slot(slot, probe)
-        adapters = [{name: (a, b) for name, a, b in self.state.factors(probe)} for probe in probes]
-        worst, where = 0.0, ""
-        for name, module in self.manager.modules.items():
-            found = _layer_output(module, inputs).float() - bare[name].float()
-            x = inputs[module.lora_a_stacked[0].shape[3]].float()
-            for slot, start, stop in segments:
-                expected = self._expected(name, module, adapters[slot], x[start:stop])
-                error = float((found[start:stop] - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-                if not error <= worst:
-                    worst, where = error, name
-        tolerance = 1e-3 if dtype == torch.float32 else 0.1
-        if not worst <= tolerance:
-            raise ConfigError(
-                f"adapter self-test failed: the output of {where} differs from W x + s B A x by {worst:.2e} relative, "
-                f"at most {tolerance:g} expected; this vLLM build does not apply adapters as zoray writes them"
-            )
-        self._a_in_slot.clear()
-        return {"adapter_error": worst, **self._prove_foldable(inputs, bare, tolerance)}
-
-    def _prove_foldable(self, inputs: dict[int, torch.Tensor], bare: dict[str, torch.Tensor], tolerance: float):
-        """Check that writing a base weight changes what its layer computes, by x dW^T, and put the weight back.
-
-        A backend that packs weights at load time keeps a copy that such a write would miss.
-        """
-        worst, where = 0.0, ""
-        self._map_tokens(((-1, 0, 3 * self.slots),))
-        for module_name, module in self.manager.modules.items():
-            children = [name for name in self._children(module_name) if name in self.weights]
-            if not children:
-                continue
-            x, expected = inputs[module.lora_a_stacked[0].shape[3]].float(), []
-            kept = {name: self.weights[name].clone() for name in children}
-            for name, b_slots in zip(self._children(module_name), module.lora_b_stacked, strict=True):
-                if name in kept:
-                    ramp = torch.cos(torch.arange(kept[name].numel(), device=self.device)).view(kept[name].shape)
-                    self.weights[name].add_((ramp * kept[name].float().abs().mean()).to(kept[name].dtype))
-                    expected.append(x @ (self.weights[name].float() - kept[name].float()).t())
-                else:
-                    expected.append(torch.zeros(len(x), b_slots.shape[2], device=self.device))
-            found = _layer_output(module, inputs).float() - bare[module_name].float()
-            for name, weight in kept.items():
-                self.weights[name].copy_(weight)
-            wanted = torch.cat(expected, dim=1)
-            error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
-            if not error <= worst:
-                worst, where = error, module_name
-        if not worst <= tolerance:
-            raise ConfigError(
-                f"folding self-test failed: writing the base weight of {where} changes its output otherwise than "
-                f"expected ({worst:.2e} relative, at most {tolerance:g}); take space=lora on this backend"
-            )
-        return {"fold_error": worst} if self.weights else {}
-
-    def _expected(self, module_name: str, module: Any, adapter: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
-        """(alpha / rank) x A^T B^T of a fused module's matrices side by side; zero for those that are not trained."""
-        parts = []
-        for child, b_slots in zip(self._children(module_name), module.lora_b_stacked, strict=True):
-            if child in adapter:
-                a, b = adapter[child]
-                parts.append(self.space.scaling * (x @ a.t()) @ b.t())
-            else:
-                parts.append(torch.zeros(len(x), b_slots.shape[2], device=self.device))
-        return torch.cat(parts, dim=1)
-
-    def _children(self, module_name: str) -> list[str]:
-        """Canonical names of the matrices that vLLM has fused into a module, in its order."""
-        prefix, _, leaf = module_name.rpartition(".")
-        return [f"{prefix}.{child}" for child in self.manager.packed_modules_mapping.get(leaf, [leaf])]
-
-
-def _layer_output(module: Any, inputs: dict[int, torch.Tensor]) -> torch.Tensor:
-    result = module(inputs[module.lora_a_stacked[0].shape[3]])
-    return result[0] if isinstance(result, tuple) else result
 
 
 def _adapter_manager(runner: Any) -> Any:

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from zoray.records import Probe
 
+ALL = "all-linear"
 MAX_RANK = 512  # the largest LoRA rank that vLLM has slots for
 CACHED_ELEMENTS = 1 << 28  # of a step's directions kept between scoring and commit: 1 GiB
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embedding")  # what families call the input's
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: odd, so i * _GOLDEN differs for every i
 _DIGEST_CHUNK = 1 << 24  # elements hashed at a time: a few int64 copies of them exist meanwhile
 
@@ -107,21 +109,26 @@ def check_space(rank: Any, targets: Any, distribution: str) -> str | tuple[str, 
 
 
 def select(matrices: Mapping[str, tuple[int, int]], targets: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """The target matrices out of a model's linear layers, {canonical name: (out, in)}, in the model's order.
+    """The target matrices out of a model's matrices, {canonical name: (out, in)}, in the model's order.
 
-    A target is the last part or parts of a name (`q_proj`, `self_attn.q_proj`), with * ? [] as in file names.
+    A target is the last part or parts of a name (`q_proj`, `self_attn.q_proj`), with * ? [] as in file names, or
+    all-linear, which may stand beside the LM head's and the embedding's names.
     """
-    if targets == "all-linear":
-        return dict(matrices)
     wanted = (targets,) if isinstance(targets, str) else targets
-    unknown = [target for target in wanted if not any(_matches(name, target) for name in matrices)]
+    unknown = [target for target in wanted if target != ALL and not any(_matches(name, target) for name in matrices)]
     if unknown:
         suffixes = {name.rsplit(".", 1)[-1] for name in matrices}
         raise ConfigError(
             f"space.targets: no linear layer of this model ends in {', '.join(unknown)}; "
             f"it has {', '.join(sorted(suffixes))}, or use all-linear"
         )
-    return {name: shape for name, shape in matrices.items() if any(_matches(name, target) for target in wanted)}
+    chosen = wanted if ALL not in wanted else ("*",)
+    return {name: shape for name, shape in matrices.items() if any(_matches(name, target) for target in chosen)}
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a matrix is a model's input embedding: its input is a token, so `in` is the vocabulary."""
+    return name.rpartition(".")[2] in EMBEDDINGS
 
 
 def _matches(name: str, target: str) -> bool:

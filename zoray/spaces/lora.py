@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from zoray.directions import Layout
 from zoray.records import is_finite, require
-from zoray.spaces.base import Directions, advance, as_arrays, check_space, digest, expect, select
+from zoray.spaces.base import Directions, advance, as_arrays, check_space, digest, expect, is_embedding, select
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping
@@ -25,7 +25,8 @@ _INIT_STEP = 0xFFFFFFFF  # the address step of initial values; `steps` stays bel
 class Lora:
     """Low-rank adapters on linear layers (Hu et al., arXiv 2106.09685); MeZO-LoRA when `train` is AB.
 
-    A starts as normal values from its init address, of variance 1 / (3 * in_features) as PEFT's default has; B as zero.
+    A starts as normal values from its init address, of variance 1 / (3 * in_features) as PEFT's default has (an
+    embedding's 1 / (3 * hidden), since only one of its inputs is not zero); B as zero.
     The base weights are never written, so any quantised base works. Perturbations act on A and B themselves; the factor
     alpha / rank is applied once, when an adapter is written to a slot or exported.
 
@@ -33,7 +34,7 @@ class Lora:
         rank: 1..512; slots are rounded up to the next rank that vLLM takes.
         alpha: LoRA's scale numerator.
         targets: "all-linear", or the last parts of module names, e.g. [q_proj, v_proj]; * ? [] as in file names, e.g.
-            ["layers.1?.*.v_proj"].
+            ["layers.1?.*.v_proj"]. The LM head and the input embedding only where named: [all-linear, lm_head].
         train: "B" moves B only, "AB" both.
         distribution: of the directions, "rademacher" or "gaussian".
     """
@@ -101,9 +102,9 @@ class LoraState:
 
     def _write_initial_a(self, flat: torch.Tensor) -> None:
         normal = self._a_initial.direction(self.seed, _INIT_STEP, 0, "gaussian")
-        for name, shape in self._a_initial.shapes.items():
-            values = self._a_initial.view(normal, name) * (1 / math.sqrt(3 * shape[1]))
-            self._a_layout.view(flat, name).copy_(values)
+        for matrix, (out, into) in self.matrices.items():
+            width, name = out if is_embedding(matrix) else into, f"{matrix}.lora_A"
+            self._a_layout.view(flat, name).copy_(self._a_initial.view(normal, name) * (1 / math.sqrt(3 * width)))
 
     def initial(self) -> torch.Tensor:
         """`flat` as it was before the first step; made when it is first asked for."""

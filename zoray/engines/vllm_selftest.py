@@ -1,0 +1,142 @@
+"""What zoray relies on in a vLLM build, checked on the loaded model before the first step.
+
+Guarantees: a slot whose B is zero changes no bit of any LoRA layer's output; every layer computes W x + s B A x with
+the adapter of each token's slot; and, for a folding space, a base weight written in place is the one that acts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zoray.engines.vllm_layers import is_embedding, is_head, names_in, slots_of
+from zoray.records import ConfigError, Probe
+
+if TYPE_CHECKING:
+    from zoray.engines.vllm_worker import PackedScorer
+
+TOKENS = 3  # of each slot
+
+
+@torch.inference_mode()
+def prove_live(scorer: PackedScorer) -> dict[str, float]:
+    """Check every LoRA layer against plain matrix products, with another known adapter in every slot.
+
+    Returns:
+        The largest relative error of an adapter, and where the space folds of a fold.
+
+    Raises:
+        ConfigError: this vLLM does not do what zoray relies on.
+    """
+    modules, slots = scorer.manager.modules, scorer.slots
+    dtype = scorer.vllm_config.model_config.dtype
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    segments = tuple((slot, TOKENS * slot, TOKENS * (slot + 1)) for slot in range(slots))
+    _map(scorer, ((-1, 0, TOKENS * slots),))
+    inputs = {name: _input(scorer, module) for name, module in modules.items()}
+    bare = {name: _output(scorer, module, inputs[name]) for name, module in modules.items()}
+
+    for slot in range(slots):
+        scorer.write_slot(slot, Probe(0, slot, 0.0))  # B is zero at journal index 0
+    _map(scorer, segments)
+    zero = {name: _output(scorer, module, inputs[name]) for name, module in modules.items()}
+    changed = [name for name in modules if not torch.equal(zero[name], bare[name])]
+    if changed:
+        raise ConfigError(f"adapter self-test failed: a zero adapter changes the output of {changed[0]}")
+
+    probes = [Probe(0, slot, 1.0) for slot in range(slots)]
+    for slot, probe in enumerate(probes):
+        scorer.write_slot(slot, probe)
+    adapters = [{name: (a, b) for name, a, b in scorer.state.factors(probe)} for probe in probes]
+    worst, where = 0.0, ""
+    for name, module in modules.items():
+        found = _output(scorer, module, inputs[name]).float() - bare[name].float()
+        x = _as_rows(inputs[name], module)
+        for slot, start, stop in segments:
+            expected = _expected(scorer, name, adapters[slot], x[start:stop])
+            error = float((found[start:stop] - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+            if not error <= worst:
+                worst, where = error, name
+    if not worst <= tolerance:
+        raise ConfigError(
+            f"adapter self-test failed: the output of {where} differs from W x + s B A x by {worst:.2e} relative, "
+            f"at most {tolerance:g} expected; this vLLM build does not apply adapters as zoray writes them"
+        )
+    return {"adapter_error": worst, **(_prove_foldable(scorer, bare, tolerance) if scorer.weights else {})}
+
+
+def _prove_foldable(scorer: PackedScorer, bare: dict[str, torch.Tensor], tolerance: float) -> dict[str, float]:
+    """Check that writing a base weight changes what its layer computes, by x dW^T, and put the weight back.
+
+    A backend that packs weights at load time keeps a copy that such a write would miss.
+    """
+    worst, where = 0.0, ""
+    _map(scorer, ((-1, 0, TOKENS * scorer.slots),))
+    for module_name, module in scorer.manager.modules.items():
+        names = names_in(scorer.manager, module_name)
+        kept = {name: scorer.weights[name].clone() for name in names if name in scorer.weights}
+        if not kept:
+            continue
+        given, expected = _input(scorer, module), []
+        x = _as_rows(given, module)
+        for name, (_, b_slots) in zip(names, slots_of(module), strict=True):
+            if name in kept:
+                weight = scorer.weights[name]
+                ramp = torch.cos(torch.arange(weight.numel(), device=scorer.device)).view(weight.shape)
+                weight.add_((ramp * kept[name].float().abs().mean()).to(weight.dtype))
+                expected.append(x @ (weight.float() - kept[name].float()).t())
+            else:
+                expected.append(torch.zeros(len(x), b_slots.shape[2], device=scorer.device))
+        found = _output(scorer, module, given).float() - bare[module_name].float()
+        for name, weight in kept.items():
+            scorer.weights[name].copy_(weight)
+        wanted = torch.cat(expected, dim=1)
+        error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+        if not error <= worst:
+            worst, where = error, module_name
+    if not worst <= tolerance:
+        raise ConfigError(
+            f"folding self-test failed: writing the base weight of {where} changes its output otherwise than "
+            f"expected ({worst:.2e} relative, at most {tolerance:g}); take space=lora on this backend"
+        )
+    return {"fold_error": worst}
+
+
+def _map(scorer: PackedScorer, segments: tuple[tuple[int, int, int], ...]) -> None:
+    """Every token of the test is a row of the LM head as well."""
+    slots = [slot for slot, start, stop in segments for _ in range(start, stop)]
+    scorer.map_slots(segments, slots)
+
+
+def _input(scorer: PackedScorer, module: Any) -> torch.Tensor:
+    """Three rows for each slot: token ids for an embedding, else (3 * slots, in) numbers of no pattern."""
+    width, rows = slots_of(module)[0][0].shape[3], TOKENS * scorer.slots
+    if is_embedding(module):
+        return torch.arange(rows, device=scorer.device) * 7919 % width
+    ramp = torch.arange(rows * width, device=scorer.device, dtype=torch.float32)
+    return torch.sin(ramp).view(rows, width).to(scorer.vllm_config.model_config.dtype)
+
+
+def _as_rows(x: torch.Tensor, module: Any) -> torch.Tensor:
+    """(rows, in) float32; token ids as one-hot rows."""
+    if is_embedding(module):
+        return torch.nn.functional.one_hot(x, slots_of(module)[0][0].shape[3]).float()
+    return x.float()
+
+
+def _output(scorer: PackedScorer, module: Any, x: torch.Tensor) -> torch.Tensor:
+    result = module._get_logits(x, scorer.runner.model.lm_head) if is_head(module) else module(x)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _expected(scorer: PackedScorer, module_name: str, adapter: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
+    """(alpha / rank) x A^T B^T of a fused module's matrices side by side; zero for those that are not trained."""
+    module, parts = scorer.manager.modules[module_name], []
+    for child, (_, b_slots) in zip(names_in(scorer.manager, module_name), slots_of(module), strict=True):
+        if child in adapter:
+            a, b = adapter[child]
+            parts.append(scorer.space.scaling * (x @ a.t()) @ b.t())
+        else:
+            parts.append(torch.zeros(len(x), b_slots.shape[2], device=scorer.device))
+    return torch.cat(parts, dim=1)
