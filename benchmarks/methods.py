@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,7 @@ METHODS: dict[str, list[str]] = {
         *("estimator=evolution", "estimator.centring=prompt", "estimator.sigma=7e-4", "run.batch=2"),
         *("estimator.population=16", "space=lowrank", "optimizer.lr=4e-3"),
     ],
-    "rloo": [
-        *("estimator=evolution", "estimator.shaping=none", "estimator.antithetic=false", "estimator.population=16"),
-        *("estimator.sigma=0.003", "run.batch=2", "optimizer.lr=0.06"),
-    ],
+    "rloo": ["estimator=rloo", "run.batch=2", "optimizer.lr=0.06"],
     "sign": ["estimator=two_point", "run.batch=16", "optimizer=sign", "optimizer.lr=0.02"],
     "meazo": ["estimator=two_point", "run.batch=16", "optimizer=adaptive", "optimizer.lr=0.02"],
 }
@@ -86,7 +84,12 @@ def main(arguments: list[str]) -> None:
 
 
 def run(
-    method: str, seed: int, factor: float, budget: int, test: bool, where: tuple[str, ...] = ("engine.slots=32",)
+    method: str,
+    seed: int,
+    factor: float,
+    budget: int,
+    test: bool,
+    where: tuple[str, ...] = ("engine.slots=32", "run.stratify=true"),
 ) -> dict[str, Any]:
     """One run: tune within the budget of scored sequences, then measure the last state.
 
@@ -95,17 +98,19 @@ def run(
     from zoray.cli import build_experiment, compose
     from zoray.records import Probe
     from zoray.replica import Replica
-    from zoray.tiles import join_tiles, mean
+    from zoray.tiles import join_tiles, mean, tile_grid
 
     overrides = [*METHODS[method], *where, f"run.seed={seed}", f"run.data_seed={seed}", "run.tile_examples=16"]
     lr = compose("config", overrides).optimizer.lr * factor
     e = build_experiment(compose("config", [*overrides, f"optimizer.lr={lr!r}"]))
     replica = Replica(e.spec)
-    each = sum(len(tile.probes) * (tile.stop - tile.start) for tile in _tiles(e, 0))
+    grid = partial(tile_grid, examples=e.run.batch, tile_examples=e.run.tile_examples, shared=e.estimator.shared)
+    each = sum(len(tile.probes) * (tile.stop - tile.start) for tile in grid(e.estimator.ask(0)))
     steps, tokens, commits, memory = budget // each, 0, [], e.optimizer.init()
     began = time.monotonic()
     for step in range(steps):
-        probes, tiles = e.estimator.ask(step), _tiles(e, step)
+        probes = e.estimator.ask(step)
+        tiles = grid(probes)
         scores, _ = replica.evaluate(commits[-1:], tiles)
         losses, _ = join_tiles(probes, tiles, scores)
         estimate = e.estimator.tell(probes, losses, replica.info.noise)
@@ -126,12 +131,6 @@ def run(
         loss, accuracy = (mean(column) for column in zip(*outcomes, strict=True))
         result |= {f"{split}_accuracy": accuracy, f"{split}_loss": loss}
     return result
-
-
-def _tiles(e: Any, step: int) -> list[Any]:
-    from zoray.tiles import tile_grid
-
-    return tile_grid(e.estimator.ask(step), e.run.batch, e.run.tile_examples, shared=e.estimator.shared)
 
 
 def table(results: list[dict[str, Any]]) -> str:

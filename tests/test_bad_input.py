@@ -90,12 +90,12 @@ def test_layers_that_the_model_does_not_have(usual, refused):
     ("settings", "says"),
     [
         (
-            ["estimator.shared=false", "estimator.pairs=3", "run.batch=16"],
+            ["estimator=two_point", "estimator.shared=false", "estimator.pairs=3", "run.batch=16"],
             "expected run.batch to be a multiple of the estimator's 3 directions, which share it out "
             "(estimator.shared=false); got 16. Take 15",
         ),
         (
-            ["estimator.shared=false", "estimator.pairs=4", "run.batch=2"],
+            ["estimator=two_point", "estimator.shared=false", "estimator.pairs=4", "run.batch=2"],
             "expected run.batch to be a multiple of the estimator's 4 directions, which share it out "
             "(estimator.shared=false); got 2. Take 4",
         ),
@@ -122,8 +122,8 @@ def test_parts_that_do_not_go_together(settings, says, usual, refused):
 @pytest.mark.parametrize(
     "settings",
     [
-        ["estimator.shared=false", "estimator.pairs=3", "run.batch=15"],
-        ["estimator.pairs=3", "run.batch=16"],
+        ["estimator=two_point", "estimator.shared=false", "estimator.pairs=3", "run.batch=15"],
+        ["estimator=two_point", "estimator.pairs=3", "run.batch=16"],
         ["space=lozo", "optimizer=momentum"],
         ["space=lozo", "optimizer.anchor=0.1", "space.keep_base=true"],
         ["space=lowrank", "optimizer.anchor=0.1", "space.keep_base=true", "estimator=evolution"],

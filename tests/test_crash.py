@@ -22,7 +22,7 @@ import pytest
 
 STEPS = 90
 METHODS = {
-    "two_point-lora": ["space.rank=2", "optimizer.lr=0.01"],
+    "two_point-lora": ["estimator=two_point", "space.rank=2", "optimizer.lr=0.01"],
     "evolution-lozo-adaptive": [
         *("space=lozo", "space.interval=7", "estimator=evolution", "estimator.population=4"),
         *("optimizer=adaptive", "optimizer.lr=1e-4", "optimizer.momentum=0.5"),

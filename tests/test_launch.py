@@ -38,6 +38,7 @@ def settings(folder: Path, model: Path, data: Path, engine: str, name: str, *mor
     return [
         *(f"model.path={model}", "task=file", f"task.path={data}", words, "task.dev=20", "task.test=20"),
         *(f"engine={engine}", f"run.name={name}", f"run.folder={folder}", f"run.steps={STEPS}", "run.batch=8"),
+        *("estimator=two_point", "run.stratify=false"),
         *("run.eval_every=4", "run.digest_every=3", "optimizer.lr=0.02", "cluster.dashboard=false"),
         *(("engine.kv_cache_gib=0.25", "engine.max_tokens=1024") if engine == "vllm" else ()),
         *more,

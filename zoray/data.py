@@ -107,13 +107,19 @@ def stratified_indices(data_seed: int, step: int, batch: int, labels: Sequence[i
 
     Each label's examples come epoch after epoch on their own, so a rare label comes round more often.
     """
-    strata = [np.flatnonzero(np.asarray(labels) == label) for label in sorted(set(labels))]
+    strata = _strata(tuple(labels))
     chosen = []
     for position in range(step * batch, (step + 1) * batch):
         own, place = strata[position % len(strata)], position // len(strata)
         seed = (data_seed + position % len(strata)) % 2**32  # labels of equal counts get orders of their own
         chosen.append(own[batch_indices(seed, place, 1, len(own))[0]])
     return np.array(chosen)
+
+
+@lru_cache(maxsize=4)
+def _strata(labels: tuple[int, ...]) -> list[np.ndarray]:
+    """The positions of each label, labels in ascending order."""
+    return [np.flatnonzero(np.asarray(labels) == label) for label in sorted(set(labels))]
 
 
 @lru_cache(maxsize=64)

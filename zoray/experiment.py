@@ -36,13 +36,13 @@ class Run:
     name: str = "run"
     folder: str = "runs"
     resume: str | None = None
-    steps: int = 200
-    batch: int = 16
-    stratify: bool = False
+    steps: int = 400
+    batch: int = 2
+    stratify: bool = True
     seed: int = 0
     data_seed: int = 0
     tile_examples: int = 4
-    eval_every: int = 50
+    eval_every: int = 100
     digest_every: int = 10
     patience: int = 0
     select: str = "best"

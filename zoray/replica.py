@@ -43,6 +43,7 @@ class Replica:
 
         self.spec = spec
         self.workload = workload or load_workload(spec)
+        self._labels = tuple(example.label for example in self.workload.splits.train)
         self.engine = spec.engine.start(
             self.workload.folder, spec.model.dtype, self.workload.matrices, spec.space, spec.seed
         )
@@ -133,7 +134,7 @@ class Replica:
             return list(range(tile.start, tile.stop))
         address, train = (self.spec.data_seed, tile.probes[0].step, self.spec.batch), self.workload.splits.train
         if self.spec.stratify:
-            chosen = stratified_indices(*address, [example.label for example in train])
+            chosen = stratified_indices(*address, self._labels)
         else:
             chosen = batch_indices(*address, len(train))
         return chosen[tile.start : tile.stop].tolist()

@@ -36,7 +36,7 @@ class Vllm:
         eager: no CUDA graphs, no torch.compile.
     """
 
-    slots: int = 8
+    slots: int = 16
     max_tokens: int = 4096
     max_length: int | None = None
     kv_cache_gib: float = 1.0
