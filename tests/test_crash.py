@@ -28,7 +28,6 @@ METHODS = {
         *("optimizer=adaptive", "optimizer.lr=1e-4", "optimizer.momentum=0.5"),
     ],
 }
-OVER_RAY = ("cluster.address=auto", "cluster.cpus_per_replica=1", "cluster.dashboard=false")
 
 
 def main_job(arguments: tuple[str, ...]) -> None:
@@ -97,7 +96,11 @@ class Launched:
     """The command, in a process group of its own, on the shared Ray."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "zoray.launch", *arguments, *OVER_RAY]
+        import ray
+
+        address = ray.get_runtime_context().gcs_address
+        cluster = (f"cluster.address={address}", "cluster.cpus_per_replica=1", "cluster.dashboard=false")
+        command = [sys.executable, "-m", "zoray.launch", *arguments, *cluster]
         self.process = subprocess.Popen(command, stdout=sys.stderr, stderr=sys.stderr, start_new_session=True)
 
     def ended(self) -> int | None:

@@ -171,7 +171,7 @@ def test_request_path_mapping_of_the_cpu_kernel(engines):
         with torch.inference_mode():
             scorer.wrapper.update_metadata(LoRAMapping(tuple(ids), (11, 12, 11, 13), True), [11, 12, 13], 4, 512)
             y = selftest._output(scorer, module, x)
-            scorer.map_slots(((-1, 0, len(ids)),))
+            scorer.map_slots(((-1, 0, len(ids)),), [-1] * len(rows))
             bare = selftest._output(scorer, module, x)
         inputs = selftest._as_rows(x, module)
         for row, adapter in enumerate(rows):

@@ -87,7 +87,7 @@ class Vllm:
             seed=0,
             max_model_len=limit,
             max_num_batched_tokens=self.max_tokens,
-            max_num_seqs=min(256, self.max_tokens),
+            max_num_seqs=min(max(256, 4 * self.slots), self.max_tokens),  # the self-test has 3 rows a slot
             enforce_eager=self.eager,
             enable_prefix_caching=False,
             kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30),

@@ -104,9 +104,9 @@ def _prove_foldable(scorer: PackedScorer, bare: dict[str, torch.Tensor], toleran
 
 
 def _map(scorer: PackedScorer, segments: tuple[tuple[int, int, int], ...]) -> None:
-    """Every token of the test is a row of the LM head as well."""
-    slots = [slot for slot, start, stop in segments for _ in range(start, stop)]
-    scorer.map_slots(segments, slots)
+    """Where the head has an adapter, every token of the test is one of its rows as well."""
+    rows = [slot for slot, start, stop in segments for _ in range(start, stop)] if scorer.head_moves else ()
+    scorer.map_slots(segments, rows)
 
 
 def _input(scorer: PackedScorer, module: Any) -> torch.Tensor:

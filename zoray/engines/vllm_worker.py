@@ -87,7 +87,7 @@ class PackedScorer:
         self.matrices = space.select(matrices)
         self.sites = find_slots(self.manager, self.matrices)
         self.weights = find_weights(self.manager, self.matrices) if space.folds else {}
-        self._head_moves = any(is_head(module) for module in self.manager.modules.values())
+        self.head_moves = any(is_head(module) for module in self.manager.modules.values())
         self._open = partial(space.open, matrices, seed, self.device)
         self.state: State = self._open(self.weights)
         self.wrapper = self._lora_wrapper()
@@ -178,14 +178,14 @@ class PackedScorer:
             torch.from_numpy(packed.targets).to(self.device),
         )
         result = torch.empty(len(packed.targets), dtype=torch.float32, device=self.device)
-        if self._head_moves:
+        if self.head_moves:
             of_token = np.repeat(
                 [slot for slot, _, _ in packed.segments], [stop - start for _, start, stop in packed.segments]
             )
             row_slots = of_token[packed.rows].tolist()
             chunk = min(chunk, self.vllm_config.scheduler_config.max_num_seqs)  # vLLM's buffers for rows end there
         for start in range(0, len(rows), chunk):
-            if self._head_moves:
+            if self.head_moves:
                 self.map_slots(packed.segments, row_slots[start : start + chunk])
             logits = self.runner.model.compute_logits(hidden[rows[start : start + chunk]]).float()
             here = (row_of >= start) & (row_of < start + chunk)
