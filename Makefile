@@ -19,7 +19,7 @@ help: ## show this list
 	@echo
 	@echo "  ACCEL=cpu|cuda  what to install for (here: $(ACCEL))"
 	@echo "  PYTHON=...      the Python (3.11 to 3.13) to make .venv with"
-	@echo "  ARGS=...        passed on, e.g. make run ARGS='steps=50' or make test ARGS='-k journal'"
+	@echo "  ARGS=...        passed on, e.g. make run ARGS='run.steps=50' or make test ARGS='-k journal'"
 
 setup: ## create .venv with the pinned packages (about 4 minutes; nothing to do the second time)
 	@bash scripts/setup.sh

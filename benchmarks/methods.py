@@ -38,8 +38,11 @@ METHODS: dict[str, list[str]] = {
         *("estimator.eps=7e-4", "run.batch=16", "optimizer.lr=1.8e-4"),
     ],
     "fzoo": ["estimator=one_sided", "estimator.probes=15", "run.batch=2", "optimizer.lr=0.04"],
-    "es-zscore": ["estimator=evolution", "run.batch=1", "optimizer.lr=0.06"],
-    "es-rank": ["estimator=evolution", "estimator.shaping=centred_rank", "run.batch=1", "optimizer.lr=0.2"],
+    "es-zscore": ["estimator=evolution", "estimator.population=16", "run.batch=2", "optimizer.lr=0.06"],
+    "es-rank": [
+        *("estimator=evolution", "estimator.population=16", "estimator.shaping=centred_rank"),
+        *("run.batch=2", "optimizer.lr=0.2"),
+    ],
     "eggroll": [
         *("estimator=evolution", "estimator.centring=prompt", "estimator.sigma=7e-4", "run.batch=2"),
         *("estimator.population=16", "space=lowrank", "optimizer.lr=4e-3"),
@@ -48,6 +51,14 @@ METHODS: dict[str, list[str]] = {
     "sign": ["estimator=two_point", "run.batch=16", "optimizer=sign", "optimizer.lr=0.02"],
     "meazo": ["estimator=two_point", "run.batch=16", "optimizer=adaptive", "optimizer.lr=0.02"],
 }
+
+
+COMMON = ("engine.slots=32", "run.stratify=true")
+
+
+def settings(method: str, where: tuple[str, ...] = COMMON) -> list[str]:
+    """All settings of a method; a kept result that was made with others is made anew."""
+    return [*METHODS[method], *where]
 
 
 def main(arguments: list[str]) -> None:
@@ -71,7 +82,7 @@ def main(arguments: list[str]) -> None:
                 path = (
                     out / f"{method}-{budget}-seed{seed}-lr{factor:g}{'' if options['test'] == 'true' else '-dev'}.json"
                 )
-                if not path.exists():
+                if not path.exists() or json.loads(path.read_text()).get("settings") != settings(method):
                     command = [sys.executable, "-m", "benchmarks.methods", f"sequences={budget}"]
                     command += [f"run={method},{seed},{factor}", f"test={options['test']}"]
                     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -89,7 +100,7 @@ def run(
     factor: float,
     budget: int,
     test: bool,
-    where: tuple[str, ...] = ("engine.slots=32", "run.stratify=true"),
+    where: tuple[str, ...] = COMMON,
 ) -> dict[str, Any]:
     """One run: tune within the budget of scored sequences, then measure the last state.
 
@@ -100,7 +111,7 @@ def run(
     from zoray.replica import Replica
     from zoray.tiles import join_tiles, mean, tile_grid
 
-    overrides = [*METHODS[method], *where, f"run.seed={seed}", f"run.data_seed={seed}", "run.tile_examples=16"]
+    overrides = [*settings(method, where), f"run.seed={seed}", f"run.data_seed={seed}", "run.tile_examples=16"]
     lr = compose("config", overrides).optimizer.lr * factor
     e = build_experiment(compose("config", [*overrides, f"optimizer.lr={lr!r}"]))
     replica = Replica(e.spec)
@@ -121,6 +132,7 @@ def run(
     replica.apply(commits[-1:])
     result: dict[str, Any] = {"method": method, "seed": seed, "lr": lr, "factor": factor, "steps": steps}
     result |= {
+        "settings": settings(method, where),
         "sequences": steps * each,
         "tokens": tokens,
         "seconds": round(seconds, 1),

@@ -152,7 +152,7 @@ def test_request_path_mapping_of_the_cpu_kernel(engines):
     from vllm.lora.layers import LoRAMapping
 
     from zoray.engines import vllm_selftest as selftest
-    from zoray.engines.vllm_layers import is_embedding, is_head, slots_of
+    from zoray.engines.vllm_layers import gives_logits, slots_of, takes_tokens
 
     vllm, _ = engines
     scorer = vllm.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker._zoray
@@ -160,13 +160,13 @@ def test_request_path_mapping_of_the_cpu_kernel(engines):
     for slot, probe in enumerate(probes):
         scorer.write_slot(slot, probe)
     ids = [11, 11, 0, 12, 12, 11, 13]  # vLLM adapter ids; 0 is the base model
-    kinds = {(is_embedding(m), is_head(m)): (name, m) for name, m in scorer.manager.modules.items()}
+    kinds = {(takes_tokens(m), gives_logits(m)): (name, m) for name, m in scorer.manager.modules.items()}
     assert len(kinds) == (3 if scorer.space.targets == EVERYTHING else 1)
     for name, module in kinds.values():
-        rows = [11, 12, 11, 13] if is_head(module) else ids
+        rows = [11, 12, 11, 13] if gives_logits(module) else ids
         width = slots_of(module)[0][0].shape[3]
         x = torch.randn(len(rows), width, generator=torch.Generator().manual_seed(0))
-        if is_embedding(module):
+        if takes_tokens(module):
             x = torch.tensor([4, 4, 4, 4, 300, 300, 300])
         with torch.inference_mode():
             scorer.wrapper.update_metadata(LoRAMapping(tuple(ids), (11, 12, 11, 13), True), [11, 12, 13], 4, 512)

@@ -15,11 +15,12 @@ FILES = {str(path.relative_to(SOURCES)): path for path in sorted(SOURCES.rglob("
 
 # A file imports only what stands before it. A new file takes its place in this list and in the README's tree.
 ORDER = [
-    *("__init__", "records", "signatures", "directions", "tiles", "models"),
-    *("spaces.base", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces"),
+    *("__init__", "records", "signatures", "directions", "tiles"),
+    *("spaces.base", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces", "models"),
     *("estimators", "optimizers", "journal", "objectives"),
     *("tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
-    *("engines", "engines.base", "engines.cpu_lora", "engines.vllm_worker", "engines.vllm", "engines.hf"),
+    *("engines", "engines.base", "engines.cpu_lora", "engines.hf"),
+    *("engines.vllm_layers", "engines.vllm_selftest", "engines.vllm_worker", "engines.vllm"),
     *("cluster", "replica", "pool", "plots", "history", "monitoring", "adapters", "experiment", "driver", "cli"),
     *("prepare", "replay", "evaluate", "export", "launch"),
 ]

@@ -80,10 +80,10 @@ class Stack:
         self.rank = 0
         self._parts: list[Factors] = []
 
-    def __call__(self, factors: Factors) -> None:
-        """Take the factors of a fold; a stack that has grown too high forgets them."""
-        self.rank += next(iter(factors.values()))[0].shape[1]
-        if self.fits:
+    def __call__(self, factors: Factors | int) -> None:
+        """Take the factors of a fold, or a rank that can't fit; a stack that has grown too high forgets them."""
+        self.rank += factors if isinstance(factors, int) else next(iter(factors.values()))[0].shape[1]
+        if self.fits and not isinstance(factors, int):
             self._parts.append({name: (b.clone(), a.clone()) for name, (b, a) in factors.items()})
         else:
             self._parts.clear()

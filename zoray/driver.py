@@ -69,6 +69,12 @@ def tune(experiment: Experiment, workload: Workload, config: dict[str, Any]) -> 
                 monitor.message(
                     f"warning: a step has {tile_count} tiles for {pool.size} replicas; lower run.tile_examples"
                 )
+            labels = {example.label for example in workload.splits.train}
+            if run.stratify and run.batch % len(labels):
+                monitor.message(
+                    f"warning: batches of {run.batch} can't hold {len(labels)} labels equally often; make run.batch a "
+                    "multiple of them, or set run.stratify=false"
+                )
             for noted in done:
                 pool.commit(noted.commit)
             memory = done[-1].optimizer if done else e.optimizer.init()
@@ -197,12 +203,15 @@ def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:
 
 
 def read_journal(path: Path, header: dict[str, Any]) -> journal.Contents | None:
-    """The journal that is there, or None.
+    """The journal that is there, or None; one that ends in its header holds no step, and is begun anew.
 
     Raises:
         JournalError: it was made with other weights, data or settings.
     """
     if not path.exists():
+        return None
+    if b"\n" not in path.read_bytes():
+        path.unlink()
         return None
     contents = journal.read(path)
     for key, value in header.items():

@@ -21,11 +21,11 @@ class Run:
         resume: folder of a run to go on with; its config is taken from there.
         steps: optimizer steps.
         batch: examples a step.
-        stratify: take labels in turn, so that batches are balanced.
+        stratify: take labels in turn, so that batches of a multiple of the number of labels are balanced.
         seed: of directions and of A.
         data_seed: of the order of examples.
         tile_examples: examples of a tile, the unit handed to a replica. Part of the result's definition, so it does not
-            depend on the number of replicas; a step can use at most (directions x batch / tile_examples) of them.
+            depend on the number of replicas; a step has one tile for each direction and each slice of the batch.
         eval_every: steps between evaluations on dev; 0 for only before and after.
         digest_every: steps between comparisons of the replicas' states.
         patience: end the run when that many evaluations on dev in a row brought no new best one; 0 for never.

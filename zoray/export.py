@@ -55,7 +55,8 @@ def _lora(contents: journal.Contents, step: int, kind: str, rank: int, out: Path
             f"format=merged adds the adapter to the base weights, and those of {header['model']} are quantised; "
             "take format=peft"
         )
-    vocabulary = [name for name in header["matrices"] if name not in linear_matrices(source)]
+    inner = linear_matrices(source)
+    vocabulary = [name for name in header["matrices"] if name not in inner]
     if vocabulary and tied(source):
         raise ConfigError(
             f"format=merged adds the adapter to the base weights, and {header['model']} has one weight for its "

@@ -85,7 +85,8 @@ class HfEngine:
             wide = torch.promote_types(output.dtype, torch.float32)  # as the adapter, or wider
             a, b = self._active[name]
             low = a.to(wide).t()[inputs[0]] if is_embedding(name) else inputs[0].to(wide) @ a.to(wide).t()
-            return output + self.space.scaling * (low @ b.to(wide).t()).to(output.dtype)
+            change = self.space.scaling * (low @ b.to(wide).t())
+            return output + (change * getattr(module, "embed_scale", 1)).to(output.dtype)  # Gemma scales its embedding
 
         return add_adapter
 

@@ -47,6 +47,11 @@ class Vllm:
         require(isinstance(self.slots, int) and self.slots >= 1, "engine.slots to be at least 1", self.slots)
         require(isinstance(self.max_tokens, int) and self.max_tokens >= 64, "engine.max_tokens >= 64", self.max_tokens)
         require(self.max_length is None or self.max_length >= 8, "engine.max_length >= 8 or null", self.max_length)
+        if 3 * self.slots > self.max_tokens:
+            raise ConfigError(
+                f"expected engine.max_tokens of at least 3 x engine.slots, for the check of all slots at start; got "
+                f"{self.max_tokens} and {self.slots}"
+            )
         require(self.kv_cache_gib > 0, "engine.kv_cache_gib to be positive", self.kv_cache_gib)
 
     def length_limit(self, model_limit: int) -> int:
@@ -75,7 +80,10 @@ class Vllm:
         check_lora_support(folder)
         targets = space.select(matrices)
         with plain_cpu_weights() if space.folds else nullcontext():
-            llm = LLM(**self._llm_arguments(folder, dtype, limit, space, targets))
+            try:
+                llm = LLM(**self._llm_arguments(folder, dtype, limit, space, targets))
+            except ValueError as error:  # a head that is too large for its LoRA, a target that it can't wrap, ...
+                raise ConfigError(f"vLLM does not load {folder} with these settings: {error}") from error
         return VllmEngine(llm, space, matrices, seed, folder)
 
     def _llm_arguments(

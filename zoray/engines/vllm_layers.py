@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     Slots = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def is_embedding(module: Any) -> bool:
+def takes_tokens(module: Any) -> bool:
     """Whether a LoRA module takes token ids."""
     return hasattr(module, "lora_a_stacked_2d")
 
 
-def is_head(module: Any) -> bool:
+def gives_logits(module: Any) -> bool:
     """Whether a LoRA module computes logits."""
     return hasattr(module, "sharded_to_full_mapping")
 
 
 def slots_of(module: Any) -> Slots:
     """The slot tensors of a module's matrices, as views: A (slots, 1, max rank, in) and B (slots, 1, out, max rank)."""
-    if is_embedding(module):
+    if takes_tokens(module):
         return [(module.lora_a_stacked.transpose(1, 2).unsqueeze(1), module.lora_b_stacked)]
-    if is_head(module):
+    if gives_logits(module):
         return [(module.lora_a_stacked, module.lora_b_stacked)]
     return list(zip(module.lora_a_stacked, module.lora_b_stacked, strict=True))
 
@@ -78,7 +78,7 @@ def find_weights(manager: Any, matrices: Mapping[str, tuple[int, int]]) -> dict[
     """
     weights: dict[str, torch.Tensor] = {}
     for module_name, module in manager.modules.items():
-        if is_embedding(module) or is_head(module):
+        if takes_tokens(module) or gives_logits(module):
             continue
         fused = getattr(module.base_layer, "weight", None)
         sizes = [b.shape[2] for _, b in slots_of(module)]

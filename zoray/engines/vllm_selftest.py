@@ -6,21 +6,19 @@ the adapter of each token's slot; and, for a folding space, a base weight writte
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from zoray.engines.vllm_layers import is_embedding, is_head, names_in, slots_of
+from zoray.engines.vllm_layers import gives_logits, names_in, slots_of, takes_tokens
 from zoray.records import ConfigError, Probe
 
-if TYPE_CHECKING:
-    from zoray.engines.vllm_worker import PackedScorer
-
 TOKENS = 3  # of each slot
+Scorer = Any  # the PackedScorer of vllm_worker.py, which imports this file
 
 
 @torch.inference_mode()
-def prove_live(scorer: PackedScorer) -> dict[str, float]:
+def prove_live(scorer: Scorer) -> dict[str, float]:
     """Check every LoRA layer against plain matrix products, with another known adapter in every slot.
 
     Returns:
@@ -66,7 +64,7 @@ def prove_live(scorer: PackedScorer) -> dict[str, float]:
     return {"adapter_error": worst, **(_prove_foldable(scorer, bare, tolerance) if scorer.weights else {})}
 
 
-def _prove_foldable(scorer: PackedScorer, bare: dict[str, torch.Tensor], tolerance: float) -> dict[str, float]:
+def _prove_foldable(scorer: Scorer, bare: dict[str, torch.Tensor], tolerance: float) -> dict[str, float]:
     """Check that writing a base weight changes what its layer computes, by x dW^T, and put the weight back.
 
     A backend that packs weights at load time keeps a copy that such a write would miss.
@@ -103,16 +101,16 @@ def _prove_foldable(scorer: PackedScorer, bare: dict[str, torch.Tensor], toleran
     return {"fold_error": worst}
 
 
-def _map(scorer: PackedScorer, segments: tuple[tuple[int, int, int], ...]) -> None:
+def _map(scorer: Scorer, segments: tuple[tuple[int, int, int], ...]) -> None:
     """Where the head has an adapter, every token of the test is one of its rows as well."""
     rows = [slot for slot, start, stop in segments for _ in range(start, stop)] if scorer.head_moves else ()
     scorer.map_slots(segments, rows)
 
 
-def _input(scorer: PackedScorer, module: Any) -> torch.Tensor:
+def _input(scorer: Scorer, module: Any) -> torch.Tensor:
     """Three rows for each slot: token ids for an embedding, else (3 * slots, in) numbers of no pattern."""
     width, rows = slots_of(module)[0][0].shape[3], TOKENS * scorer.slots
-    if is_embedding(module):
+    if takes_tokens(module):
         return torch.arange(rows, device=scorer.device) * 7919 % width
     ramp = torch.arange(rows * width, device=scorer.device, dtype=torch.float32)
     return torch.sin(ramp).view(rows, width).to(scorer.vllm_config.model_config.dtype)
@@ -120,17 +118,18 @@ def _input(scorer: PackedScorer, module: Any) -> torch.Tensor:
 
 def _as_rows(x: torch.Tensor, module: Any) -> torch.Tensor:
     """(rows, in) float32; token ids as one-hot rows."""
-    if is_embedding(module):
+    if takes_tokens(module):
         return torch.nn.functional.one_hot(x, slots_of(module)[0][0].shape[3]).float()
     return x.float()
 
 
-def _output(scorer: PackedScorer, module: Any, x: torch.Tensor) -> torch.Tensor:
-    result = module._get_logits(x, scorer.runner.model.lm_head) if is_head(module) else module(x)
+def _output(scorer: Scorer, module: Any, x: torch.Tensor) -> torch.Tensor:
+    head = "".join(name for name, other in scorer.manager.modules.items() if other is module)
+    result = module._get_logits(x, scorer.runner.model.get_submodule(head)) if gives_logits(module) else module(x)
     return result[0] if isinstance(result, tuple) else result
 
 
-def _expected(scorer: PackedScorer, module_name: str, adapter: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
+def _expected(scorer: Scorer, module_name: str, adapter: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
     """(alpha / rank) x A^T B^T of a fused module's matrices side by side; zero for those that are not trained."""
     module, parts = scorer.manager.modules[module_name], []
     for child, (_, b_slots) in zip(names_in(scorer.manager, module_name), slots_of(module), strict=True):

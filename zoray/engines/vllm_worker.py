@@ -1,8 +1,8 @@
 """zoray inside a vLLM worker: adapter slots written in place, and packed scoring without the request path.
 
 Mixed into vLLM's worker class by `worker_extension_cls`, on an unmodified wheel. Everything that reaches into vLLM's
-internals is in this file, vllm_layers.py, vllm_selftest.py and cpu_lora.py. Tried on 0.32 (CPU); written against
-0.26's sources as well.
+internals is in this file, vllm.py, vllm_layers.py, vllm_selftest.py and cpu_lora.py. Tried on 0.32 (CPU); written
+against 0.26's sources as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from zoray.engines.base import Pack, blocks_needed, by_slot_groups, pack
-from zoray.engines.vllm_layers import find_slots, find_weights, is_head
+from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits
 from zoray.engines.vllm_selftest import prove_live
 from zoray.models import restore
 
@@ -87,7 +87,7 @@ class PackedScorer:
         self.matrices = space.select(matrices)
         self.sites = find_slots(self.manager, self.matrices)
         self.weights = find_weights(self.manager, self.matrices) if space.folds else {}
-        self.head_moves = any(is_head(module) for module in self.manager.modules.values())
+        self.head_moves = any(gives_logits(module) for module in self.manager.modules.values())
         self._open = partial(space.open, matrices, seed, self.device)
         self.state: State = self._open(self.weights)
         self.wrapper = self._lora_wrapper()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zoray.directions import Layout, check_distribution, name_hash
+from zoray.directions import Layout, check_distribution, direction_torch, name_hash
 from zoray.records import Commit, ConfigError, JournalError, require
 
 if TYPE_CHECKING:
@@ -152,6 +152,16 @@ class Directions:
         if (len(self._fresh) + 1) * self.layout.size <= CACHED_ELEMENTS:
             self._fresh[key] = z
         return z
+
+    def part(self, step: int, index: int, name: str) -> torch.Tensor:
+        """One tensor of z; made alone where all of z would not be kept."""
+        kept = sum(of == step for of, _ in self._fresh)
+        if (step, index) in self._fresh or (kept + 1) * self.layout.size <= CACHED_ELEMENTS:
+            return self.layout.view(self(step, index), name)
+        rows, columns = self.layout.shapes[name]
+        return direction_torch(
+            self.seed, step, index, name, (rows, columns), self.distribution, device=self.layout.device
+        )
 
 
 def expect(commit: Commit, step: int) -> None:

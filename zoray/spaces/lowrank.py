@@ -15,7 +15,7 @@ import numpy as np
 import zoray.spaces.fold as fold
 from zoray.directions import Layout
 from zoray.records import ConfigError, require
-from zoray.spaces.base import Directions, check_space, digest, expect, select
+from zoray.spaces.base import MAX_RANK, Directions, check_space, digest, expect, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -74,7 +74,10 @@ class LowRank:
 
 
 class LowRankState:
-    """The base weights of one replica. `on_fold` sees the factors of each step before they are folded."""
+    """The base weights of one replica.
+
+    `on_fold` sees the factors of each step before they are folded, or only their rank where that is over MAX_RANK.
+    """
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class LowRankState:
         self._v_layout = Layout(v_shapes, device)
         self._draw_u = Directions(self._u_layout, seed, space.distribution)
         self._draw_v = Directions(self._v_layout, seed, space.distribution)
-        self.on_fold: Callable[[fold.Factors], None] | None = None
+        self.on_fold: Callable[[fold.Factors | int], None] | None = None
 
     def _raw(self, step: int, index: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         u, v = self._draw_u(step, index), self._draw_v(step, index)
@@ -126,15 +129,15 @@ class LowRankState:
         if commit.momentum is not None:
             raise ConfigError("space=lowrank has no momentum; take space=lozo or lora")
         moving = {k: self._factor(c) for k, c in enumerate(commit.coefficients) if c != 0.0}
-        drawn = {k: {name: (b, a) for name, a, b in self._raw(self.step, k)} for k in moving}
         if self.on_fold is not None and moving:
-            self.on_fold(self._stack(moving, drawn))
+            rank = self.space.rank * len(moving)
+            self.on_fold(self._stack(moving) if rank <= MAX_RANK else rank)
         if moving or commit.decay != 1.0 or commit.anchor != 1.0:
             for name in self.matrices:
                 owed = [(commit.decay, commit.anchor)]
                 exact = fold.decayed(self.weights[name], owed, self.base[name] if self.base else None)
                 for k, factor in moving.items():
-                    exact += fold.product(*drawn[k][name], self.space.distribution) * factor
+                    exact += fold.product(*self._pair(k, name), self.space.distribution) * factor
                 fold.write_rounded(self.weights[name], exact, self.space.fold_rounding, self.seed, self.step, name)
         self.step += 1
 
@@ -146,16 +149,24 @@ class LowRankState:
         """coefficient / sqrt(rank) as the float32 that every device multiplies by."""
         return float(np.float32(coefficient * self.space.scaling))
 
-    def _stack(self, moving: Mapping[int, float], drawn: Mapping[int, fold.Factors]) -> fold.Factors:
+    def _pair(self, k: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """U (out, rank) and V^T (rank, in) of one matrix: all of them at once can be larger than the model."""
+        return (
+            self._draw_u.part(self.step, k, f"{name}.lowrank_U"),
+            self._draw_v.part(self.step, k, f"{name}.lowrank_V"),
+        )
+
+    def _stack(self, moving: Mapping[int, float]) -> fold.Factors:
         import torch
 
-        return {
-            name: (
-                torch.cat([drawn[k][name][0] * factor for k, factor in moving.items()], dim=1),
-                torch.cat([drawn[k][name][1] for k in moving]),
+        stack = {}
+        for name in self.matrices:
+            pairs = {k: self._pair(k, name) for k in moving}
+            stack[name] = (
+                torch.cat([pairs[k][0] * factor for k, factor in moving.items()], dim=1),
+                torch.cat([v for _, v in pairs.values()]),
             )
-            for name in self.matrices
-        }
+        return stack
 
     def digest(self) -> str:
         """Over the base weights."""
