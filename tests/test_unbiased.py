@@ -47,12 +47,17 @@ def slope_at(effective: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {kind: residual @ INPUTS[kind].T / EXAMPLES for kind, residual in residuals.items()}
 
 
+def moves(space) -> str:
+    """The factors that a space moves: B alone, or both."""
+    return space.train if isinstance(space, Lora) else "AB" if isinstance(space, LowRank) else "B"
+
+
 def opened(space):
     """A state in which all copies stand at the same point, which is not the initial one: B is not zero.
 
     Where only B moves, the copies are blocks of rows of one matrix, so that they have the same A (in lozo: V).
     """
-    if space.train == "B":
+    if moves(space) == "B":
         matrices = {kind: (COPIES * out, into) for kind, (out, into) in SHAPES.items()}
         weights = {kind: torch.from_numpy(np.tile(weight, (COPIES, 1))) for kind, weight in WEIGHTS.items()}
     else:
@@ -102,7 +107,7 @@ def direction(space, state, step: int, index: int) -> np.ndarray:
 
 
 def trained(space, factors) -> np.ndarray:
-    return flat(part for a, b in by_copy(factors).values() for part in ((b, a) if space.train == "AB" else (b,)))
+    return flat(part for a, b in by_copy(factors).values() for part in ((b, a) if moves(space) == "AB" else (b,)))
 
 
 def gradient(space, state) -> np.ndarray:
@@ -115,7 +120,7 @@ def gradient(space, state) -> np.ndarray:
         parts = []
         for kind, (a, b) in by_copy(centre).items():
             parts.append(space.scaling * slope[kind] @ a.transpose(0, 2, 1))
-            if space.train == "AB":
+            if moves(space) == "AB":
                 parts.append(space.scaling * b.transpose(0, 2, 1) @ slope[kind])
         whole = flat(parts)
     assert np.allclose(whole, whole[0], rtol=1e-12, atol=0)  # all copies stand at one point
@@ -216,7 +221,7 @@ def test_the_gradients_of_these_tests_are_right(make):
     base = {kind: weight.astype(np.float64) for kind, weight in WEIGHTS.items()}
     parts = []  # the arrays that move, in the order of `gradient`
     for kind, (a, b) in start.items():
-        parts += [base[kind]] if isinstance(space, LowRank) else [b, a] if space.train == "AB" else [b]
+        parts += [base[kind]] if isinstance(space, LowRank) else [b, a] if moves(space) == "AB" else [b]
 
     def loss() -> float:
         return losses_at({k: (base[k] + space.scaling * (b @ a))[None] for k, (a, b) in start.items()}).mean()
