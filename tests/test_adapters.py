@@ -250,6 +250,31 @@ def test_peft_scores_the_same(tiny_models, tmp_path, architecture, targets, modu
     assert (logits(changed_model(folder, {})) - expected).abs().max() > 0.1
 
 
+def test_an_embedding_that_scales_its_output_scales_its_adapter(tmp_path):
+    """Gemma multiplies by sqrt(hidden) inside the embedding; the adapter's part is multiplied as well."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    from zoray.engines.hf import Hf
+    from zoray.records import Commit, Probe, TokenSequence
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GemmaConfig(vocab_size=512, num_key_value_heads=1, head_dim=16, initializer_range=0.2, **sizes)
+    torch.manual_seed(0)
+    GemmaForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    space = Lora(rank=2, alpha=4.0, targets=("embed_tokens",))
+    matrices = linear_matrices(tmp_path / "gemma", space.targets)
+    engine = Hf().start(tmp_path / "gemma", "float32", matrices, space, seed=0)
+    engine.apply([Commit(0, (0.3,))])
+    write_peft(tmp_path / "out", engine.adapter(), space.rank, space.alpha, "gemma", space.targets)
+    expected = logits(peft_model(tmp_path / "gemma", tmp_path / "out")).log_softmax(-1)
+    tokens, last = TOKENS[0].numpy(), TOKENS.shape[1] - 1
+    picked = [7, 9, 300]
+    sequence = TokenSequence(tokens, np.full(3, last), np.array(picked), np.arange(3), 3)
+    found = engine.score([(Probe(1, 0, 0.0), sequence)])[0]
+    assert found == pytest.approx(expected[last, picked].double().numpy(), abs=1e-4)
+    assert np.abs(found - engine.score_base([sequence])[0]).max() > 0.05
+
+
 def test_the_files_of_a_peft_folder(tiny_models, tmp_path):
     space = Lora(rank=3, alpha=4.5, targets=("q_proj",))
     arrays, change = tiny_adapter(tiny_models["llama"], space)

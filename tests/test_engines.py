@@ -208,6 +208,11 @@ def test_a_dead_adapter_fails_the_self_test(tiny_models, monkeypatch, kernel, ta
         )
 
 
+def test_every_slot_must_fit_the_check_at_the_start():
+    with pytest.raises(ConfigError, match=r"max_tokens of at least 3 x engine\.slots, .*; got 64 and 32"):
+        Vllm(slots=32, max_tokens=64)
+
+
 def test_targets_choose_the_matrices(tiny_models, sequences):
     """Training q and v only: vLLM still fuses them with k, whose part must stay as it is."""
     folder = tiny_models["llama"]

@@ -770,3 +770,33 @@ def test_bad_parameters_are_refused(kind, kwargs, says):
 def test_bad_intervals_are_refused(interval):
     with pytest.raises(ConfigError, match=r"expected space\.interval to be a whole number of at least 1; got"):
         Lozo(interval=interval)
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_directions_that_are_too_many_to_keep_are_made_matrix_by_matrix(monkeypatch, distribution):
+    """The same bits, in memory for one matrix instead of the whole model times the population."""
+    from zoray.spaces import base
+
+    space = LowRank(rank=2, distribution=distribution)
+    matrices = {"a": (6, 10), "b": (7, 5)}
+    digests, alone = [], []
+    make = base.direction_torch
+    monkeypatch.setattr(base, "direction_torch", lambda *a, **k: alone.append(a) or make(*a, **k))
+    for kept in (base.CACHED_ELEMENTS, 0):
+        monkeypatch.setattr(base, "CACHED_ELEMENTS", kept)
+        weights = {name: torch.ones(shape) for name, shape in matrices.items()}
+        state = space.open(matrices, 3, weights=weights)
+        for step in range(3):
+            state.apply(Commit(step, (0.1, 0.0, -0.2)))
+        digests.append(state.digest())
+        assert bool(alone) == (kept == 0)
+    assert digests[0] == digests[1]
+
+
+def test_a_stack_that_could_not_fit_is_not_made():
+    space, matrices = LowRank(rank=300), {"a": (4, 4)}
+    state, seen = space.open(matrices, 0, weights={"a": torch.ones(4, 4)}), []
+    state.on_fold = seen.append
+    state.apply(Commit(0, (0.1, 0.2)))
+    state.apply(Commit(1, (0.1, 0.0)))
+    assert seen[0] == 600 and seen[1]["a"][0].shape == (4, 300)

@@ -453,3 +453,14 @@ def test_a_killed_process_loses_no_step_that_append_returned_for(tmp_path):
         assert before < announced <= len(contents.steps) <= announced + 1
         assert all(found == made_up_record(step) for step, found in enumerate(contents.steps))
         before = len(contents.steps)
+
+
+def test_a_run_that_was_cut_within_its_header_begins_anew(tmp_path):
+    """Nothing of it was journalled, so its folder is as good as new."""
+    from zoray.driver import read_journal
+
+    path = tmp_path / "journal.jsonl"
+    for left in (b"", b'{"format":2,"mod'):
+        path.write_bytes(left)
+        assert read_journal(path, {"model": "m"}) is None and not path.exists()
+    assert read_journal(path, {"model": "m"}) is None

@@ -391,13 +391,16 @@ def test_directions_that_say_nothing_are_counted_and_warned_of(
 ):
     """A perturbation that float32 swallows: every pair is a tie, no step moves, and patience ends the run."""
     more = ["estimator.eps=1e-30", "estimator.pairs=2", "run.eval_every=1", "run.patience=2", "run.select=last"]
+    more += ["run.batch=5", "run.stratify=true"]
     launch_here(monkeypatch, *settings(tmp_path, tiny_models["llama"], labelled_file, "hf", "silent", *more))
     summary = summary_of(tmp_path / "silent")
     assert (summary["finished"], summary["steps"], summary["selected"]) == (True, 2, 2)
     assert summary["best"]["step"] == 0 and summary["final"]["loss"] == summary["initial"]["loss"]
     assert summary["silent_directions"] == {"dropped": 0, "ties": 4, "buried": 0}
     assert [s.ties for s in read_metrics(tmp_path / "silent")[0]] == [2, 2]
-    assert "warning: 4 of 4 directions said nothing" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: 4 of 4 directions said nothing" in said
+    assert "warning: batches of 5 can't hold 2 labels equally often" in said
     commits = [noted.commit for noted in journal.read(tmp_path / "silent" / "journal.jsonl").steps]
     assert [commit.coefficients for commit in commits] == [(0.0, 0.0)] * 2
 
