@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from zoray.directions import Layout, direction_torch
-from zoray.records import Commit, Probe
+from zoray.engines.hf import Hf
+from zoray.engines.vllm import Vllm
+from zoray.models import linear_matrices
+from zoray.records import Commit, Probe, TokenSequence
 from zoray.spaces import Lora, LowRank, Lozo
 
 pytestmark = [
@@ -70,3 +74,24 @@ def test_folded_base_weights_stay_bit_identical(name, dtype):
     probe = Probe(31, 1, 0.01)
     for (_, *on_cpu), (_, *on_cuda) in zip(*(state.factors(probe) for state in states), strict=True):
         assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu, on_cuda, strict=True))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("all-linear", "lm_head", "embed_tokens")], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_vllm_on_cuda_scores_as_the_reference(tiny_models, architecture, targets):
+    """Several probes and sequences in one packed forward, and rows of the LM head that belong to different slots."""
+    folder, space = tiny_models[architecture], Lora(rank=2, alpha=4, train="AB", targets=targets)
+    matrices = linear_matrices(folder, targets)
+    vllm = Vllm(slots=3, max_tokens=256, kv_cache_gib=0.25).start(folder, "float32", matrices, space, seed=3)
+    reference = Hf().start(folder, "float32", matrices, space, seed=3)
+    for engine in (vllm, reference):
+        engine.apply([Commit(0, (0.03, -0.02))])
+    assert vllm.digest() == reference.digest()
+    random, work = np.random.default_rng(0), []
+    for k in range(4):
+        for length in (5, 17, 9):
+            rows, targets_ = np.array([length - 2, length - 1]), np.array([7, 9])
+            tokens = random.integers(5, 500, length).astype(np.int32)
+            work.append((Probe(1, k, 0.1 * (k > 0)), TokenSequence(tokens, rows, targets_, np.arange(2), 2)))
+    found, expected = (np.concatenate(engine.score(work)) for engine in (vllm, reference))
+    assert np.abs(found - expected).max() < 1e-3
