@@ -51,8 +51,6 @@ METHODS: dict[str, list[str]] = {
     "sign": ["estimator=two_point", "run.batch=16", "optimizer=sign", "optimizer.lr=0.02"],
     "meazo": ["estimator=two_point", "run.batch=16", "optimizer=adaptive", "optimizer.lr=0.02"],
 }
-
-
 COMMON = ("engine.slots=32", "run.stratify=true")
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from loop import drive
 
-from zoray.data import ReplicaSpec, batch_indices
+from zoray.data import ReplicaSpec, batch_indices, stratified_indices
 from zoray.directions import direction_numpy
 from zoray.engines.hf import Hf
 from zoray.estimators import Evolution, OneSided, TwoPoint
@@ -27,6 +27,7 @@ from zoray.spaces import Lora, LowRank, Lozo
 from zoray.tasks.labelled_file import LabelledFile
 
 SEED, DATA_SEED, BATCH, STEPS = 3, 5, 2, 20
+EMBEDDING = "model.embed_tokens"
 TOLERANCE = 1e-6  # of a step's largest coefficient, or of a typical one where that is smaller: a step whose losses
 # nearly cancel keeps the float32 rounding of the perturbed adapter, which is relative to the gradient
 
@@ -34,15 +35,25 @@ TOLERANCE = 1e-6  # of a step's largest coefficient, or of a typical one where t
 class Reference:
     """A float64 model with explicit weights, and the loss of a step's batch under any weights."""
 
-    def __init__(self, folder: str, task: LabelledFile) -> None:
+    def __init__(self, folder: str, task: LabelledFile, vocabulary: bool = False, stratify: bool = False) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.train = task.load().train
-        linear = {n: m for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-        self.base = {name: module.weight.detach().numpy().copy() for name, module in linear.items()}
-        self.weights = {name: module.weight for name, module in linear.items()}
+        self.train, self.stratify = task.load().train, stratify
+        linear = {n: m for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
+        if not vocabulary:
+            del linear["lm_head"]
+        self.weights = {name: module.weight.data for name, module in linear.items()}
+        if vocabulary:
+            self.weights[EMBEDDING] = self.model.get_input_embeddings().weight.data.t()  # (hidden, vocabulary)
+        self.base = {name: weight.numpy().copy() for name, weight in self.weights.items()}
+
+    def batch(self, step: int) -> np.ndarray:
+        """Which training examples a step sees."""
+        if self.stratify:
+            return stratified_indices(DATA_SEED, step, BATCH, [example.label for example in self.train])
+        return batch_indices(DATA_SEED, step, BATCH, len(self.train))
 
     @torch.no_grad()
     def losses(self, step: int, weights: dict[str, np.ndarray]) -> np.ndarray:
@@ -50,7 +61,7 @@ class Reference:
         for name, value in weights.items():
             self.weights[name].copy_(torch.from_numpy(value))
         losses = []
-        for index in batch_indices(DATA_SEED, step, BATCH, len(self.train)):
+        for index in self.batch(step):
             example = self.train[index]
             prompt = self.tokenizer(example.prompt)["input_ids"]
             full = [self.tokenizer(example.prompt + option)["input_ids"] for option in example.options]
@@ -87,7 +98,8 @@ class LoraMatrices:
         self.x = {}
         for name, weight in self.base.items():
             shape = (space.rank, weight.shape[1])
-            a = noise(initial, 0, f"{name}.lora_A", shape, "gaussian") / math.sqrt(3 * shape[1])
+            width = weight.shape[0] if name == EMBEDDING else weight.shape[1]
+            a = noise(initial, 0, f"{name}.lora_A", shape, "gaussian") / math.sqrt(3 * width)
             self.x[f"{name}.lora_A"] = a.astype(np.float32).astype(np.float64)
             self.x[f"{name}.lora_B"] = np.zeros((weight.shape[0], space.rank))
         self.start = dict(self.x)
@@ -109,7 +121,7 @@ class LozoMatrices:
 
     def __init__(self, space: Lozo, reference: Reference) -> None:
         self.space = space
-        self.x = {name: weight.copy() for name, weight in reference.base.items()}
+        self.start, self.x = reference.base, dict(reference.base)
 
     def v(self, step: int) -> dict[str, np.ndarray]:
         first = step - step % self.space.interval
@@ -159,6 +171,31 @@ def mezo(reference: Reference, m: Any, step: int, lr: float, pairs: int = 1, eps
     return coefficients
 
 
+def mezo_apart(reference: Reference, m: Any, step: int, lr: float, eps: float = 1e-2) -> list[float]:
+    """A pair for each example of the batch, scored on that example alone; the mean of their estimates."""
+    coefficients = []
+    for k in range(BATCH):
+        up, down = (reference.losses(step, m.weights(plus(m.x, m.z(step, k), s * eps)))[k] for s in (1, -1))
+        coefficients.append(-lr * (up - down) / (2 * eps) / BATCH)
+    for k, c in enumerate(coefficients):
+        m.x = plus(m.x, m.z(step, k), c)
+    return coefficients
+
+
+def clipped_mezo(reference: Reference, m: Any, step: int, lr: float, eps: float = 1e-2) -> list[float]:
+    """Two pairs; |g| clipped to 1; five steps of warm-up, then a straight line to zero at step 20."""
+    lr *= (step + 1) / 5 if step < 5 else (STEPS - step) / (STEPS - 5)
+    g = []
+    for k in range(2):
+        up, down = (reference.loss(step, m.weights(plus(m.x, m.z(step, k), s * eps))) for s in (1, -1))
+        g.append((up - down) / (2 * eps) / 2)
+    norm = math.sqrt(g[0] ** 2 + g[1] ** 2)
+    coefficients = [-lr * gk / max(1.0, norm) for gk in g]
+    for k, c in enumerate(coefficients):
+        m.x = plus(m.x, m.z(step, k), c)
+    return coefficients
+
+
 def fzoo(reference: Reference, m: Any, step: int, lr: float, probes: int = 5, eps: float = 1e-2) -> list[float]:
     """FZOO, arXiv 2506.09034: x <- x - lr / (N sigma) sum_k (l_k - l_0) u_k."""
     l0 = reference.loss(step, m.weights(m.x))
@@ -173,13 +210,16 @@ def fzoo(reference: Reference, m: Any, step: int, lr: float, probes: int = 5, ep
 def evolution(
     reference: Reference, m: Any, step: int, lr: float, kind: str, members: int = 6, sigma: float = 1e-2
 ) -> list[float]:
-    """ES at scale (z-scored losses, independent members) or EGGROLL (mirrored, centred by prompt)."""
+    """ES at scale (z-scored losses), the same with ranks or a plain baseline, or EGGROLL (mirrored, by prompt)."""
     mirrored = kind == "eggroll"
     signed = [(k, s) for k in range(members // 2) for s in (1, -1)] if mirrored else [(k, 1) for k in range(members)]
     table = np.array([reference.losses(step, m.weights(plus(m.x, m.z(step, k), s * sigma))) for k, s in signed])
     if kind == "eggroll":
         centred = table - table.mean(axis=0)
         fitness = (centred / math.sqrt((centred**2).mean())).mean(axis=1)
+    elif kind == "rank":
+        batch = table.mean(axis=1)
+        fitness = np.array([sum(other < own for other in batch) for own in batch]) / (members - 1) - 0.5
     else:
         fitness = table.mean(axis=1)
         fitness = fitness - fitness.mean()
@@ -234,15 +274,36 @@ class DecayedMezo:
     def __init__(self, weight_decay: float, anchor: float) -> None:
         self.weight_decay, self.anchor = weight_decay, anchor
 
-    def __call__(self, reference: Reference, m: LoraMatrices, step: int, lr: float) -> list[float]:
-        at, m.x = m.x, m.x
-        z, eps = m.z(step, 0), 1e-2
-        up, down = (reference.loss(step, m.weights(plus(at, z, sign * eps))) for sign in (1, -1))
+    def __call__(self, reference: Reference, m: Any, step: int, lr: float, eps: float = 1e-2) -> list[float]:
+        z = m.z(step, 0)
+        up, down = (reference.loss(step, m.weights(plus(m.x, z, sign * eps))) for sign in (1, -1))
         c = -lr * (up - down) / (2 * eps)
-        for name, x in at.items():
-            x = (1 - lr * self.weight_decay) * x
-            at[name] = m.start[name] + (1 - lr * self.anchor) * (x - m.start[name])
-        m.x = plus(at, z, c)
+        shrunk = {name: (1 - lr * self.weight_decay) * x for name, x in m.x.items()}
+        for name, start in m.start.items():
+            shrunk[name] = start + (1 - lr * self.anchor) * (shrunk[name] - start)
+        m.x = plus(shrunk, z, c)
+        return [c]
+
+
+class DecayedLozo:
+    """LoZO with the same decays; those of the base weights are first seen when V is redrawn, those of U V^T at once."""
+
+    def __init__(self, weight_decay: float, anchor: float) -> None:
+        self.weight_decay, self.anchor = weight_decay, anchor
+        self.seen: dict[str, np.ndarray] = {}  # the base weights that the losses see
+        self.exact: dict[str, np.ndarray] = {}  # the same, decayed at every step
+        self.low: dict[str, np.ndarray] = {}  # U V^T since the last redraw
+
+    def __call__(self, reference: Reference, m: LozoMatrices, step: int, lr: float, eps: float = 1e-2) -> list[float]:
+        if step % m.space.interval == 0:
+            self.exact = plus(self.exact, self.low, 1.0) if self.exact else dict(m.start)
+            self.seen, self.low = self.exact, {name: np.zeros_like(x) for name, x in m.start.items()}
+        z, at = m.z(step, 0), plus(self.seen, self.low, 1.0)
+        up, down = (reference.loss(step, plus(at, z, sign * eps)) for sign in (1, -1))
+        c = -lr * (up - down) / (2 * eps)
+        keep, pull = 1 - lr * self.weight_decay, 1 - lr * self.anchor
+        self.exact = {n: start + pull * (keep * self.exact[n] - start) for n, start in m.start.items()}
+        self.low = {name: pull * keep * low + c * z[name] for name, low in self.low.items()}
         return [c]
 
 
@@ -256,12 +317,18 @@ def sign_mezo(reference: Reference, m: Any, step: int, lr: float, eps: float = 1
 
 LORA_B, LORA_AB = Lora(rank=2, alpha=4.0), Lora(rank=3, alpha=6.0, train="AB", distribution="gaussian")
 LOZO, LOZO_RADEMACHER = Lozo(rank=2, interval=6), Lozo(rank=1, interval=5, distribution="rademacher")
+LOZO_BASE, LOWRANK_BASE = Lozo(rank=2, interval=6, keep_base=True), LowRank(rank=8, keep_base=True)
+VOCABULARY = Lora(rank=2, alpha=4.0, targets=("all-linear", "lm_head", "embed_tokens"))
 EGGROLL, LOWRANK = LowRank(rank=1), LowRank(rank=8, distribution="rademacher")
 PAIR, CONSTANT = TwoPoint(eps=1e-2), {"schedule": "constant"}
 CASES = {
     "mezo-lora-B": (LORA_B, PAIR, Sgd(0.01, **CONSTANT), mezo),
     "mezo-lora-AB": (LORA_AB, PAIR, Sgd(0.003, **CONSTANT), mezo),
     "mezo-pairs": (LORA_B, TwoPoint(3, eps=1e-2), Sgd(0.01, **CONSTANT), lambda *a: mezo(*a, pairs=3)),
+    "mezo-pairs-apart": (LORA_B, TwoPoint(BATCH, eps=1e-2, shared=False), Sgd(0.003, **CONSTANT), mezo_apart),
+    "mezo-vocabulary": (VOCABULARY, TwoPoint(eps=0.05), Sgd(1e-3, **CONSTANT), lambda *a: mezo(*a, eps=0.05)),
+    "mezo-stratified": (LORA_B, PAIR, Sgd(0.003, **CONSTANT), mezo),
+    "clip-and-warm-up": (LORA_B, TwoPoint(2, eps=1e-2), Sgd(0.01, "linear", warmup=5, clip=1.0), clipped_mezo),
     "lozo": (LOZO, PAIR, Sgd(1e-4, **CONSTANT), mezo),
     "lozo-rademacher": (LOZO_RADEMACHER, PAIR, Sgd(1e-4, **CONSTANT), mezo),
     "lozo-m": (LOZO, PAIR, Sgd(3e-4, momentum=0.8, **CONSTANT), LozoM(0.8)),
@@ -271,6 +338,10 @@ CASES = {
     "es-zscore": (
         *(LOWRANK, Evolution(6, 1e-2, antithetic=False), Sgd(1e-3, **CONSTANT)),
         lambda *a: evolution(*a, kind="zscore"),
+    ),
+    "es-rank": (
+        *(LORA_B, Evolution(6, 1e-2, antithetic=False, shaping="centred_rank"), Sgd(0.01, **CONSTANT)),
+        lambda *a: evolution(*a, kind="rank"),
     ),
     "es-plain": (
         *(LORA_B, Evolution(6, 1e-2, antithetic=False, shaping="none"), Sgd(0.01, **CONSTANT)),
@@ -283,6 +354,8 @@ CASES = {
     "meazo": (LORA_B, PAIR, Sgd(0.005, link=GlobalAdaptive(0.9), **CONSTANT), Meazo(0.9)),
     "sign": (LORA_B, PAIR, Sgd(0.002, link=Sign(), **CONSTANT), sign_mezo),
     "decay": (LORA_AB, PAIR, Sgd(0.003, weight_decay=2.0, anchor=3.0, **CONSTANT), DecayedMezo(2.0, 3.0)),
+    "decay-lozo": (LOZO_BASE, PAIR, Sgd(1e-4, weight_decay=20.0, anchor=30.0, **CONSTANT), DecayedLozo(20.0, 30.0)),
+    "decay-lowrank": (LOWRANK_BASE, PAIR, Sgd(1e-4, weight_decay=20.0, anchor=30.0, **CONSTANT), DecayedMezo(20, 30)),
 }
 
 
@@ -290,11 +363,12 @@ CASES = {
 def test_twenty_steps_are_those_of_the_paper(case, tiny_models, labelled_file):
     space, estimator, optimizer, method = CASES[case]
     task = LabelledFile(str(labelled_file), {0: " terrible", 1: " great"}, train=60, dev=20, test=20)
-    model = Model(str(tiny_models["opt"]), dtype="float64")
-    replica = Replica(ReplicaSpec(model, task, ChoiceNLL(), space, Hf(), SEED, DATA_SEED, BATCH))
+    vocabulary, stratify = space is VOCABULARY, case == "mezo-stratified"
+    model = Model(str(tiny_models["llama" if vocabulary else "opt"]), dtype="float64")
+    replica = Replica(ReplicaSpec(model, task, ChoiceNLL(), space, Hf(), SEED, DATA_SEED, BATCH, stratify))
     records = drive([replica], estimator, optimizer, STEPS, BATCH, BATCH)
 
-    reference = Reference(model.path, task)
+    reference = Reference(model.path, task, vocabulary, stratify)
     matrices = MATRICES[type(space)](space, reference)
     found = np.array([noted.commit.coefficients for noted in records])
     expected = np.array([method(reference, matrices, step, optimizer.lr) for step in range(STEPS)])

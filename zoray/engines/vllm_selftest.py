@@ -6,6 +6,7 @@ the adapter of each token's slot; and, for a folding space, a base weight writte
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,12 +34,12 @@ def prove_live(scorer: Scorer) -> dict[str, float]:
     segments = tuple((slot, TOKENS * slot, TOKENS * (slot + 1)) for slot in range(slots))
     _map(scorer, ((-1, 0, TOKENS * slots),))
     inputs = {name: _input(scorer, module) for name, module in modules.items()}
-    bare = {name: _output(scorer, module, inputs[name]) for name, module in modules.items()}
+    bare = {name: _output(scorer, name, inputs[name]) for name in modules}
 
     for slot in range(slots):
         scorer.write_slot(slot, Probe(0, slot, 0.0))  # B is zero at journal index 0
     _map(scorer, segments)
-    zero = {name: _output(scorer, module, inputs[name]) for name, module in modules.items()}
+    zero = {name: _output(scorer, name, inputs[name]) for name in modules}
     changed = [name for name in modules if not torch.equal(zero[name], bare[name])]
     if changed:
         raise ConfigError(f"adapter self-test failed: a zero adapter changes the output of {changed[0]}")
@@ -47,21 +48,20 @@ def prove_live(scorer: Scorer) -> dict[str, float]:
     for slot, probe in enumerate(probes):
         scorer.write_slot(slot, probe)
     adapters = [{name: (a, b) for name, a, b in scorer.state.factors(probe)} for probe in probes]
-    worst, where = 0.0, ""
+    errors = {}
     for name, module in modules.items():
-        found = _output(scorer, module, inputs[name]).float() - bare[name].float()
+        found = _output(scorer, name, inputs[name]).float() - bare[name].float()
         x = _as_rows(inputs[name], module)
         for slot, start, stop in segments:
             expected = _expected(scorer, name, adapters[slot], x[start:stop])
-            error = float((found[start:stop] - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-            if not error <= worst:
-                worst, where = error, name
-    if not worst <= tolerance:
+            errors[name, slot] = _relative_error(found[start:stop], expected)
+    where = max(errors, key=errors.__getitem__)
+    if errors[where] > tolerance:
         raise ConfigError(
-            f"adapter self-test failed: the output of {where} differs from W x + s B A x by {worst:.2e} relative, "
-            f"at most {tolerance:g} expected; this vLLM build does not apply adapters as zoray writes them"
+            f"adapter self-test failed: the output of {where[0]} differs from W x + s B A x by {errors[where]:.2e} "
+            f"relative, at most {tolerance:g} expected; this vLLM build does not apply adapters as zoray writes them"
         )
-    return {"adapter_error": worst, **(_prove_foldable(scorer, bare, tolerance) if scorer.weights else {})}
+    return {"adapter_error": errors[where], **(_prove_foldable(scorer, bare, tolerance) if scorer.weights else {})}
 
 
 def _prove_foldable(scorer: Scorer, bare: dict[str, torch.Tensor], tolerance: float) -> dict[str, float]:
@@ -69,7 +69,7 @@ def _prove_foldable(scorer: Scorer, bare: dict[str, torch.Tensor], tolerance: fl
 
     A backend that packs weights at load time keeps a copy that such a write would miss.
     """
-    worst, where = 0.0, ""
+    errors = {}
     _map(scorer, ((-1, 0, TOKENS * scorer.slots),))
     for module_name, module in scorer.manager.modules.items():
         names = names_in(scorer.manager, module_name)
@@ -86,19 +86,23 @@ def _prove_foldable(scorer: Scorer, bare: dict[str, torch.Tensor], tolerance: fl
                 expected.append(x @ (weight.float() - kept[name].float()).t())
             else:
                 expected.append(torch.zeros(len(x), b_slots.shape[2], device=scorer.device))
-        found = _output(scorer, module, given).float() - bare[module_name].float()
+        found = _output(scorer, module_name, given).float() - bare[module_name].float()
         for name, weight in kept.items():
             scorer.weights[name].copy_(weight)
-        wanted = torch.cat(expected, dim=1)
-        error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
-        if not error <= worst:
-            worst, where = error, module_name
-    if not worst <= tolerance:
+        errors[module_name] = _relative_error(found, torch.cat(expected, dim=1))
+    where = max(errors, key=errors.__getitem__)
+    if errors[where] > tolerance:
         raise ConfigError(
             f"folding self-test failed: writing the base weight of {where} changes its output otherwise than "
-            f"expected ({worst:.2e} relative, at most {tolerance:g}); take space=lora on this backend"
+            f"expected ({errors[where]:.2e} relative, at most {tolerance:g}); take space=lora on this backend"
         )
-    return {"fold_error": worst}
+    return {"fold_error": errors[where]}
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference over the largest expected value; infinite where something is not a number."""
+    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    return math.inf if math.isnan(error) else error
 
 
 def _map(scorer: Scorer, segments: tuple[tuple[int, int, int], ...]) -> None:
@@ -123,9 +127,11 @@ def _as_rows(x: torch.Tensor, module: Any) -> torch.Tensor:
     return x.float()
 
 
-def _output(scorer: Scorer, module: Any, x: torch.Tensor) -> torch.Tensor:
-    head = "".join(name for name, other in scorer.manager.modules.items() if other is module)
-    result = module._get_logits(x, scorer.runner.model.get_submodule(head)) if gives_logits(module) else module(x)
+def _output(scorer: Scorer, module_name: str, x: torch.Tensor) -> torch.Tensor:
+    module = scorer.manager.modules[module_name]
+    if gives_logits(module):  # the head's own weight is still in the model, under the name of its adapter
+        return module._get_logits(x, scorer.runner.model.get_submodule(module_name))
+    result = module(x)
     return result[0] if isinstance(result, tuple) else result
 
 

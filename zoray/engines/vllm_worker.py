@@ -179,10 +179,7 @@ class PackedScorer:
         )
         result = torch.empty(len(packed.targets), dtype=torch.float32, device=self.device)
         if self.head_moves:
-            of_token = np.repeat(
-                [slot for slot, _, _ in packed.segments], [stop - start for _, start, stop in packed.segments]
-            )
-            row_slots = of_token[packed.rows].tolist()
+            row_slots = _slots_of_tokens(packed.segments)[packed.rows].tolist()
             chunk = min(chunk, self.vllm_config.scheduler_config.max_num_seqs)  # vLLM's buffers for rows end there
         for start in range(0, len(rows), chunk):
             if self.head_moves:
@@ -200,10 +197,9 @@ class PackedScorer:
             self.wrapper.map_tokens(segments, vocabulary)
             self.wrapper.map_rows(row_slots)
             return
-        ids = [slot + 1 for slot, _, _ in segments]  # 0 means no adapter
-        of_token = np.repeat(ids, [stop - start for _, start, stop in segments])
-        of_row = tuple(slot + 1 for slot in row_slots) or tuple(ids)
-        mapping = LoRAMapping(tuple(of_token.tolist()), of_row, is_prefill=True)
+        of_token = tuple((_slots_of_tokens(segments) + 1).tolist())  # 0 means no adapter
+        of_row = tuple(slot + 1 for slot in row_slots or [slot for slot, _, _ in segments])
+        mapping = LoRAMapping(of_token, of_row, is_prefill=True)
         self.wrapper.update_metadata(mapping, list(range(1, self.slots + 1)), self.slots + 1, vocabulary)
 
     def _attention_metadata(self, packed: Pack) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -248,6 +244,11 @@ class PackedScorer:
 def _adapter_manager(runner: Any) -> Any:
     """vLLM's slot manager, behind the worker's LoRA manager."""
     return runner.lora_manager._adapter_manager
+
+
+def _slots_of_tokens(segments: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """The slot of each token of a pack, (T,)."""
+    return np.repeat([slot for slot, _, _ in segments], [stop - start for _, start, stop in segments])
 
 
 def _optional_fields(packed: Pack, device: torch.device) -> dict[str, Any]:
