@@ -304,7 +304,7 @@ def test_a_run_folder_that_can_not_be_made(tmp_path, usual, refused):
     assert "can't make the run folder file/try" in line and "another run.folder" in line
 
 
-@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "-x"])
+@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "-x", "lr=0.1", "a,b"])
 def test_a_run_name_that_is_no_folder_name(name):
     with pytest.raises(ConfigError, match=r"expected run\.name of letters"):
         launch.main(compose("config", [f"run.name='{name}'"]))

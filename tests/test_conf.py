@@ -29,6 +29,18 @@ REQUIRED = {  # what has no default
 }
 
 
+# learning rate, perturbation, rank (None: all weights), batch, steps, probes a step, as in papers and scripts
+PUBLISHED = {
+    "mezo_lora_opt13b_sst2": (1e-4, 1e-2, 8, 16, 20_000, 2),
+    "mezo_like_opt1.3b_sst2": (1e-7, 1e-3, 128, 16, 1_000, 2),
+    "lozo_opt13b_sst2": (1e-7, 1e-3, 2, 16, 20_000, 2),
+    "lozo_m_opt13b_sst2": (1e-7, 1e-3, 2, 16, 20_000, 2),
+    "fzoo_opt13b_sst2": (5e-5, 1e-4, None, 16, 20_000, 9),
+    "es_qwen2.5_3b": (5e-4, 1e-3, None, 200, 1_000, 30),
+    "eggroll_qwen3_4b": (2e-4, 1e-3, 1, 16, 300, 1_024),
+}
+
+
 def named(target: str) -> type:
     module, _, name = target.rpartition(".")
     return getattr(import_module(module), name)
@@ -126,6 +138,18 @@ def test_the_other_mains_have_the_settings_that_they_need():
     assert [compose(name, []).step for name in ("evaluate", "replay", "export")] == [None, None, "best"]
     for name in ("evaluate", "replay", "export"):
         assert [compose(name, [f"step={step}"]).step for step in ("best", "3", "null")] == ["best", 3, None]
+
+
+def test_experiments_have_the_published_numbers():
+    assert {f"experiment/{name}" for name in PUBLISHED} == set(EXPERIMENTS)
+    for name, (lr, size, rank, batch, steps, probes) in PUBLISHED.items():
+        e = build_experiment(compose("config", [f"experiment={name}"]))
+        asked = e.estimator.ask(0)
+        assert (e.optimizer.lr, asked[-1].scale in (size, -size), e.run.batch, e.run.steps) == (lr, True, batch, steps)
+        assert len(asked) == probes and (rank is None or e.space.rank == rank), (
+            name
+        )  # None: published for whole weights
+        assert not e.run.stratify and e.optimizer.schedule == "constant"
 
 
 def test_conf_is_found_in_a_checkout():

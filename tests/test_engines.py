@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from zoray.adapters import write_peft
-from zoray.engines.hf import Hf
+from zoray.engines.hf import Hf, HfEngine
 from zoray.engines.vllm import Vllm
-from zoray.models import linear_matrices
+from zoray.models import linear_matrices, load_matrices
 from zoray.records import Commit, ConfigError, Probe, TokenSequence
 from zoray.spaces import Lora, LowRank, Lozo, Space
 
@@ -147,6 +147,30 @@ def test_exported_adapter_loads_in_vllm_with_the_same_slots(engines, tmp_path):
         assert loaded[name][1].any()
 
 
+class Packed(torch.nn.Module):
+    """A linear layer without `weight`, as quantised ones are."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.qweight = linear.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.qweight.t()
+
+
+def test_the_reference_engine_adapts_layers_that_have_no_weight(tiny_models, sequences):
+    folder, space = tiny_models["llama"], Lora(rank=2)
+    plain = Hf().start(folder, "float32", linear_matrices(folder), space, seed=3)
+    packed = Hf().start(folder, "float32", linear_matrices(folder), space, seed=3).model
+    for name in linear_matrices(folder):
+        parent, _, leaf = name.rpartition(".")
+        setattr(packed.get_submodule(parent), leaf, Packed(packed.get_submodule(name)))
+    other = HfEngine(packed, space, linear_matrices(folder), 3)
+    work = [(Probe(0, 0, 0.1), one) for one in sequences[:3]]
+    assert worst(plain.score(work), other.score(work)) < 1e-5
+    assert worst(other.score(work), other.score_base(sequences[:3])) > 1e-2
+
+
 def test_request_path_mapping_of_the_cpu_kernel(engines):
     """Tokens of several requests, in the scheduler's order: each must get its own adapter, -1 none."""
     from vllm.lora.layers import LoRAMapping
@@ -170,9 +194,9 @@ def test_request_path_mapping_of_the_cpu_kernel(engines):
             x = torch.tensor([4, 4, 4, 4, 300, 300, 300])
         with torch.inference_mode():
             scorer.wrapper.update_metadata(LoRAMapping(tuple(ids), (11, 12, 11, 13), True), [11, 12, 13], 4, 512)
-            y = selftest._output(scorer, module, x)
+            y = selftest._output(scorer, name, x)
             scorer.map_slots(((-1, 0, len(ids)),), [-1] * len(rows))
-            bare = selftest._output(scorer, module, x)
+            bare = selftest._output(scorer, name, x)
         inputs = selftest._as_rows(x, module)
         for row, adapter in enumerate(rows):
             if not adapter:
@@ -243,7 +267,7 @@ def test_targets_may_be_patterns_and_choose_what_is_folded(tiny_models, sequence
     assert worst(vllm.score_base(sequences), reference.score_base(sequences)) < TOLERANCE
     assert worst(vllm.score_base(sequences), bare) > 100 * TOLERANCE
     untouched = [n for n in matrices if n not in expected]
-    original, folded = (Hf().start(folder, "float32", matrices, Lora(), seed=0).weights, reference.model)
+    original, folded = load_matrices(folder, matrices, "float32"), reference.model
     assert len(untouched) == 4
     for name in matrices:
         assert torch.equal(folded.get_submodule(name).weight, original[name]) == (name in untouched), name

@@ -513,3 +513,39 @@ def test_a_quantised_base_is_not_merged_into(export, tiny_models, tmp_path):
         export(run="run", out="out", step=None, format="merged")
     assert not (tmp_path / "out").exists()
     assert made.digests[-1] in export(run="run", out="out", step=None, format="peft")
+
+
+# vLLM
+
+
+def test_vllm_loads_what_is_exported(export, runs, tiny_models, tmp_path):
+    """The merged checkpoint gives the tuned log-probabilities; a stack of folds fills a slot with the change."""
+    from vllm.lora.request import LoRARequest
+
+    from zoray.engines.vllm import Vllm
+    from zoray.records import TokenSequence
+
+    made, base = runs["lozo"], tiny_models["llama"]
+    tokens = TOKENS[0].numpy().astype(np.int32)
+    rows = np.arange(len(tokens) - 1, dtype=np.int32)
+    sequence = TokenSequence(tokens, rows, tokens[1:], rows, len(rows))
+    said = export(run=made.folder, out="merged", step=3, format="merged")
+    assert "merged, float32" in said
+    engine = Vllm(slots=2, max_tokens=256, kv_cache_gib=0.25).start(
+        tmp_path / "merged", "float32", linear_matrices(base), Lora(rank=8, alpha=8.0), seed=0
+    )
+    expected = logits(effective_model(base, made.effective[3])).log_softmax(-1)[rows, tokens[1:]]
+    (found,) = engine.score_base([sequence])
+    assert np.abs(found - expected.numpy()).max() < 1e-4
+    before = logits(effective_model(base, {})).log_softmax(-1)[rows, tokens[1:]]
+    assert (before - expected).abs().max() > 0.05
+
+    said = export(run=made.folder, out="stack", step=3)
+    assert "stack of all folds, rank 4" in said
+    assert engine.llm.llm_engine.add_lora(LoRARequest("stack", 1, str(tmp_path / "stack")))
+    scorer = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker._zoray
+    scorer.manager.activate_adapter(1)
+    slot = scorer.manager.lora_index_to_id.index(1)
+    for name, (a, b) in scorer.sites.items():
+        change = made.effective[3][name] - made.effective[0][name]
+        assert np.abs((b[slot, 0] @ a[slot, 0]).numpy() - change).max() < 1e-5 and np.abs(change).max() > 1e-3

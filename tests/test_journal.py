@@ -464,3 +464,18 @@ def test_a_run_that_was_cut_within_its_header_begins_anew(tmp_path):
         path.write_bytes(left)
         assert read_journal(path, {"model": "m"}) is None and not path.exists()
     assert read_journal(path, {"model": "m"}) is None
+
+
+def test_a_journal_has_one_writer_at_a_time(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    with journal.Journal.create(path, HEADER) as log:
+        log.append(RECORDS[0])
+        contents = journal.read(path)
+        with pytest.raises(JournalError, match="being written by another process"):
+            journal.Journal.resume(path, contents)
+        log.append(RECORDS[1])
+    with pytest.raises(JournalError, match="has grown since it was read"):
+        journal.Journal.resume(path, contents)
+    assert [noted.commit for noted in journal.read(path).steps] == [noted.commit for noted in RECORDS[:2]]
+    with journal.Journal.resume(path, journal.read(path)) as log:
+        log.append(RECORDS[2])

@@ -22,7 +22,7 @@ from zoray.driver import open_journal
 from zoray.history import read_metrics
 from zoray.launch import main
 from zoray.models import load_matrices
-from zoray.records import JournalError
+from zoray.records import ConfigError, JournalError
 from zoray.replay import replay
 
 pytestmark = pytest.mark.ray
@@ -129,6 +129,24 @@ def test_evaluating_a_replayed_step_gives_what_the_run_measured_there(vllm_run):
         assert abs(float(line.split("loss ")[1].split()[0]) - measured[8].loss) < 1e-4
 
 
+@pytest.mark.parametrize("change", [("seed: 0", "seed: 1"), ("rank: 2", "rank: 3")])
+def test_evaluate_refuses_a_config_that_is_not_the_journals(change, hf_run, tmp_path):
+    folder = tmp_path / "edited"
+    shutil.copytree(hf_run, folder)
+    text = (folder / "config.yaml").read_text()
+    assert text.count(change[0]) == 1 or change[0] == "seed: 0"
+    (folder / "config.yaml").write_text(text.replace(*change))
+    with pytest.raises(JournalError, match=r"the journal was made with .* Undo the change of that file"):
+        evaluate.main(compose("evaluate", [f"run={folder}"]))
+
+
+def test_replicas_with_other_model_files_are_refused(tmp_path, tiny_models, labelled_file, monkeypatch):
+    """The journal pins the model that this machine sees; a node may have another one at the same path."""
+    monkeypatch.setattr("zoray.driver.weights_hash", lambda folder: "0123456789abcdef")
+    with pytest.raises(ConfigError, match=r"replicas' model files to be those of this machine, .*Give all nodes"):
+        launch_here(monkeypatch, *settings(tmp_path, tiny_models["llama"], labelled_file, "hf", "other"))
+
+
 def test_exported_adapter_in_peft_gives_the_final_loss_and_predictions(vllm_run, tiny_models):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -160,7 +178,9 @@ def test_two_runs_of_one_seed_are_equal(hf_run, tmp_path, tiny_models, labelled_
     assert replay(first).digest() == replay(second).digest()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "kill -9"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["Ctrl-C", "SIGTERM", "kill -9"]
+)
 def test_a_run_that_was_cut_short_resumes_to_the_same_digest(
     number, hf_run, tmp_path, tiny_models, labelled_file, monkeypatch
 ):
@@ -176,7 +196,7 @@ def test_a_run_that_was_cut_short_resumes_to_the_same_digest(
     process.wait(timeout=120)
     done = len(journal.read(folder / "journal.jsonl").steps)
     assert 0 < done < STEPS
-    if number == signal.SIGTERM:
+    if number != signal.SIGKILL:
         assert process.returncode == 3
         assert "go on with run.resume=" in (process.stdout.read() if process.stdout else "")
     launch_here(monkeypatch, f"run.resume={folder}", "cluster.dashboard=false")

@@ -353,10 +353,15 @@ def test_the_state_is_plain_numbers_that_survive_json_and_resume_the_same_commit
         ({"momentum": -0.1}, "got -0.1"),
         ({"momentum": math.nan}, "got nan"),
         ({"momentum": None}, "got None"),
-        ({"weight_decay": -0.1}, r"expected optimizer\.weight_decay >= 0 with lr \* weight_decay below 1; got -0.1"),
+        (
+            {"weight_decay": -0.1},
+            r"expected optimizer\.weight_decay to be 0, or lr \* weight_decay from 1e-06 .* to 1; got -0.1",
+        ),
         ({"weight_decay": 2.0, "lr": 0.5}, "got 2.0"),
         ({"weight_decay": math.inf}, "got inf"),
-        ({"anchor": -0.1}, r"expected optimizer\.anchor >= 0 with lr \* anchor below 1; got -0.1"),
+        ({"weight_decay": 0.1, "lr": 1e-7}, "got 0.1"),
+        ({"anchor": -0.1}, r"expected optimizer\.anchor to be 0, or lr \* anchor from 1e-06 .* to 1; got -0.1"),
+        ({"anchor": 9.9, "lr": 1e-7}, "got 9.9"),
         ({"anchor": 2.5, "lr": 0.5}, "got 2.5"),
         ({"anchor": "1"}, "got '1'"),
         (

@@ -197,11 +197,12 @@ def clipped_mezo(reference: Reference, m: Any, step: int, lr: float, eps: float 
 
 
 def fzoo(reference: Reference, m: Any, step: int, lr: float, probes: int = 5, eps: float = 1e-2) -> list[float]:
-    """FZOO, arXiv 2506.09034: x <- x - lr / (N sigma) sum_k (l_k - l_0) u_k."""
+    """FZOO, arXiv 2506.09034: x <- x - eta / sigma g, g = 1 / (eps N) sum_k (l_k - l_0) u_k; our lr is eta / eps."""
     l0 = reference.loss(step, m.weights(m.x))
     ls = np.array([reference.loss(step, m.weights(plus(m.x, m.z(step, k), eps))) for k in range(probes)])
     sigma = math.sqrt(((ls - ls.mean()) ** 2).sum() / (probes - 1))
-    coefficients = [-lr * (li - l0) / (probes * sigma) for li in ls]
+    eta = lr * eps
+    coefficients = [-eta / sigma * (li - l0) / (eps * probes) for li in ls]
     for k, c in enumerate(coefficients):
         m.x = plus(m.x, m.z(step, k), c)
     return coefficients

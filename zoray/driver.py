@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from zoray.history import best, stalled, summarise
 from zoray.models import weights_hash
 from zoray.monitoring import Monitor
 from zoray.pool import Pool
-from zoray.records import Evaluation, JournalError, Probe, StepResult, require
+from zoray.records import ConfigError, Evaluation, JournalError, Probe, StepResult, record, require
 from zoray.tiles import join_tiles, mean, tile_grid
 
 if TYPE_CHECKING:
@@ -58,6 +57,11 @@ def tune(experiment: Experiment, workload: Workload, config: dict[str, Any]) -> 
             open_journal(folder / journal.FILE_NAME, header, earlier, pool.info.dtype, e.space.folds) as log,
             stop_requested() as stopping,
         ):
+            if pool.info.weights != header["weights"]:
+                raise ConfigError(
+                    f"expected the replicas' model files to be those of this machine, {workload.folder} (hash "
+                    f"{header['weights']}); they have {pool.info.weights}. Give all nodes the same files"
+                )
             check = ", ".join(f"{name} {value:.1e}" for name, value in pool.info.self_test) or "exact reference"
             monitor.message(
                 f"{pool.size} replica(s) ready after {time.monotonic() - started:.0f} s; adapters live: {check}; "
@@ -237,14 +241,6 @@ def open_journal(
             f"Resume with the same model.dtype and kind of device"
         )
     return journal.Journal.resume(path, earlier)
-
-
-def record(component: Any) -> Any:
-    """A component as plain JSON values: its class name and its fields; components inside it likewise."""
-    if is_dataclass(component) and not isinstance(component, type):
-        inner = {field.name: record(getattr(component, field.name)) for field in fields(component)}
-        return {"name": type(component).__name__, **inner}
-    return [record(item) for item in component] if isinstance(component, (list, tuple)) else component
 
 
 @contextmanager

@@ -129,7 +129,7 @@ class OneSided:
 
     This is the paper's g / sigma with g = sum_k (l_k - l_0) u_k / (eps N), times eps: near x sigma is about
     eps |grad L|, so the step is that of normalised SGD whatever eps is, and `optimizer.lr` is its size, as in the
-    published scripts. With `scale=none` it is the plain forward difference g. FZOO draws Rademacher directions.
+    official trainer. With `scale=none` it is the plain forward difference g. FZOO draws Rademacher directions.
 
     Args:
         probes: N, perturbed losses a step; N + 1 are scored.

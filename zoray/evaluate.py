@@ -10,6 +10,7 @@ from zoray import journal
 from zoray.cli import build, build_experiment, load_run_config, run_main
 from zoray.history import resolve_step
 from zoray.records import ConfigError, JournalError, Probe
+from zoray.spaces import from_record
 
 
 def main(config: Any) -> None:
@@ -27,6 +28,12 @@ def main(config: Any) -> None:
         experiment = replace(experiment, engine=build(config.engine, "engine"))
     if config.task is not None:
         experiment = replace(experiment, task=build(config.task, "task"))
+    pinned = (from_record(contents.header["space"]), contents.header["run"]["seed"])
+    if pinned != (experiment.space, experiment.run.seed):
+        raise JournalError(
+            f"the journal was made with {pinned[0]} and run.seed={pinned[1]}; {folder / 'config.yaml'} says "
+            f"{experiment.space} and {experiment.run.seed}. Undo the change of that file"
+        )
     last = resolve_step(config.step, folder, len(contents.steps))
 
     from zoray.replica import Replica
@@ -42,7 +49,10 @@ def main(config: Any) -> None:
             f"the run folded into base weights of {contents.header['dtype']}; this engine holds {replica.info.dtype}. "
             "Take the run's own engine and kind of device"
         )
-    replica.apply([noted.commit for noted in contents.steps[:last]])
+    for noted in contents.steps[:last]:
+        if noted.digest is not None and noted.digest != replica.engine.digest():
+            raise JournalError(f"the state before step {noted.commit.step} differs from the run's, {noted.digest}")
+        replica.apply([noted.commit])
     outcomes = replica.outcomes(config.split, Probe(last, 0, 0.0))
     if not outcomes:
         raise ConfigError(f"the {config.split} split is empty")

@@ -49,14 +49,19 @@ class Run:
     test: bool = True
 
     def __post_init__(self) -> None:
-        ok = re.fullmatch(r"[A-Za-z0-9][\w.=,+-]*", str(self.name)) is not None
-        require(ok, "run.name of letters, digits and . _ - = , +, beginning with a letter or digit", self.name)
+        ok = re.fullmatch(r"[A-Za-z0-9][\w.+-]*", str(self.name)) is not None
+        require(ok, "run.name of letters, digits and . _ - +, beginning with a letter or digit", self.name)
         for field in ("steps", "batch", "tile_examples", "digest_every"):
             value = getattr(self, field)
             require(isinstance(value, int) and value >= 1, f"run.{field} to be a whole number of at least 1", value)
         for field in ("eval_every", "patience"):
             value = getattr(self, field)
             require(isinstance(value, int) and value >= 0, f"run.{field} to be a whole number of 0 or more", value)
+        require(
+            not self.patience or self.eval_every > 0,
+            "run.patience to be 0 where run.eval_every=0, since it counts evaluations between steps",
+            self.patience,
+        )
         require(isinstance(self.stratify, bool), "run.stratify to be true or false", self.stratify)
         require(self.select in ("best", "last"), "run.select to be best or last", self.select)
         for field in ("seed", "data_seed"):

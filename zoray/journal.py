@@ -9,6 +9,7 @@ is an error that names the line.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -164,6 +165,7 @@ class Journal:
     def __init__(self, path: Path, last_hash: str, next_step: int) -> None:
         self.path, self.next_step, self._previous = path, next_step, last_hash
         self._file = path.open("ab", buffering=0)
+        _lock(self._file, path)
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> Journal:
@@ -187,8 +189,13 @@ class Journal:
     @classmethod
     def resume(cls, path: Path, contents: Contents) -> Journal:
         """Go on after the last whole line; a torn line behind it is cut off."""
+        log = cls(path, contents.last_hash, len(contents.steps))
+        with path.open("rb") as file:
+            file.seek(contents.valid_bytes)
+            if b"\n" in file.read():
+                raise JournalError(f"{path} has grown since it was read: another process has gone on with that run")
         os.truncate(path, contents.valid_bytes)
-        return cls(path, contents.last_hash, len(contents.steps))
+        return log
 
     def append(self, record: StepRecord) -> None:
         """Write a step. Steps come in order, each once."""
@@ -227,6 +234,17 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _lock(file: Any, path: Path) -> None:
+    """One writer at a time; the lock ends with the process. A file system without locks has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise JournalError(f"{path} is being written by another process: that run is still going on") from None
+    except OSError:
+        return
 
 
 def _plain(losses: Sequence[float]) -> list[float | None]:

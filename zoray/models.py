@@ -210,7 +210,8 @@ def restore(weights: Mapping[str, torch.Tensor], folder: str | Path) -> None:
 
 def quantisation(folder: str | Path) -> str | None:
     """The method that a model's weights are quantised with, as its config.json names it; None for plain weights."""
-    found = _read_config(Path(folder)).get("quantization_config")
+    config = _read_config(Path(folder))
+    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     return None if not found else str(found.get("quant_method", "unknown"))
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SCHEDULES = ("constant", "linear", "cosine")
+LEAST_DECAY = 1e-6  # of a step: 1 - this, in float32, is still right to 3 %, and moves a float32 parameter
 State = tuple[float, ...]
 
 
@@ -120,8 +121,10 @@ class Sgd:
         require(is_finite(self.momentum) and 0 <= self.momentum < 1, "optimizer.momentum in [0, 1)", self.momentum)
         for name in ("weight_decay", "anchor"):
             rate = getattr(self, name)
-            ok = is_finite(rate) and 0 <= rate * self.lr < 1
-            require(ok, f"optimizer.{name} >= 0 with lr * {name} below 1", rate)
+            ok = is_finite(rate) and (rate == 0 or LEAST_DECAY <= rate * self.lr < 1)
+            require(
+                ok, f"optimizer.{name} to be 0, or lr * {name} from {LEAST_DECAY:g} (less is rounded away) to 1", rate
+            )
         require(
             self.link is None or isinstance(self.link, Link),
             "optimizer.link to be null or a component such as zoray.optimizers.Sign",

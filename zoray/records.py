@@ -7,8 +7,9 @@ Shapes: T tokens of a sequence, M scored positions of a sequence.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -169,3 +170,11 @@ def require(condition: bool, expected: str, got: object, instead: str = "") -> N
 def is_finite(value: object) -> bool:
     """True for a number that may enter an update; false for inf, nan, and what is no number (a config's text)."""
     return isinstance(value, Real) and math.isfinite(value)
+
+
+def record(component: Any) -> Any:
+    """A component as plain JSON values: its class name and its fields; components inside it likewise."""
+    if is_dataclass(component) and not isinstance(component, type):
+        inner = {field.name: record(getattr(component, field.name)) for field in fields(component)}
+        return {"name": type(component).__name__, **inner}
+    return [record(item) for item in component] if isinstance(component, (list, tuple)) else component

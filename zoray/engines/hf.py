@@ -30,7 +30,7 @@ class Hf:
     Args:
         device: where the model runs, "cpu" or "cuda".
         max_length: longest sequence; null for the model's own limit.
-        deterministic: always so; here because every engine has it.
+        deterministic: always true here: each sequence has a forward pass of its own.
     """
 
     device: str = "cpu"
@@ -39,6 +39,7 @@ class Hf:
 
     def __post_init__(self) -> None:
         require(self.device.split(":")[0] in ("cpu", "cuda"), "engine.device to be cpu or cuda", self.device)
+        require(self.deterministic is True, "engine.deterministic to be true for engine=hf", self.deterministic)
         require(self.max_length is None or self.max_length >= 8, "engine.max_length >= 8 or null", self.max_length)
 
     def length_limit(self, model_limit: int) -> int:
@@ -68,7 +69,8 @@ class HfEngine:
         self.model, self.space = model, space
         self._open = partial(space.open, matrices, seed, model.device)
         self._folder = folder
-        self.weights = {name: model.get_submodule(name).weight.data for name in space.select(matrices)}
+        folded = space.select(matrices) if space.folds else {}  # else not looked at: a quantised layer has no `weight`
+        self.weights = {name: model.get_submodule(name).weight.data for name in folded}
         self.state = self._open(self.weights)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.self_test: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class Vllm:
             raise ConfigError("expected model.dtype of at most 32 bits; vLLM has no float64. Take engine=hf for that")
         limit = self.length_limit(_model_limit(folder))
         check_lora_support(folder)
+        gc.collect()  # an engine that nobody uses any more takes vLLM's process groups with it when it is collected
         targets = space.select(matrices)
         with plain_cpu_weights() if space.folds else nullcontext():
             try:
