@@ -57,7 +57,7 @@ def language_models(tiny_models, labelled_file):
 def test_on_a_tiny_language_model(space, estimator, optimizer, language_models, tmp_path):
     replicas = language_models(space)
     lr = LM_UNITS[space] * (0.3 if space.startswith("lora") and (estimator in SHAPED or optimizer == "sign") else 1.0)
-    method, steps, short = (ESTIMATORS[estimator], replace(OPTIMIZERS[optimizer], lr=lr)), 4, 2
+    method, steps, short = (ESTIMATORS[estimator], replace(OPTIMIZERS[optimizer], lr=lr)), 3, 2
     records = drive(replicas, *method, steps, batch=4, tile=2)
     digest = final_digest(replicas[0], records)
 
@@ -86,11 +86,14 @@ FALLING = [
 ]
 
 
+SIZES = {"fzoo": 0.3, "es-zscore": 0.3, "es-rank": 1.0, "es-prompt": 0.8}
+
+
 @pytest.mark.parametrize(("space", "estimator", "optimizer"), FALLING)
 def test_the_loss_of_a_tiny_language_model_falls(space, estimator, optimizer, language_models):
     replica = language_models(space)[0]
     before = mean([loss for loss, _ in replica.outcomes("train", Probe(0, 0, 0.0))])
-    size = 0.3 if estimator in SHAPED or optimizer in ("sign", "adaptive") else 2.0
+    size = SIZES.get(estimator, 2.0) if optimizer not in ("sign", "adaptive") else 0.3
     method = (ESTIMATORS[estimator], replace(OPTIMIZERS[optimizer], lr=LM_UNITS[space] * size))
     steps = 80 if estimator == "two_point" else 40  # one direction each
     records = drive([replica], *method, steps)

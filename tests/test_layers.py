@@ -19,7 +19,7 @@ ORDER = [
     *("spaces.base", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces", "models"),
     *("estimators", "optimizers", "journal", "objectives"),
     *("tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
-    *("engines", "engines.base", "engines.cpu_lora", "engines.hf"),
+    *("engines", "engines.packing", "engines.base", "engines.cpu_lora", "engines.hf"),
     *("engines.vllm_layers", "engines.vllm_selftest", "engines.vllm_worker", "engines.vllm"),
     *("cluster", "replica", "pool", "plots", "history", "monitoring", "adapters", "experiment", "driver", "cli"),
     *("prepare", "replay", "evaluate", "export", "launch"),

@@ -84,25 +84,29 @@ def test_reduce_is_the_cross_entropy_over_the_options(tokenizer, options):
         logits = torch.stack([option_logit(tokenizer, example.prompt, option, shared) for option in options])
         expected = torch.nn.functional.cross_entropy(logits[None], torch.tensor([label]))
         sequences = ChoiceNLL().encode(example, tokenizer)
-        loss, correct = ChoiceNLL().reduce(example, sequences, [sums(sequence) for sequence in sequences])
+        counts = np.concatenate([np.bincount(sequence.outputs) for sequence in sequences])
+        summed, n = np.concatenate([sums(sequence) for sequence in sequences]), np.array([len(options)])
+        (loss,), (correct,) = ChoiceNLL().reduce(summed, counts, n, np.array([label]))
         assert loss == pytest.approx(float(expected), rel=1e-9)
         assert correct == float(int(logits.argmax()) == label)
-        assert isinstance(loss, float) and isinstance(correct, float)
 
 
-def test_reduce_averages_over_an_options_tokens(tokenizer):
-    example = Example("It was", (" great", " wonderful thing"), 1)
-    sequences = ChoiceNLL().encode(example, tokenizer)
-    loss, correct = ChoiceNLL().reduce(example, sequences, [np.array([-1.5]), np.array([-2.0])])
-    assert loss == pytest.approx(np.log(1 + np.exp(-0.5))) and correct == 1.0
+def test_examples_with_different_numbers_of_options_are_reduced_together():
+    """Also: an option of several tokens counts with their mean, and of equal options the first is the answer."""
+    sums = np.array([-1.5, -2.0, -3.0, -1.0, -4.0, -1.0, -1.0, -0.1])
+    counts, options, labels = np.array([1, 2, 1, 1, 2, 1, 1, 1]), np.array([2, 3, 2, 1]), np.array([1, 2, 1, 0])
+    losses, correct = ChoiceNLL().reduce(sums, counts, options, labels)
+    rows = [np.array([-1.5, -1.0]), np.array([-3.0, -1.0, -2.0]), np.array([-1.0, -1.0]), np.array([-0.1])]
+    expected = [np.log(np.exp(row).sum()) - row[label] for row, label in zip(rows, labels, strict=True)]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-12)
+    assert correct.tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert losses.dtype == correct.dtype == np.float64
 
 
-def test_reduce_of_extreme_scores_is_finite_and_of_nan_is_nan(tokenizer):
-    example = Example("It was", WORDS, 0)
-    sequences = ChoiceNLL().encode(example, tokenizer)
-    assert ChoiceNLL().reduce(example, sequences, [np.array([-1e6, -1.0])]) == (999999.0, 0.0)
-    loss, _ = ChoiceNLL().reduce(example, sequences, [np.array([np.nan, -1.0])])
-    assert np.isnan(loss)
+def test_reduce_of_extreme_scores_is_finite_and_of_nan_is_nan():
+    two, one = np.array([2, 2]), np.ones(4)
+    losses, correct = ChoiceNLL().reduce(np.array([-1e6, -1.0, np.nan, -1.0]), one, two, np.array([0, 1]))
+    assert losses[0] == 999999.0 and np.isnan(losses[1]) and correct.tolist() == [0.0, 0.0]
 
 
 def test_single_token_refuses_a_longer_word_and_names_it(tokenizer):

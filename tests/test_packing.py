@@ -1,9 +1,12 @@
 """Packing: whatever the sequences, slots and budgets, every token, row and output is where it belongs, once."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
-from zoray.engines.base import Pack, blocks_needed, by_slot_groups, pack, split_outputs
+from zoray.engines import packing
+from zoray.engines.packing import Pack, Plan, SequenceTable, blocks_needed, ranges, split_outputs, starts_of
 from zoray.records import ConfigError, Probe, TokenSequence
 
 SEEDS = range(40)
@@ -20,6 +23,13 @@ def random_sequence(random: np.random.Generator, longest: int) -> TokenSequence:
         outputs=random.integers(0, n_outputs, asked).astype(np.int32),
         n_outputs=n_outputs,
     )
+
+
+def pack(work: list[tuple[int, TokenSequence]], *budget: int | None) -> Iterator[Pack]:
+    """The packs of (slot, sequence) pairs; the table holds the sequences in another order than they are asked for."""
+    table = SequenceTable.of([sequence for _, sequence in work[::-1]])
+    slots = np.array([slot for slot, _ in work], np.int64)
+    return packing.pack(table, np.arange(len(work))[::-1], slots, *budget)  # type: ignore[arg-type]
 
 
 def random_case(seed: int) -> tuple[list[tuple[int, TokenSequence]], int, int | None, int]:
@@ -110,7 +120,7 @@ def fake_engine(work: list[tuple[int, TokenSequence]], *budget) -> list[np.ndarr
         slot_of = np.concatenate([np.full(stop - start, slot) for slot, start, stop in packed.segments])
         hidden = (slot_of + 2) * 1e8 + packed.tokens * 1e4 + packed.positions * 10
         np.add.at(sums, packed.outputs, hidden[packed.rows][packed.target_rows] + packed.targets / 1024)
-    return split_outputs(sums, work)
+    return split_outputs(sums, np.array([sequence.n_outputs for _, sequence in work]))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -140,35 +150,47 @@ def test_a_sequence_over_the_token_budget_is_refused():
 def test_a_sequence_over_the_block_budget_is_refused_with_the_budget_in_tokens():
     assert [len(packed.tokens) for packed in pack([(0, sequence_of(8))] * 2, 100, 2, 4)] == [8, 8]
     with pytest.raises(ConfigError, match="a sequence of 9 tokens is over the engine's budget of 8 tokens a forward"):
-        list(pack([(0, sequence_of(9))], 100, max_blocks=2, block_size=4))
+        list(pack([(0, sequence_of(9))], 100, 2, 4))
 
 
 def test_no_work_makes_no_packs():
     assert list(pack([], 10)) == []
-    assert split_outputs(np.zeros(0), []) == []
-    assert list(by_slot_groups([], 4)) == []
+    assert split_outputs(np.zeros(0), np.zeros(0, np.int64)) == []
+    assert list(Plan.of([]).by_slots(4)) == []
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_slot_groups_hold_every_index_once_and_few_enough_probes(seed):
+def test_a_plan_is_cut_by_slots_with_every_member_once_and_few_enough_probes(seed):
     random = np.random.default_rng(seed)
-    probes = [Probe(5, k // 2, 0.01 if k % 2 else -0.01) for k in range(random.integers(1, 12))]
-    work = [(probes[i], sequence_of(2)) for i in random.integers(0, len(probes), random.integers(1, 40))]
-    slots = int(random.integers(1, 6))
-    groups = list(by_slot_groups(work, slots))
-    assert sorted(i for _, members in groups for i in members) == list(range(len(work)))
-    together = [probe for group, _ in groups for probe in group]
-    assert len(set(together)) == len(together) and set(together) == {probe for probe, _ in work}  # written once each
-    for k, (group, members) in enumerate(groups):
-        assert 1 <= len(group) <= slots and (len(group) == slots or k == len(groups) - 1)
-        assert {work[i][0] for i in members} == set(group)
+    probes = [None, *(Probe(5, k // 2, 0.01 if k % 2 else -0.01) for k in range(random.integers(1, 12)))]
+    asked = [probes[i] for i in random.integers(0, len(probes), random.integers(1, 40))]
+    plan, slots = Plan.of([(probe, sequence_of(2)) for probe in asked]), int(random.integers(1, 6))
+    parts = list(plan.by_slots(slots))
+    assert sorted(np.concatenate([members for _, members, _ in parts]).tolist()) == list(range(len(asked)))
+    written = [probe for group, _, _ in parts for probe in group]
+    assert sorted(map(str, written)) == sorted(map(str, set(asked) - {None}))  # each once
+    for group, members, slot_of in parts:
+        assert len(group) <= slots and (np.diff(members) > 0).all()
+        assert [group[slot] if slot >= 0 else None for slot in slot_of] == [asked[i] for i in members]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_split_outputs_gives_each_its_own(seed):
+def test_a_table_gives_back_its_sequences_and_their_outputs(seed):
     random = np.random.default_rng(seed)
-    work = [(None, random_sequence(random, 5)) for _ in range(random.integers(1, 10))]
-    flat = random.standard_normal(sum(sequence.n_outputs for _, sequence in work))
-    parts = split_outputs(flat, work)
-    assert [len(part) for part in parts] == [sequence.n_outputs for _, sequence in work]
+    sequences = [random_sequence(random, 5) for _ in range(random.integers(1, 10))]
+    plan = Plan.of([(None, sequence) for sequence in sequences])
+    assert len(plan.table) == len(sequences) and plan.probe_of.tolist() == [-1] * len(sequences)
+    for found, sequence in zip((plan.table[i] for i in plan.chosen), sequences, strict=True):
+        for name in ("tokens", "rows", "targets", "outputs"):
+            assert getattr(found, name).tolist() == getattr(sequence, name).tolist()
+        assert found.n_outputs == sequence.n_outputs
+    flat = random.standard_normal(plan.first_output[-1])
+    parts = split_outputs(flat, plan.table.n_outputs)
+    assert [len(part) for part in parts] == [sequence.n_outputs for sequence in sequences]
     assert np.concatenate(parts).tolist() == flat.tolist()
+
+
+def test_ranges_and_starts():
+    assert ranges(np.array([5, 0, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
+    assert ranges(np.zeros(0, np.int64), np.zeros(0, np.int64)).tolist() == []
+    assert starts_of(np.array([2, 0, 3])).tolist() == [0, 2, 2, 5]

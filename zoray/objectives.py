@@ -72,15 +72,22 @@ class ChoiceNLL:
         )
 
     def reduce(
-        self, example: Example, sequences: Sequence[TokenSequence], sums: Sequence[np.ndarray]
-    ) -> tuple[float, float]:
-        """(loss, correct) of an example, from the summed log-probabilities of its sequences, in float64."""
-        summed = np.concatenate([np.asarray(s, np.float64) for s in sums])
-        counts = np.concatenate([np.bincount(s.outputs, minlength=s.n_outputs) for s in sequences])
-        logits = summed / counts
-        top = logits.max()
-        loss = top + np.log(np.exp(logits - top).sum()) - logits[example.label]
-        return float(loss), float(np.argmax(logits) == example.label)
+        self, sums: np.ndarray, counts: np.ndarray, options: np.ndarray, labels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Summed log-probabilities of E examples with O options in all -> losses (E,) and correct (E,), float64.
+
+        Args:
+            sums: (O,), of each option, example after example.
+            counts: (O,), how many tokens each sum is over.
+            options: (E,), how many options each example has.
+            labels: (E,), which of them is right.
+        """
+        logits, first = sums / counts, np.cumsum(options) - options
+        top = np.maximum.reduceat(logits, first)
+        of_example = np.repeat(top, options)
+        losses = top + np.log(np.add.reduceat(np.exp(logits - of_example), first)) - logits[first + labels]
+        position = np.where(logits == of_example, np.arange(len(logits)), len(logits))
+        return losses, (np.minimum.reduceat(position, first) == first + labels).astype(np.float64)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -10,14 +10,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from zoray.data import ReplicaSpec, Workload, batch_indices, load_workload, stratified_indices
-from zoray.records import Example, Probe, Tile, TileScore, TokenSequence
+from zoray.engines.packing import Plan, SequenceTable, ranges, starts_of
+from zoray.records import Probe, Tile, TileScore, TokenSequence
 from zoray.tiles import mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import numpy as np
 
     from zoray.records import Commit
 
@@ -34,6 +35,39 @@ class ReplicaInfo:
     self_test: tuple[tuple[str, float], ...]
 
 
+@dataclass(frozen=True, eq=False)
+class EncodedSplit:
+    """A split's sequences as one table, and which of them, and which of their outputs, are an example's. E examples."""
+
+    table: SequenceTable
+    n_sequences: np.ndarray  # (E,)
+    first_sequence: np.ndarray  # (E + 1,)
+    n_outputs: np.ndarray  # (E,)
+    first_output: np.ndarray  # (E + 1,)
+    counts: np.ndarray  # (outputs of the split,) tokens that each sums over
+    labels: np.ndarray  # (E,)
+    tokens: np.ndarray  # (E,) tokens to run through the model
+
+    @classmethod
+    def of(cls, examples: Sequence[Sequence[TokenSequence]], labels: Sequence[int]) -> EncodedSplit:
+        """From the sequences of each example and its label."""
+        table = SequenceTable.of([sequence for sequences in examples for sequence in sequences])
+        n_sequences = np.array([len(sequences) for sequences in examples], np.int64)
+        first_sequence, of_sequence = starts_of(n_sequences), starts_of(table.n_outputs)
+        first_output = of_sequence[first_sequence]
+        summed = table.outputs + np.repeat(of_sequence[:-1], table.n_targets)
+        return cls(
+            table,
+            n_sequences,
+            first_sequence,
+            np.diff(first_output),
+            first_output,
+            np.bincount(summed, minlength=int(of_sequence[-1])),
+            np.array(labels, np.int64),
+            np.diff(table.first_token[first_sequence]),
+        )
+
+
 class Replica:
     """Scores tiles for the driver; see `evaluate`."""
 
@@ -43,6 +77,7 @@ class Replica:
 
         self.spec = spec
         self.workload = workload or load_workload(spec)
+        self._splits: dict[str, EncodedSplit] = {}
         self._labels = tuple(example.label for example in self.workload.splits.train)
         self.engine = spec.engine.start(
             self.workload.folder, spec.model.dtype, self.workload.matrices, spec.space, spec.seed
@@ -65,7 +100,7 @@ class Replica:
         tile is scored alone, and its bits do not depend on the others.
         """
         self.apply(commits)
-        groups = [[tile] for tile in tiles] if self.spec.engine.deterministic else [list(tiles)]
+        groups = [[tile] for tile in tiles] if self.spec.engine.deterministic else [tiles]
         scores = tuple(score for group in groups if group for score in self._score(group))
         return scores, self.engine.digest() if digest else None
 
@@ -75,11 +110,12 @@ class Replica:
         The same state scores a few training examples alone and together; losses would be equal in exact arithmetic.
         """
         centre, count = Probe(self.engine.step(), 0, 0.0), min(examples, len(self.workload.splits.train))
-        work = [(centre, *self.workload.example("train", i)) for i in range(count)]
-        together = self._outcomes(work)
-        alone = [self._outcomes([item])[0] for item in work]
-        squares = [(a[0] - b[0]) ** 2 for a, b in zip(together, alone, strict=True)]
-        return math.sqrt(mean(squares) / 2)  # the difference of two scores has twice the variance of one
+        (together, _), *alone = [
+            self._outcomes("train", (centre,), np.zeros(len(chosen), np.int64), chosen)
+            for chosen in (np.arange(count), *np.arange(count)[:, None])
+        ]
+        squares = (together - np.concatenate([losses for losses, _ in alone])) ** 2
+        return math.sqrt(mean(squares.tolist()) / 2)  # the difference of two scores has twice the variance of one
 
     def reset(self) -> None:
         """Back to journal index 0."""
@@ -92,49 +128,62 @@ class Replica:
 
     def outcomes(self, split: str, probe: Probe) -> list[tuple[float, float]]:
         """(loss, correct) of every example of a split under a probe, in order."""
-        examples = [self.workload.example(split, i) for i in range(len(self.workload.splits[split]))]
-        return self._outcomes([(probe, *example) for example in examples])
+        examples = np.arange(len(self.workload.splits[split]))
+        losses, correct = self._outcomes(split, (probe,), np.zeros(len(examples), np.int64), examples)
+        return list(zip(losses.tolist(), correct.tolist(), strict=True))
 
     def adapter(self) -> dict[str, np.ndarray]:
         """The adapter state as float32 arrays, see engines/base.py."""
         return self.engine.adapter()
 
-    def _score(self, tiles: list[Tile]) -> list[TileScore]:
-        covered = [(tile, self._indices(tile)) for tile in tiles]
-        work = [
-            (probe, *self.workload.example(tile.split, index))
-            for tile, indices in covered
-            for probe in tile.probes
-            for index in indices
-        ]
-        outcomes = iter(self._outcomes(work))
-        scores = []
-        for tile, indices in covered:
-            per_probe = [[next(outcomes) for _ in indices] for _ in tile.probes]
-            tokens = sum(len(s.tokens) for i in indices for s in self.workload.encoded[tile.split][i])
-            scores.append(
-                TileScore(
-                    losses=tuple(tuple(loss for loss, _ in rows) for rows in per_probe),
-                    correct=tuple(tuple(correct for _, correct in rows) for rows in per_probe),
-                    tokens=tokens * len(tile.probes),
-                )
+    def _score(self, tiles: Sequence[Tile]) -> list[TileScore]:
+        """Tiles of one split, in one call of the engine."""
+        split = tiles[0].split
+        number: dict[Probe, int] = {}
+        probe_of, examples = [], []
+        indices = [self._indices(tile) for tile in tiles]
+        for tile, covered in zip(tiles, indices, strict=True):
+            probe_of.append(np.repeat([number.setdefault(p, len(number)) for p in tile.probes], len(covered)))
+            examples.append(np.tile(covered, len(tile.probes)))
+        outcomes = self._outcomes(split, tuple(number), np.concatenate(probe_of), np.concatenate(examples))
+        scores, begin = [], 0
+        for tile, covered in zip(tiles, indices, strict=True):
+            end = begin + len(tile.probes) * len(covered)
+            losses, correct = (
+                tuple(map(tuple, part[begin:end].reshape(len(tile.probes), -1).tolist())) for part in outcomes
             )
+            tokens = int(self._encoded(split).tokens[covered].sum()) * len(tile.probes)
+            scores.append(TileScore(losses, correct, tokens))
+            begin = end
         return scores
 
-    def _outcomes(self, work: list[tuple[Probe, Example, tuple[TokenSequence, ...]]]) -> list[tuple[float, float]]:
-        sums = iter(self.engine.score([(probe, sequence) for probe, _, sequences in work for sequence in sequences]))
-        return [
-            self.spec.objective.reduce(example, sequences, [next(sums) for _ in sequences])
-            for _, example, sequences in work
-        ]
+    def _outcomes(
+        self, split: str, probes: tuple[Probe, ...], probe_of: np.ndarray, examples: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Losses and correctness, each (n,), of `examples` (n,) under `probes[probe_of]` (n,)."""
+        if not len(examples):
+            return np.zeros(0), np.zeros(0)
+        encoded = self._encoded(split)
+        sequences = encoded.n_sequences[examples]
+        chosen = ranges(encoded.first_sequence[examples], sequences)
+        sums = self.engine.score_plan(Plan(encoded.table, probes, np.repeat(probe_of, sequences), chosen))
+        options = encoded.n_outputs[examples]
+        counts = encoded.counts[ranges(encoded.first_output[examples], options)]
+        return self.spec.objective.reduce(sums, counts, options, encoded.labels[examples])
 
-    def _indices(self, tile: Tile) -> list[int]:
+    def _encoded(self, split: str) -> EncodedSplit:
+        if split not in self._splits:
+            labels = [example.label for example in self.workload.splits[split]]
+            self._splits[split] = EncodedSplit.of(self.workload.encoded[split], labels)
+        return self._splits[split]
+
+    def _indices(self, tile: Tile) -> np.ndarray:
         """Which examples of the split a tile covers: a slice of the step's batch, or of an evaluation split itself."""
         if tile.split != "train":
-            return list(range(tile.start, tile.stop))
+            return np.arange(tile.start, tile.stop)
         address, train = (self.spec.data_seed, tile.probes[0].step, self.spec.batch), self.workload.splits.train
         if self.spec.stratify:
             chosen = stratified_indices(*address, self._labels)
         else:
             chosen = batch_indices(*address, len(train))
-        return chosen[tile.start : tile.stop].tolist()
+        return chosen[tile.start : tile.stop]

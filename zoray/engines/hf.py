@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoray.engines.base import Pairs
 from zoray.models import restore
 from zoray.records import require
 from zoray.spaces.base import is_embedding
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from zoray.records import Commit, Probe, TokenSequence
+    from zoray.engines.packing import Plan
+    from zoray.records import Commit, TokenSequence
     from zoray.spaces.base import Space
 
 
@@ -60,7 +62,7 @@ class Hf:
         return HfEngine(AutoModelForCausalLM.from_pretrained(folder, **options).eval(), space, matrices, seed, folder)
 
 
-class HfEngine:
+class HfEngine(Pairs):
     """Engine protocol (base.py) over a transformers model; adapters are applied by forward hooks."""
 
     def __init__(
@@ -97,22 +99,16 @@ class HfEngine:
         for commit in commits:
             self.state.apply(commit)
 
-    def score(self, work: Sequence[tuple[Probe, TokenSequence]]) -> list[np.ndarray]:
-        """For each (probe, sequence) its sums of log-probabilities, (n_outputs,) float64."""
-        members: dict[Probe, list[int]] = {}
-        for i, (probe, _) in enumerate(work):
-            members.setdefault(probe, []).append(i)
-        results: list[np.ndarray] = [np.empty(0)] * len(work)
-        for probe, indices in members.items():
-            self._active = {name: (a, b) for name, a, b in self.state.factors(probe)}
-            for i in indices:
-                results[i] = self._score_one(work[i][1])
+    def score_plan(self, plan: Plan) -> np.ndarray:
+        """Sums of log-probabilities of all outputs of a plan, in its order, float64."""
+        first = plan.first_output
+        result = np.zeros(first[-1])
+        for k, probe in enumerate((None, *plan.probes)):
+            self._active = {} if probe is None else {name: (a, b) for name, a, b in self.state.factors(probe)}
+            for i in np.flatnonzero(plan.probe_of == k - 1):
+                result[first[i] : first[i + 1]] = self._score_one(plan.table[int(plan.chosen[i])])
         self._active = {}
-        return results
-
-    def score_base(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
-        """The same for the bare model."""
-        return [self._score_one(sequence) for sequence in sequences]
+        return result
 
     def _score_one(self, sequence: TokenSequence) -> np.ndarray:
         import torch

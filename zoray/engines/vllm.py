@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray.engines.base import split_outputs
+from zoray.engines.base import Pairs
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from zoray.records import Commit, Probe, TokenSequence
+    from zoray.engines.packing import Plan
+    from zoray.records import Commit
     from zoray.spaces.base import Space
 
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates slots for
@@ -113,7 +114,7 @@ class Vllm:
         )
 
 
-class VllmEngine:
+class VllmEngine(Pairs):
     """Engine protocol (base.py) over one vLLM instance in this process."""
 
     def __init__(
@@ -130,13 +131,9 @@ class VllmEngine:
         """Advance the adapter state; commits come in step order."""
         self._call("zoray_apply", tuple(commits))
 
-    def score(self, work: Sequence[tuple[Probe, TokenSequence]]) -> list[np.ndarray]:
-        """For each (probe, sequence) its sums of log-probabilities, (n_outputs,) float64."""
-        return split_outputs(self._call("zoray_score", work), work) if work else []
-
-    def score_base(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
-        """The same for the bare model."""
-        return split_outputs(self._call("zoray_base", sequences), [(None, s) for s in sequences])
+    def score_plan(self, plan: Plan) -> np.ndarray:
+        """Sums of log-probabilities of all outputs of a plan, in its order, float64."""
+        return self._call("zoray_score", plan)
 
     def reset(self) -> None:
         """Back to journal index 0; folded base weights are read from the model's folder again."""

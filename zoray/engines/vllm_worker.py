@@ -16,7 +16,7 @@ from vllm.forward_context import set_forward_context
 from vllm.lora.layers import LoRAMapping
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from zoray.engines.base import Pack, blocks_needed, by_slot_groups, pack
+from zoray.engines.packing import Pack, Plan, SequenceTable, blocks_needed, pack, ranges
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits
 from zoray.engines.vllm_selftest import prove_live
 from zoray.models import restore
@@ -24,7 +24,7 @@ from zoray.models import restore
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
-    from zoray.records import Commit, Probe, TokenSequence
+    from zoray.records import Commit, Probe
     from zoray.spaces.base import Space, State
 
 LOGITS_ELEMENTS = 1 << 25  # rows x vocabulary of one LM-head chunk: 128 MiB of float32
@@ -53,11 +53,8 @@ class ZorayWorker:
         for commit in commits:
             self._zoray.state.apply(commit)
 
-    def zoray_score(self, work: Sequence[tuple[Probe, TokenSequence]]) -> np.ndarray:
-        return self._zoray.score(work)
-
-    def zoray_base(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
-        return self._zoray.score_base(sequences)
+    def zoray_score(self, plan: Plan) -> np.ndarray:
+        return self._zoray.score(plan)
 
     def zoray_step(self) -> int:
         return self._zoray.state.step
@@ -130,28 +127,20 @@ class PackedScorer:
         self._a_in_slot[slot] = key
 
     @torch.inference_mode()
-    def score(self, work: Sequence[tuple[Probe, TokenSequence]]) -> np.ndarray:
-        """Sums of log-probabilities of all outputs of `work`, in its order, (sum of n_outputs,) float64."""
-        first = np.cumsum([0] + [sequence.n_outputs for _, sequence in work])
+    def score(self, plan: Plan) -> np.ndarray:
+        """Sums of log-probabilities of all outputs of a plan, in its order, float64."""
+        first = plan.first_output
         result = np.zeros(first[-1])
-        for probes, members in by_slot_groups(work, self.slots):
-            slot_of = {probe: slot for slot, probe in enumerate(probes)}
-            for probe, slot in slot_of.items():
+        for probes, members, slots in plan.by_slots(self.slots):
+            for slot, probe in enumerate(probes):
                 self.write_slot(slot, probe)
-            sums = self._score_slots([(slot_of[work[i][0]], work[i][1]) for i in members])
-            at = np.concatenate([np.arange(first[i], first[i + 1]) for i in members])
-            result[at] = sums
+            chosen = plan.chosen[members]
+            result[ranges(first[members], plan.table.n_outputs[chosen])] = self._score_slots(plan.table, chosen, slots)
         return result
 
-    @torch.inference_mode()
-    def score_base(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
-        """The same for the bare model, no adapter applied."""
-        return self._score_slots([(-1, sequence) for sequence in sequences])
-
-    def _score_slots(self, work: Sequence[tuple[int, TokenSequence]]) -> np.ndarray:
-        total = sum(sequence.n_outputs for _, sequence in work)
-        sums = torch.zeros(total, dtype=torch.float64, device=self.device)
-        for packed in pack(work, self.max_tokens, self.blocks, self.block_size):
+    def _score_slots(self, table: SequenceTable, chosen: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        sums = torch.zeros(int(table.n_outputs[chosen].sum()), dtype=torch.float64, device=self.device)
+        for packed in pack(table, chosen, slots, self.max_tokens, self.blocks, self.block_size):
             hidden = self._forward(packed)
             logps = self._log_probabilities(hidden, packed)
             sums.index_add_(0, torch.from_numpy(packed.outputs).to(self.device), logps.double())

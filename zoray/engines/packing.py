@@ -1,0 +1,195 @@
+"""What an engine is asked to score, and how that is cut into forward passes: all of it as flat arrays.
+
+No loop over sequences: the host work of a step is a few NumPy calls, whether it scores ten sequences or a thousand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from zoray.records import ConfigError, Probe, TokenSequence
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[starts[0], starts[0] + counts[0]), then [starts[1], ...), and so on, (sum of counts,) int64."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+
+
+def starts_of(counts: np.ndarray) -> np.ndarray:
+    """Where each of some runs begins, and where the last one ends, (n + 1,) int64."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceTable:
+    """Token sequences one after another, so that any choice of them can be put together without a loop.
+
+    S sequences; T tokens, M targets and O outputs over all of them. See records.TokenSequence for a single one.
+    """
+
+    tokens: np.ndarray  # (T,) int64
+    lengths: np.ndarray  # (S,) int64, tokens of each
+    rows: np.ndarray  # (M,) int64, positions in their own sequence
+    targets: np.ndarray  # (M,) int64
+    outputs: np.ndarray  # (M,) int64, numbered from 0 in each sequence
+    n_targets: np.ndarray  # (S,) int64
+    n_outputs: np.ndarray  # (S,) int64
+    first_token: np.ndarray = field(init=False)  # (S + 1,)
+    first_target: np.ndarray = field(init=False)  # (S + 1,)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first_token", starts_of(self.lengths))
+        object.__setattr__(self, "first_target", starts_of(self.n_targets))
+
+    @classmethod
+    def of(cls, sequences: Sequence[TokenSequence]) -> SequenceTable:
+        """The table of some sequences, in their order."""
+
+        def flat(name: str) -> np.ndarray:
+            parts = [getattr(sequence, name) for sequence in sequences]
+            return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+        def counts(numbers: list[int]) -> np.ndarray:
+            return np.array(numbers, np.int64)
+
+        return cls(
+            tokens=flat("tokens"),
+            lengths=counts([len(sequence.tokens) for sequence in sequences]),
+            rows=flat("rows"),
+            targets=flat("targets"),
+            outputs=flat("outputs"),
+            n_targets=counts([len(sequence.targets) for sequence in sequences]),
+            n_outputs=counts([sequence.n_outputs for sequence in sequences]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> TokenSequence:
+        """A single sequence, as views."""
+        tokens = slice(self.first_token[index], self.first_token[index + 1])
+        targets = slice(self.first_target[index], self.first_target[index + 1])
+        asked = (self.rows[targets], self.targets[targets], self.outputs[targets])
+        return TokenSequence(self.tokens[tokens], *asked, int(self.n_outputs[index]))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """n sequences of a table, each under one of the probes. Outputs are numbered in this order."""
+
+    table: SequenceTable
+    probes: tuple[Probe, ...]
+    probe_of: np.ndarray  # (n,) int64 into probes; -1 is the bare model, without any adapter
+    chosen: np.ndarray  # (n,) int64 into the table
+
+    @classmethod
+    def of(cls, work: Sequence[tuple[Probe | None, TokenSequence]]) -> Plan:
+        """The plan of (probe, sequence) pairs, where None is the bare model."""
+        number: dict[Probe, int] = {}
+        probe_of = [-1 if probe is None else number.setdefault(probe, len(number)) for probe, _ in work]
+        table = SequenceTable.of([sequence for _, sequence in work])
+        return cls(table, tuple(number), np.array(probe_of, np.int64), np.arange(len(work)))
+
+    @property
+    def first_output(self) -> np.ndarray:
+        """Where the outputs of each begin, and where those of the last end, (n + 1,)."""
+        return starts_of(self.table.n_outputs[self.chosen])
+
+    def by_slots(self, slots: int) -> Iterator[tuple[tuple[Probe, ...], np.ndarray, np.ndarray]]:
+        """Cut so that no part has more probes than slots: (the probes in slot order, members (k,), slot of each (k,)).
+
+        The bare model needs no slot; its members come with the first part.
+        """
+        for first in range(0, max(len(self.probes), 1), slots):
+            probes = self.probes[first : first + slots]
+            members = np.flatnonzero((self.probe_of >= (first or -1)) & (self.probe_of < first + len(probes)))
+            if len(members):
+                yield probes, members, np.where(self.probe_of[members] < 0, -1, self.probe_of[members] - first)
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """Sequences of one forward pass, one after another, ordered by slot. T tokens, S sequences, H rows, M targets."""
+
+    tokens: np.ndarray  # (T,) int64
+    positions: np.ndarray  # (T,) int64, each sequence from 0
+    lengths: np.ndarray  # (S,) int32
+    segments: tuple[tuple[int, int, int], ...]  # (slot, first token, last token + 1), in token order, no gaps
+    rows: np.ndarray  # (H,) int64: tokens whose hidden state reaches the LM head, each once
+    target_rows: np.ndarray  # (M,) int64 into rows
+    targets: np.ndarray  # (M,) int64 token ids
+    outputs: np.ndarray  # (M,) int64 into the flat list of all outputs of the call
+
+
+def blocks_needed(lengths: np.ndarray, block_size: int) -> int:
+    """KV-cache blocks that sequences of these lengths take, when none shares a block."""
+    return int((-(-lengths // block_size)).sum())
+
+
+def pack(
+    table: SequenceTable,
+    chosen: np.ndarray,
+    slots: np.ndarray,
+    max_tokens: int,
+    max_blocks: int | None = None,
+    block_size: int = 1,
+) -> Iterator[Pack]:
+    """Cut chosen sequences (n,) of a table, with a slot each (n,), into packs of bounded tokens and KV blocks.
+
+    Outputs are numbered in the order of `chosen`, whatever the order in the packs. Slots stay together, so that each
+    slot is one segment of a pack.
+
+    Raises:
+        ConfigError: one sequence alone is over the budget.
+    """
+    budget = max_tokens if max_blocks is None else min(max_tokens, max_blocks * block_size)
+    first_output = starts_of(table.n_outputs[chosen])
+    order = np.argsort(slots, kind="stable")  # sequences keep their order within a slot
+    lengths = table.lengths[chosen[order]]
+    if len(order) and lengths.max() > budget:
+        raise ConfigError(
+            f"a sequence of {lengths.max()} tokens is over the engine's budget of {budget} tokens a forward"
+        )
+    tokens, blocks = np.cumsum(lengths), np.cumsum(-(-lengths // block_size))
+    begin = 0
+    while begin < len(order):
+        before = (tokens[begin - 1], blocks[begin - 1]) if begin else (0, 0)
+        end = int(np.searchsorted(tokens, before[0] + max_tokens, side="right"))
+        if max_blocks is not None:
+            end = min(end, int(np.searchsorted(blocks, before[1] + max_blocks, side="right")))
+        part = order[begin:end]
+        yield _join(table, chosen[part], slots[part], first_output[part])
+        begin = end
+
+
+def _join(table: SequenceTable, chosen: np.ndarray, slots: np.ndarray, first_output: np.ndarray) -> Pack:
+    lengths = table.lengths[chosen]
+    starts = starts_of(lengths)
+    cuts = np.flatnonzero(np.diff(slots)) + 1
+    edges = np.concatenate([[0], cuts, [len(slots)]]).astype(np.int64)
+    segments = zip(slots[edges[:-1]].tolist(), starts[edges[:-1]].tolist(), starts[edges[1:]].tolist(), strict=True)
+    n_targets = table.n_targets[chosen]
+    asked = ranges(table.first_target[chosen], n_targets)
+    rows, target_rows = np.unique(table.rows[asked] + np.repeat(starts[:-1], n_targets), return_inverse=True)
+    return Pack(
+        tokens=table.tokens[ranges(table.first_token[chosen], lengths)],
+        positions=ranges(np.zeros(len(chosen), np.int64), lengths),
+        lengths=lengths.astype(np.int32),
+        segments=tuple(segments),
+        rows=rows,
+        target_rows=target_rows.astype(np.int64),
+        targets=table.targets[asked],
+        outputs=table.outputs[asked] + np.repeat(first_output, n_targets),
+    )
+
+
+def split_outputs(flat: np.ndarray, n_outputs: np.ndarray) -> list[np.ndarray]:
+    """The flat list of outputs, cut per sequence."""
+    return np.split(flat, np.cumsum(n_outputs)[:-1])[: len(n_outputs)]
