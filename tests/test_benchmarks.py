@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from benchmarks import step, workload
 from benchmarks.methods import METHODS, run, table
+from benchmarks.training_loop import TrainingLoop, option_batch
 from zoray.cli import build_experiment, compose
+from zoray.engines.hf import Hf
+from zoray.engines.packing import Plan
+from zoray.models import linear_matrices, weights_hash
+from zoray.objectives import ChoiceNLL
+from zoray.replica import EncodedSplit
+from zoray.spaces import Lora
+from zoray.tasks.labelled_file import LabelledFile
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -38,3 +48,63 @@ def test_the_table_has_mean_and_spread_over_seeds():
     ).splitlines()
     assert rows[2].split(" | ")[0] == "| a" and rows[2].split(" | ")[6] == "-"
     assert rows[3] == "| x | 0.1 | 2 | 5 | 1,000 | 0.750 ± 0.071 | 0.600 ± 0.000 | 0.500 ± 0.000 |"
+
+
+@pytest.mark.parametrize("space", ["lora", "lozo"])
+def test_a_step_is_timed_against_the_bare_forward_and_the_training_loop(space, tiny_models, labelled_file, tmp_path):
+    words = "task.words=[' terrible',' great']"
+    where = ("model=hf", f"model.path={tiny_models['opt']}", "task=file", f"task.path={labelled_file}", words)
+    options = {**step.DEFAULTS, "batch": "4", "pairs": "2", "rounds": "3", "space": space}
+    result = step.measure(options, tmp_path, (*where, "task.dev=10", "task.test=20", "engine=hf"))
+    for name in ("seconds_per_step", "zo_tax", "speedup_over_training_loop", "bare_seconds", "loop_seconds"):
+        assert 0 < result[name]["low"] <= result[name]["median"] <= result[name]["high"], name
+    assert result["tokens_per_step"] > 4 * 4 * 5
+
+
+def test_the_training_loop_takes_the_steps_of_the_official_one(tiny_models, labelled_file):
+    """Its loss is ours, and a step moves the weights by its coefficient along the direction that it probed."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    task = LabelledFile(str(labelled_file), {0: " terrible", 1: " wonderful thing"}, train=8, dev=2, test=2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models["opt"])
+    examples = task.load().train[:3]
+    encoded = [ChoiceNLL().encode(example, tokenizer) for example in examples]
+    batch = [option_batch(sequences, example.label) for sequences, example in zip(encoded, examples, strict=True)]
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["opt"], dtype=torch.float32).eval()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    loop = TrainingLoop(model, "lozo", lr=1e-4, eps=1e-3, interval=2)
+    start = loop.loss(batch)
+    engine = Hf().start(tiny_models["opt"], "float32", linear_matrices(tiny_models["opt"]), Lora(), 0)
+    split = EncodedSplit.of(encoded, [example.label for example in examples])
+    plan = Plan(split.table, (), np.full(len(split.table), -1), np.arange(len(split.table)))
+    losses, _ = ChoiceNLL().reduce(engine.score_plan(plan), split.counts, split.n_outputs, split.labels)
+    assert start == pytest.approx(losses.mean(), rel=1e-4)
+    for _ in range(3):
+        loop.step(batch)
+    assert loop.loss(batch) < start
+    for name, parameter in model.named_parameters():
+        moved = parameter.detach() - before[name]
+        assert moved.abs().max() > 1e-6, name
+        if parameter.ndim == 2:  # V was drawn twice in three steps, and U is new in each
+            assert int(torch.linalg.matrix_rank(moved, rtol=1e-2)) <= 6, name
+
+
+BILLIONS = {"opt-125m": 0.085, "opt-1.3b": 1.21, "opt-2.7b": 2.52, "opt-6.7b": 6.44, "opt-13b": 12.6}  # of inner layers
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_shapes_are_those_of_the_paper(name, tmp_path):
+    folder = workload.make_opt(name, tmp_path)
+    count = sum(out * into for out, into in linear_matrices(folder).values()) / 1e9
+    assert count == pytest.approx(
+        {"opt-125m": 0.085, "opt-1.3b": 1.21, "opt-2.7b": 2.52, "opt-6.7b": 6.44, "opt-13b": 12.6}[name], rel=0.01
+    )
+    assert weights_hash(folder)
+
+
+def test_random_examples_have_the_lengths_of_short_sentences():
+    single, several = workload.random_examples(2000, 1000), workload.random_examples(5, 1000, options=3, tokens=2)
+    lengths = [len(sequence.tokens) for (sequence,) in single]
+    assert 24 < np.mean(lengths) < 28 and min(lengths) >= 8 and max(lengths) <= 70
+    assert all(len(sequences) == 3 and len(sequences[0].targets) == 2 for sequences in several)

@@ -36,6 +36,7 @@ class Vllm:
         deterministic: score every tile in a forward of its own, so that a score's last bits do not depend on which
             other tiles a replica happens to hold; slower.
         eager: no CUDA graphs, no torch.compile.
+        load_format: "auto", or "dummy" for random weights in place of the model's: for benchmarks without any.
     """
 
     slots: int = 16
@@ -44,6 +45,7 @@ class Vllm:
     kv_cache_gib: float = 1.0
     deterministic: bool = False
     eager: bool = True
+    load_format: str = "auto"
 
     def __post_init__(self) -> None:
         require(isinstance(self.slots, int) and self.slots >= 1, "engine.slots to be at least 1", self.slots)
@@ -54,6 +56,7 @@ class Vllm:
                 f"expected engine.max_tokens of at least 3 x engine.slots, for the check of all slots at start; got "
                 f"{self.max_tokens} and {self.slots}"
             )
+        require(self.load_format in ("auto", "dummy"), "engine.load_format to be auto or dummy", self.load_format)
         require(self.kv_cache_gib > 0, "engine.kv_cache_gib to be positive", self.kv_cache_gib)
 
     def length_limit(self, model_limit: int) -> int:
@@ -95,6 +98,7 @@ class Vllm:
         return dict(
             model=str(folder),
             dtype=_dtype(dtype),
+            load_format=self.load_format,
             seed=0,
             max_model_len=limit,
             max_num_batched_tokens=self.max_tokens,

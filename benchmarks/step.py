@@ -1,0 +1,146 @@
+"""How long is a step, against the bare forward pass, and against the training loop? Side by side in one run.
+
+    python -m benchmarks.step                                      SmolLM2-135M, movie reviews, batch 16, one pair
+    python -m benchmarks.step pairs=4 batch=32 space=lora
+    python -m benchmarks.step model=opt-1.3b dtype=float16         random weights of a real shape, random tokens
+
+`zoray` is a replica's whole step without Ray: the last step's commit, slot writes, packed scoring, losses, estimate and
+update. `bare` is the same engine's packed forward of the same tokens without any adapter: zo_tax = zoray / bare. `loop`
+is the official training loop's step on transformers (benchmarks/training_loop.py). `parts` chooses among them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import ratio, rounds, spread
+from benchmarks.training_loop import TrainingLoop, option_batch
+from benchmarks.workload import make_opt, random_workload
+
+DEFAULTS = {"model": "smollm2", "batch": "16", "pairs": "1", "space": "lora", "dtype": "auto", "rounds": "10"}
+DEFAULTS |= {"parts": "zoray,bare,loop", "device": "cpu", "method": "lozo"}
+
+
+def main(arguments: list[str]) -> None:
+    """Time the parts and print one JSON object."""
+    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    if unknown := given.keys() - DEFAULTS.keys():
+        sys.exit(f"expected {', '.join(DEFAULTS)}; got {', '.join(sorted(unknown))}")
+    options = {**DEFAULTS, **given}
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(options, Path(folder))))
+
+
+def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The result for some options. `where`: further settings of the experiment, for tests."""
+    from zoray.cli import build_experiment, compose
+    from zoray.data import load_workload
+    from zoray.replica import Replica
+
+    settings = [f"run.batch={options['batch']}", f"run.tile_examples={options['batch']}", f"space={options['space']}"]
+    settings += ["estimator=two_point", f"estimator.pairs={options['pairs']}", f"model.dtype={options['dtype']}"]
+    if options["space"] != "lora":
+        settings += ["estimator.eps=5e-4", "optimizer.lr=1e-6"]
+    dummy = options["model"] != "smollm2"
+    if dummy:
+        path = make_opt(options["model"], folder / options["model"])
+        settings += ["model=hf", f"model.path={path}", "engine.load_format=dummy", "run.stratify=false"]
+    e = build_experiment(compose("config", [*settings, *where]))
+    workload = random_workload(e.spec, path, 50272) if dummy else load_workload(e.spec)
+    replica = Replica(e.spec, workload)
+    contenders = {"zoray": zoray_step(e, replica)}
+    bare, tokens = bare_forward(e, replica)
+    contenders["bare"] = bare
+    if "loop" in options["parts"]:
+        contenders["loop"] = loop_step(e, workload, options)
+    parts = options["parts"].split(",")
+    seconds = rounds({name: step for name, step in contenders.items() if name in parts}, int(options["rounds"]))
+    result: dict[str, Any] = {"benchmark": "step", **options, "tokens_per_step": tokens, "threads": _threads()}
+    result |= {f"{name}_seconds": spread(values) for name, values in seconds.items()}
+    result["seconds_per_step"] = spread(seconds["zoray"])
+    for name, of in (("zo_tax", ("zoray", "bare")), ("speedup_over_training_loop", ("loop", "zoray"))):
+        if set(of) <= seconds.keys():
+            result[name] = ratio(*(seconds[part] for part in of))
+    return result
+
+
+def zoray_step(e: Any, replica: Any) -> Any:
+    """A function that takes the next step on a replica, commits included."""
+    from zoray.tiles import join_tiles, tile_grid
+
+    run: dict[str, Any] = {"step": 0, "memory": e.optimizer.init(), "commits": []}
+
+    def step() -> None:
+        probes = e.estimator.ask(run["step"])
+        tiles = tile_grid(probes, e.run.batch, e.run.tile_examples, shared=e.estimator.shared)
+        scores, _ = replica.evaluate(run["commits"][-1:], tiles)
+        losses, _ = join_tiles(probes, tiles, scores)
+        estimate = e.estimator.tell(probes, losses, replica.info.noise)
+        run["memory"], commit = e.optimizer.update(run["memory"], run["step"], 1_000_000, estimate.weights)
+        run["commits"].append(commit)
+        run["step"] += 1
+
+    return step
+
+
+def bare_forward(e: Any, replica: Any) -> tuple[Any, int]:
+    """A function that scores the same number of sequences of the first batches without adapters; tokens of a step."""
+    import numpy as np
+
+    from zoray.engines.packing import Plan
+    from zoray.records import Probe, Tile
+
+    split, number, count = replica._encoded("train"), {"step": 0}, len(e.estimator.ask(0))
+    tokens = []
+
+    def forward() -> None:
+        tile = Tile((Probe(number["step"], 0, 0.0),), 0, e.run.batch)
+        examples = np.tile(replica._indices(tile), count)
+        from zoray.engines.packing import ranges
+
+        chosen = ranges(split.first_sequence[examples], split.n_sequences[examples])
+        replica.engine.score_plan(Plan(split.table, (), np.full(len(chosen), -1), chosen))
+        tokens.append(int(split.tokens[examples].sum()))
+        number["step"] += 1
+
+    forward()
+    return forward, tokens[0]
+
+
+def loop_step(e: Any, workload: Any, options: dict[str, str]) -> Any:
+    """A function that takes the next step of the training loop on the same examples."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from zoray.data import batch_indices, stratified_indices
+
+    dtype = torch.float32 if options["dtype"] == "auto" else getattr(torch, options["dtype"])
+    if options["model"] == "smollm2":
+        model = AutoModelForCausalLM.from_pretrained(workload.folder, dtype=dtype)
+    else:
+        with torch.device(options["device"]):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(workload.folder), dtype=dtype)
+    loop = TrainingLoop(model.to(options["device"]).eval(), options["method"])
+    train = workload.splits.train
+    labels = tuple(example.label for example in train)
+
+    def step() -> None:
+        address = (e.run.data_seed, loop.steps, e.run.batch)
+        indices = stratified_indices(*address, labels) if e.run.stratify else batch_indices(*address, len(train))
+        loop.step([option_batch(workload.encoded["train"][i], train[i].label) for i in indices])
+
+    return step
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

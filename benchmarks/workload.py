@@ -1,0 +1,79 @@
+"""What the speed benchmarks run on: the embedded task and model, or random weights of a real shape and random tokens.
+
+Random prompts have lengths like the embedded task's sentences, which are of SST-2's kind: log-normal, mean 26 tokens,
+from 8 to 70; the same at every call.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from zoray.data import ReplicaSpec, Workload
+from zoray.models import linear_matrices
+from zoray.records import ConfigError, Example, Splits, TokenSequence
+
+OPT = {  # hidden, layers, heads; Zhang et al., arXiv 2205.01068, table 1
+    "opt-125m": (768, 12, 12),
+    "opt-1.3b": (2048, 24, 32),
+    "opt-2.7b": (2560, 32, 32),
+    "opt-6.7b": (4096, 32, 32),
+    "opt-13b": (5120, 40, 40),
+}
+
+
+def make_opt(name: str, folder: Path) -> Path:
+    """Write the config.json of an OPT shape, without weights or tokenizer (load_format=dummy fills them)."""
+    if name not in OPT:
+        raise ConfigError(f"expected model to be smollm2 or one of {', '.join(OPT)}; got {name!r}")
+    hidden, layers, heads = OPT[name]
+    config = {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": hidden,
+        "ffn_dim": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "word_embed_proj_dim": hidden,
+        "max_position_embeddings": 2048,
+        "do_layer_norm_before": True,
+        "activation_function": "relu",
+        "torch_dtype": "float16",
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "tie_word_embeddings": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({}, folder / "model.safetensors")  # what stands for the weights has a hash as well
+    return folder
+
+
+def random_examples(count: int, vocabulary: int, options: int = 2, tokens: int = 1) -> list[tuple[TokenSequence, ...]]:
+    """Examples of random tokens; options of one token share a sequence, longer ones have one each."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(3.15, 0.45, count), 8, 70).astype(int)
+    examples = []
+    for length in lengths:
+        prompt = rng.integers(10, vocabulary, length).astype(np.int32)
+        answers = rng.integers(10, vocabulary, (options, tokens)).astype(np.int32)
+        if tokens == 1:
+            rows, n = np.full(options, length - 1, np.int32), np.arange(options, dtype=np.int32)
+            examples.append((TokenSequence(prompt, rows, answers[:, 0], n, options),))
+            continue
+        rows, zeros = np.arange(length - 1, length + tokens - 1, dtype=np.int32), np.zeros(tokens, np.int32)
+        examples.append(tuple(TokenSequence(np.concatenate([prompt, a[:-1]]), rows, a, zeros, 1) for a in answers))
+    return examples
+
+
+def random_workload(spec: ReplicaSpec, folder: Path, vocabulary: int, count: int = 1000) -> Workload:
+    """A workload of random tokens for a model without tokenizer."""
+    encoded: dict[str, Any] = {"train": tuple(random_examples(count, vocabulary)), "dev": (), "test": ()}
+    train = tuple(Example("", ("a", "b"), i % 2) for i in range(count))
+    return Workload(folder, linear_matrices(folder, spec.space.targets), Splits(train, ()), encoded)
