@@ -48,6 +48,9 @@ METHODS: dict[str, list[str]] = {
         *("estimator.population=16", "space=lowrank", "optimizer.lr=4e-3"),
     ],
     "rloo": ["estimator=rloo", "run.batch=2", "optimizer.lr=0.06"],
+    "rloo-lowrank": [
+        *("estimator=rloo", "estimator.sigma=7e-4", "space=lowrank", "run.batch=2", "optimizer.lr=4e-4"),
+    ],
     "sign": ["estimator=two_point", "run.batch=16", "optimizer=sign", "optimizer.lr=0.02"],
     "meazo": ["estimator=two_point", "run.batch=16", "optimizer=adaptive", "optimizer.lr=0.02"],
 }
