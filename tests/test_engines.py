@@ -139,7 +139,7 @@ def test_exported_adapter_loads_in_vllm_with_the_same_slots(engines, tmp_path):
     manager.activate_adapter(1)
     slot = manager.lora_index_to_id.index(1)
     loaded = {name: (a[slot].clone(), b[slot].clone()) for name, (a, b) in scorer.sites.items()}
-    scorer.write_slot(slot, Probe(2, 0, 0.0))
+    scorer.write_slots([Probe(2, 0, 0.0)], slot)
     rank = scorer.space.rank
     for name, (a, b) in scorer.sites.items():
         assert torch.equal(loaded[name][0][0, :rank], a[slot, 0, :rank]), name
@@ -181,8 +181,7 @@ def test_request_path_mapping_of_the_cpu_kernel(engines):
     vllm, _ = engines
     scorer = vllm.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker._zoray
     probes = [Probe(2, slot, 0.5) for slot in range(SLOTS)]
-    for slot, probe in enumerate(probes):
-        scorer.write_slot(slot, probe)
+    scorer.write_slots(probes)
     ids = [11, 11, 0, 12, 12, 11, 13]  # vLLM adapter ids; 0 is the base model
     kinds = {(takes_tokens(m), gives_logits(m)): (name, m) for name, m in scorer.manager.modules.items()}
     assert len(kinds) == (3 if scorer.space.targets == EVERYTHING else 1)

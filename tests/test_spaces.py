@@ -554,3 +554,28 @@ def test_only_lora_leaves_the_base_weights_alone():
     assert [space.folds for space in (Lora(), Lozo(), LowRank())] == [False, True, True]
     state = Lora(rank=2).open(MATRICES, 0, weights={})  # weights that it does not need are no mistake
     assert state.digest() == Lora(rank=2).open(MATRICES, 0).digest()
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        *(Lora(rank=3, train=train, distribution="gaussian") for train in ("B", "AB")),
+        *(Lozo(rank=2, interval=2), LowRank(rank=1), LowRank(rank=4, distribution="rademacher")),
+    ],
+    ids=str,
+)
+def test_factors_of_many_probes_are_those_of_each(space):
+    """To the bit; whatever the state has been through."""
+    weights = {name: torch.full(shape, 0.5) for name, shape in MATRICES.items()}
+    state = space.open(MATRICES, 5, weights=weights)
+    for step in range(3):
+        state.apply(Commit(step, (0.3, -0.1)))
+    probes = [Probe(3, index, scale) for index, scale in ((0, 0.1), (0, -0.1), (2, 0.3), (1, 0.0))]
+    single = [list(state.factors(probe)) for probe in probes]
+    together = list(state.stacked(probes))
+    assert [name for name, _, _ in together] == [name for name, _, _ in single[0]] == list(MATRICES)
+    for i, (_, a, b) in enumerate(together):
+        assert len(b) == len(probes) and len(a) in (1, len(probes))
+        for k, factors in enumerate(single):
+            assert torch.equal(a.expand(len(probes), -1, -1)[k], factors[i][1]) and torch.equal(b[k], factors[i][2])
+    assert state.stack_size >= max(b[0].numel() for _, _, b in together)

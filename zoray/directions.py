@@ -206,6 +206,11 @@ class Layout:
         shape, offset = self.shapes[name], self.offsets[name]
         return flat[offset : offset + math.prod(shape)].view(shape)
 
+    def views(self, flats: torch.Tensor, name: str) -> torch.Tensor:
+        """The same in each of some flat vectors, (P, size) -> (P, *shape)."""
+        shape, offset = self.shapes[name], self.offsets[name]
+        return flats[:, offset : offset + math.prod(shape)].unflatten(1, shape)
+
 
 def direction_torch(
     seed: int,

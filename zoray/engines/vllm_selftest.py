@@ -36,8 +36,7 @@ def prove_live(scorer: Scorer) -> dict[str, float]:
     inputs = {name: _input(scorer, module) for name, module in modules.items()}
     bare = {name: _output(scorer, name, inputs[name]) for name in modules}
 
-    for slot in range(slots):
-        scorer.write_slot(slot, Probe(0, slot, 0.0))  # B is zero at journal index 0
+    scorer.write_slots([Probe(0, slot, 0.0) for slot in range(slots)])  # B is zero at journal index 0
     _map(scorer, segments)
     zero = {name: _output(scorer, name, inputs[name]) for name in modules}
     changed = [name for name in modules if not torch.equal(zero[name], bare[name])]
@@ -45,8 +44,7 @@ def prove_live(scorer: Scorer) -> dict[str, float]:
         raise ConfigError(f"adapter self-test failed: a zero adapter changes the output of {changed[0]}")
 
     probes = [Probe(0, slot, 1.0) for slot in range(slots)]
-    for slot, probe in enumerate(probes):
-        scorer.write_slot(slot, probe)
+    scorer.write_slots(probes)
     adapters = [{name: (a, b) for name, a, b in scorer.state.factors(probe)} for probe in probes]
     errors = {}
     for name, module in modules.items():

@@ -20,6 +20,7 @@ from zoray.engines.packing import Pack, Plan, SequenceTable, blocks_needed, pack
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits
 from zoray.engines.vllm_selftest import prove_live
 from zoray.models import restore
+from zoray.spaces.base import CACHED_ELEMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -115,16 +116,20 @@ class PackedScorer:
             module.set_mapping(wrapper)
         return wrapper
 
-    def write_slot(self, slot: int, probe: Probe) -> None:
-        """Put a probe's factors into a slot, in place on the device. The scaling enters B here and only here."""
-        key, rank = self.state.a_key(probe), self.space.rank
-        a_is_there = self._a_in_slot.get(slot) == key
-        for name, a, b in self.state.factors(probe):
+    def write_slots(self, probes: Sequence[Probe], first: int = 0) -> None:
+        """Put the factors of P probes into the slots from `first` on, in place on the device, a copy or two a matrix.
+
+        The scaling enters B here and only here.
+        """
+        rank, slots = self.space.rank, slice(first, first + len(probes))
+        keys = {slot: self.state.a_key(probe) for slot, probe in enumerate(probes, start=first)}
+        a_is_there = all(self._a_in_slot.get(slot) == key for slot, key in keys.items())
+        for name, a, b in self.state.stacked(probes):
             a_slots, b_slots = self.sites[name]
             if not a_is_there:
-                a_slots[slot, 0, :rank].copy_(a)
-            b_slots[slot, 0, :, :rank].copy_(b * self.space.scaling)
-        self._a_in_slot[slot] = key
+                a_slots[slots, 0, :rank].copy_(a)  # one for all where they share it
+            b_slots[slots, 0, :, :rank].copy_(b * self.space.scaling)
+        self._a_in_slot.update(keys)
 
     @torch.inference_mode()
     def score(self, plan: Plan) -> np.ndarray:
@@ -132,8 +137,9 @@ class PackedScorer:
         first = plan.first_output
         result = np.zeros(first[-1])
         for probes, members, slots in plan.by_slots(self.slots):
-            for slot, probe in enumerate(probes):
-                self.write_slot(slot, probe)
+            at_once = max(1, CACHED_ELEMENTS // self.state.stack_size)
+            for start in range(0, len(probes), at_once):
+                self.write_slots(probes[start : start + at_once], start)
             chosen = plan.chosen[members]
             result[ranges(first[members], plan.table.n_outputs[chosen])] = self._score_slots(plan.table, chosen, slots)
         return result

@@ -14,7 +14,7 @@ from zoray.directions import Layout, check_distribution, direction_torch, name_h
 from zoray.records import Commit, ConfigError, JournalError, require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
     import numpy as np
     import torch
@@ -37,6 +37,15 @@ class State(Protocol):
 
     def factors(self, probe: Probe) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """(canonical name, A (rank, in), B (out, rank)) of every matrix under a probe; W + scaling * B @ A acts."""
+        ...
+
+    def stacked(self, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(canonical name, A (P or 1, rank, in), B (P, out, rank)) of every matrix under P probes at once."""
+        ...
+
+    @property
+    def stack_size(self) -> int:
+        """How many numbers `stacked` holds for each probe at a time."""
         ...
 
     def a_key(self, probe: Probe) -> Hashable:

@@ -11,7 +11,7 @@ from zoray.records import is_finite, require
 from zoray.spaces.base import Directions, advance, as_arrays, check_space, digest, expect, is_embedding, select
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping
+    from collections.abc import Hashable, Iterator, Mapping, Sequence
 
     import numpy as np
     import torch
@@ -136,6 +136,20 @@ class LoraState:
     def factors(self, probe: Probe) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """(canonical name, A (rank, in), B (out, rank)) of every matrix under a probe."""
         return self.tensors(self.perturbed(probe))
+
+    def stacked(self, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(canonical name, A (P or 1, rank, in), B (P, out, rank)) of every matrix under P probes at once."""
+        import torch
+
+        flats = torch.stack([self.perturbed(probe) for probe in probes])
+        a_flats = flats if self.space.train == "AB" else self._a_flat[None]
+        for name in self.matrices:
+            yield name, self._a_layout.views(a_flats, f"{name}.lora_A"), self.layout.views(flats, f"{name}.lora_B")
+
+    @property
+    def stack_size(self) -> int:
+        """All trained tensors."""
+        return self.layout.size
 
     def a_key(self, probe: Probe) -> Hashable:
         """A never moves when only B is trained."""

@@ -18,7 +18,7 @@ from zoray.records import ConfigError, require
 from zoray.spaces.base import MAX_RANK, Directions, check_space, digest, expect, select
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -108,6 +108,21 @@ class LowRankState:
         """(canonical name, V^T (rank, in), scale * U (out, rank)) of every matrix under a probe."""
         for name, a, b in self._raw(probe.step, probe.index):
             yield name, a, b * probe.scale
+
+    def stacked(self, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(canonical name, A (P, rank, in), B (P, out, rank)) of every matrix under P probes at once."""
+        import torch
+
+        scales = torch.tensor([probe.scale for probe in probes], device=self._u_layout.device)[:, None, None]
+        for name in self.matrices:
+            u = [self._draw_u.part(probe.step, probe.index, f"{name}.lowrank_U") for probe in probes]
+            v = [self._draw_v.part(probe.step, probe.index, f"{name}.lowrank_V") for probe in probes]
+            yield name, torch.stack(v), torch.stack(u) * scales
+
+    @property
+    def stack_size(self) -> int:
+        """The factors of one matrix."""
+        return self.space.rank * max(out + into for out, into in self.matrices.values())
 
     def a_key(self, probe: Probe) -> Hashable:
         """V is of the direction's address."""

@@ -17,7 +17,7 @@ from zoray.records import require
 from zoray.spaces.base import Directions, advance, as_arrays, check_space, digest_part, expect, select
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
     import numpy as np
     import torch
@@ -125,6 +125,19 @@ class LozoState:
     def factors(self, probe: Probe) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """(canonical name, A (rank, in), B (out, rank)) of every matrix under a probe."""
         return self.tensors(self.perturbed(probe))
+
+    def stacked(self, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(canonical name, A (1, rank, in), B (P, out, rank)) of every matrix under P probes at once."""
+        import torch
+
+        flats, v = torch.stack([self.perturbed(probe) for probe in probes]), self._v[None]
+        for name in self.matrices:
+            yield name, self._v_layout.views(v, f"{name}.lozo_V"), self.layout.views(flats, f"{name}.lozo_U")
+
+    @property
+    def stack_size(self) -> int:
+        """All of B."""
+        return self.layout.size
 
     def a_key(self, probe: Probe) -> Hashable:
         """V is the same for all probes of an interval."""
