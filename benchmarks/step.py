@@ -5,8 +5,9 @@
     python -m benchmarks.step model=opt-1.3b dtype=float16         random weights of a real shape, random tokens
 
 `zoray` is a replica's whole step without Ray: the last step's commit, slot writes, packed scoring, losses, estimate and
-update. `bare` is the same engine's packed forward of the same tokens without any adapter: zo_tax = zoray / bare. `loop`
-is the official training loop's step on transformers (benchmarks/training_loop.py). `parts` chooses among them.
+update. `bare` is the same engine's packed forward of the same tokens without any adapter: zo_tax = zoray / bare.
+`request` is the step through vLLM's request path, `loop` the official training loop's on transformers
+(benchmarks/training_loop.py). `parts` chooses among them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.training_loop import TrainingLoop, option_batch
 from benchmarks.workload import make_opt, random_workload
 
 DEFAULTS = {"model": "smollm2", "batch": "16", "pairs": "1", "space": "lora", "dtype": "auto", "rounds": "10"}
-DEFAULTS |= {"parts": "zoray,bare,loop", "device": "cpu", "method": "lozo"}
+DEFAULTS |= {"parts": "zoray,bare,request,loop", "device": "cpu", "method": "lozo"}
 
 
 def main(arguments: list[str]) -> None:
@@ -52,9 +53,9 @@ def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) 
     e = build_experiment(compose("config", [*settings, *where]))
     workload = random_workload(e.spec, path, 50272) if dummy else load_workload(e.spec)
     replica = Replica(e.spec, workload)
-    contenders = {"zoray": zoray_step(e, replica)}
+    stepper = Stepper(e, replica)
     bare, tokens = bare_forward(e, replica)
-    contenders["bare"] = bare
+    contenders = {"zoray": stepper.direct, "bare": bare, "request": stepper.request}
     if "loop" in options["parts"]:
         contenders["loop"] = loop_step(e, workload, options)
     parts = options["parts"].split(",")
@@ -62,36 +63,48 @@ def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) 
     result: dict[str, Any] = {"benchmark": "step", **options, "tokens_per_step": tokens, "threads": _threads()}
     result |= {f"{name}_seconds": spread(values) for name, values in seconds.items()}
     result["seconds_per_step"] = spread(seconds["zoray"])
-    for name, of in (("zo_tax", ("zoray", "bare")), ("speedup_over_training_loop", ("loop", "zoray"))):
+    ratios = {"zo_tax": ("zoray", "bare"), "speedup_over_request_path": ("request", "zoray")}
+    for name, of in (ratios | {"speedup_over_training_loop": ("loop", "zoray")}).items():
         if set(of) <= seconds.keys():
             result[name] = ratio(*(seconds[part] for part in of))
     return result
 
 
-def zoray_step(e: Any, replica: Any) -> Any:
-    """A function that takes the next step on a replica, commits included."""
-    from zoray.tiles import join_tiles, tile_grid
+class Stepper:
+    """Takes the next step on a replica at each call, without Ray; the last step's commit goes with the next one."""
 
-    run: dict[str, Any] = {"step": 0, "memory": e.optimizer.init(), "commits": []}
+    def __init__(self, e: Any, replica: Any) -> None:
+        self.e, self.replica, self.step = e, replica, 0
+        self.memory, self.commits = e.optimizer.init(), []
 
-    def step() -> None:
-        probes = e.estimator.ask(run["step"])
+    def direct(self) -> None:
+        """Scored by the packed forward."""
+        from zoray.tiles import join_tiles, tile_grid
+
+        e = self.e
+        probes = e.estimator.ask(self.step)
         tiles = tile_grid(probes, e.run.batch, e.run.tile_examples, shared=e.estimator.shared)
-        scores, _ = replica.evaluate(run["commits"][-1:], tiles)
+        scores, _ = self.replica.evaluate(self.commits[-1:], tiles)
         losses, _ = join_tiles(probes, tiles, scores)
-        estimate = e.estimator.tell(probes, losses, replica.info.noise)
-        run["memory"], commit = e.optimizer.update(run["memory"], run["step"], 1_000_000, estimate.weights)
-        run["commits"].append(commit)
-        run["step"] += 1
+        estimate = e.estimator.tell(probes, losses, self.replica.info.noise)
+        self.memory, commit = e.optimizer.update(self.memory, self.step, 1_000_000, estimate.weights)
+        self.commits.append(commit)
+        self.step += 1
 
-    return step
+    def request(self) -> None:
+        """Scored by vLLM's request path."""
+        self.replica.engine.scoring = "request"
+        try:
+            self.direct()
+        finally:
+            self.replica.engine.scoring = "direct"
 
 
 def bare_forward(e: Any, replica: Any) -> tuple[Any, int]:
     """A function that scores the same number of sequences of the first batches without adapters; tokens of a step."""
     import numpy as np
 
-    from zoray.engines.packing import Plan
+    from zoray.engines.packing import Plan, ranges
     from zoray.records import Probe, Tile
 
     split, number, count = replica._encoded("train"), {"step": 0}, len(e.estimator.ask(0))
@@ -100,8 +113,6 @@ def bare_forward(e: Any, replica: Any) -> tuple[Any, int]:
     def forward() -> None:
         tile = Tile((Probe(number["step"], 0, 0.0),), 0, e.run.batch)
         examples = np.tile(replica._indices(tile), count)
-        from zoray.engines.packing import ranges
-
         chosen = ranges(split.first_sequence[examples], split.n_sequences[examples])
         replica.engine.score_plan(Plan(split.table, (), np.full(len(chosen), -1), chosen))
         tokens.append(int(split.tokens[examples].sum()))

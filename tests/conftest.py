@@ -11,14 +11,14 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-from tiny import tiny_llama, tiny_opt
+from tiny import tiny_llama, tiny_opt, tiny_qwen2
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of the tiny models, by architecture."""
     root = tmp_path_factory.mktemp("models")
-    return {"llama": tiny_llama(root / "llama"), "opt": tiny_opt(root / "opt")}
+    return {"llama": tiny_llama(root / "llama"), "opt": tiny_opt(root / "opt"), "qwen2": tiny_qwen2(root / "qwen2")}
 
 
 @pytest.fixture(scope="session")

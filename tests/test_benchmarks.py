@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import step, workload
+from benchmarks import host, step, workload
 from benchmarks.methods import METHODS, run, table
 from benchmarks.training_loop import TrainingLoop, option_batch
 from zoray.cli import build_experiment, compose
@@ -54,7 +54,7 @@ def test_the_table_has_mean_and_spread_over_seeds():
 def test_a_step_is_timed_against_the_bare_forward_and_the_training_loop(space, tiny_models, labelled_file, tmp_path):
     words = "task.words=[' terrible',' great']"
     where = ("model=hf", f"model.path={tiny_models['opt']}", "task=file", f"task.path={labelled_file}", words)
-    options = {**step.DEFAULTS, "batch": "4", "pairs": "2", "rounds": "3", "space": space}
+    options = {**step.DEFAULTS, "batch": "4", "pairs": "2", "rounds": "3", "space": space, "parts": "zoray,bare,loop"}
     result = step.measure(options, tmp_path, (*where, "task.dev=10", "task.test=20", "engine=hf"))
     for name in ("seconds_per_step", "zo_tax", "speedup_over_training_loop", "bare_seconds", "loop_seconds"):
         assert 0 < result[name]["low"] <= result[name]["median"] <= result[name]["high"], name
@@ -108,3 +108,10 @@ def test_random_examples_have_the_lengths_of_short_sentences():
     lengths = [len(sequence.tokens) for (sequence,) in single]
     assert 24 < np.mean(lengths) < 28 and min(lengths) >= 8 and max(lengths) <= 70
     assert all(len(sequences) == 3 and len(sequences[0].targets) == 2 for sequences in several)
+
+
+def test_host_time_is_measured_on_both_paths(tmp_path):
+    result = host.measure(3, host.toy(tmp_path))
+    for size in host.SIZES:
+        assert 0 < result[f"direct_ms_{size}"]["median"] < result[f"request_ms_{size}"]["median"]
+        assert result[f"request_over_direct_{size}"]["low"] > 1

@@ -108,6 +108,33 @@ def test_more_probes_than_slots_and_more_tokens_than_a_forward(engines, sequence
     assert worst(together[:20], alone) < TOLERANCE
 
 
+@pytest.mark.parametrize("architecture", ["llama", "opt", "qwen2"])
+def test_the_request_path_gives_the_same_numbers(architecture, tiny_models):
+    """Options of one token and of several, the bare model, more probes than slots; and back to the packed path."""
+    folder, space = tiny_models[architecture], Lora(rank=2, alpha=4, train="AB")
+    matrices, rng = linear_matrices(folder), np.random.default_rng(1)
+    vllm = Vllm(slots=2, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(folder, "float32", matrices, space, seed=3)
+    reference = Hf().start(folder, "float32", matrices, space, seed=3)
+    for engine in (vllm, reference):
+        engine.apply(COMMITS)
+    sequences = [sequence(rng, length, answer) for answer in range(4) for length in (7, 30)]
+    for one in sequences:
+        if len(one.rows) > 1 and one.n_outputs == 1:  # an answer of several tokens is the text's continuation
+            one.targets[:-1] = one.tokens[one.rows[:-1] + 1]
+    probes = [None, *(Probe(2, k, scale) for k in range(2) for scale in (0.0, 0.05, -0.05))]
+    work = [(probe, one) for one in sequences for probe in probes]
+    expected, direct = reference.score(work), vllm.score(work)
+    assert worst(direct, expected) < TOLERANCE
+    vllm.scoring = "request"
+    assert worst(vllm.score(work), expected) < TOLERANCE
+    vllm.scoring = "direct"
+    assert worst(vllm.score(work), direct) == 0.0
+    with_other_targets = sequence(rng, 9, 3)
+    vllm.scoring = "request"
+    with pytest.raises(ConfigError, match="can't score targets that are not the text's own continuation"):
+        vllm.score([(None, with_other_targets)])
+
+
 def test_the_same_call_gives_the_same_bits(engines, sequences):
     vllm, _ = engines
     work = [(Probe(2, 0, 0.05), s) for s in sequences]

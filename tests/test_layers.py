@@ -20,7 +20,7 @@ ORDER = [
     *("estimators", "optimizers", "journal", "objectives"),
     *("tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
     *("engines", "engines.packing", "engines.base", "engines.cpu_lora", "engines.hf"),
-    *("engines.vllm_layers", "engines.vllm_selftest", "engines.vllm_worker", "engines.vllm"),
+    *("engines.vllm_layers", "engines.vllm_selftest", "engines.vllm_worker", "engines.vllm_requests", "engines.vllm"),
     *("cluster", "replica", "pool", "plots", "history", "monitoring", "adapters", "experiment", "driver", "cli"),
     *("prepare", "replay", "evaluate", "export", "launch"),
 ]

@@ -90,6 +90,27 @@ def tiny_opt(folder: str | Path, seed: int = 0) -> Path:
     return _save(config, folder, seed, bos=True)
 
 
+def tiny_qwen2(folder: str | Path, seed: int = 0) -> Path:
+    """Two Qwen2 layers: as Llama, with biases on q, k and v, and one weight for embedding and LM head."""
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    return _save(config, folder, seed, bos=False)
+
+
 def _save(config: PretrainedConfig, folder: str | Path, seed: int, bos: bool) -> Path:
     import torch
     from transformers import AutoModelForCausalLM

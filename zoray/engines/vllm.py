@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.engines.base import Pairs
+from zoray.engines.packing import ranges
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Vllm:
         slots: adapters that are resident together; a step with more probes is scored in several passes.
         max_tokens: tokens of one forward; larger plans are split.
         max_length: longest sequence; null for the model's own limit, at most `max_tokens`.
+        scoring: "direct", the packed forward; or "request", vLLM's own request path, far slower: a check of the other.
         kv_cache_gib: memory for the KV cache. Scoring needs max_tokens of it, serving more.
         deterministic: score every tile in a forward of its own, so that a score's last bits do not depend on which
             other tiles a replica happens to hold; slower.
@@ -42,6 +44,7 @@ class Vllm:
     slots: int = 16
     max_tokens: int = 4096
     max_length: int | None = None
+    scoring: str = "direct"
     kv_cache_gib: float = 1.0
     deterministic: bool = False
     eager: bool = True
@@ -56,6 +59,7 @@ class Vllm:
                 f"expected engine.max_tokens of at least 3 x engine.slots, for the check of all slots at start; got "
                 f"{self.max_tokens} and {self.slots}"
             )
+        require(self.scoring in ("direct", "request"), "engine.scoring to be direct or request", self.scoring)
         require(self.load_format in ("auto", "dummy"), "engine.load_format to be auto or dummy", self.load_format)
         require(self.kv_cache_gib > 0, "engine.kv_cache_gib to be positive", self.kv_cache_gib)
 
@@ -90,7 +94,7 @@ class Vllm:
                 llm = LLM(**self._llm_arguments(folder, dtype, limit, space, targets))
             except ValueError as error:  # a head that is too large for its LoRA, a target that it can't wrap, ...
                 raise ConfigError(f"vLLM does not load {folder} with these settings: {error}") from error
-        return VllmEngine(llm, space, matrices, seed, folder)
+        return VllmEngine(llm, space, matrices, seed, folder, self.scoring)
 
     def _llm_arguments(
         self, folder: Path | str, dtype: str, limit: int, space: Space, targets: Mapping[str, tuple[int, int]]
@@ -122,9 +126,15 @@ class VllmEngine(Pairs):
     """Engine protocol (base.py) over one vLLM instance in this process."""
 
     def __init__(
-        self, llm: Any, space: Space, matrices: Mapping[str, tuple[int, int]], seed: int, folder: Path | str
+        self,
+        llm: Any,
+        space: Space,
+        matrices: Mapping[str, tuple[int, int]],
+        seed: int,
+        folder: Path | str,
+        scoring: str = "direct",
     ) -> None:
-        self.llm, self._folder = llm, str(folder)
+        self.llm, self._folder, self.scoring = llm, str(folder), scoring
         self.self_test: dict[str, float]
         self.self_test, self.dtype = self._call("zoray_open", space, dict(matrices), seed)
 
@@ -137,7 +147,24 @@ class VllmEngine(Pairs):
 
     def score_plan(self, plan: Plan) -> np.ndarray:
         """Sums of log-probabilities of all outputs of a plan, in its order, float64."""
-        return self._call("zoray_score", plan)
+        if self.scoring == "direct":
+            return self._call("zoray_score", plan)
+        return self._by_requests(plan)
+
+    def _by_requests(self, plan: Plan) -> np.ndarray:
+        from vllm.lora.request import LoRARequest
+
+        from zoray.engines.vllm_requests import score_slots
+
+        slots = self._call("zoray_register")
+        adapters = [LoRARequest(f"slot {slot}", slot + 1, "/none") for slot in range(slots)]
+        first = plan.first_output
+        result = np.zeros(first[-1])
+        for probes, members, slot_of in plan.by_slots(slots):
+            self._call("zoray_write", probes)
+            at = ranges(first[members], plan.table.n_outputs[plan.chosen[members]])
+            result[at] = score_slots(self.llm, plan, members, slot_of, adapters)
+        return result
 
     def reset(self) -> None:
         """Back to journal index 0; folded base weights are read from the model's folder again."""

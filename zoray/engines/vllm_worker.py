@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from vllm.forward_context import set_forward_context
 from vllm.lora.layers import LoRAMapping
+from vllm.lora.request import LoRARequest
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from zoray.engines.packing import Pack, Plan, SequenceTable, blocks_needed, pack, ranges
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits
 from zoray.engines.vllm_selftest import prove_live
 from zoray.models import restore
+from zoray.records import ConfigError
 from zoray.spaces.base import CACHED_ELEMENTS
 
 if TYPE_CHECKING:
@@ -56,6 +58,12 @@ class ZorayWorker:
 
     def zoray_score(self, plan: Plan) -> np.ndarray:
         return self._zoray.score(plan)
+
+    def zoray_register(self) -> int:
+        return self._zoray.register_slots()
+
+    def zoray_write(self, probes: Sequence[Probe]) -> None:
+        self._zoray.write_all(probes)
 
     def zoray_step(self) -> int:
         return self._zoray.state.step
@@ -131,15 +139,32 @@ class PackedScorer:
             b_slots[slots, 0, :, :rank].copy_(b * self.space.scaling)
         self._a_in_slot.update(keys)
 
+    def write_all(self, probes: Sequence[Probe]) -> None:
+        """Put probes into the slots from the first on, so many at a time as memory allows."""
+        at_once = max(1, CACHED_ELEMENTS // self.state.stack_size)
+        for start in range(0, len(probes), at_once):
+            self.write_slots(probes[start : start + at_once], start)
+
+    def register_slots(self) -> int:
+        """For the request path: make adapter id k + 1 mean slot k, without any file; how many slots there are."""
+        loaded = self.runner.lora_manager.list_adapters()
+        for slot in range(self.slots):
+            if slot + 1 not in loaded:
+                rank = self.vllm_config.lora_config.max_lora_rank
+                self.runner.lora_manager.add_dummy_lora(LoRARequest(f"slot {slot}", slot + 1, "/none"), rank)
+                self.manager.activate_adapter(slot + 1)
+                self._a_in_slot.pop(slot, None)
+        if self.manager.lora_index_to_id != list(range(1, self.slots + 1)):
+            raise ConfigError(f"vLLM has put adapters elsewhere: {self.manager.lora_index_to_id}")
+        return self.slots
+
     @torch.inference_mode()
     def score(self, plan: Plan) -> np.ndarray:
         """Sums of log-probabilities of all outputs of a plan, in its order, float64."""
         first = plan.first_output
         result = np.zeros(first[-1])
         for probes, members, slots in plan.by_slots(self.slots):
-            at_once = max(1, CACHED_ELEMENTS // self.state.stack_size)
-            for start in range(0, len(probes), at_once):
-                self.write_slots(probes[start : start + at_once], start)
+            self.write_all(probes)
             chosen = plan.chosen[members]
             result[ranges(first[members], plan.table.n_outputs[chosen])] = self._score_slots(plan.table, chosen, slots)
         return result

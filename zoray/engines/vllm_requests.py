@@ -1,0 +1,71 @@
+"""Scoring through vLLM's own request path: a request per sequence, through scheduler, sampler and output processing.
+
+The check of the packed path, and what a served engine uses between its other requests. It costs host work for every
+sequence, which is why it is not the default.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoray.records import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zoray.engines.packing import Plan
+    from zoray.records import TokenSequence
+
+
+def score_slots(llm: Any, plan: Plan, members: np.ndarray, slots: np.ndarray, adapters: Sequence[Any]) -> np.ndarray:
+    """Sums of log-probabilities of the outputs of `members` (k,) of a plan, each under the adapter of its slot (k,).
+
+    Options of one token are one request that asks for their log-probabilities; other outputs are a request each, the
+    whole text, whose prompt log-probabilities are summed over the answer.
+
+    Args:
+        llm: vllm.LLM.
+        adapters: a LoRARequest for each slot.
+    """
+    prompts, parameters, loras, reads = [], [], [], []
+    first = 0
+    for member, slot in zip(members.tolist(), slots.tolist(), strict=True):
+        sequence = plan.table[int(plan.chosen[member])]
+        for prompt, parameter, read in _requests(sequence):
+            prompts.append({"prompt_token_ids": prompt})
+            parameters.append(parameter)
+            loras.append(adapters[slot] if slot >= 0 else None)
+            reads.append([(first + output, position, token) for output, position, token in read])
+        first += sequence.n_outputs
+    sums = np.zeros(first)
+    answers = llm.generate(prompts, parameters, lora_request=loras, use_tqdm=False)
+    for answer, read in zip(answers, reads, strict=True):
+        for output, position, token in read:
+            found = answer.outputs[0].logprobs[0] if position is None else answer.prompt_logprobs[position]
+            sums[output] += found[token].logprob
+    return sums
+
+
+def _requests(sequence: TokenSequence) -> list[tuple[list[int], Any, list[tuple[int, int | None, int]]]]:
+    """(prompt, sampling parameters, [(output, position or None for the sampled one, token)]) for a sequence."""
+    from vllm import SamplingParams
+
+    tokens, last = sequence.tokens.tolist(), len(sequence.tokens) - 1
+    common = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+    if (sequence.rows == last).all() and "logprob_token_ids" in SamplingParams.__struct_fields__:
+        asked = sequence.targets.tolist()
+        read = [(int(output), None, token) for output, token in zip(sequence.outputs, asked, strict=True)]
+        ids = sorted(set(asked))
+        return [(tokens, SamplingParams(**common, logprobs=len(ids), logprob_token_ids=ids), read)]
+    requests = []
+    for output in range(sequence.n_outputs):
+        own = sequence.outputs == output
+        rows, targets = sequence.rows[own].tolist(), sequence.targets[own].tolist()
+        text = [*tokens[: rows[-1] + 1], targets[-1]] if rows else []
+        if [text[row + 1] for row in rows] != targets:
+            raise ConfigError("engine.scoring=request can't score targets that are not the text's own continuation")
+        read = [(output, row + 1, target) for row, target in zip(rows, targets, strict=True)]
+        requests.append((text, SamplingParams(**common, prompt_logprobs=0), read))
+    return requests
