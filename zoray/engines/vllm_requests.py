@@ -56,6 +56,7 @@ def _requests(sequence: TokenSequence) -> list[tuple[list[int], Any, list[tuple[
     common = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
     if (sequence.rows == last).all() and "logprob_token_ids" in SamplingParams.__struct_fields__:
         asked = sequence.targets.tolist()
+        read: list[tuple[int, int | None, int]]
         read = [(int(output), None, token) for output, token in zip(sequence.outputs, asked, strict=True)]
         ids = sorted(set(asked))
         return [(tokens, SamplingParams(**common, logprobs=len(ids), logprob_token_ids=ids), read)]
