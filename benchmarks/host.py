@@ -35,10 +35,9 @@ def main(arguments: list[str]) -> None:
 def measure(count: int, folder: Path, where: tuple[str, ...] = ()) -> dict[str, Any]:
     """Milliseconds of a step of each path at each size."""
     result: dict[str, Any] = {"benchmark": "host"}
-    contenders, steppers = {}, []
+    contenders = {}
     for size in SIZES:
         stepper = Stepper(*replica(folder, size // 2, where))
-        steppers.append(stepper)
         contenders |= {f"direct_{size}": stepper.direct, f"request_{size}": stepper.request}
     seconds = rounds(contenders, count)
     for name, values in seconds.items():

@@ -146,9 +146,7 @@ def test_experiments_have_the_published_numbers():
         e = build_experiment(compose("config", [f"experiment={name}"]))
         asked = e.estimator.ask(0)
         assert (e.optimizer.lr, asked[-1].scale in (size, -size), e.run.batch, e.run.steps) == (lr, True, batch, steps)
-        assert len(asked) == probes and (rank is None or e.space.rank == rank), (
-            name
-        )  # None: published for whole weights
+        assert len(asked) == probes and (rank is None or e.space.rank == rank), name
         assert not e.run.stratify and e.optimizer.schedule == "constant"
 
 

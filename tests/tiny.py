@@ -7,7 +7,7 @@ is 32 because vLLM's CPU attention does not take every small one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -22,6 +22,19 @@ TEXT = [
     "I liked the music. I did not like the plot!",
     "one of the best movies of the year",
 ]
+
+
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+GROUPED: dict[str, Any] = {  # the shape of Llama and its kin, with grouped-query attention
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": MAX_LENGTH,
+    "initializer_range": 0.2,
+}
 
 
 def tiny_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
@@ -51,19 +64,10 @@ def tiny_llama(folder: str | Path, seed: int = 0) -> Path:
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **GROUPED,
         head_dim=32,
-        max_position_embeddings=MAX_LENGTH,
-        initializer_range=0.2,
         tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
+        **IDS,
     )
     return _save(config, folder, seed, bos=False)
 
@@ -83,9 +87,7 @@ def tiny_opt(folder: str | Path, seed: int = 0) -> Path:
         max_position_embeddings=MAX_LENGTH,
         init_std=0.2,
         dropout=0.0,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
+        **IDS,
     )
     return _save(config, folder, seed, bos=True)
 
@@ -95,18 +97,9 @@ def tiny_qwen2(folder: str | Path, seed: int = 0) -> Path:
     from transformers import Qwen2Config
 
     config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=MAX_LENGTH,
-        initializer_range=0.2,
+        **GROUPED,
         tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
+        **IDS,
     )
     return _save(config, folder, seed, bos=False)
 

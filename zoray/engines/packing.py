@@ -13,7 +13,7 @@ import numpy as np
 from zoray.records import ConfigError, Probe, TokenSequence
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -112,6 +112,17 @@ class Plan:
             members = np.flatnonzero((self.probe_of >= (first or -1)) & (self.probe_of < first + len(probes)))
             if len(members):
                 yield probes, members, np.where(self.probe_of[members] < 0, -1, self.probe_of[members] - first)
+
+    def gather(
+        self, slots: int, score: Callable[[tuple[Probe, ...], np.ndarray, np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """Outputs of the whole plan, in its order, from `score(probes, members, slot of each)` of each part."""
+        first = self.first_output
+        result = np.zeros(first[-1])
+        for probes, members, slot_of in self.by_slots(slots):
+            at = ranges(first[members], self.table.n_outputs[self.chosen[members]])
+            result[at] = score(probes, members, slot_of)
+        return result
 
 
 @dataclass(frozen=True, eq=False)

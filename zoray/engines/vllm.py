@@ -8,18 +8,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from zoray.engines.base import Pairs
-from zoray.engines.packing import ranges
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    import numpy as np
+
     from zoray.engines.packing import Plan
-    from zoray.records import Commit
+    from zoray.records import Commit, Probe
     from zoray.spaces.base import Space
 
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates slots for
@@ -158,13 +157,12 @@ class VllmEngine(Pairs):
 
         slots = self._call("zoray_register")
         adapters = [LoRARequest(f"slot {slot}", slot + 1, "/none") for slot in range(slots)]
-        first = plan.first_output
-        result = np.zeros(first[-1])
-        for probes, members, slot_of in plan.by_slots(slots):
+
+        def part(probes: tuple[Probe, ...], members: np.ndarray, slot_of: np.ndarray) -> np.ndarray:
             self._call("zoray_write", probes)
-            at = ranges(first[members], plan.table.n_outputs[plan.chosen[members]])
-            result[at] = score_slots(self.llm, plan, members, slot_of, adapters)
-        return result
+            return score_slots(self.llm, plan, members, slot_of, adapters)
+
+        return plan.gather(slots, part)
 
     def reset(self) -> None:
         """Back to journal index 0; folded base weights are read from the model's folder again."""

@@ -17,7 +17,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from zoray.engines.packing import Pack, Plan, SequenceTable, blocks_needed, pack, ranges
+from zoray.engines.packing import Pack, Plan, SequenceTable, blocks_needed, pack
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits
 from zoray.engines.vllm_selftest import prove_live
 from zoray.models import restore
@@ -161,13 +161,12 @@ class PackedScorer:
     @torch.inference_mode()
     def score(self, plan: Plan) -> np.ndarray:
         """Sums of log-probabilities of all outputs of a plan, in its order, float64."""
-        first = plan.first_output
-        result = np.zeros(first[-1])
-        for probes, members, slots in plan.by_slots(self.slots):
+
+        def part(probes: tuple[Probe, ...], members: np.ndarray, slots: np.ndarray) -> np.ndarray:
             self.write_all(probes)
-            chosen = plan.chosen[members]
-            result[ranges(first[members], plan.table.n_outputs[chosen])] = self._score_slots(plan.table, chosen, slots)
-        return result
+            return self._score_slots(plan.table, plan.chosen[members], slots)
+
+        return plan.gather(self.slots, part)
 
     def _score_slots(self, table: SequenceTable, chosen: np.ndarray, slots: np.ndarray) -> np.ndarray:
         sums = torch.zeros(int(table.n_outputs[chosen].sum()), dtype=torch.float64, device=self.device)
