@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.step import Stepper
+from benchmarks.stepper import Stepper
 from benchmarks.timing import ratio, rounds, spread
 from zoray.records import Example, Splits, TokenSequence
 

@@ -16,9 +16,10 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+from benchmarks.stepper import Stepper
 
 # The methods as settings over the defaults of conf/; steps follow from the budget.
 METHODS: dict[str, list[str]] = {
@@ -110,32 +111,25 @@ def run(
     from zoray.cli import build_experiment, compose
     from zoray.records import Probe
     from zoray.replica import Replica
-    from zoray.tiles import join_tiles, mean, tile_grid
+    from zoray.tiles import mean, scored
 
     overrides = [*settings(method, where), f"run.seed={seed}", f"run.data_seed={seed}", "run.tile_examples=16"]
     lr = compose("config", overrides).optimizer.lr * factor
     e = build_experiment(compose("config", [*overrides, f"optimizer.lr={lr!r}"]))
     replica = Replica(e.spec)
-    grid = partial(tile_grid, examples=e.run.batch, tile_examples=e.run.tile_examples, shared=e.estimator.shared)
-    each = sum(len(tile.probes) * (tile.stop - tile.start) for tile in grid(e.estimator.ask(0)))
-    steps, tokens, commits, memory = budget // each, 0, [], e.optimizer.init()
+    each = scored(replica.grid(0, "train").tiles)
+    steps = budget // each
+    stepper = Stepper(e, replica, steps)
     began = time.monotonic()
-    for step in range(steps):
-        probes = e.estimator.ask(step)
-        tiles = grid(probes)
-        scores, _ = replica.evaluate(commits[-1:], tiles)
-        losses, _ = join_tiles(probes, tiles, scores)
-        estimate = e.estimator.tell(probes, losses, replica.info.noise)
-        memory, commit = e.optimizer.update(memory, step, steps, estimate.weights)
-        commits.append(commit)
-        tokens += sum(score.tokens for score in scores)
+    for _ in range(steps):
+        stepper.direct()
     seconds = time.monotonic() - began
-    replica.apply(commits[-1:])
+    replica.apply(stepper.commits[-1:])
     result: dict[str, Any] = {"method": method, "seed": seed, "lr": lr, "factor": factor, "steps": steps}
     result |= {
         "settings": settings(method, where),
         "sequences": steps * each,
-        "tokens": tokens,
+        "tokens": stepper.tokens,
         "seconds": round(seconds, 1),
         "digest": replica.engine.digest(),
     }

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.stepper import Stepper
 from benchmarks.timing import ratio, rounds, spread
 from benchmarks.training_loop import TrainingLoop, option_batch
 from benchmarks.workload import make_opt, random_workload
@@ -68,36 +69,6 @@ def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) 
         if set(of) <= seconds.keys():
             result[name] = ratio(*(seconds[part] for part in of))
     return result
-
-
-class Stepper:
-    """Takes the next step on a replica at each call, without Ray; the last step's commit goes with the next one."""
-
-    def __init__(self, e: Any, replica: Any) -> None:
-        self.e, self.replica, self.step = e, replica, 0
-        self.memory, self.commits = e.optimizer.init(), []
-
-    def direct(self) -> None:
-        """Scored by the packed forward."""
-        from zoray.tiles import join_tiles, tile_grid
-
-        e = self.e
-        probes = e.estimator.ask(self.step)
-        tiles = tile_grid(probes, e.run.batch, e.run.tile_examples, shared=e.estimator.shared)
-        scores, _ = self.replica.evaluate(self.commits[-1:], tiles)
-        losses, _ = join_tiles(probes, tiles, scores)
-        estimate = e.estimator.tell(probes, losses, self.replica.info.noise)
-        self.memory, commit = e.optimizer.update(self.memory, self.step, 1_000_000, estimate.weights)
-        self.commits.append(commit)
-        self.step += 1
-
-    def request(self) -> None:
-        """Scored by vLLM's request path."""
-        self.replica.engine.scoring = "request"
-        try:
-            self.direct()
-        finally:
-            self.replica.engine.scoring = "direct"
 
 
 def bare_forward(e: Any, replica: Any) -> tuple[Any, int]:

@@ -12,8 +12,8 @@ import torch
 
 from zoray import journal
 from zoray.directions import direction_numpy
-from zoray.records import Probe, Tile, TileScore
-from zoray.tiles import contiguous, join_tiles, mean, tile_grid
+from zoray.records import Probe, Scores, Tile
+from zoray.tiles import contiguous, in_units, join_scores, losses_of, mean, tile_grid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,17 +67,21 @@ class Quadratic:
             for i in examples
         )
 
-    def evaluate(self, commits: Sequence[Any], tiles: Sequence[Tile], digest: bool) -> tuple[list[TileScore], str]:
+    def evaluate(
+        self, commits: Sequence[Any], tiles: Sequence[Tile], digest: bool, per_example: bool = False
+    ) -> tuple[Scores, str]:
         """As Replica.evaluate; the step's examples are `batch`-sized runs, one after another."""
         for commit in commits:
             if commit.step >= self.state.step:
                 self.state.apply(commit)
-        scores = []
+        rows: list[tuple[float, ...]] = []
         for tile in tiles:
             first = 16 * tile.probes[0].step
-            rows = tuple(self.losses(p, range(first + tile.start, first + tile.stop)) for p in tile.probes)
-            scores.append(TileScore(rows, tuple(tuple(0.0 for _ in row) for row in rows), 0))
-        return scores, self.state.digest()
+            rows += [self.losses(p, range(first + tile.start, first + tile.stop)) for p in tile.probes]
+        losses = np.array([loss for row in rows for loss in row])
+        if rows and not per_example:
+            losses = in_units(losses, np.array([len(row) for row in rows]))
+        return Scores(losses, 0.0, 0), self.state.digest()
 
 
 def drive(
@@ -96,13 +100,14 @@ def drive(
     for step in range(len(records), steps if stop is None else stop):
         probes = estimator.ask(step)
         tiles = tile_grid(probes, batch, tile, shared=estimator.shared)
-        commits, scores, digests = [r.commit for r in records], [], set()
+        commits, answers, digests = [r.commit for r in records], [], set()
         for replica, share in zip(replicas, contiguous(list(range(len(tiles))), len(replicas)), strict=True):
-            answer, digest = replica.evaluate(commits, [tiles[i] for i in share], True)
-            scores += answer
+            answer, digest = replica.evaluate(commits, [tiles[i] for i in share], True, estimator.per_example)
+            answers += [(share, answer)] if share else []
             digests.add(digest)
         assert len(digests) == 1, f"replicas disagree at step {step}"
-        losses, _ = join_tiles(probes, tiles, scores)
+        scores = join_scores(tiles, answers, estimator.per_example)
+        losses, _ = losses_of(probes, tiles, scores, estimator.per_example)
         estimate = estimator.tell(probes, losses)
         memory, commit = optimizer.update(memory, step, steps, estimate.weights)
         records.append(journal.StepRecord(commit, tuple(map(mean, losses)), digests.pop(), memory))

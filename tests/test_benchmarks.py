@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import host, step, workload
+from benchmarks import host, scale, step, wire, workload
 from benchmarks.methods import METHODS, run, table
 from benchmarks.training_loop import TrainingLoop, option_batch
 from zoray.cli import build_experiment, compose
@@ -113,3 +113,20 @@ def test_host_time_is_measured_on_both_paths(tmp_path):
     for size in host.SIZES:
         assert 0 < result[f"direct_ms_{size}"]["median"] < result[f"request_ms_{size}"]["median"]
         assert result[f"request_over_direct_{size}"]["low"] > 1
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["two_point", "one_sided", "evolution"])
+def test_a_probe_takes_at_most_sixteen_bytes_on_the_wire(name, local_ray):
+    few, many = (wire.step_bytes(wire.ESTIMATORS[name](count)) for count in (1, 256))
+    for probes, to_replica, from_replica in (few, many):
+        assert probes * 4 < to_replica + from_replica <= 16 * probes + 1024
+    assert many[0] >= 500
+
+
+@pytest.mark.ray
+def test_the_driver_is_timed_with_null_replicas(local_ray, tmp_path):
+    result = scale.measure(3, 20, tmp_path)
+    assert 0 < result["low"] <= result["median"] <= result["high"]
+    (journal,) = tmp_path.glob("*/journal.jsonl")
+    assert journal.read_bytes().count(b"\n") == 21  # header and steps: the whole loop ran

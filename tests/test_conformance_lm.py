@@ -15,6 +15,7 @@ from loop import SEED, drive, final_digest, through_a_file
 from zoray import journal
 from zoray.data import ReplicaSpec, load_workload
 from zoray.engines.hf import Hf
+from zoray.estimators import TwoPoint
 from zoray.models import Model, load_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.records import Probe, record
@@ -43,7 +44,8 @@ def language_models(tiny_models, labelled_file):
     def fresh(space: str) -> list[Replica]:
         if space not in loaded:
             loaded.clear()
-            spec = ReplicaSpec(Model(str(tiny_models["llama"])), task, ChoiceNLL(), LM_SPACES[space], Hf(), SEED, 0, 8)
+            model = Model(str(tiny_models["llama"]))
+            spec = ReplicaSpec(model, task, ChoiceNLL(), LM_SPACES[space], TwoPoint(), Hf(), SEED, 0, 8)
             workload = load_workload(spec)
             loaded[space] = [Replica(spec, workload) for _ in range(3)]
         for replica in loaded[space]:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,15 @@ def main_job(arguments: tuple[str, ...]) -> None:
         @classmethod
         def start(cls, spec: Any, *_: Any) -> Inside:
             replica = Replica(spec)
-            pool = cls([], replica.info, None, False)
+            pool = cls([], spec, replica.info, None, False)
             pool.replica, pool.sent = replica, 0  # type: ignore[attr-defined]
             return pool
 
         size = property(lambda self: 1)  # type: ignore[assignment]
 
-        def evaluate(self, tiles: Any, digest: bool = False) -> Any:
+        def evaluate(self, grid: Any, digest: bool = False) -> Any:
             first, self.sent = self.sent, len(self.commits)
-            return self.replica.evaluate(tuple(self.commits[first:]), tuple(tiles), digest)
+            return self.replica.evaluate(tuple(self.commits[first:]), grid.tiles, digest, grid.per_example)
 
         def rewind(self, step: int) -> None:
             self.replica.reset()
@@ -61,13 +62,14 @@ def main_job(arguments: tuple[str, ...]) -> None:
             del self.commits[step:]
 
         def adapter(self) -> Any:
-            self.evaluate(())
+            first, self.sent = self.sent, len(self.commits)
+            self.replica.apply(self.commits[first:])
             return self.replica.adapter(), self.replica.engine.digest()
 
         def close(self) -> None:
             pass
 
-    zoray.driver.Pool = Inside  # type: ignore[misc]
+    zoray.driver.tune = partial(zoray.driver.tune, start_pool=Inside.start)
     from zoray.cli import compose
 
     sys.argv = ["zoray.launch", *arguments]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from zoray.data import ReplicaSpec, batch_indices, load_workload, stratified_indices
+from zoray.estimators import TwoPoint
 from zoray.models import Model
 from zoray.objectives import ChoiceNLL
 from zoray.records import ConfigError, Example, Splits
@@ -138,7 +139,7 @@ class ShortEngine:
 @pytest.fixture
 def spec(tiny_models: dict[str, Path]) -> ReplicaSpec:
     folder = str(tiny_models["llama"])
-    return ReplicaSpec(Model(folder), FewTexts(), ChoiceNLL(), Lora(), ShortEngine(10_000), 0, 0, 2)
+    return ReplicaSpec(Model(folder), FewTexts(), ChoiceNLL(), Lora(), TwoPoint(), ShortEngine(10_000), 0, 0, 2)
 
 
 def test_load_workload_has_every_example_of_every_split(spec, tiny_models):

@@ -9,20 +9,33 @@ import signal
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from zoray.cluster import Cluster, bind_cores
 from zoray.data import ReplicaSpec, batch_indices, stratified_indices
 from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
+from zoray.estimators import TwoPoint
 from zoray.models import Model, linear_matrices, load_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
-from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Tile, TileScore
+from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Scores, Tile
 from zoray.replica import Replica
 from zoray.spaces import Lora, Lozo
 from zoray.tasks.labelled_file import LabelledFile
-from zoray.tiles import join_tiles, mean, tile_grid
+from zoray.tiles import (
+    LARGEST,
+    MAX_TILE,
+    Grid,
+    as_ranges,
+    in_units,
+    join_scores,
+    losses_of,
+    mean,
+    scored,
+    tile_grid,
+)
 
 PAIR = (Probe(0, 0, 0.1), Probe(0, 0, -0.1))
 TWO_PAIRS = (*PAIR, Probe(0, 1, 0.1), Probe(0, 1, -0.1))
@@ -35,15 +48,44 @@ def test_grid_covers_every_probe_and_example_once_and_keeps_pairs_together():
     assert all(len(tile.probes) == 2 and tile.probes[0].index == tile.probes[1].index for tile in tiles)
 
 
-def test_joined_tiles_give_every_probe_its_examples_in_order():
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_joined_tiles_give_every_probe_its_examples_in_order_whoever_answers_first(order):
     tiles = [Tile(PAIR, 0, 3), Tile(PAIR, 3, 4)]
-    scores = [
-        TileScore(((3.0, 1.0, 2.0), (6.0, 0.0, 0.0)), ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0)), 10),
-        TileScore(((5.0,), (2.0,)), ((1.0,), (0.0,)), 4),
-    ]
-    losses, correct = join_tiles(PAIR, tiles, scores)
-    assert losses == [(3.0, 1.0, 2.0, 5.0), (6.0, 0.0, 0.0, 2.0)]
-    assert correct == [(1.0, 0.0, 0.0, 1.0), (1.0, 1.0, 1.0, 0.0)]
+    flat = [np.array([3.0, 1.0, 2.0, 6.0, 0.0, 0.0]), np.array([5.0, 2.0])]
+    answers = [((i,), Scores(flat[i], 3.0 - i, 10 - 6 * i)) for i in order]
+    scores = join_scores(tiles, answers, per_example=True)
+    assert (scores.correct, scores.tokens, scored(tiles)) == (5.0, 14, 8)
+    assert losses_of(PAIR, tiles, scores, per_example=True) == ([(3.0, 1.0, 2.0, 5.0), (6.0, 0.0, 0.0, 2.0)], 1)
+    sums = [in_units(flat[0], np.array([3, 3])), in_units(flat[1], np.array([1, 1]))]
+    scores = join_scores(tiles, [((i,), Scores(sums[i], 0.0, 0)) for i in order], per_example=False)
+    assert losses_of(PAIR, tiles, scores) == ([(2.75,), (2.0,)], 4)
+
+
+def test_sums_of_losses_are_exact_however_a_batch_is_cut():
+    losses = np.random.default_rng(0).uniform(0, 3, 60)
+    whole = in_units(losses, np.array([60]))
+    for cut in ([1] * 60, [7] * 8 + [4], [59, 1]):
+        assert in_units(losses, np.array(cut)).sum() == whole[0]
+    assert whole[0] / 2**40 == pytest.approx(losses.sum(), abs=60 * 2**-41)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 8192.0, -8192.0])
+def test_a_loss_that_is_not_finite_spoils_its_own_probe_only(bad):
+    tiles = [Tile(PAIR, 0, 2), Tile(PAIR, 2, 4)]
+    sums = in_units(np.array([1.0, 2.0, bad, 0.5, 3.0, 4.0, 1.0, 0.0]), np.array([2, 2, 2, 2]))
+    (plus, minus), _ = losses_of(PAIR, tiles, Scores(sums, 0.0, 0))
+    assert plus == (2.5,) and math.isnan(minus[0])
+
+
+def test_the_largest_tile_does_not_overflow():
+    losses = np.full(MAX_TILE, math.nextafter(LARGEST, 0))
+    (total,) = in_units(losses, np.array([MAX_TILE]))
+    assert total / 2**40 == pytest.approx(MAX_TILE * LARGEST, rel=1e-12)
+
+
+def test_ranges_of_tiles():
+    assert as_ranges([]) == ()
+    assert as_ranges([0, 1, 2, 5, 7, 8]) == ((0, 3), (5, 6), (7, 9))
 
 
 def test_directions_can_share_the_batch_out():
@@ -90,7 +132,8 @@ def test_cores_are_shared_out_without_overlap(index):
 def spec(tiny_models, labelled_file) -> ReplicaSpec:
     task = LabelledFile(str(labelled_file), [" terrible", " great"])
     model, space = Model(str(tiny_models["llama"])), Lora(rank=2, alpha=4)
-    return ReplicaSpec(model, task, ChoiceNLL(), space, Hf(), seed=1, data_seed=2, batch=8)
+    pairs = TwoPoint(pairs=2, eps=0.1)
+    return ReplicaSpec(model, task, ChoiceNLL(), space, pairs, Hf(), seed=1, data_seed=2, batch=8, tile_examples=2)
 
 
 @pytest.mark.parametrize("stratify", [False, True])
@@ -102,9 +145,13 @@ def test_a_replica_scores_the_examples_of_the_step(stratify, spec):
     chosen = stratified_indices(2, 1, 8, labels) if stratify else batch_indices(2, 1, 8, len(train))
     outcomes = replica.outcomes("train", centre)
     tiles = tile_grid([centre], 8, 3)
-    scores, _ = replica.evaluate((Commit(0, (0.0,)),), tiles)
-    (losses,), (correct,) = join_tiles([centre], tiles, scores)
-    assert list(zip(losses, correct, strict=True)) == [outcomes[i] for i in chosen]
+    scores, _ = replica.evaluate((Commit(0, (0.0,)),), tiles, per_example=True)
+    (losses,), _ = losses_of([centre], tiles, scores, per_example=True)
+    assert list(losses) == [outcomes[i][0] for i in chosen]
+    assert scores.correct == sum(outcomes[i][1] for i in chosen)
+    scores, _ = replica.evaluate((), tiles)
+    ((mean_loss,),), examples = losses_of([centre], tiles, scores)
+    assert mean_loss == pytest.approx(mean(losses), abs=2**-40) and examples == 8
     assert len(set(losses)) > 4 and (sum(labels[i] for i in chosen) == 4 or not stratify)
 
 
@@ -120,10 +167,9 @@ def run_steps(pool: Pool, steps: int, disturb=lambda step: None) -> tuple[list[l
     losses, digests = [], []
     for step in range(len(pool.commits), steps):
         disturb(step)
-        probes = tuple(Probe(step, k, s) for k in range(2) for s in (0.1, -0.1))
-        tiles = tile_grid(probes, 8, 2)
-        scores, digest = pool.evaluate(tiles, digest=True)
-        losses.append(join_tiles(probes, tiles, scores)[0])
+        grid = Grid.of(pool.spec, step)
+        scores, digest = pool.evaluate(grid, digest=True)
+        losses.append(losses_of(pool.spec.estimator.ask(step), grid.tiles, scores)[0])
         digests.append(digest or "")
         pool.commit(Commit(step, (0.01, -0.02)))
     return losses, [*digests, pool.adapter()[1]]
@@ -170,7 +216,7 @@ def test_rewind_takes_every_replica_back_and_it_goes_on_as_before(local_ray, spe
         for step in (3, 2, 0):  # into an interval, onto a fold, to the start
             pool.rewind(step)
             assert len(pool.commits) == step
-            assert pool.evaluate(tile_grid(PAIR, 8, 4), digest=True)[1] == expected[step]  # both replicas'
+            assert pool.evaluate(Grid.of(spec, step), digest=True)[1] == expected[step]  # both replicas'
             assert pool.digest() == pool.adapter()[1] == expected[step]
             assert run_steps(pool, 5) == (losses[step:], expected[step:])
         assert pool.size == 2 and not pool.lost
@@ -211,10 +257,10 @@ def test_a_replica_that_drifts_is_noticed(local_ray, spec):
 
     with Pool.start(spec, Cluster(replicas=2), "drift") as pool:
         wrong = (Commit(0, (0.5,)),)
-        ray.get(pool.members[1].actor.evaluate.remote(wrong, (), False))  # behind the pool's back
+        ray.get(pool.members[1].actor.evaluate.remote(wrong, 1, "train", (), False))  # behind the pool's back
         pool.commit(Commit(0, (0.25,)))
         with pytest.raises(JournalError, match="disagree"):
-            pool.evaluate(tile_grid(PAIR, 8, 4), digest=True)
+            pool.evaluate(Grid.of(spec, 1), digest=True)
 
 
 @pytest.mark.ray

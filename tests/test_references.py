@@ -366,7 +366,7 @@ def test_twenty_steps_are_those_of_the_paper(case, tiny_models, labelled_file):
     task = LabelledFile(str(labelled_file), {0: " terrible", 1: " great"}, train=60, dev=20, test=20)
     vocabulary, stratify = space is VOCABULARY, case == "mezo-stratified"
     model = Model(str(tiny_models["llama" if vocabulary else "opt"]), dtype="float64")
-    replica = Replica(ReplicaSpec(model, task, ChoiceNLL(), space, Hf(), SEED, DATA_SEED, BATCH, stratify))
+    replica = Replica(ReplicaSpec(model, task, ChoiceNLL(), space, TwoPoint(), Hf(), SEED, DATA_SEED, BATCH, stratify))
     records = drive([replica], estimator, optimizer, STEPS, BATCH, BATCH)
 
     reference = Reference(model.path, task, vocabulary, stratify)

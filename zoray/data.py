@@ -32,11 +32,13 @@ class ReplicaSpec:
     task: Any
     objective: Any
     space: Any
+    estimator: Any
     engine: Any
     seed: int  # of the directions and of A
     data_seed: int
     batch: int
     stratify: bool = False
+    tile_examples: int = 4
 
 
 @dataclass(frozen=True)

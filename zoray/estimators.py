@@ -3,10 +3,10 @@
 `ask(step)` says what to score, `tell(probes, losses)` turns the losses into an `Estimate`: the gradient of the loss is
 estimated as sum_k weights[k] * z(step, k). The optimizer turns weights into the coefficients of a commit.
 
-`losses[i]` holds a loss per example for probe i. A direction with a probe whose mean loss is not finite is dropped and
-counted, and the others are used as if it had not been asked; above a share of dropped directions the step fails.
-Directions that carry no information are counted too: `ties` scored exactly the same, `buried` differ by no more than
-the engine's score noise, so that their sign is chance.
+`losses[i]` is probe i's row: its mean loss over its examples, or where the estimator is `per_example` the loss of each.
+A direction with a probe whose mean loss is not finite is dropped and counted, and the others are used as if it had not
+been asked; above a share of dropped directions the step fails. Directions that carry no information are counted too:
+`ties` scored exactly the same, `buried` differ by no more than the engine's score noise, so that their sign is chance.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from zoray.tiles import mean
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    Losses = Sequence[Sequence[float]]  # per probe, per example
+    Losses = Sequence[Sequence[float]]  # a row per probe
 
 SHAPINGS = ("none", "zscore", "centred_rank")
 CENTRINGS = ("batch", "prompt")
@@ -53,6 +53,11 @@ class Estimator(Protocol):
         """Whether every direction sees the whole batch; else they share it out among them."""
         ...
 
+    @property
+    def per_example(self) -> bool:
+        """Whether `tell` needs the loss of each example; else a probe's mean is all that travels."""
+        ...
+
     def ask(self, step: int) -> tuple[Probe, ...]:
         """What to score."""
         ...
@@ -62,8 +67,8 @@ class Estimator(Protocol):
 
         Args:
             probes: what was scored.
-            losses: per probe a loss for each of its examples.
-            noise: standard deviation of one example's score at the same state, from batch-mates and packing.
+            losses: per probe its mean loss, (1,); or the loss of each of its examples.
+            noise: standard deviation of an entry of `losses` at the same state, from batch-mates and packing.
 
         Raises:
             FloatingPointError: more than `max_dropped` of the directions had a loss that is not finite.
@@ -86,6 +91,8 @@ class TwoPoint:
         shared: every pair sees the whole batch; false: a K-th of it each.
         max_dropped: share of pairs that may be dropped before the step fails.
     """
+
+    per_example: ClassVar[bool] = False
 
     pairs: int = 1
     eps: float = 1e-2
@@ -139,6 +146,7 @@ class OneSided:
     """
 
     shared: ClassVar[bool] = True
+    per_example: ClassVar[bool] = False
 
     probes: int = 8
     eps: float = 1e-3
@@ -229,6 +237,11 @@ class Evolution:
         _check_share(self.max_dropped)
 
     @property
+    def per_example(self) -> bool:
+        """Centring by prompt needs the loss of each."""
+        return self.centring == "prompt"
+
+    @property
     def directions(self) -> int:
         """Directions a step."""
         return self.population // 2 if self.antithetic else self.population
@@ -297,9 +310,9 @@ def _dropped(kept: Sequence[bool], losses: Sequence[float], allowed: float, step
     return dropped
 
 
-def _silent(gaps: Sequence[float], noise: float, examples: int) -> tuple[int, int]:
-    """(ties, buried) among differences of two mean losses over `examples`, each with independent score noise."""
-    floor = noise * math.sqrt(2 / examples)
+def _silent(gaps: Sequence[float], noise: float, entries: int) -> tuple[int, int]:
+    """(ties, buried) among differences of two rows' means, `entries` of independent score noise each."""
+    floor = noise * math.sqrt(2 / entries)
     return sum(gap == 0 for gap in gaps), sum(0 < abs(gap) <= floor for gap in gaps)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from zoray.data import ReplicaSpec
 from zoray.records import ConfigError, require
+from zoray.tiles import MAX_TILE
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Run:
         for field in ("steps", "batch", "tile_examples", "digest_every"):
             value = getattr(self, field)
             require(isinstance(value, int) and value >= 1, f"run.{field} to be a whole number of at least 1", value)
+        require(
+            self.tile_examples <= MAX_TILE, f"run.tile_examples of at most {MAX_TILE}, see tiles.py", self.tile_examples
+        )
         for field in ("eval_every", "patience"):
             value = getattr(self, field)
             require(isinstance(value, int) and value >= 0, f"run.{field} to be a whole number of 0 or more", value)
@@ -116,9 +120,11 @@ class Experiment:
             self.task,
             self.objective,
             self.space,
+            self.estimator,
             self.engine,
             self.run.seed,
             self.run.data_seed,
             self.run.batch,
             self.run.stratify,
+            self.run.tile_examples,
         )

@@ -19,12 +19,12 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from zoray.cluster import Cluster, bind_cores, connect, leave, size, totals
-from zoray.records import Commit, ConfigError, JournalError, ReplicaLost, Tile, TileScore
+from zoray.records import Commit, ConfigError, JournalError, ReplicaLost, Scores
 from zoray.replica import Replica, ReplicaInfo
-from zoray.tiles import contiguous
+from zoray.tiles import Grid, as_ranges, contiguous, join_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     import numpy as np
 
@@ -55,11 +55,13 @@ class ReplicaActor:
         return self.replica.info
 
     def evaluate(
-        self, commits: tuple[Commit, ...], tiles: tuple[Tile, ...], digest: bool
-    ) -> tuple[tuple[TileScore, ...], str | None]:
-        """See Replica.evaluate."""
+        self, commits: tuple[Commit, ...], step: int, split: str, share: tuple[tuple[int, int], ...], digest: bool
+    ) -> tuple[Scores, str | None]:
+        """Score ranges of a grid's tiles, see Replica.evaluate. The grid itself, and its probes, do not travel."""
         assert self.replica is not None
-        return self.replica.evaluate(commits, tiles, digest)
+        grid = self.replica.grid(step, split)
+        tiles = [tile for first, end in share for tile in grid.tiles[first:end]]
+        return self.replica.evaluate(commits, tiles, digest, grid.per_example)
 
     def reset(self) -> None:
         """Back to journal index 0."""
@@ -74,7 +76,7 @@ class ReplicaActor:
 
 
 @dataclass
-class _Member:
+class Member:
     """An actor and how many commits it has been sent."""
 
     name: str
@@ -86,7 +88,8 @@ class _Member:
 class Pool:
     """The replicas of a run. Use as a context manager; see `start`."""
 
-    members: list[_Member]
+    members: list[Member]
+    spec: ReplicaSpec
     info: ReplicaInfo
     group: Any
     owns_ray: bool
@@ -120,9 +123,9 @@ class Pool:
                     "num_gpus": gpus,
                     "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
                 }
-                members.append(_Member(options["name"], ray.remote(ReplicaActor).options(**options).remote()))
+                members.append(Member(options["name"], ray.remote(ReplicaActor).options(**options).remote()))
             info = _load(members, spec, None if gpus else cpus)
-            return cls(members, info, group, owns_ray)
+            return cls(members, spec, info, group, owns_ray)
         except BaseException:
             leave(group, owns_ray)
             raise
@@ -138,7 +141,7 @@ class Pool:
 
     def digest(self) -> str:
         """Digest of the state after all commits."""
-        return self.evaluate((), digest=True)[1] or ""
+        return self.evaluate(Grid(len(self.commits), "train", ()), digest=True)[1] or ""
 
     def rewind(self, step: int) -> None:
         """Take all replicas to the state after `step` steps, by replay from the start."""
@@ -148,42 +151,39 @@ class Pool:
             member.sent = 0
         del self.commits[step:]
 
-    def evaluate(self, tiles: Sequence[Tile], digest: bool = False) -> tuple[list[TileScore], str | None]:
-        """Scores of all tiles, in their order, at the state after all commits; and the state's digest if asked for.
+    def evaluate(self, grid: Grid, digest: bool = False) -> tuple[Scores, str | None]:
+        """Scores of all tiles of a grid at the state after all commits; and the state's digest if asked for.
 
         Raises:
             ReplicaLost: no replica is left.
             JournalError: replicas disagree about the state.
         """
-        scores: list[TileScore | None] = [None] * len(tiles)
+        answers: list[tuple[list[int], Scores]] = []
         digests: dict[str, str] = {}
-        missing = list(range(len(tiles)))
+        missing = list(range(len(grid)))
         while missing or (digest and not digests):
             pending = {}
             shares = contiguous(missing, self.size)
             for member, share in zip(list(self.members), shares, strict=False):
                 if share or digest:
-                    arguments = (tuple(self.commits[member.sent :]), tuple(tiles[i] for i in share), digest)
+                    work = (grid.step, grid.split, as_ranges(share), digest)
+                    reference = member.actor.evaluate.remote(tuple(self.commits[member.sent :]), *work)
                     member.sent = len(self.commits)
-                    pending[member.actor.evaluate.remote(*arguments)] = (member, share)
-            while pending:
-                done, _ = ray.wait(list(pending))
-                for reference in done:
-                    member, share = pending.pop(reference)
-                    answer = self._result(member, reference)
-                    if answer is None:
-                        continue
-                    for i, score in zip(share, answer[0], strict=True):
-                        scores[i] = score
-                    if answer[1] is not None:
-                        digests[member.name] = answer[1]
-            missing = [i for i in missing if scores[i] is None]
+                    pending[reference] = (member, share)
+            for (member, share), answer in zip(pending.values(), self._results(pending), strict=True):
+                if answer is None:
+                    continue
+                answers += [(share, answer[0])] if share else []
+                if answer[1] is not None:
+                    digests[member.name] = answer[1]
+            missing = sorted(set(missing).difference(*(share for share, _ in answers)))
         if len(set(digests.values())) > 1:
             raise JournalError(
                 f"replicas disagree about the state after {len(self.commits)} steps: {digests}; "
                 "the journal is sound: resume the run"
             )
-        return [score for score in scores if score is not None], next(iter(digests.values()), None)
+        scores = join_scores(grid.tiles, answers, grid.per_example)
+        return scores, next(iter(digests.values()), None)
 
     def adapter(self) -> tuple[dict[str, np.ndarray], str]:
         """Adapter state and digest after all commits, from the first replica that answers."""
@@ -194,7 +194,14 @@ class Pool:
             if answer is not None:
                 return answer
 
-    def _result(self, member: _Member, reference: Any) -> Any:
+    def _results(self, pending: dict[Any, tuple[Member, list[int]]]) -> list[Any]:
+        """The answers to several messages: at once where all have come, one by one where somebody is gone."""
+        try:
+            return ray.get(list(pending))
+        except (RayActorError, RayTaskError):
+            return [self._result(member, reference) for reference, (member, _) in pending.items()]
+
+    def _result(self, member: Member, reference: Any) -> Any:
         """An actor's answer, or None when the actor is gone: the one place where a failure is survived.
 
         An exception inside the replica's own code is not survived: it would meet every replica alike.
@@ -225,7 +232,7 @@ class Pool:
         self.close()
 
 
-def _load(members: list[_Member], spec: ReplicaSpec, cores: int | None) -> ReplicaInfo:
+def _load(members: list[Member], spec: ReplicaSpec, cores: int | None) -> ReplicaInfo:
     """Load all replicas side by side, each bound to cores of its own; weights and initial state must be the same."""
     nodes = ray.get([member.actor.node.remote() for member in members])
     shares = [None if cores is None else (nodes[:i].count(node), cores) for i, node in enumerate(nodes)]

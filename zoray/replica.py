@@ -14,8 +14,8 @@ import numpy as np
 
 from zoray.data import ReplicaSpec, Workload, batch_indices, load_workload, stratified_indices
 from zoray.engines.packing import Plan, SequenceTable, ranges, starts_of
-from zoray.records import Probe, Tile, TileScore, TokenSequence
-from zoray.tiles import mean
+from zoray.records import Probe, Scores, Tile, TokenSequence
+from zoray.tiles import Grid, in_units, join_scores, mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,17 +91,22 @@ class Replica:
             self_test=tuple(self.engine.self_test.items()),
         )
 
+    def grid(self, step: int, split: str) -> Grid:
+        """All tiles of a step, or of a split at the state before it; equal on every replica and on the driver."""
+        return Grid.of(self.spec, step, split, len(self.workload.splits[split]))
+
     def evaluate(
-        self, commits: Sequence[Commit], tiles: Sequence[Tile], digest: bool = False
-    ) -> tuple[tuple[TileScore, ...], str | None]:
+        self, commits: Sequence[Commit], tiles: Sequence[Tile], digest: bool = False, per_example: bool = False
+    ) -> tuple[Scores, str | None]:
         """Apply the commits not seen yet, then score the tiles. The digest is of the state that was scored.
 
         All tiles go to the engine together and share its forward passes, unless the engine is deterministic: then each
         tile is scored alone, and its bits do not depend on the others.
         """
         self.apply(commits)
-        groups = [[tile] for tile in tiles] if self.spec.engine.deterministic else [tiles]
-        scores = tuple(score for group in groups if group for score in self._score(group))
+        groups = [[i] for i in range(len(tiles))] if self.spec.engine.deterministic else [range(len(tiles))]
+        answers = [(group, self._score([tiles[i] for i in group], per_example)) for group in groups if group]
+        scores = join_scores(tiles, answers, per_example) if answers else Scores(np.zeros(0, np.int64), 0.0, 0)
         return scores, self.engine.digest() if digest else None
 
     def score_noise(self, examples: int = 8) -> float:
@@ -136,7 +141,7 @@ class Replica:
         """The adapter state as float32 arrays, see engines/base.py."""
         return self.engine.adapter()
 
-    def _score(self, tiles: Sequence[Tile]) -> list[TileScore]:
+    def _score(self, tiles: Sequence[Tile], per_example: bool) -> Scores:
         """Tiles of one split, in one call of the engine."""
         split = tiles[0].split
         number: dict[Probe, int] = {}
@@ -145,17 +150,14 @@ class Replica:
         for tile, covered in zip(tiles, indices, strict=True):
             probe_of.append(np.repeat([number.setdefault(p, len(number)) for p in tile.probes], len(covered)))
             examples.append(np.tile(covered, len(tile.probes)))
-        outcomes = self._outcomes(split, tuple(number), np.concatenate(probe_of), np.concatenate(examples))
-        scores, begin = [], 0
-        for tile, covered in zip(tiles, indices, strict=True):
-            end = begin + len(tile.probes) * len(covered)
-            losses, correct = (
-                tuple(map(tuple, part[begin:end].reshape(len(tile.probes), -1).tolist())) for part in outcomes
-            )
-            tokens = int(self._encoded(split).tokens[covered].sum()) * len(tile.probes)
-            scores.append(TileScore(losses, correct, tokens))
-            begin = end
-        return scores
+        chosen = np.concatenate(examples)
+        losses, correct = self._outcomes(split, tuple(number), np.concatenate(probe_of), chosen)
+        counts = [len(covered) for tile, covered in zip(tiles, indices, strict=True) for _ in tile.probes]
+        return Scores(
+            losses if per_example else in_units(losses, np.array(counts)),
+            math.fsum(correct),
+            int(self._encoded(split).tokens[chosen].sum()),
+        )
 
     def _outcomes(
         self, split: str, probes: tuple[Probe, ...], probe_of: np.ndarray, examples: np.ndarray

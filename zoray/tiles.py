@@ -1,18 +1,51 @@
 """A step's work as tiles: what is handed to a replica as a whole, and how the scores of tiles add up.
 
-The grid follows from the config and never from who is there, so the number of replicas changes no sum.
+The grid follows from the config and never from who is there, so the number of replicas changes no sum. A tile's losses
+are added up where they are scored, as whole numbers of 2^-40 nats: such a sum is exact and free of order, so a step's
+result does not depend on how its batch was cut either, and eight bytes a probe travel, whatever the batch.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from zoray.records import Probe, Tile, TileScore
+import numpy as np
+
+from zoray.records import Probe, Scores, Tile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+UNITS = 2.0**40  # of which one nat is made
+LARGEST = 2.0**13  # nats; a loss above is no more use than one that is not finite, and is counted as such
+MAX_TILE = 1023  # examples, so that a sum stays below 2^63 units
+NOT_FINITE = -(2**63)
+EVALUATED = 32  # examples of a tile of dev or test
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All tiles of a step, or of a split at the state before it: what a step number stands for between processes."""
+
+    step: int
+    split: str
+    tiles: tuple[Tile, ...]
+    per_example: bool = False  # whether the loss of each example is asked for, not only sums
+
+    @classmethod
+    def of(cls, spec: Any, step: int, split: str = "train", count: int = 0) -> Grid:
+        """The grid of a step of a run (a ReplicaSpec), or the unperturbed model on `count` of another split."""
+        if split == "train":
+            estimator = spec.estimator
+            tiles = tile_grid(estimator.ask(step), spec.batch, spec.tile_examples, shared=estimator.shared)
+            return cls(step, split, tuple(tiles), estimator.per_example)
+        return cls(step, split, tuple(tile_grid([Probe(step, 0, 0.0)], count, EVALUATED, split)))
+
+    def __len__(self) -> int:
+        return len(self.tiles)
 
 
 def tile_grid(
@@ -42,19 +75,55 @@ def by_direction(probes: Sequence[Probe]) -> dict[int, list[Probe]]:
     return groups
 
 
-def join_tiles(
-    probes: Sequence[Probe], tiles: Sequence[Tile], scores: Sequence[TileScore]
-) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
-    """Losses and correctness of each probe on each of its examples, in the order of the grid: (losses, correct)."""
+def in_units(losses: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums over runs of `counts` (k,) losses each, in units, (k,) int64; NOT_FINITE where one of a run is not."""
+    bad = ~(np.abs(losses) < LARGEST)
+    units = np.where(bad, 0.0, np.rint(losses * UNITS)).astype(np.int64)
+    starts = np.cumsum(counts) - counts
+    return np.where(np.logical_or.reduceat(bad, starts), NOT_FINITE, np.add.reduceat(units, starts))
+
+
+def losses_of(
+    probes: Sequence[Probe], tiles: Sequence[Tile], scores: Scores, per_example: bool = False
+) -> tuple[list[tuple[float, ...]], int]:
+    """A row for each probe, and how many examples an entry of it stands for: (rows, n).
+
+    A row holds the mean loss alone; with `per_example` the loss of each example, in the order of the grid.
+    """
     position = {probe: i for i, probe in enumerate(probes)}
-    losses: list[tuple[float, ...]] = [()] * len(probes)
-    correct: list[tuple[float, ...]] = [()] * len(probes)
-    for tile, score in zip(tiles, scores, strict=True):
-        for probe, some_losses, some_correct in zip(tile.probes, score.losses, score.correct, strict=True):
-            i = position[probe]
-            losses[i] += some_losses
-            correct[i] += some_correct
-    return losses, correct
+    parts: list[list[Any]] = [[] for _ in probes]
+    seen, begin = [0] * len(probes), 0
+    for tile in tiles:
+        width = tile.stop - tile.start
+        for probe in tile.probes:
+            i, end = position[probe], begin + (width if per_example else 1)
+            parts[i] += scores.losses[begin:end].tolist()
+            seen[i] += width
+            begin = end
+    if per_example:
+        return [tuple(part) for part in parts], 1
+    rows = [
+        (math.nan,) if NOT_FINITE in part else (sum(part) / (int(UNITS) * n),)
+        for part, n in zip(parts, seen, strict=True)
+    ]
+    return rows, seen[0]
+
+
+def scored(tiles: Sequence[Tile]) -> int:
+    """How often an example is scored, over all probes."""
+    return sum(len(tile.probes) * (tile.stop - tile.start) for tile in tiles)
+
+
+def join_scores(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], Scores]], per_example: bool) -> Scores:
+    """Scores of all tiles, in their order, from (numbers of the tiles, their scores) of each answer."""
+    losses: list[np.ndarray] = [np.zeros(0)] * len(tiles)
+    for numbers, scores in answers:
+        sizes = [len(t.probes) * (t.stop - t.start if per_example else 1) for t in (tiles[i] for i in numbers)]
+        for i, part in zip(numbers, np.split(scores.losses, np.cumsum(sizes)[:-1]), strict=True):
+            losses[i] = part
+    parts = [scores for _, scores in answers]
+    joined = np.concatenate(losses) if losses else np.zeros(0, np.int64)
+    return Scores(joined, math.fsum(part.correct for part in parts), sum(part.tokens for part in parts))
 
 
 def mean(values: Sequence[float]) -> float:
@@ -63,6 +132,17 @@ def mean(values: Sequence[float]) -> float:
         return math.fsum(values) / len(values)
     except (OverflowError, ValueError):  # an infinity, or two of both signs
         return math.nan
+
+
+def as_ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending whole numbers as ranges (first, last + 1)."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = (ranges[-1][0], number + 1)
+        else:
+            ranges.append((number, number + 1))
+    return tuple(ranges)
 
 
 def contiguous(items: list[int], shares: int) -> list[list[int]]:

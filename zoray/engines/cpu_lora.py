@@ -1,19 +1,23 @@
-"""LoRA on the CPU as two small GEMMs a segment, instead of vLLM's gather of a whole adapter per token.
+"""LoRA on the CPU as a few small GEMMs, instead of vLLM's gather of a whole adapter per token.
 
 The stock CPU wrapper indexes `lora_a_weights[lora_indices]`, which copies a full A and B for every token. Tokens of one
 adapter always stand together (the packed scorer orders them by slot; the scheduler keeps a request's tokens together),
-so runs of equal adapters can share a GEMM. Guarantees: an adapter whose B is zero leaves the output's bits untouched.
+so runs of equal adapters can share a GEMM; runs of equal length, as probes of one batch have, share a batched one. The
+matrices that a layer has fused (q, k and v; gate and up) lie in one tensor, so that x A^T is a single GEMM for all of
+them, and for all slots where these hold the same A. Guarantees: an adapter whose B is zero leaves the output's bits
+untouched.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class SegmentedLora(PunicaWrapperCPU):
@@ -22,10 +26,12 @@ class SegmentedLora(PunicaWrapperCPU):
     segments: tuple[tuple[int, int, int], ...] = ()  # (slot, first token, last token + 1)
     row_segments: tuple[tuple[int, int, int], ...] = ()  # the same for the rows that reach the LM head
     used_rank: int | None = None  # ranks above it are zero in every slot and are skipped
+    one_a = False  # whether all slots that tokens are mapped to hold the same A
+    _equal: tuple[int, int, int] | None = None  # (first slot, slots, tokens of each) where segments are alike
 
     def map_tokens(self, segments: tuple[tuple[int, int, int], ...], vocabulary: int) -> None:
         """Which tokens belong to which slot, -1 for none; an embedding looks A up at slot * vocabulary + token."""
-        self.segments = tuple(segment for segment in segments if segment[0] >= 0)
+        self._set(tuple(segment for segment in segments if segment[0] >= 0))
         for slot, start, end in segments:
             self._embeddings_indices[start:end] = max(slot, 0) * vocabulary
 
@@ -38,7 +44,8 @@ class SegmentedLora(PunicaWrapperCPU):
     ) -> None:
         """vLLM's request path: segments from the token -> adapter mapping of this batch."""
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
-        self.segments = _runs(self.token_lora_indices)
+        self.one_a = False
+        self._set(_runs(self.token_lora_indices))
         self.row_segments = _runs(self.sampler_indices)
 
     def add_lora_linear(
@@ -54,12 +61,45 @@ class SegmentedLora(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """y[t] += scale * x[t] A^T B^T for the adapter of each token t, in place; y (T, out), x (T, in)."""
+        if not self.segments:
+            return
+        begin, stop = self.segments[0][1], self.segments[-1][2]  # tokens of no adapter come before
+        a, rank = joined(lora_a_stacked), lora_a_stacked[0].shape[2]
+        used = rank if self.used_rank is None else self.used_rank
+        low = self._lower(x, a, begin, stop)
+        offset = 0
+        for i, (b, size) in enumerate(zip(lora_b_stacked, output_slices, strict=True)):
+            narrow, wide = low[:, i * rank : i * rank + used], y[:, offset : offset + size]
+            offset += size
+            if self._equal is not None:
+                first, count, length = self._equal
+                b_of = b[first : first + count, 0, :, :used].transpose(1, 2)
+                wide[begin:stop].unflatten(0, (count, length)).baddbmm_(
+                    narrow.unflatten(0, (count, length)), b_of, alpha=scale
+                )
+                continue
+            for slot, start, end in self.segments:
+                wide[start:end].addmm_(narrow[start - begin : end - begin], b[slot, 0, :, :used].t(), alpha=scale)
+
+    def _lower(self, x: torch.Tensor, a: torch.Tensor, begin: int, stop: int) -> torch.Tensor:
+        """x A^T of the tokens from `begin` to `stop`, (tokens, matrices * rank), for A (slots, matrices * rank, in)."""
+        if self.one_a:
+            return x[begin:stop] @ a[self.segments[0][0]].t()
+        if self._equal is not None:
+            first, count, length = self._equal
+            inputs = x[begin:stop].unflatten(0, (count, length))
+            return torch.bmm(inputs, a[first : first + count].transpose(1, 2)).flatten(0, 1)
+        low = x.new_empty(stop - begin, a.shape[1])
         for slot, start, end in self.segments:
-            inputs, offset = x[start:end], 0
-            for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                low = inputs @ a[slot, 0, : self.used_rank].t()
-                y[start:end, offset : offset + size].addmm_(low, b[slot, 0, :, : self.used_rank].t(), alpha=scale)
-                offset += size
+            torch.mm(x[start:end], a[slot].t(), out=low[start - begin : end - begin])
+        return low
+
+    def _set(self, segments: tuple[tuple[int, int, int], ...]) -> None:
+        self.segments, self._equal = segments, None
+        lengths = {end - start for _, start, end in segments}
+        in_order = all(b[0] == a[0] + 1 and b[1] == a[2] for a, b in pairwise(segments))
+        if len(lengths) == 1 and in_order:
+            self._equal = (segments[0][0], len(segments), lengths.pop())
 
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
@@ -85,6 +125,26 @@ class SegmentedLora(PunicaWrapperCPU):
             low = x[start:end] @ lora_a_stacked[slot, 0, : self.used_rank].t()
             b = lora_b_stacked[slot, 0, :, : self.used_rank]
             y[start:end, : b.shape[0]].addmm_(low.to(y.dtype), b.t().to(y.dtype), alpha=scale)
+
+
+def join_a(modules: Iterable[Any]) -> None:
+    """Let the A of matrices that a layer has fused be views of one tensor, (slots, matrices * rank, in)."""
+    for module in modules:
+        stacked = getattr(module, "lora_a_stacked", None)
+        if isinstance(stacked, tuple) and len(stacked) > 1 and len({a.shape for a in stacked}) == 1:
+            slots, _, rank, width = stacked[0].shape
+            whole = stacked[0].new_zeros(slots, len(stacked) * rank, width)
+            module.lora_a_stacked = tuple(part.unsqueeze(1) for part in whole.split(rank, dim=1))
+
+
+def joined(stacked: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """All A of a layer as one tensor, (slots, matrices * rank, in); no copy where `join_a` has seen the layer."""
+    if len(stacked) == 1:
+        return stacked[0][:, 0]
+    whole, (_, _, rank, _) = stacked[0]._base, stacked[0].shape
+    if whole is not None and whole.ndim == 3 and whole.shape[1] == len(stacked) * rank:
+        return whole
+    return torch.cat([a[:, 0] for a in stacked], dim=1)
 
 
 def _runs(slots: torch.Tensor) -> tuple[tuple[int, int, int], ...]:

@@ -90,6 +90,10 @@ class PackedScorer:
         self.block_size: int = max(group.kv_cache_spec.block_size for group in groups)
         self.blocks: int = runner.kv_cache_config.num_blocks - 1  # block 0 is vLLM's null block
         self.manager = _adapter_manager(runner)
+        if self.device.type == "cpu":
+            from zoray.engines.cpu_lora import join_a
+
+            join_a(self.manager.modules.values())
         self.matrices = space.select(matrices)
         self.sites = find_slots(self.manager, self.matrices)
         self.weights = find_weights(self.manager, self.matrices) if space.folds else {}
@@ -138,6 +142,8 @@ class PackedScorer:
                 a_slots[slots, 0, :rank].copy_(a)  # one for all where they share it
             b_slots[slots, 0, :, :rank].copy_(b * self.space.scaling)
         self._a_in_slot.update(keys)
+        if self.device.type == "cpu":
+            self.wrapper.one_a = len(set(self._a_in_slot.values())) == 1
 
     def write_all(self, probes: Sequence[Probe]) -> None:
         """Put probes into the slots from the first on, so many at a time as memory allows."""

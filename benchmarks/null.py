@@ -1,0 +1,57 @@
+"""Replicas that score nothing, in actors without torch or vLLM: what is left of a step is driver and messages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from zoray.pool import Member, Pool
+from zoray.replica import ReplicaInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import SimpleNamespace
+
+    from zoray.records import Commit, Scores
+
+
+class NullActor:
+    """Answers as ReplicaActor does, with losses of its own making; derives the grid as a replica does."""
+
+    def __init__(self, spec: SimpleNamespace, counts: dict[str, int]) -> None:
+        self.spec, self.counts, self.step = spec, counts, 0
+
+    def evaluate(
+        self, commits: tuple[Commit, ...], step: int, split: str, share: tuple[tuple[int, int], ...], digest: bool
+    ) -> tuple[Scores, str | None]:
+        """See ReplicaActor.evaluate. The losses differ between probes, as an estimator expects."""
+        from zoray.records import Scores
+        from zoray.tiles import Grid, in_units, scored
+
+        self.step += len(commits)
+        grid = Grid.of(self.spec, step, split, self.counts.get(split, 0))
+        tiles = [tile for first, end in share for tile in grid.tiles[first:end]]
+        widths = np.array([t.stop - t.start for t in tiles for _ in t.probes], np.int64)
+        losses = 0.5 + 0.001 * (np.arange(widths.sum()) % 17)
+        sums = losses if grid.per_example else in_units(losses, widths) if len(widths) else np.zeros(0, np.int64)
+        return Scores(sums, 0.0, 26 * scored(tiles)), f"{self.step:016x}" if digest else None
+
+
+def start(replicas: int, counts: dict[str, int], weights: str = "") -> Callable[..., Pool]:
+    """What driver.tune takes in place of Pool.start: a pool of null replicas.
+
+    `counts` of examples in dev and test; `weights` is the hash of the model's.
+    """
+    from types import SimpleNamespace
+
+    def begin(spec: Any, *_: Any) -> Pool:
+        light = SimpleNamespace(estimator=spec.estimator, batch=spec.batch, tile_examples=spec.tile_examples)
+        actors = [ray.remote(NullActor).options(num_cpus=0).remote(light, counts) for _ in range(replicas)]
+        members = [Member(f"null-{i}", actor) for i, actor in enumerate(actors)]
+        ray.get([actor.evaluate.remote((), 0, "train", (), True) for actor in actors])
+        info = ReplicaInfo("0" * 16, weights, "null", "float32", 0.0, ())
+        return Pool(members, spec, info, None, False)
+
+    return begin

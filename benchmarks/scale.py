@@ -1,0 +1,97 @@
+"""How many steps a second can the driver make with many replicas? Those score nothing, so the driver is the limit.
+
+    python -m benchmarks.scale [replicas=1,2,8,32,128] [steps=300]
+
+The whole loop of a run (driver.tune): estimate, optimizer, journal, metrics, a message to every replica and an answer;
+a step has a pair for each. Replicas are actors without torch (benchmarks/null.py). All share the cores of this machine,
+so with many of them it is the machine that is measured, and a driver with cores of its own would make more.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from benchmarks.host import toy
+from benchmarks.null import start
+from benchmarks.timing import spread
+from zoray.records import Example, Splits
+
+DEFAULTS = {"replicas": "1,2,8,32,128", "steps": "300"}
+DEV, WINDOWS = 64, 5
+
+
+def main(arguments: list[str]) -> None:
+    """Measure and print one JSON object."""
+    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    if unknown := given.keys() - DEFAULTS.keys():
+        sys.exit(f"expected {', '.join(DEFAULTS)}; got {', '.join(sorted(unknown))}")
+    options = {**DEFAULTS, **given}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        result: dict[str, Any] = {"benchmark": "scale", "steps": int(options["steps"])}
+        for count in map(int, options["replicas"].split(",")):
+            with tempfile.TemporaryDirectory() as folder:
+                result[f"steps_per_second_{count}"] = measure(count, int(options["steps"]), Path(folder))
+            print(json.dumps(result), file=sys.stderr, flush=True)
+        print(json.dumps(result))
+    finally:
+        ray.shutdown()
+
+
+def measure(replicas: int, steps: int, folder: Path) -> dict[str, float]:
+    """Steps a second of a run with so many replicas, over windows of its steps; the first tenth warms up."""
+    from zoray.cli import build_experiment, compose
+    from zoray.data import Workload
+    from zoray.driver import tune
+    from zoray.models import linear_matrices, weights_hash
+
+    settings = [
+        "model=hf",
+        f"model.path={toy(folder)}",
+        "space=lozo",
+        "estimator=two_point",
+        f"estimator.pairs={replicas}",
+    ]
+    settings += [
+        "run.batch=16",
+        "run.tile_examples=16",
+        f"run.steps={steps}",
+        "run.eval_every=0",
+        "run.test=false",
+        "run.select=last",
+    ]
+    settings += [f"run.folder={folder}", "logging.progress=false", "logging.curve=false", "run.stratify=false"]
+    e = build_experiment(compose("config", settings))
+    e.run.path.mkdir()
+    examples = tuple(Example("", ("a", "b"), i % 2) for i in range(DEV))
+    workload = Workload(folder, linear_matrices(folder, e.space.targets), Splits(examples, examples), {})
+    times: list[float] = []
+    pool = start(replicas, {"dev": DEV}, weights_hash(folder))
+
+    def timed(*arguments: Any) -> Any:
+        running = pool(*arguments)
+        evaluate = running.evaluate
+
+        def note(grid: Any, digest: bool = False) -> Any:
+            times.append(time.monotonic())
+            return evaluate(grid, digest)
+
+        running.evaluate = note  # type: ignore[method-assign]
+        return running
+
+    tune(e, workload, {}, timed)
+    times = times[1 + steps // 10 : 1 + steps]  # without the evaluations before and after
+    cuts = [round(i * (len(times) - 1) / WINDOWS) for i in range(WINDOWS + 1)]
+    return spread([(b - a) / (times[b] - times[a]) for a, b in pairwise(cuts)])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,95 @@
+"""How many bytes does a step take between the driver and a replica? Of the messages as Ray serialises them.
+
+    python -m benchmarks.wire
+
+The pool's own messages to a replica and its answers, for steps of 2 to 512 probes, all to one replica: a line through
+them is so many bytes a probe plus a constant. Where an estimator centres by prompt (EGGROLL) each example.s loss is
+asked for, and the answer grows with the batch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import ray
+
+from benchmarks.null import start
+from zoray.estimators import Evolution, OneSided, TwoPoint
+from zoray.records import Commit
+from zoray.tiles import Grid
+
+BATCH, COUNTS = 16, (1, 4, 16, 64, 256)
+ESTIMATORS = {
+    "two_point": lambda n: TwoPoint(pairs=n),
+    "one_sided": lambda n: OneSided(probes=max(2, 2 * n - 1)),
+    "evolution": lambda n: Evolution(population=2 * n),
+    "evolution_by_prompt": lambda n: Evolution(population=2 * n, centring="prompt"),
+}
+
+
+class Scale:
+    """Stands before an actor's handle and notes the size of what goes in and comes out."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor, self.evaluate = actor, self
+        self.sizes: list[tuple[int, int]] = []
+
+    def remote(self, *arguments: Any) -> Any:
+        """Pass a call on."""
+        reference = self.actor.evaluate.remote(*arguments)
+        answer = ray.get(reference)
+        self.sizes.append((sum(map(size, arguments)), size(answer)))
+        return ray.put(answer)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure and print one JSON object."""
+    if arguments:
+        sys.exit(f"expected no arguments; got {' '.join(arguments)}")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        print(json.dumps(measure()))
+    finally:
+        ray.shutdown()
+
+
+def measure() -> dict[str, Any]:
+    """Bytes of a step for each estimator and number of probes, and the line through them."""
+    result: dict[str, Any] = {"benchmark": "wire", "batch": BATCH}
+    for name, make in ESTIMATORS.items():
+        points = [step_bytes(make(count)) for count in COUNTS]
+        probes, there, back = np.array(points, float).T
+        slope, constant = np.polyfit(probes, there + back, 1)
+        result[name] = {
+            "bytes": [{"probes": p, "to_replica": t, "from_replica": b} for p, t, b in points],
+            "bytes_per_probe": round(float(slope), 2),
+            "constant": round(float(constant)),
+        }
+    return result
+
+
+def step_bytes(estimator: Any) -> tuple[int, int, int]:
+    """(probes, bytes to the replica, bytes back) of a step that carries the commit of the one before."""
+    spec = SimpleNamespace(estimator=estimator, batch=BATCH, tile_examples=BATCH)
+    with start(1, {})(spec) as pool:
+        member, actor = pool.members[0], pool.members[0].actor
+        member.actor = scale = Scale(actor)
+        coefficients = np.random.default_rng(0).normal(size=estimator.directions).astype(np.float32)
+        pool.commit(Commit(1000, tuple(coefficients.tolist())))
+        pool.evaluate(Grid.of(spec, 1001), digest=True)
+        member.actor = actor
+    return len(estimator.ask(0)), *scale.sizes[-1]
+
+
+def size(value: Any) -> int:
+    """Bytes of a value as Ray sends it."""
+    context = ray._private.worker.global_worker.get_serialization_context()  # type: ignore[attr-defined]
+    return context.serialize(value).total_bytes
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
