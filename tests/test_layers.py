@@ -22,7 +22,7 @@ ORDER = [
     *("engines", "engines.packing", "engines.base", "engines.cpu_lora", "engines.hf"),
     *("engines.vllm_layers", "engines.vllm_selftest", "engines.vllm_worker", "engines.vllm_requests", "engines.vllm"),
     *("cluster", "replica", "pool", "plots", "history", "monitoring", "adapters", "experiment", "driver", "cli"),
-    *("prepare", "replay", "evaluate", "export", "launch"),
+    *("prepare", "replay", "evaluate", "export", "plan", "launch"),
 ]
 ALLOWED = {  # library -> the files that may import it
     "ray": ["cluster.py", "pool.py", "serving/*"],

@@ -172,6 +172,19 @@ def linear_matrices(folder: str | Path, targets: str | Sequence[str] = "all-line
     return matrices
 
 
+def parameters(folder: str | Path) -> tuple[int, int, int]:
+    """(all parameters, those of them in embeddings that only look up, width of the hidden states). Reads no weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    looked_up = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Embedding))
+    return sum(p.numel() for p in model.parameters()), looked_up, config.get_text_config().hidden_size
+
+
 def load_matrices(folder: str | Path, names: Collection[str], dtype: str) -> dict[str, torch.Tensor]:
     """Canonical name -> weight (out_features, in_features) in `dtype`, on the CPU; an embedding's is transposed.
 

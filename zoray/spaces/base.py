@@ -96,6 +96,14 @@ class Space(Protocol):
         """How many numbers move."""
         ...
 
+    def drawn(self, matrices: Mapping[str, tuple[int, int]]) -> int:
+        """How many random numbers a direction has."""
+        ...
+
+    def kept(self, matrices: Mapping[str, tuple[int, int]], momentum: bool) -> int:
+        """How many float32 numbers a state keeps, beside slots, directions and a copy of the base."""
+        ...
+
     def open(
         self,
         matrices: Mapping[str, tuple[int, int]],

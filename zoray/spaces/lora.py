@@ -65,6 +65,15 @@ class Lora:
         """How many numbers move."""
         return sum(self.rank * (out + into * (self.train == "AB")) for out, into in self.select(matrices).values())
 
+    def drawn(self, matrices: Mapping[str, tuple[int, int]]) -> int:
+        """How many random numbers a direction has: one for each that moves."""
+        return self.trained(matrices)
+
+    def kept(self, matrices: Mapping[str, tuple[int, int]], momentum: bool) -> int:
+        """A, B, and the momentum of what moves."""
+        adapter = sum(self.rank * (out + into) for out, into in self.select(matrices).values())
+        return adapter + self.trained(matrices) * momentum
+
     def open(
         self,
         matrices: Mapping[str, tuple[int, int]],

@@ -62,6 +62,14 @@ class LowRank:
         """How many numbers move: whole matrices."""
         return sum(out * into for out, into in self.select(matrices).values())
 
+    def drawn(self, matrices: Mapping[str, tuple[int, int]]) -> int:
+        """How many random numbers a direction has: U and V."""
+        return sum(self.rank * (out + into) for out, into in self.select(matrices).values())
+
+    def kept(self, matrices: Mapping[str, tuple[int, int]], momentum: bool) -> int:
+        """Nothing: every step is folded."""
+        return 0
+
     def open(
         self,
         matrices: Mapping[str, tuple[int, int]],

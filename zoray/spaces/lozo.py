@@ -66,6 +66,14 @@ class Lozo:
         """How many numbers move: whole matrices, over several intervals."""
         return sum(out * into for out, into in self.select(matrices).values())
 
+    def drawn(self, matrices: Mapping[str, tuple[int, int]]) -> int:
+        """How many random numbers a direction has: U."""
+        return sum(self.rank * out for out, _ in self.select(matrices).values())
+
+    def kept(self, matrices: Mapping[str, tuple[int, int]], momentum: bool) -> int:
+        """B, V, and the momentum of B."""
+        return sum(self.rank * (out * (1 + momentum) + into) for out, into in self.select(matrices).values())
+
     def open(
         self,
         matrices: Mapping[str, tuple[int, int]],

@@ -1,0 +1,211 @@
+"""`python -m zoray.plan [any setting of a run]`: what a run will take, before it takes it; refuses what can't fit.
+
+Sizes and tokens are exact; memory is their sum with a stated allowance for the process; time is the arithmetic of the
+forward pass at the rate of a matrix product measured here, so it says minutes or hours, not seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoray.cli import build_experiment, run_main
+from zoray.data import batch_indices, load_workload, stratified_indices
+from zoray.models import parameters
+from zoray.records import Commit, ConfigError, Scores
+from zoray.spaces.base import CACHED_ELEMENTS
+from zoray.tiles import Grid, scored
+
+if TYPE_CHECKING:
+    import torch
+
+    from zoray.data import Workload
+    from zoray.experiment import Experiment
+
+PROCESS = 1.5 * 2**30  # bytes of Python, torch, vLLM and Ray in a replica's process
+SAMPLED_STEPS = 50
+TAX = 1.15  # of adapters, head and host over the inner layers' products
+GIB, MIB = 2**30, 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes. Bytes and seconds are of one replica that does all the work alone."""
+
+    trained: int
+    matrices: int
+    probes: int
+    sequences: int  # of a step
+    tokens: tuple[int, int, int]  # of a step: mean, least, most of the first steps
+    forwards: int  # of a step, by slots and tokens
+    memory: dict[str, int]  # bytes by part
+    to_replica: int  # bytes of a step's message
+    from_replica: int
+    seconds: float  # of a step
+    flops: float  # a second, as measured
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.memory.values())
+
+
+def main(config: Any) -> None:
+    """Print the plan, or refuse it."""
+    e = build_experiment(config)
+    workload = load_workload(e.spec)
+    device, limit = _device()
+    plan = make(e, workload, device)
+    replicas = 1 if e.cluster.replicas == "auto" else int(e.cluster.replicas)
+    for line in lines(plan, e, device, limit, replicas):
+        print(line)
+    here = replicas if device == "cpu" else 1
+    if plan.total * here > limit:
+        largest = max(plan.memory, key=plan.memory.__getitem__)
+        raise ConfigError(
+            f"expected {here} replica(s) of {plan.total / GIB:.1f} GiB to fit the {limit / GIB:.1f} GiB of this "
+            f"{'machine' if device == 'cpu' else 'GPU'}; the largest part is {largest}, "
+            f"{plan.memory[largest] / GIB:.1f} GiB. {REMEDIES[largest]}"
+        )
+
+
+REMEDIES = {
+    "weights": "Take a smaller model, or model.dtype=bfloat16",
+    "KV cache": "Lower engine.kv_cache_gib",
+    "adapter slots": "Lower engine.slots or space.rank; a step with more probes than slots takes several passes",
+    "adapter state": "Lower space.rank, name fewer space.targets, or set space.keep_base=false",
+    "directions": "Lower space.rank, or name fewer space.targets",
+    "activations": "Lower engine.max_tokens",
+    "process": "Lower cluster.replicas",
+}
+
+
+def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
+    """The plan of an experiment."""
+    matrices = e.space.select(workload.matrices)
+    count, embeddings, hidden = parameters(workload.folder)
+    size = 2 if e.model.dtype in ("float16", "bfloat16") or (e.model.dtype == "auto" and device != "cpu") else 4
+    grid, tokens = Grid.of(e.spec, 0), step_tokens(e, workload)
+    probes, most = len(e.estimator.ask(0)), max(tokens)
+    slots, budget = getattr(e.engine, "slots", 0), getattr(e.engine, "max_tokens", most)
+    passes = max(1, -(-probes // slots)) if slots else probes
+    forwards = max(passes, -(-int(np.mean(tokens)) // budget))
+    at_once = min(budget, most)
+    widest = max(out for out, _ in workload.matrices.values())
+    copy = size * sum(out * into for out, into in matrices.values()) if getattr(e.space, "keep_base", False) else 0
+    memory = {
+        "weights": count * size,
+        "KV cache": int(getattr(e.engine, "kv_cache_gib", 0) * GIB),
+        "adapter slots": slots * size * slot_elements(e, matrices),
+        "adapter state": 4 * e.space.kept(workload.matrices, e.optimizer.momentum > 0) + copy,
+        "directions": 4 * min(CACHED_ELEMENTS, (e.estimator.directions + probes) * e.space.drawn(workload.matrices)),
+        "activations": at_once * size * (2 * widest + 4 * hidden),
+        "process": int(PROCESS),
+    }
+    flops = matmul_rate(device, size, hidden, widest, at_once)
+    inner = 2 * (count - embeddings) * float(np.mean(tokens))
+    return Plan(
+        trained=e.space.trained(workload.matrices),
+        matrices=len(matrices),
+        probes=probes,
+        sequences=scored(grid.tiles),
+        tokens=(round(float(np.mean(tokens))), min(tokens), most),
+        forwards=forwards,
+        memory=memory,
+        to_replica=len(pickle.dumps(((Commit(0, (1.0,) * e.estimator.directions),), 1, "train", ((0, 1),), False))),
+        from_replica=len(pickle.dumps(Scores(np.zeros(_losses(grid)), 0.0, 0))),
+        seconds=TAX * inner / flops,
+        flops=flops,
+    )
+
+
+def lines(plan: Plan, e: Experiment, device: str, limit: int, replicas: int) -> list[str]:
+    """The plan as text."""
+    mean, least, most = plan.tokens
+    rows = [
+        ("model", f"{e.model.path}, {plan.memory['weights'] / MIB:,.0f} MiB of weights"),
+        ("space", f"{type(e.space).__name__.lower()}: {plan.trained:,} numbers trained in {plan.matrices} matrices"),
+        ("a step", f"{plan.probes} probes, {plan.sequences} sequences, {plan.forwards} forward(s)"),
+        ("", f"{mean:,} tokens ({least:,} to {most:,} in the first {SAMPLED_STEPS} steps)"),
+        ("memory", f"{plan.total / GIB:.2f} GiB a replica, of {limit / GIB:.1f} GiB ({device})"),
+        *(("", f"{part:<14} {size / MIB:>9,.0f} MiB") for part, size in plan.memory.items()),
+        ("on the wire", f"{plan.to_replica:,} bytes to a replica, {plan.from_replica:,} back, each step"),
+        ("time", f"about {plan.seconds:.2g} s a step at the {plan.flops / 1e9:,.0f} GFLOP/s measured here"),
+        (
+            "",
+            f"about {_duration(plan.seconds * e.run.steps / replicas)} for {e.run.steps:,} steps, without evaluations",
+        ),
+    ]
+    if replicas > 1:
+        rows.append(("", f"shared by {replicas} replicas, each with a device or cores of its own"))
+    return [f"{name:<12} {text}" for name, text in rows]
+
+
+def step_tokens(e: Experiment, workload: Workload) -> list[int]:
+    """Forward tokens of each of the first steps."""
+    labels = tuple(example.label for example in workload.splits.train)
+    lengths = np.array([sum(len(s.tokens) for s in sequences) for sequences in workload.encoded["train"]])
+    tokens = []
+    for step in range(min(SAMPLED_STEPS, e.run.steps)):
+        address = (e.run.data_seed, step, e.run.batch)
+        chosen = stratified_indices(*address, labels) if e.run.stratify else batch_indices(*address, len(labels))
+        tiles = Grid.of(e.spec, step).tiles
+        tokens.append(sum(int(lengths[chosen[t.start : t.stop]].sum()) * len(t.probes) for t in tiles))
+    return tokens
+
+
+def slot_elements(e: Experiment, matrices: dict[str, tuple[int, int]]) -> int:
+    """Numbers of one slot. vLLM rounds the rank up, and wraps all of a model's modules of a name."""
+    from zoray.engines.vllm import SLOT_RANKS
+
+    rank = min(rank for rank in SLOT_RANKS if rank >= e.space.rank)
+    return rank * sum(out + into for out, into in matrices.values())
+
+
+def matmul_rate(device: str, size: int, into: int, out: int, tokens: int) -> float:
+    """Floating-point operations a second of x W^T with the model's own sizes, the best of a few."""
+    import torch
+
+    dtype = torch.float32 if size == 4 else torch.bfloat16
+    x, w = (torch.ones(rows, into, dtype=dtype, device=device) for rows in (min(tokens, 2048), out))
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        _sync(x @ w.t())
+        best = min(best, time.perf_counter() - began)
+    return 2 * x.shape[0] * into * out / best
+
+
+def _sync(tensor: torch.Tensor) -> None:
+    tensor[:1, :1].cpu()
+
+
+def _losses(grid: Grid) -> int:
+    return scored(grid.tiles) if grid.per_example else sum(len(tile.probes) for tile in grid.tiles)
+
+
+def _device() -> tuple[str, int]:
+    """What a replica would run on here, and its memory in bytes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_properties(0).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    group = Path("/sys/fs/cgroup/memory.max")  # a container's or a job's own limit
+    given = group.read_text().strip() if group.is_file() else "max"
+    return "cpu", min(total, int(given)) if given.isdecimal() else total
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+if __name__ == "__main__":
+    run_main("config", main)
