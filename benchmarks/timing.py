@@ -17,17 +17,21 @@ if TYPE_CHECKING:
 def rounds(contenders: Mapping[str, Callable[[], object]], count: int, warm_up: int = 2) -> dict[str, list[float]]:
     """Seconds of each contender in each of `count` rounds, after some that are not counted.
 
-    The order turns from round to round, so that nobody always follows the same one.
+    The order turns from round to round, so that nobody always follows the same one. Garbage is collected in between.
     """
     names, seconds = list(contenders), {name: [] for name in contenders}
-    for number in range(-warm_up, count):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+    gc.disable()
+    try:
+        for number in range(-warm_up, count):
             gc.collect()
-            began = time.perf_counter()
-            contenders[name]()
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - began)
+            shift = number % len(names)
+            for name in names[shift:] + names[:shift]:
+                began = time.perf_counter()
+                contenders[name]()
+                if number >= 0:
+                    seconds[name].append(time.perf_counter() - began)
+    finally:
+        gc.enable()
     return seconds
 
 

@@ -68,6 +68,13 @@ class TrainingLoop:
     @torch.no_grad()
     def loss(self, batch: Sequence[tuple[Sequence[Sequence[int]], Sequence[int], int]], pad: int = 0) -> float:
         """Mean cross-entropy over the options, from mean log-probabilities of their tokens."""
+        return float(torch.tensor([loss for loss, _ in self.outcomes(batch, pad)]).mean())
+
+    @torch.no_grad()
+    def outcomes(
+        self, batch: Sequence[tuple[Sequence[Sequence[int]], Sequence[int], int]], pad: int = 0
+    ) -> list[tuple[float, bool]]:
+        """(loss, whether the right option is the likeliest) of each example."""
         sequences = [tokens for options, _, _ in batch for tokens in options]
         longest, device = max(map(len, sequences)), self.model.device
         ids = torch.full((len(sequences), longest), pad, dtype=torch.int64)
@@ -77,7 +84,7 @@ class TrainingLoop:
             mask[i, : len(tokens)] = 1
         logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
         logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None].to(device))[..., 0]
-        losses, at = [], 0
+        outcomes, at = [], 0
         for options, begins, label in batch:
             scores = torch.stack(
                 [
@@ -85,9 +92,10 @@ class TrainingLoop:
                     for k, (tokens, begin) in enumerate(zip(options, begins, strict=True))
                 ]
             )
-            losses.append(torch.logsumexp(scores, 0) - scores[label])
+            loss = float(torch.logsumexp(scores, 0) - scores[label])
+            outcomes.append((loss, int(scores.argmax()) == label))
             at += len(options)
-        return float(torch.stack(losses).mean())
+        return outcomes
 
 
 def option_batch(sequences: Sequence[Any], label: int) -> tuple[list[list[int]], list[int], int]:

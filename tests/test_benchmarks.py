@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import host, scale, step, wire, workload
+from benchmarks import host, learn, scale, step, wire, workload
 from benchmarks.methods import METHODS, run, table
 from benchmarks.training_loop import TrainingLoop, option_batch
 from zoray.cli import build_experiment, compose
@@ -130,3 +130,19 @@ def test_the_driver_is_timed_with_null_replicas(local_ray, tmp_path):
     assert 0 < result["low"] <= result["median"] <= result["high"]
     (journal,) = tmp_path.glob("*/journal.jsonl")
     assert journal.read_bytes().count(b"\n") == 21  # header and steps: the whole loop ran
+
+
+def test_learning_is_compared_from_the_same_start_on_the_same_examples(tiny_models, labelled_file, tmp_path):
+    words = "task.words=[' terrible',' great']"
+    where = ("model=hf", f"model.path={tiny_models['opt']}", "task=file", f"task.path={labelled_file}", words)
+    options = {**learn.DEFAULTS, "steps": "4", "every": "2", "batch": "4", "dev": "12", "lr": "1e-3"}
+    result = learn.measure(options, (*where, "task.test=20", "engine=hf"))
+    zoray, loop = result["zoray"], result["loop"]
+    assert [p["step"] for p in zoray] == [p["step"] for p in loop] == [0, 2, 4]
+    assert zoray[0]["dev_loss"] == pytest.approx(loop[0]["dev_loss"], rel=1e-4)
+    assert zoray[0]["dev_accuracy"] == loop[0]["dev_accuracy"]
+    for points in (zoray, loop):
+        assert points[2]["dev_loss"] != points[0]["dev_loss"] and points[2]["seconds"] > points[1]["seconds"] > 0
+    assert 1.5 < loop[2]["tokens"] / zoray[2]["tokens"] < 2.5  # each option is a sequence of its own
+    learn.draw(result, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000

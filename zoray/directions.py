@@ -69,22 +69,23 @@ def philox_torch(counter: Sequence[torch.Tensor | int], key: Sequence[torch.Tens
     """The same in torch: int64 tensors holding 32-bit words -> (..., 4) int64. At least one word must be a tensor.
 
     A product of two 32-bit words wraps in int64, but its bit pattern is right; masking after the shift drops the sign.
+    Both halves of a round go through one operation each, (c2, c0) being the even words and (c1, c3) the odd ones.
     """
     import torch
 
     device = next(word.device for word in (*counter, *key) if isinstance(word, torch.Tensor))
-    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
-    k0, k1 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in key)
+    words = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in (*counter, *key))
+    c0, c1, c2, c3, k0, k1 = torch.broadcast_tensors(*words)
+    even, odd, keys = torch.stack([c2, c0]), torch.stack([c1, c3]), torch.stack([k0, k1])
+    column = (2, *(1,) * c0.ndim)
+    multipliers = torch.tensor(_MULTIPLIERS[::-1], device=device).view(column)
+    weyl = torch.tensor(_WEYL, device=device).view(column)
     for _ in range(rounds):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
-            product1 & _MASK,
-            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
-            product0 & _MASK,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+        product = even * multipliers
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(keys).bitwise_and_(_MASK).flip(0)
+        odd = product.bitwise_and_(_MASK)
+        keys = keys.add_(weyl).bitwise_and_(_MASK)
+    return torch.stack([even[1], odd[0], even[0], odd[1]], dim=-1)
 
 
 @lru_cache(maxsize=1)
@@ -128,14 +129,23 @@ def direction_numpy(
 
 
 def _elements_torch(words: torch.Tensor, distribution: str) -> torch.Tensor:
-    """(n, 4) words -> (n, elements of a block) float32."""
+    """(..., n, 4) words -> (..., n * elements of a block) float32."""
     import torch
 
     if distribution == "rademacher":
-        bits = (words.to(torch.int32)[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
-        return (1.0 - 2.0 * bits.to(torch.float32)).flatten(1)
-    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)
-    return _quantiles_on(words.device)[halves]
+        octets = torch.stack([(words >> shift) & 0xFF for shift in (0, 8, 16, 24)], dim=-1)
+        return _signs_on(words.device)[octets].flatten(-4)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1)
+    return _quantiles_on(words.device)[halves].flatten(-3)
+
+
+@lru_cache(maxsize=8)
+def _signs_on(device: torch.device) -> torch.Tensor:
+    """(256, 8) float32: +1 for each bit of a byte that is 0, -1 for each that is 1, the lowest first."""
+    import torch
+
+    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    return (1.0 - 2.0 * bits.to(torch.float32)).to(device)
 
 
 @lru_cache(maxsize=8)
@@ -193,13 +203,21 @@ class Layout:
 
     def direction(self, seed: int, step: int, probe: int, distribution: str) -> torch.Tensor:
         """The direction at (seed, step, probe) for all tensors: (size,) float32 on the layout's device."""
+        return self.directions(seed, step, (probe,), distribution)[0]
+
+    def directions(self, seed: int, step: int, probes: Sequence[int], distribution: str) -> torch.Tensor:
+        """The directions at some probe indices at once: (K, size) float32 on the layout's device."""
+        import torch
+
         check_distribution(distribution)
-        _words(seed, step, probe)
+        for probe in probes:
+            _words(seed, step, probe)
         blocks, low, high = self._block_counters(distribution)
-        flat = _elements_torch(philox_torch((blocks, probe, step, high), (seed, low)), distribution).flatten()
+        index = torch.tensor(list(probes), dtype=torch.int64, device=self.device)[:, None]
+        flats = _elements_torch(philox_torch((blocks, index, step, high), (seed, low)), distribution)
         if len(self._padding):
-            flat[self._padding] = 0.0
-        return flat
+            flats.index_fill_(1, self._padding, 0.0)
+        return flats
 
     def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
         """The tensor `name` inside a flat vector of this layout; shares its memory."""
@@ -238,7 +256,7 @@ def direction_torch(
     blocks, position = torch.unique(index // per_block, return_inverse=True)
     words = philox_torch((blocks, probe, step, tensor >> 32), (seed, tensor & _MASK))
     elements = _elements_torch(words, distribution)
-    return elements[position, index % per_block].view(len(row), len(column))
+    return elements[position * per_block + index % per_block].view(len(row), len(column))
 
 
 def uniform_torch(

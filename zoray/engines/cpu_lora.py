@@ -74,9 +74,7 @@ class SegmentedLora(PunicaWrapperCPU):
             if self._equal is not None:
                 first, count, length = self._equal
                 b_of = b[first : first + count, 0, :, :used].transpose(1, 2)
-                wide[begin:stop].unflatten(0, (count, length)).baddbmm_(
-                    narrow.unflatten(0, (count, length)), b_of, alpha=scale
-                )
+                wide[begin:stop].view(count, length, size).baddbmm_(narrow.view(count, length, used), b_of, alpha=scale)
                 continue
             for slot, start, end in self.segments:
                 wide[start:end].addmm_(narrow[start - begin : end - begin], b[slot, 0, :, :used].t(), alpha=scale)
@@ -87,7 +85,7 @@ class SegmentedLora(PunicaWrapperCPU):
             return x[begin:stop] @ a[self.segments[0][0]].t()
         if self._equal is not None:
             first, count, length = self._equal
-            inputs = x[begin:stop].unflatten(0, (count, length))
+            inputs = x[begin:stop].view(count, length, -1)
             return torch.bmm(inputs, a[first : first + count].transpose(1, 2)).flatten(0, 1)
         low = x.new_empty(stop - begin, a.shape[1])
         for slot, start, end in self.segments:

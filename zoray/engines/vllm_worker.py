@@ -195,25 +195,23 @@ class PackedScorer:
 
     def _log_probabilities(self, hidden: torch.Tensor, packed: Pack) -> torch.Tensor:
         """(M,) float32: only the asked rows reach the LM head, in chunks of bounded size."""
-        rows = torch.from_numpy(packed.rows).to(self.device)
-        vocabulary = self.vllm_config.model_config.get_vocab_size()
-        chunk = max(1, LOGITS_ELEMENTS // vocabulary)
-        row_of, targets = (
-            torch.from_numpy(packed.target_rows).to(self.device),
-            torch.from_numpy(packed.targets).to(self.device),
+        rows, row_of, targets = (
+            torch.from_numpy(part).to(self.device) for part in (packed.rows, packed.target_rows, packed.targets)
         )
-        result = torch.empty(len(packed.targets), dtype=torch.float32, device=self.device)
+        chunk = max(1, LOGITS_ELEMENTS // self.vllm_config.model_config.get_vocab_size())
+        row_slots: list[int] = []
         if self.head_moves:
             row_slots = _slots_of_tokens(packed.segments)[packed.rows].tolist()
             chunk = min(chunk, self.vllm_config.scheduler_config.max_num_seqs)  # vLLM's buffers for rows end there
+        parts = []
         for start in range(0, len(rows), chunk):
             if self.head_moves:
                 self.map_slots(packed.segments, row_slots[start : start + chunk])
             logits = self.runner.model.compute_logits(hidden[rows[start : start + chunk]]).float()
-            here = (row_of >= start) & (row_of < start + chunk)
-            local = row_of[here] - start
-            result[here] = logits[local, targets[here]] - torch.logsumexp(logits, dim=-1)[local]
-        return result
+            first, end = np.searchsorted(packed.target_rows, (start, start + chunk))  # ascending, as the rows are
+            local = row_of[first:end] - start
+            parts.append(logits[local, targets[first:end]] - torch.logsumexp(logits, dim=-1)[local])
+        return torch.cat(parts)
 
     def map_slots(self, segments: tuple[tuple[int, int, int], ...], row_slots: Sequence[int] = ()) -> None:
         """Tell the LoRA layers the slot of each token, and the head that of each of its rows; -1 is the bare model."""

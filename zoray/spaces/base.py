@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ALL = "all-linear"
 MAX_RANK = 512  # the largest LoRA rank that vLLM has slots for
 CACHED_ELEMENTS = 1 << 28  # of a step's directions kept between scoring and commit: 1 GiB
+AT_ONCE = 1 << 24  # elements of directions made in one go; a few times as much is needed meanwhile
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embedding")  # what families call the input's
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: odd, so i * _GOLDEN differs for every i
 _DIGEST_CHUNK = 1 << 24  # elements hashed at a time: a few int64 copies of them exist meanwhile
@@ -170,6 +171,24 @@ class Directions:
             self._fresh[key] = z
         return z
 
+    def prepare(self, probes: Iterable[Probe]) -> None:
+        """Make those of some probes of a step at once, as far as they will be kept."""
+        addresses = {(probe.step, probe.index) for probe in probes if probe.scale != 0}
+        if len({step for step, _ in addresses}) != 1:
+            return
+        step = next(iter(addresses))[0]
+        missing = sorted(index for _, index in addresses if (step, index) not in self._fresh)
+        room = CACHED_ELEMENTS // max(1, self.layout.size) - sum(of == step for of, _ in self._fresh)
+        if len(missing) < 2 or len(missing) > room:
+            return
+        at_once = max(1, AT_ONCE // self.layout.size)
+        for start in range(0, len(missing), at_once):
+            some = missing[start : start + at_once]
+            if any(kept != step for kept, _ in self._fresh):
+                self._fresh.clear()
+            flats = self.layout.directions(self.seed, step, some, self.distribution)
+            self._fresh.update(zip([(step, index) for index in some], flats, strict=True))
+
     def part(self, step: int, index: int, name: str) -> torch.Tensor:
         """One tensor of z; made alone where all of z would not be kept."""
         kept = sum(of == step for of, _ in self._fresh)
@@ -179,6 +198,16 @@ class Directions:
         return direction_torch(
             self.seed, step, index, name, (rows, columns), self.distribution, device=self.layout.device
         )
+
+
+def perturb(flat: torch.Tensor, direction: Directions, probes: Sequence[Probe]) -> torch.Tensor:
+    """flat + scale * z of each of P probes, (P, size); `flat` itself for the centre (scale 0)."""
+    import torch
+
+    direction.prepare(probes)
+    rows = [direction(probe.step, probe.index) if probe.scale else torch.zeros_like(flat) for probe in probes]
+    scales = torch.tensor([probe.scale for probe in probes], dtype=flat.dtype, device=flat.device)
+    return torch.stack(rows).mul_(scales[:, None]).add_(flat)
 
 
 def expect(commit: Commit, step: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from zoray.directions import Layout
 from zoray.records import is_finite, require
-from zoray.spaces.base import Directions, advance, as_arrays, check_space, digest, expect, is_embedding, select
+from zoray.spaces.base import Directions, advance, as_arrays, check_space, digest, expect, is_embedding, perturb, select
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -148,9 +148,7 @@ class LoraState:
 
     def stacked(self, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """(canonical name, A (P or 1, rank, in), B (P, out, rank)) of every matrix under P probes at once."""
-        import torch
-
-        flats = torch.stack([self.perturbed(probe) for probe in probes])
+        flats = perturb(self.flat, self.direction, probes)
         a_flats = flats if self.space.train == "AB" else self._a_flat[None]
         for name in self.matrices:
             yield name, self._a_layout.views(a_flats, f"{name}.lora_A"), self.layout.views(flats, f"{name}.lora_B")

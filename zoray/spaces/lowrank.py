@@ -122,6 +122,8 @@ class LowRankState:
         import torch
 
         scales = torch.tensor([probe.scale for probe in probes], device=self._u_layout.device)[:, None, None]
+        self._draw_u.prepare(probes)
+        self._draw_v.prepare(probes)
         for name in self.matrices:
             u = [self._draw_u.part(probe.step, probe.index, f"{name}.lowrank_U") for probe in probes]
             v = [self._draw_v.part(probe.step, probe.index, f"{name}.lowrank_V") for probe in probes]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import zoray.spaces.fold as fold
 from zoray.directions import Layout
 from zoray.records import require
-from zoray.spaces.base import Directions, advance, as_arrays, check_space, digest_part, expect, select
+from zoray.spaces.base import Directions, advance, as_arrays, check_space, digest_part, expect, perturb, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -136,9 +136,7 @@ class LozoState:
 
     def stacked(self, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """(canonical name, A (1, rank, in), B (P, out, rank)) of every matrix under P probes at once."""
-        import torch
-
-        flats, v = torch.stack([self.perturbed(probe) for probe in probes]), self._v[None]
+        flats, v = perturb(self.flat, self.direction, probes), self._v[None]
         for name in self.matrices:
             yield name, self._v_layout.views(v, f"{name}.lozo_V"), self.layout.views(flats, f"{name}.lozo_U")
 

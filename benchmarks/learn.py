@@ -1,0 +1,149 @@
+"""Who learns more in the same time, and from the same tokens: zoray or the training loop? LoZO on both, one seed.
+
+    python -m benchmarks.learn [steps=200] [every=50] [batch=16] [lr=1e-4] [out=runs/learn]
+
+Both take the same steps, with the same learning rate, perturbation, rank and interval, on the same examples, and are
+scored on dev every few steps; that time does not count. zoray moves the matrices of all layers, the official loop every
+parameter. `out` gets curve.png and learn.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.stepper import Stepper
+from benchmarks.training_loop import TrainingLoop, option_batch
+
+DEFAULTS = {"steps": "200", "every": "50", "batch": "16", "lr": "1e-4", "eps": "5e-4", "rank": "2", "interval": "50"}
+DEFAULTS |= {"dev": "200", "seed": "0", "out": "runs/learn"}
+
+
+def main(arguments: list[str]) -> None:
+    """Run both, draw them, print one JSON object."""
+    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    if unknown := given.keys() - DEFAULTS.keys():
+        sys.exit(f"expected {', '.join(DEFAULTS)}; got {', '.join(sorted(unknown))}")
+    options = {**DEFAULTS, **given}
+    result = measure(options)
+    out = Path(options["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "learn.json").write_text(json.dumps(result) + "\n")
+    draw(result, out / "curve.png")
+    print(json.dumps(result))
+
+
+def measure(options: dict[str, str], where: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Points (step, seconds, forward tokens, dev accuracy, dev loss) of both. `where`: further settings, for tests."""
+    from zoray.cli import build_experiment, compose
+    from zoray.data import load_workload
+
+    settings = ["estimator=two_point", "space=lozo", f"space.rank={options['rank']}", f"estimator.eps={options['eps']}"]
+    settings += [f"space.interval={options['interval']}", "optimizer.schedule=constant", f"task.dev={options['dev']}"]
+    settings += [
+        f"optimizer.lr={options['lr']}",
+        f"run.batch={options['batch']}",
+        f"run.tile_examples={options['batch']}",
+    ]
+    settings += [f"run.seed={options['seed']}", f"run.data_seed={options['seed']}", *where]
+    e = build_experiment(compose("config", settings))
+    workload = load_workload(e.spec)
+    steps, every = int(options["steps"]), int(options["every"])
+    result: dict[str, Any] = {"benchmark": "learn", **options}
+    result["zoray"] = zoray_points(e, workload, steps, every)
+    result["loop"] = loop_points(e, workload, steps, every)
+    return result
+
+
+def zoray_points(e: Any, workload: Any, steps: int, every: int) -> list[dict[str, float]]:
+    """A replica's steps, without Ray."""
+    from zoray.records import Probe
+    from zoray.replica import Replica
+    from zoray.tiles import mean
+
+    replica = Replica(e.spec, workload)
+    stepper, seconds = Stepper(e, replica, steps), 0.0
+
+    def point() -> dict[str, float]:
+        replica.apply(stepper.commits[-1:])
+        losses, correct = zip(*replica.outcomes("dev", Probe(stepper.step, 0, 0.0)), strict=True)
+        return _point(stepper.step, seconds, stepper.tokens, mean(correct), mean(losses))
+
+    points = [point()]
+    for number in range(1, steps + 1):
+        began = time.perf_counter()
+        stepper.direct()
+        seconds += time.perf_counter() - began
+        if number % every == 0 or number == steps:
+            points.append(point())
+    return points
+
+
+def loop_points(e: Any, workload: Any, steps: int, every: int) -> list[dict[str, float]]:
+    """The training loop's steps on the same examples."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from zoray.data import batch_indices, stratified_indices
+
+    model = AutoModelForCausalLM.from_pretrained(workload.folder, dtype=torch.float32).eval()
+    settings = {"lr": e.optimizer.lr, "eps": e.estimator.eps, "rank": e.space.rank, "interval": e.space.interval}
+    loop = TrainingLoop(model, "lozo", **settings)
+    train, labels = workload.splits.train, tuple(example.label for example in workload.splits.train)
+    seconds, tokens = 0.0, 0
+
+    def point() -> dict[str, float]:
+        dev = [workload.example("dev", i) for i in range(len(workload.splits.dev))]
+        batches = [[option_batch(sequences, example.label)] for example, sequences in dev]
+        losses, correct = zip(*(loop.outcomes(batch)[0] for batch in batches), strict=True)
+        return _point(loop.steps, seconds, tokens, sum(correct) / len(correct), sum(losses) / len(losses))
+
+    points = [point()]
+    for number in range(1, steps + 1):
+        address = (e.run.data_seed, loop.steps, e.run.batch)
+        chosen = stratified_indices(*address, labels) if e.run.stratify else batch_indices(*address, len(train))
+        batch = [option_batch(workload.encoded["train"][i], train[i].label) for i in chosen]
+        tokens += 2 * sum(len(sequence) for sequences, _, _ in batch for sequence in sequences)
+        began = time.perf_counter()
+        loop.step(batch)
+        seconds += time.perf_counter() - began
+        if number % every == 0 or number == steps:
+            points.append(point())
+    return points
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Dev accuracy over seconds and over forward tokens, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
+    for axis, key, label in zip(axes, ("seconds", "tokens"), ("seconds of steps", "forward tokens"), strict=True):
+        for name, colour in (("zoray", "tab:blue"), ("loop", "tab:orange")):
+            points = result[name]
+            axis.plot([p[key] for p in points], [p["dev_loss"] for p in points], marker="o", color=colour, label=name)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("dev loss")
+    axes[0].legend(labels=["zoray", "training loop"])
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _point(step: int, seconds: float, tokens: int, accuracy: float, loss: float) -> dict[str, float]:
+    return {
+        "step": step,
+        "seconds": round(seconds, 2),
+        "tokens": tokens,
+        "dev_accuracy": accuracy,
+        "dev_loss": round(loss, 5),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
