@@ -5,6 +5,7 @@ override ACCEL := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cud
 endif
 PYTHON ?=
 ARGS ?=
+EXPERIMENT ?= movie_reviews
 PY := .venv/bin/python
 
 export ACCEL PYTHON
@@ -19,6 +20,7 @@ help: ## show this list
 	@echo
 	@echo "  ACCEL=cpu|cuda  what to install for (here: $(ACCEL))"
 	@echo "  PYTHON=...      the Python (3.11 to 3.13) to make .venv with"
+	@echo "  EXPERIMENT=...  what to run, a file of conf/experiment (here: $(EXPERIMENT); null for the plain defaults)"
 	@echo "  ARGS=...        passed on, e.g. make run ARGS='run.steps=50' or make test ARGS='-k journal'"
 
 setup: ## create .venv with the pinned packages (about 4 minutes; nothing to do the second time)
@@ -28,7 +30,7 @@ prepare: setup ## put the model and the data into the cache (once)
 	@$(PY) -m zoray.prepare
 
 run: prepare ## tune SmolLM2-135M on movie reviews: the main job
-	$(PY) -m zoray.launch $(ARGS)
+	$(PY) -m zoray.launch experiment=$(EXPERIMENT) $(ARGS)
 
 test: prepare ## all checks: ruff, pyright, then every test
 	$(PY) -m ruff check .

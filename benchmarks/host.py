@@ -55,7 +55,14 @@ def replica(folder: Path, examples: int, where: tuple[str, ...]) -> tuple[Any, A
     from zoray.models import linear_matrices
     from zoray.replica import Replica
 
-    settings = ["model=hf", f"model.path={folder}", "estimator=two_point", f"run.batch={examples}", "engine.slots=2"]
+    settings = [
+        "model=hf",
+        f"model.path={folder}",
+        "space=lora",
+        "estimator=two_point",
+        f"run.batch={examples}",
+        "engine.slots=2",
+    ]
     settings += [f"run.tile_examples={examples}", "run.stratify=false", "engine.load_format=dummy"]
     e = build_experiment(compose("config", [*settings, "engine.kv_cache_gib=0.1", *where]))
     rng = np.random.default_rng(0)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Factors = Mapping[str, "tuple[torch.Tensor, torch.Tensor]"]  # name -> B (out, r), A (r, in)
 ROUNDINGS = ("nearest", "stochastic")
 FOLDABLE = ("float32", "float16", "bfloat16", "float64")
+CACHE_ELEMENTS = 1 << 17  # of a block of rows: 512 KiB of float32
 _FIXED_POINT = 1 << 21  # of normal quantiles (|z| < 4.4): products of 2**16 pairs of them still fit 63 bits
 
 
@@ -80,6 +81,34 @@ def product(b: torch.Tensor, a: torch.Tensor, distribution: str | None = None) -
     for j in range(1, b.shape[1]):
         total += b[:, j : j + 1] * a[j : j + 1]
     return total
+
+
+def add_products(
+    exact: torch.Tensor,
+    terms: Sequence[tuple[torch.Tensor, torch.Tensor, float]],
+    distribution: str | None = None,
+) -> None:
+    """exact += product(b, a) * factor for each (b, a, factor), in that order and in place; the bits of doing just that.
+
+    On a CPU in blocks of rows that stay in its cache, since each term is a pass over the matrix.
+    """
+    import torch
+
+    height, width = exact.shape
+    rows = max(1, CACHE_ELEMENTS // width) if exact.device.type == "cpu" else height
+    scratch, more = torch.empty(2, rows, width, dtype=torch.float32, device=exact.device)
+    for start in range(0, height, rows):
+        block = exact[start : start + rows]
+        term, extra = scratch[: len(block)], more[: len(block)]
+        for b, a, factor in terms:
+            b = b[start : start + rows]
+            if distribution == "rademacher":
+                torch.mm(b, a, out=term)
+            else:
+                torch.mul(b[:, :1], a[:1], out=term)
+                for j in range(1, b.shape[1]):
+                    term.add_(torch.mul(b[:, j : j + 1], a[j : j + 1], out=extra))
+            block.add_(term.mul_(factor))
 
 
 def overlap(a_old: torch.Tensor, a_new: torch.Tensor) -> torch.Tensor:

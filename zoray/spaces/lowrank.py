@@ -161,8 +161,8 @@ class LowRankState:
             for name in self.matrices:
                 owed = [(commit.decay, commit.anchor)]
                 exact = fold.decayed(self.weights[name], owed, self.base[name] if self.base else None)
-                for k, factor in moving.items():
-                    exact += fold.product(*self._pair(k, name), self.space.distribution) * factor
+                terms = [(*self._pair(k, name), factor) for k, factor in moving.items()]
+                fold.add_products(exact, terms, self.space.distribution)
                 fold.write_rounded(self.weights[name], exact, self.space.fold_rounding, self.seed, self.step, name)
         self.step += 1
 
