@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.options import parse
 from benchmarks.stepper import Stepper
 from benchmarks.timing import ratio, rounds, spread
 from zoray.records import Example, Splits, TokenSequence
@@ -25,11 +26,9 @@ SIZES = (32, 256)
 
 def main(arguments: list[str]) -> None:
     """Time both paths at both sizes and print one JSON object."""
-    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
-    if unknown := given.keys() - {"rounds"}:
-        sys.exit(f"expected rounds; got {', '.join(sorted(unknown))}")
+    options = parse(arguments, {"rounds": "30"})
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(int(given.get("rounds", "30")), toy(Path(folder)))))
+        print(json.dumps(measure(int(options["rounds"]), toy(Path(folder)))))
 
 
 def measure(count: int, folder: Path, where: tuple[str, ...] = ()) -> dict[str, Any]:

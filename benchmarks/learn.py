@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import parse
 from benchmarks.stepper import Stepper
 from benchmarks.training_loop import TrainingLoop, option_batch
 
@@ -24,10 +25,7 @@ DEFAULTS |= {"dev": "200", "seed": "0", "out": "runs/learn"}
 
 def main(arguments: list[str]) -> None:
     """Run both, draw them, print one JSON object."""
-    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
-    if unknown := given.keys() - DEFAULTS.keys():
-        sys.exit(f"expected {', '.join(DEFAULTS)}; got {', '.join(sorted(unknown))}")
-    options = {**DEFAULTS, **given}
+    options = parse(arguments, DEFAULTS)
     result = measure(options)
     out = Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)

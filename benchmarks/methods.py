@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import parse
 from benchmarks.stepper import Stepper
 
 # The methods as settings over the defaults of conf/; steps follow from the budget.
@@ -65,12 +66,8 @@ def settings(method: str, where: tuple[str, ...] = COMMON) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     """Run what is missing and print the table; with `run=` one run, in this process."""
-    options = {"sequences": "3200", "seeds": "0,1,2", "only": ",".join(METHODS), "lr": "1", "out": "runs/methods"}
-    options |= {"run": "", "test": "true"}
-    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
-    if unknown := given.keys() - options.keys():
-        sys.exit(f"expected {', '.join(options)}; got {', '.join(sorted(unknown))}")
-    options |= given
+    defaults = {"sequences": "3200", "seeds": "0,1,2", "only": ",".join(METHODS), "lr": "1", "out": "runs/methods"}
+    options = parse(arguments, {**defaults, "run": "", "test": "true"})
     budget, out = int(options["sequences"]), Path(options["out"])
     if options["run"]:
         method, seed, factor = options["run"].split(",")

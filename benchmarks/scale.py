@@ -21,6 +21,7 @@ import ray
 
 from benchmarks.host import toy
 from benchmarks.null import start
+from benchmarks.options import parse
 from benchmarks.timing import spread
 from zoray.records import Example, Splits
 
@@ -30,10 +31,7 @@ DEV, WINDOWS = 64, 5
 
 def main(arguments: list[str]) -> None:
     """Measure and print one JSON object."""
-    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
-    if unknown := given.keys() - DEFAULTS.keys():
-        sys.exit(f"expected {', '.join(DEFAULTS)}; got {', '.join(sorted(unknown))}")
-    options = {**DEFAULTS, **given}
+    options = parse(arguments, DEFAULTS)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         result: dict[str, Any] = {"benchmark": "scale", "steps": int(options["steps"])}

@@ -18,10 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import parse
 from benchmarks.stepper import Stepper
 from benchmarks.timing import ratio, rounds, spread
 from benchmarks.training_loop import TrainingLoop, option_batch
-from benchmarks.workload import make_opt, random_workload
+from benchmarks.workload import experiment
 
 DEFAULTS = {"model": "smollm2", "batch": "16", "pairs": "1", "space": "lora", "dtype": "auto", "rounds": "10"}
 DEFAULTS |= {"parts": "zoray,bare,request,loop", "device": "cpu", "method": "lozo"}
@@ -29,30 +30,16 @@ DEFAULTS |= {"parts": "zoray,bare,request,loop", "device": "cpu", "method": "loz
 
 def main(arguments: list[str]) -> None:
     """Time the parts and print one JSON object."""
-    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
-    if unknown := given.keys() - DEFAULTS.keys():
-        sys.exit(f"expected {', '.join(DEFAULTS)}; got {', '.join(sorted(unknown))}")
-    options = {**DEFAULTS, **given}
+    options = parse(arguments, DEFAULTS)
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(options, Path(folder))))
 
 
 def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) -> dict[str, Any]:
     """The result for some options. `where`: further settings of the experiment, for tests."""
-    from zoray.cli import build_experiment, compose
-    from zoray.data import load_workload
     from zoray.replica import Replica
 
-    settings = [f"run.batch={options['batch']}", f"run.tile_examples={options['batch']}", f"space={options['space']}"]
-    settings += ["estimator=two_point", f"estimator.pairs={options['pairs']}", f"model.dtype={options['dtype']}"]
-    if options["space"] != "lora":
-        settings += ["estimator.eps=5e-4", "optimizer.lr=1e-6"]
-    dummy = options["model"] != "smollm2"
-    if dummy:
-        path = make_opt(options["model"], folder / options["model"])
-        settings += ["model=hf", f"model.path={path}", "engine.load_format=dummy", "run.stratify=false"]
-    e = build_experiment(compose("config", [*settings, *where]))
-    workload = random_workload(e.spec, path, 50272) if dummy else load_workload(e.spec)
+    e, workload = experiment(options, folder, where)
     replica = Replica(e.spec, workload)
     stepper = Stepper(e, replica)
     bare, tokens = bare_forward(e, replica)

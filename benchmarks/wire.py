@@ -18,6 +18,7 @@ import numpy as np
 import ray
 
 from benchmarks.null import start
+from benchmarks.options import parse
 from zoray.estimators import Evolution, OneSided, TwoPoint
 from zoray.records import Commit
 from zoray.tiles import Grid
@@ -48,8 +49,7 @@ class Scale:
 
 def main(arguments: list[str]) -> None:
     """Measure and print one JSON object."""
-    if arguments:
-        sys.exit(f"expected no arguments; got {' '.join(arguments)}")
+    parse(arguments, {})
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         print(json.dumps(measure()))

@@ -17,6 +17,7 @@ from zoray.data import ReplicaSpec, Workload
 from zoray.models import linear_matrices
 from zoray.records import ConfigError, Example, Splits, TokenSequence
 
+VOCABULARY = 50272
 OPT = {  # hidden, layers, heads; Zhang et al., arXiv 2205.01068, table 1
     "opt-125m": (768, 12, 12),
     "opt-1.3b": (2048, 24, 32),
@@ -34,7 +35,7 @@ def make_opt(name: str, folder: Path) -> Path:
     config = {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
-        "vocab_size": 50272,
+        "vocab_size": VOCABULARY,
         "hidden_size": hidden,
         "ffn_dim": 4 * hidden,
         "num_hidden_layers": layers,
@@ -77,3 +78,24 @@ def random_workload(spec: ReplicaSpec, folder: Path, vocabulary: int, count: int
     encoded: dict[str, Any] = {"train": tuple(random_examples(count, vocabulary)), "dev": (), "test": ()}
     train = tuple(Example("", ("a", "b"), i % 2) for i in range(count))
     return Workload(folder, linear_matrices(folder, spec.space.targets), Splits(train, ()), encoded)
+
+
+def experiment(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) -> tuple[Any, Workload]:
+    """Two-point steps as `options` say (model, dtype, batch, pairs, space), and their workload.
+
+    `folder` is for the config of a made-up model; `where` are further settings, for tests.
+    """
+    from zoray.cli import build_experiment, compose
+    from zoray.data import load_workload
+
+    settings = [f"run.batch={options['batch']}", f"run.tile_examples={options['batch']}", f"space={options['space']}"]
+    settings += ["estimator=two_point", f"estimator.pairs={options['pairs']}", f"model.dtype={options['dtype']}"]
+    if options["space"] != "lora":
+        settings += ["estimator.eps=5e-4", "optimizer.lr=1e-6"]
+    if options["model"] == "smollm2":
+        e = build_experiment(compose("config", [*settings, *where]))
+        return e, load_workload(e.spec)
+    path = make_opt(options["model"], folder / options["model"])
+    settings += ["model=hf", f"model.path={path}", "engine.load_format=dummy", "run.stratify=false"]
+    e = build_experiment(compose("config", [*settings, *where]))
+    return e, random_workload(e.spec, path, VOCABULARY)

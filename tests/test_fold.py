@@ -478,3 +478,29 @@ def test_other_weights_are_refused_by_name(two, found):
 def test_a_caller_without_weights_is_refused():
     with pytest.raises(ConfigError, match="space=lowrank folds into the base weights; this caller has none to give"):
         fold.check_weights(MATRICES, None, "lowrank")
+
+
+# many terms at once
+
+
+@pytest.mark.parametrize("distribution", [None, "gaussian", "rademacher"])
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("block", [1, 100, 1 << 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_terms_added_in_blocks_have_the_bits_of_a_product_each(distribution, rank, block, dtype, monkeypatch):
+    monkeypatch.setattr(fold, "CACHE_ELEMENTS", block)
+    signs = np.sign if distribution == "rademacher" else np.positive
+    terms = [
+        (
+            torch.from_numpy(signs(normal(37, rank, seed=2 * k))),
+            torch.from_numpy(signs(normal(rank, 29, seed=2 * k + 1))),
+            0.003 * (k - 1.5),
+        )
+        for k in range(4)
+    ]
+    start = torch.from_numpy(normal(37, 29, seed=99)).to(dtype)
+    expected, found = start.clone(), start.clone()
+    for b, a, factor in terms:
+        expected += fold.product(b, a, distribution) * factor
+    fold.add_products(found, terms, distribution)
+    assert torch.equal(found, expected) and not torch.equal(found, start)

@@ -15,14 +15,19 @@ import torch
 from vllm.forward_context import set_forward_context
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from zoray.engines import cpu_norms
 from zoray.engines.packing import Pack, Plan, SequenceTable, blocks_needed, pack
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits
 from zoray.engines.vllm_selftest import prove_live
 from zoray.models import restore
 from zoray.records import ConfigError
 from zoray.spaces.base import CACHED_ELEMENTS
+
+if current_platform.is_cpu():
+    cpu_norms.register()  # when vLLM looks up its workers' extension, which is before it orders its kernels
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -94,6 +99,7 @@ class PackedScorer:
             from zoray.engines.cpu_lora import join_a
 
             join_a(self.manager.modules.values())
+            cpu_norms.prefer()
         self.matrices = space.select(matrices)
         self.sites = find_slots(self.manager, self.matrices)
         self.weights = find_weights(self.manager, self.matrices) if space.folds else {}

@@ -14,7 +14,7 @@ import numpy as np
 
 import zoray.spaces.fold as fold
 from zoray.directions import Layout
-from zoray.records import ConfigError, require
+from zoray.records import ConfigError, Probe, require
 from zoray.spaces.base import MAX_RANK, Directions, check_space, digest, expect, select
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from zoray.records import Commit, Probe
+    from zoray.records import Commit
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,8 @@ class LowRankState:
         if self.on_fold is not None and moving:
             rank = self.space.rank * len(moving)
             self.on_fold(self._stack(moving) if rank <= MAX_RANK else rank)
+        for draw in (self._draw_u, self._draw_v):
+            draw.prepare([Probe(self.step, k, 1.0) for k in moving])
         if moving or commit.decay != 1.0 or commit.anchor != 1.0:
             for name in self.matrices:
                 owed = [(commit.decay, commit.anchor)]

@@ -1,0 +1,104 @@
+"""How much memory does tuning take beyond plain serving? Peak of a replica against vLLM with the same KV cache.
+
+    python -m benchmarks.memory [space=lora] [batch=16] [pairs=1] [model=smollm2] [steps=3]
+
+Each side is a process of its own. `plain` is vLLM without LoRA that generates one token for as many sequences as a step
+scores; `zoray` a replica that takes steps. On a CPU it is the process's peak resident size, on CUDA the peak of the
+allocator. The ratio is zoray / plain.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.options import parse
+
+DEFAULTS = {"space": "lora", "batch": "16", "pairs": "1", "model": "smollm2", "dtype": "auto", "steps": "3", "side": ""}
+
+
+def main(arguments: list[str]) -> None:
+    """Measure both sides and print one JSON object; with `side=` one of them, in this process."""
+    options = parse(arguments, DEFAULTS)
+    if options["side"]:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(peak(options, Path(folder))))
+        return
+    print(json.dumps(measure(options)))
+
+
+def measure(options: dict[str, str]) -> dict[str, Any]:
+    """Peak bytes of both sides, and their ratio."""
+    result: dict[str, Any] = {"benchmark": "memory", **options}
+    for side in ("plain", "zoray"):
+        command = [sys.executable, "-m", "benchmarks.memory"]
+        command += [f"{key}={value}" for key, value in options.items() if key != "side"]
+        done = subprocess.run([*command, f"side={side}"], stdout=subprocess.PIPE, text=True, check=True)
+        result[f"{side}_bytes"] = json.loads(done.stdout.strip().splitlines()[-1])
+    result["ratio"] = result["zoray_bytes"] / result["plain_bytes"]
+    return result
+
+
+def peak(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) -> int:
+    """Peak bytes of one side, which this process is. `where`: further settings of the experiment, for tests."""
+    from benchmarks.stepper import Stepper
+    from benchmarks.workload import experiment
+    from zoray.replica import Replica
+
+    e, workload = experiment(options, folder, where)
+    if options["side"] == "zoray":
+        stepper = Stepper(e, Replica(e.spec, workload))
+        for _ in range(int(options["steps"])):
+            stepper.direct()
+    else:
+        count = int(options["batch"]) * len(e.estimator.ask(0))
+        plain(e, workload, count)
+    return _peak()
+
+
+def plain(e: Any, workload: Any, count: int) -> None:
+    """vLLM as anyone starts it, with the same budgets."""
+    from vllm import LLM, SamplingParams
+
+    engine = e.engine
+    llm = LLM(
+        model=str(workload.folder),
+        dtype="float32" if _on_cpu() else "auto",
+        load_format=engine.load_format,
+        max_model_len=min(engine.max_tokens, 2048),
+        max_num_batched_tokens=engine.max_tokens,
+        kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30),
+        enforce_eager=engine.eager,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+    )
+    prompts = [sequences[0].tokens.tolist() for sequences in workload.encoded["train"][:count]]
+    llm.generate(
+        [{"prompt_token_ids": tokens} for tokens in prompts],
+        SamplingParams(max_tokens=1, detokenize=False, temperature=0.0),
+        use_tqdm=False,
+    )
+
+
+def _peak() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _on_cpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
