@@ -30,7 +30,7 @@ prepare: setup ## put the model and the data into the cache (once)
 	@$(PY) -m zoray.prepare
 
 run: prepare ## tune SmolLM2-135M on movie reviews: the main job
-	$(PY) -m zoray.launch experiment=$(EXPERIMENT) $(ARGS)
+	$(PY) -m zoray.launch $(if $(filter-out null,$(EXPERIMENT)),$(if $(findstring run.resume=,$(ARGS)),,experiment=$(EXPERIMENT))) $(ARGS)
 
 test: prepare ## all checks: ruff, pyright, then every test
 	$(PY) -m ruff check .

@@ -66,7 +66,6 @@ def zoray_points(e: Any, workload: Any, steps: int, every: int) -> list[dict[str
     stepper, seconds = Stepper(e, replica, steps), 0.0
 
     def point() -> dict[str, float]:
-        replica.apply(stepper.commits[-1:])
         losses, correct = zip(*replica.outcomes("dev", Probe(stepper.step, 0, 0.0)), strict=True)
         return _point(stepper.step, seconds, stepper.tokens, mean(correct), mean(losses))
 
@@ -74,6 +73,8 @@ def zoray_points(e: Any, workload: Any, steps: int, every: int) -> list[dict[str
     for number in range(1, steps + 1):
         began = time.perf_counter()
         stepper.direct()
+        if number % every == 0 or number == steps:
+            replica.apply(stepper.commits[-1:])
         seconds += time.perf_counter() - began
         if number % every == 0 or number == steps:
             points.append(point())
@@ -114,7 +115,7 @@ def loop_points(e: Any, workload: Any, steps: int, every: int) -> list[dict[str,
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Dev accuracy over seconds and over forward tokens, side by side."""
+    """Dev loss over seconds and over forward tokens, side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,7 +137,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _point(step: int, seconds: float, tokens: int, accuracy: float, loss: float) -> dict[str, float]:
     return {
         "step": step,
-        "seconds": round(seconds, 2),
+        "seconds": seconds,
         "tokens": tokens,
         "dev_accuracy": accuracy,
         "dev_loss": round(loss, 5),

@@ -3,7 +3,7 @@
     python -m benchmarks.wire
 
 The pool's own messages to a replica and its answers, for steps of 2 to 512 probes, all to one replica: a line through
-them is so many bytes a probe plus a constant. Where an estimator centres by prompt (EGGROLL) each example.s loss is
+them is so many bytes a probe plus a constant. Where an estimator centres by prompt (EGGROLL) each example's loss is
 asked for, and the answer grows with the batch.
 """
 
@@ -20,6 +20,7 @@ import ray
 from benchmarks.null import start
 from benchmarks.options import parse
 from zoray.estimators import Evolution, OneSided, TwoPoint
+from zoray.optimizers import to_float32
 from zoray.records import Commit
 from zoray.tiles import Grid
 
@@ -74,12 +75,12 @@ def measure() -> dict[str, Any]:
 
 def step_bytes(estimator: Any) -> tuple[int, int, int]:
     """(probes, bytes to the replica, bytes back) of a step that carries the commit of the one before."""
-    spec = SimpleNamespace(estimator=estimator, batch=BATCH, tile_examples=BATCH)
+    spec = SimpleNamespace(estimator=estimator, batch=BATCH, tile_examples=4)
     with start(1, {})(spec) as pool:
         member, actor = pool.members[0], pool.members[0].actor
         member.actor = scale = Scale(actor)
-        coefficients = np.random.default_rng(0).normal(size=estimator.directions).astype(np.float32)
-        pool.commit(Commit(1000, tuple(coefficients.tolist())))
+        values = np.random.default_rng(0).normal(size=estimator.directions).tolist()
+        pool.commit(Commit(1000, tuple(map(to_float32, values))))
         pool.evaluate(Grid.of(spec, 1001), digest=True)
         member.actor = actor
     return len(estimator.ask(0)), *scale.sizes[-1]

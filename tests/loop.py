@@ -13,7 +13,7 @@ import torch
 from zoray import journal
 from zoray.directions import direction_numpy
 from zoray.records import Probe, Scores, Tile
-from zoray.tiles import contiguous, in_units, join_scores, losses_of, mean, tile_grid
+from zoray.tiles import contiguous, join_scores, losses_of, mean, summed, tile_grid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,8 +79,8 @@ class Quadratic:
             first = 16 * tile.probes[0].step
             rows += [self.losses(p, range(first + tile.start, first + tile.stop)) for p in tile.probes]
         losses = np.array([loss for row in rows for loss in row])
-        if rows and not per_example:
-            losses = in_units(losses, np.array([len(row) for row in rows]))
+        if not per_example:
+            losses = summed(tiles, losses)
         return Scores(losses, 0.0, 0), self.state.digest()
 
 

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -214,3 +215,27 @@ def test_help_and_mistakes_are_quick_and_import_nothing_heavy(arguments, tmp_pat
     else:
         assert done.returncode == 2
     assert not [name for name in os.listdir(tmp_path) if name != "runs"]
+
+
+@pytest.mark.parametrize("swap", ["space=lora", "estimator=rloo"])
+def test_an_experiment_keeps_its_own_space_and_estimator(swap):
+    """Those of another one may have the same keys, whose values would silently be the experiment's."""
+    with pytest.raises(ConfigError, match=rf"experiment=movie_reviews with its own .*; got {swap} beside it"):
+        compose("config", ["experiment=movie_reviews", swap])
+    assert compose("config", ["experiment=movie_reviews", "space.rank=3"]).space.rank == 3
+    assert compose("config", [swap]) is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], "zoray.launch experiment=movie_reviews"),
+        (["ARGS=run.steps=5"], "zoray.launch experiment=movie_reviews run.steps=5"),
+        (["EXPERIMENT=null", "ARGS=space=lozo"], "zoray.launch  space=lozo"),
+        (["ARGS=run.resume=runs/a"], "zoray.launch  run.resume=runs/a"),
+    ],
+)
+def test_make_run_is_the_experiment_unless_told_otherwise(given, expected):
+    root = Path(__file__).parent.parent
+    done = subprocess.run(["make", "-n", "run", *given], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1].endswith(expected)

@@ -16,7 +16,7 @@ ops = cpu_norms._ops()
 pytestmark = pytest.mark.skipif(not ops, reason="this vLLM has no table of implementations, or no compiled kernels")
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (7, 576), (300, 64)])
+@pytest.mark.parametrize("shape", [(1, 16), (7, 576), (300, 64)])
 def test_the_numbers_are_those_of_the_native_operations(shape):
     cpu_norms.register()
     norm, add_norm = ops
@@ -28,13 +28,15 @@ def test_the_numbers_are_those_of_the_native_operations(shape):
 
 
 def test_what_the_kernel_does_not_take_stays_with_vllm():
-    x = torch.randn(4, 8)
-    assert cpu_norms._plain(x, torch.ones(8), 1e-5)
+    x = torch.randn(4, 32)
+    assert cpu_norms._plain(x, torch.ones(32), 1e-5) and cpu_norms._plain_with_residual(x, x, torch.ones(32), 1e-5)
     assert not cpu_norms._plain(x, None, 1e-5)
-    assert not cpu_norms._plain(x, torch.ones(8), 1e-5, 4)
-    assert not cpu_norms._plain(x, torch.ones(8, dtype=torch.bfloat16), 1e-5)
-    assert not cpu_norms._plain(x[:, ::2], torch.ones(4), 1e-5)
-    assert not cpu_norms._plain_with_residual(x, x.t().contiguous().t(), torch.ones(8), 1e-5)
+    assert not cpu_norms._plain(x, torch.ones(32), 1e-5, 16)
+    assert not cpu_norms._plain(x, torch.ones(32, dtype=torch.bfloat16), 1e-5)
+    assert not cpu_norms._plain(x[:, ::2], torch.ones(16), 1e-5)
+    assert not cpu_norms._plain(torch.randn(4, 12), torch.ones(12), 1e-5)
+    assert not cpu_norms._plain_with_residual(x, x.bfloat16(), torch.ones(32), 1e-5)
+    assert not cpu_norms._plain_with_residual(x, x.t().contiguous().t(), torch.ones(32), 1e-5)
 
 
 def test_an_engine_runs_it(tiny_models, monkeypatch):

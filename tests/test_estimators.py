@@ -12,7 +12,7 @@ from zoray.directions import direction_numpy
 from zoray.estimators import Estimate, Evolution, OneSided, TwoPoint
 from zoray.optimizers import Sgd
 from zoray.records import ConfigError, Probe, Scores
-from zoray.tiles import by_direction, in_units, losses_of, tile_grid
+from zoray.tiles import by_direction, losses_of, summed, tile_grid
 
 DISTRIBUTIONS = ["rademacher", "gaussian"]
 SIZE = 16
@@ -212,12 +212,12 @@ def test_pairs_that_share_the_batch_out_are_weighed_by_their_own_examples():
     table = {probe: random.uniform(0, 3, 12).tolist() for probe in probes}  # of all examples
     tiles = tile_grid(probes, 12, 2, shared=estimator.shared)
     parts = [table[probe][tile.start : tile.stop] for tile in tiles for probe in tile.probes]
-    flat, counts = np.concatenate(parts), np.array([len(part) for part in parts])
+    flat = np.concatenate(parts)
     each, _ = losses_of(probes, tiles, Scores(flat, 0.0, 0), per_example=True)
     assert [list(row) for row in each] == [
         table[probe][4 * probe.index : 4 * (probe.index + 1)] for probe in probes
     ]  # 4 examples each, none seen by two pairs
-    losses, examples = losses_of(probes, tiles, Scores(in_units(flat, counts), 0.0, 0))
+    losses, examples = losses_of(probes, tiles, Scores(summed(tiles, flat), 0.0, 0))
     assert examples == 4
     estimate = estimator.tell(probes, losses)
     for k, weight in enumerate(estimate.weights):

@@ -10,6 +10,7 @@ import pytest
 from zoray import plan
 from zoray.cli import build_experiment, compose
 from zoray.data import load_workload
+from zoray.engines.vllm_layers import slots_of
 from zoray.models import linear_matrices, load_matrices, parameters
 from zoray.replica import Replica
 from zoray.spaces import Lora, LowRank, Lozo
@@ -45,14 +46,16 @@ def test_eggroll_keeps_nothing(tiny_models):
     assert space.drawn(matrices) == 2 * sum(out + into for out, into in matrices.values())
 
 
-def test_sizes_and_tokens_are_those_of_the_run(settings):
+@pytest.mark.parametrize("targets", ["all-linear", "[layers.1.self_attn.v_proj]"])
+def test_sizes_and_tokens_are_those_of_the_run(targets, settings):
     """Slots as vLLM allocates them, weights as the file has them, tokens as a replica counts them."""
-    e = build_experiment(compose("config", settings))
+    e = build_experiment(compose("config", [*settings, f"space.targets={targets}"]))
     workload = load_workload(e.spec)
     found = plan.make(e, workload)
     replica = Replica(e.spec, workload)
     worker = replica.engine.llm.llm_engine.model_executor.driver_worker.worker
-    slots = {t.data_ptr(): t.numel() * 4 for pair in worker._zoray.sites.values() for t in pair}
+    modules = worker._zoray.manager.modules.values()
+    slots = {t.data_ptr(): t.numel() * 4 for module in modules for pair in slots_of(module) for t in pair}
     assert found.memory["adapter slots"] == sum(slots.values())
     assert found.memory["weights"] == pytest.approx((workload.folder / "model.safetensors").stat().st_size, rel=0.05)
     grid = replica.grid(0, "train")
@@ -67,7 +70,8 @@ def test_parameters_of_tied_and_untied_models(tiny_models):
 
     for name in ("llama", "opt"):
         model = AutoModelForCausalLM.from_pretrained(tiny_models[name])
-        count, looked_up, hidden = parameters(tiny_models[name])
+        count, looked_up, hidden, vocabulary = parameters(tiny_models[name])
+        assert vocabulary == model.config.vocab_size
         assert count == sum(p.numel() for p in model.parameters())
         assert hidden == model.config.hidden_size and looked_up >= model.get_input_embeddings().weight.numel()
 

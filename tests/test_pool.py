@@ -29,11 +29,11 @@ from zoray.tiles import (
     MAX_TILE,
     Grid,
     as_ranges,
-    in_units,
     join_scores,
     losses_of,
     mean,
     scored,
+    summed,
     tile_grid,
 )
 
@@ -56,31 +56,38 @@ def test_joined_tiles_give_every_probe_its_examples_in_order_whoever_answers_fir
     scores = join_scores(tiles, answers, per_example=True)
     assert (scores.correct, scores.tokens, scored(tiles)) == (5.0, 14, 8)
     assert losses_of(PAIR, tiles, scores, per_example=True) == ([(3.0, 1.0, 2.0, 5.0), (6.0, 0.0, 0.0, 2.0)], 1)
-    sums = [in_units(flat[0], np.array([3, 3])), in_units(flat[1], np.array([1, 1]))]
-    scores = join_scores(tiles, [((i,), Scores(sums[i], 0.0, 0)) for i in order], per_example=False)
-    assert losses_of(PAIR, tiles, scores) == ([(2.75,), (2.0,)], 4)
+    answers = [((i,), Scores(summed(tiles[i : i + 1], flat[i]), 0.0, 0)) for i in order]
+    assert losses_of(PAIR, tiles, join_scores(tiles, answers, per_example=False)) == ([(2.75,), (2.0,)], 4)
 
 
-def test_sums_of_losses_are_exact_however_a_batch_is_cut():
+@pytest.mark.parametrize("size", [1, 7, 59, 60])
+def test_sums_of_losses_are_exact_however_a_batch_is_cut(size):
     losses = np.random.default_rng(0).uniform(0, 3, 60)
-    whole = in_units(losses, np.array([60]))
-    for cut in ([1] * 60, [7] * 8 + [4], [59, 1]):
-        assert in_units(losses, np.array(cut)).sum() == whole[0]
-    assert whole[0] / 2**40 == pytest.approx(losses.sum(), abs=60 * 2**-41)
+    tiles = [Tile(PAIR[:1], start, min(start + size, 60)) for start in range(0, 60, size)]
+    (total,) = summed(tiles, losses)  # eight bytes, whatever the cut
+    assert total == summed([Tile(PAIR[:1], 0, 60)], losses)[0]
+    assert total / 2**40 == pytest.approx(losses.sum(), abs=60 * 2**-41)
+    single = [((i,), Scores(summed([tile], losses[tile.start : tile.stop]), 0.0, 0)) for i, tile in enumerate(tiles)]
+    assert join_scores(tiles, single[::-1], per_example=False).losses.tolist() == [total]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 8192.0, -8192.0])
 def test_a_loss_that_is_not_finite_spoils_its_own_probe_only(bad):
     tiles = [Tile(PAIR, 0, 2), Tile(PAIR, 2, 4)]
-    sums = in_units(np.array([1.0, 2.0, bad, 0.5, 3.0, 4.0, 1.0, 0.0]), np.array([2, 2, 2, 2]))
-    (plus, minus), _ = losses_of(PAIR, tiles, Scores(sums, 0.0, 0))
+    flat = np.array([1.0, 2.0, bad, 0.5, 3.0, 4.0, 1.0, 0.0])
+    (plus, minus), _ = losses_of(PAIR, tiles, Scores(summed(tiles, flat), 0.0, 0))
     assert plus == (2.5,) and math.isnan(minus[0])
+    answers = [((i,), Scores(summed([tiles[i]], flat[4 * i : 4 * i + 4]), 0.0, 0)) for i in range(2)]
+    assert math.isnan(losses_of(PAIR, tiles, join_scores(tiles, answers, False))[0][1][0])
 
 
-def test_the_largest_tile_does_not_overflow():
+def test_sums_do_not_wrap_around():
     losses = np.full(MAX_TILE, math.nextafter(LARGEST, 0))
-    (total,) = in_units(losses, np.array([MAX_TILE]))
+    (total,) = summed([Tile(PAIR[:1], 0, MAX_TILE)], losses)
     assert total / 2**40 == pytest.approx(MAX_TILE * LARGEST, rel=1e-12)
+    tiles = [Tile(PAIR[:1], i * MAX_TILE, (i + 1) * MAX_TILE) for i in range(3)]
+    ((mean_loss,),), _ = losses_of(PAIR[:1], tiles, Scores(summed(tiles, np.tile(losses, 3)), 0.0, 0))
+    assert math.isnan(mean_loss)  # beyond 64 bits: no number is better than a wrong one
 
 
 def test_ranges_of_tiles():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from zoray import records
+from zoray.optimizers import to_float32
 from zoray.records import (
     Commit,
     ConfigError,
@@ -28,6 +29,7 @@ EXAMPLE = Example("It was", (" terrible", " great"), 1)
 RECORDS = [
     Probe(3, 1, -0.01),
     Commit(3, (0.1, 0.0, -0.33333334), decay=0.999),
+    Commit(3, (1 / 3, 0.1), momentum=0.5, rate=-0.25),
     Tile((Probe(3, 0, 0.01), Probe(3, 0, -0.01)), 4, 8, "dev"),
     Scores(np.array([3 << 40, -(2**63)], np.int64), 1.0, 512),
     EXAMPLE,
@@ -103,3 +105,14 @@ def test_require_says_what_was_expected_what_came_and_what_to_do():
 def test_is_finite():
     assert all(is_finite(value) for value in (0, 1.5, np.float32(2), np.float64(-3), np.int64(4)))
     assert not any(is_finite(value) for value in (float("nan"), float("inf"), np.float32("-inf"), "1", None))
+
+
+def test_what_an_optimizer_makes_takes_four_bytes_a_coefficient():
+    """And arrives as the same numbers, which are decimals and not the float32's own doubles."""
+    values = np.random.default_rng(0).normal(size=1000)
+    coefficients = tuple(to_float32(float(value)) for value in values)
+    sent = pickle.dumps(Commit(7, coefficients, decay=0.5))
+    assert len(sent) < 4 * 1000 + 200
+    assert pickle.loads(sent) == Commit(7, coefficients, decay=0.5)
+    other = tuple(values.tolist())  # not float32 at all: nine bytes each, and unchanged
+    assert pickle.loads(pickle.dumps(Commit(7, other))).coefficients == other

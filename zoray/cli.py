@@ -83,6 +83,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
                     options.append(f"{key}={value}")
                 else:
                     settings.append((key, override.lstrip("+")))
+            _check_experiment(options)
             config = hydra_compose(config_name, options) if options else base
             for key, _ in settings:
                 if not key.startswith("hydra."):
@@ -90,6 +91,17 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
             return hydra_compose(config_name, options + [override for _, override in settings]) if settings else config
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(f"{error} {error.__cause__ or ''}".split())) from None
+
+
+def _check_experiment(options: Sequence[str]) -> None:
+    """An experiment's values would silently win over those of another space or estimator that has the same keys."""
+    chosen = dict(option.split("=", 1) for option in options)
+    swapped = [f"{group}={chosen[group]}" for group in ("space", "estimator") if group in chosen]
+    if "experiment" in chosen and swapped:
+        raise ConfigError(
+            f"expected experiment={chosen['experiment']} with its own space and estimator; got {', '.join(swapped)} "
+            "beside it. Leave one of them out (make run: EXPERIMENT=null), or change single settings, space.KEY=VALUE"
+        )
 
 
 def _split(override: str) -> tuple[str, str]:

@@ -172,8 +172,8 @@ def linear_matrices(folder: str | Path, targets: str | Sequence[str] = "all-line
     return matrices
 
 
-def parameters(folder: str | Path) -> tuple[int, int, int]:
-    """(all parameters, those of them in embeddings that only look up, width of the hidden states). Reads no weights."""
+def parameters(folder: str | Path) -> tuple[int, int, int, int]:
+    """(all parameters, those in embeddings, width of the hidden states, vocabulary). Reads no weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -182,7 +182,8 @@ def parameters(folder: str | Path) -> tuple[int, int, int]:
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     looked_up = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Embedding))
-    return sum(p.numel() for p in model.parameters()), looked_up, config.get_text_config().hidden_size
+    text = config.get_text_config()
+    return sum(p.numel() for p in model.parameters()), looked_up, text.hidden_size, text.vocab_size
 
 
 def load_matrices(folder: str | Path, names: Collection[str], dtype: str) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """`python -m zoray.plan [any setting of a run]`: what a run will take, before it takes it; refuses what can't fit.
 
-Sizes and tokens are exact; memory is their sum with a stated allowance for the process; time is the arithmetic of the
+Tokens, slots and weights are exact, the rest of the memory is an upper estimate; time is the arithmetic of the
 forward pass at the rate of a matrix product measured here, so it says minutes or hours, not seconds.
 """
 
@@ -20,7 +20,7 @@ from zoray.data import batch_indices, load_workload, stratified_indices
 from zoray.models import parameters
 from zoray.records import Commit, ConfigError, Scores
 from zoray.spaces.base import CACHED_ELEMENTS
-from zoray.tiles import Grid, scored
+from zoray.tiles import Grid, probes_of, scored
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 PROCESS = 1.5 * 2**30  # bytes of Python, torch, vLLM and Ray in a replica's process
 SAMPLED_STEPS = 50
 TAX = 1.15  # of adapters, head and host over the inner layers' products
+FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # by vLLM, into one module
+LOGITS = 1 << 25  # numbers of a chunk of the LM head's output
 GIB, MIB = 2**30, 2**20
 
 
@@ -41,7 +43,7 @@ class Plan:
     trained: int
     matrices: int
     probes: int
-    sequences: int  # of a step
+    sequences: int  # of a step; options of several tokens are one each
     tokens: tuple[int, int, int]  # of a step: mean, least, most of the first steps
     forwards: int  # of a step, by slots and tokens
     memory: dict[str, int]  # bytes by part
@@ -89,10 +91,11 @@ REMEDIES = {
 def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
     """The plan of an experiment."""
     matrices = e.space.select(workload.matrices)
-    count, embeddings, hidden = parameters(workload.folder)
+    count, embeddings, hidden, vocabulary = parameters(workload.folder)
     size = 2 if e.model.dtype in ("float16", "bfloat16") or (e.model.dtype == "auto" and device != "cpu") else 4
     grid, tokens = Grid.of(e.spec, 0), step_tokens(e, workload)
     probes, most = len(e.estimator.ask(0)), max(tokens)
+    sequences = scored(grid.tiles) * len(workload.encoded["train"][0])
     slots, budget = getattr(e.engine, "slots", 0), getattr(e.engine, "max_tokens", most)
     passes = max(1, -(-probes // slots)) if slots else probes
     forwards = max(passes, -(-int(np.mean(tokens)) // budget))
@@ -102,10 +105,14 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
     memory = {
         "weights": count * size,
         "KV cache": int(getattr(e.engine, "kv_cache_gib", 0) * GIB),
-        "adapter slots": slots * size * slot_elements(e, matrices),
+        "adapter slots": slots * size * slot_elements(e, matrices, workload.matrices),
         "adapter state": 4 * e.space.kept(workload.matrices, e.optimizer.momentum > 0) + copy,
-        "directions": 4 * min(CACHED_ELEMENTS, (e.estimator.directions + probes) * e.space.drawn(workload.matrices)),
-        "activations": at_once * size * (2 * widest + 4 * hidden),
+        "directions": 4
+        * sum(
+            min(CACHED_ELEMENTS, count * e.space.drawn(workload.matrices))
+            for count in (e.estimator.directions, probes)  # kept for the step, and stacked for its slots
+        ),
+        "activations": at_once * size * (2 * widest + 4 * hidden) + 4 * min(LOGITS, at_once * vocabulary),
         "process": int(PROCESS),
     }
     flops = matmul_rate(device, size, hidden, widest, at_once)
@@ -114,11 +121,11 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
         trained=e.space.trained(workload.matrices),
         matrices=len(matrices),
         probes=probes,
-        sequences=scored(grid.tiles),
+        sequences=sequences,
         tokens=(round(float(np.mean(tokens))), min(tokens), most),
         forwards=forwards,
         memory=memory,
-        to_replica=len(pickle.dumps(((Commit(0, (1.0,) * e.estimator.directions),), 1, "train", ((0, 1),), False))),
+        to_replica=len(pickle.dumps(((Commit(0, (0.1,) * e.estimator.directions),), 1, "train", ((0, 1),), False))),
         from_replica=len(pickle.dumps(Scores(np.zeros(_losses(grid)), 0.0, 0))),
         seconds=TAX * inner / flops,
         flops=flops,
@@ -160,12 +167,14 @@ def step_tokens(e: Experiment, workload: Workload) -> list[int]:
     return tokens
 
 
-def slot_elements(e: Experiment, matrices: dict[str, tuple[int, int]]) -> int:
-    """Numbers of one slot. vLLM rounds the rank up, and wraps all of a model's modules of a name."""
+def slot_elements(e: Experiment, chosen: dict[str, tuple[int, int]], matrices: dict[str, tuple[int, int]]) -> int:
+    """Numbers of one slot. vLLM rounds the rank up, and wraps every module that holds a matrix of a chosen name."""
     from zoray.engines.vllm import SLOT_RANKS
 
     rank = min(rank for rank in SLOT_RANKS if rank >= e.space.rank)
-    return rank * sum(out + into for out, into in matrices.values())
+    leaves = {name.rpartition(".")[2] for name in chosen}
+    leaves |= {leaf for fused in FUSED if leaves & fused for leaf in fused}
+    return rank * sum(out + into for name, (out, into) in matrices.items() if name.rpartition(".")[2] in leaves)
 
 
 def matmul_rate(device: str, size: int, into: int, out: int, tokens: int) -> float:
@@ -187,7 +196,7 @@ def _sync(tensor: torch.Tensor) -> None:
 
 
 def _losses(grid: Grid) -> int:
-    return scored(grid.tiles) if grid.per_example else sum(len(tile.probes) for tile in grid.tiles)
+    return scored(grid.tiles) if grid.per_example else len(probes_of(grid.tiles))
 
 
 def _device() -> tuple[str, int]:

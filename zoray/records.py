@@ -62,17 +62,19 @@ class Commit:
             raise ValueError(f"a commit without momentum has rate 1; got {self.rate}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Four bytes a coefficient between processes, where pickle would take nine."""
-        packed = np.array(self.coefficients, np.float32)
-        exact = packed.tolist() == list(self.coefficients)
+        """Four bytes a coefficient between processes, where pickle would take nine; the very same numbers arrive."""
+        packed = np.array(self.coefficients, np.float32).tobytes()
         rest = (self.decay, self.anchor, self.momentum, self.rate)
-        return _commit, (self.step, packed.tobytes() if exact else self.coefficients, *rest)
+        return _commit, (self.step, packed if _unpacked(packed) == self.coefficients else self.coefficients, *rest)
+
+
+def _unpacked(packed: bytes) -> tuple[float, ...]:
+    """Each float32 as the journal writes it, and as optimizers make it: its shortest decimal."""
+    return tuple(float(str(value)) for value in np.frombuffer(packed, np.float32))
 
 
 def _commit(step: int, coefficients: bytes | tuple[float, ...], *rest: Any) -> Commit:
-    if isinstance(coefficients, bytes):
-        coefficients = tuple(np.frombuffer(coefficients, np.float32).tolist())
-    return Commit(step, coefficients, *rest)
+    return Commit(step, _unpacked(coefficients) if isinstance(coefficients, bytes) else coefficients, *rest)
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,7 @@ class Scores:
     Idempotent: whoever scores a tile, it counts once.
     """
 
-    losses: (
-        np.ndarray
-    )  # tile after tile, probe after probe: int64 sums over the tile's examples, or float64 losses of each
+    losses: np.ndarray  # int64: a sum for each probe, in order of appearance; or float64: each example's, tile by tile
     correct: float  # sum over all probes and examples
     tokens: int  # forward tokens spent, over all probes
 

@@ -15,7 +15,7 @@ import numpy as np
 from zoray.data import ReplicaSpec, Workload, batch_indices, load_workload, stratified_indices
 from zoray.engines.packing import Plan, SequenceTable, ranges, starts_of
 from zoray.records import Probe, Scores, Tile, TokenSequence
-from zoray.tiles import Grid, in_units, join_scores, mean
+from zoray.tiles import LARGEST, Grid, join_scores, mean, summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -152,9 +152,10 @@ class Replica:
             examples.append(np.tile(covered, len(tile.probes)))
         chosen = np.concatenate(examples)
         losses, correct = self._outcomes(split, tuple(number), np.concatenate(probe_of), chosen)
-        counts = [len(covered) for tile, covered in zip(tiles, indices, strict=True) for _ in tile.probes]
+        if per_example:
+            losses = np.where(np.abs(losses) < LARGEST, losses, np.nan)
         return Scores(
-            losses if per_example else in_units(losses, np.array(counts)),
+            losses if per_example else summed(tiles, losses),
             math.fsum(correct),
             int(self._encoded(split).tokens[chosen].sum()),
         )

@@ -1,8 +1,8 @@
 """A step's work as tiles: what is handed to a replica as a whole, and how the scores of tiles add up.
 
-The grid follows from the config and never from who is there, so the number of replicas changes no sum. A tile's losses
-are added up where they are scored, as whole numbers of 2^-40 nats: such a sum is exact and free of order, so a step's
-result does not depend on how its batch was cut either, and eight bytes a probe travel, whatever the batch.
+The grid follows from the config and never from who is there, so the number of replicas changes no sum. Losses are
+added up where they are scored, as whole numbers of 2^-40 nats: such a sum is exact and free of order, so a step's
+result does not depend on how its batch was cut either, and a replica answers with eight bytes a probe.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from zoray.records import Probe, Scores, Tile
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 UNITS = 2.0**40  # of which one nat is made
 LARGEST = 2.0**13  # nats; a loss above is no more use than one that is not finite, and is counted as such
@@ -75,12 +75,56 @@ def by_direction(probes: Sequence[Probe]) -> dict[int, list[Probe]]:
     return groups
 
 
-def in_units(losses: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums over runs of `counts` (k,) losses each, in units, (k,) int64; NOT_FINITE where one of a run is not."""
+def probes_of(tiles: Sequence[Tile]) -> list[Probe]:
+    """Their probes, each once, in order of appearance."""
+    return list(dict.fromkeys(probe for tile in tiles for probe in tile.probes))
+
+
+def summed(tiles: Sequence[Tile], losses: np.ndarray) -> np.ndarray:
+    """Sums in units over all examples of each probe of some tiles, (probes,) int64; NOT_FINITE where a loss is not.
+
+    `losses` (n,) are those of each example, tile after tile, probe after probe.
+    """
+    counts = np.array([tile.stop - tile.start for tile in tiles for _ in tile.probes], np.int64)
+    if not len(counts):
+        return np.zeros(0, np.int64)
     bad = ~(np.abs(losses) < LARGEST)
     units = np.where(bad, 0.0, np.rint(losses * UNITS)).astype(np.int64)
     starts = np.cumsum(counts) - counts
-    return np.where(np.logical_or.reduceat(bad, starts), NOT_FINITE, np.add.reduceat(units, starts))
+    sums = np.where(np.logical_or.reduceat(bad, starts), NOT_FINITE, np.add.reduceat(units, starts))
+    return _added(tiles, zip((probe for tile in tiles for probe in tile.probes), sums.tolist(), strict=True))
+
+
+def _added(tiles: Sequence[Tile], parts: Iterable[tuple[Probe, int]]) -> np.ndarray:
+    """The sum of each probe's parts, in the order of `probes_of`; one that is not finite spoils it."""
+    totals: dict[Probe, int] = {}
+    for probe, part in parts:
+        total = totals.get(probe, 0)
+        fits = NOT_FINITE not in (part, total) and abs(part + total) < -NOT_FINITE
+        totals[probe] = part + total if fits else NOT_FINITE
+    return np.array([totals[probe] for probe in probes_of(tiles)], np.int64)
+
+
+def join_scores(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], Scores]], per_example: bool) -> Scores:
+    """Scores of all tiles together, from (numbers of the tiles, their scores) of each answer."""
+    parts = [scores for _, scores in answers]
+    if per_example:
+        losses: list[np.ndarray] = [np.zeros(0)] * len(tiles)
+        for numbers, scores in answers:
+            sizes = [scored([tiles[i]]) for i in numbers]
+            for i, part in zip(numbers, np.split(scores.losses, np.cumsum(sizes)[:-1]), strict=True):
+                losses[i] = part
+        joined = np.concatenate([np.zeros(0), *losses])
+    else:
+        joined = _added(
+            tiles,
+            (
+                (probe, total)
+                for numbers, scores in answers
+                for probe, total in zip(probes_of([tiles[i] for i in numbers]), scores.losses.tolist(), strict=True)
+            ),
+        )
+    return Scores(joined, math.fsum(part.correct for part in parts), sum(part.tokens for part in parts))
 
 
 def losses_of(
@@ -90,40 +134,24 @@ def losses_of(
 
     A row holds the mean loss alone; with `per_example` the loss of each example, in the order of the grid.
     """
-    position = {probe: i for i, probe in enumerate(probes)}
-    parts: list[list[Any]] = [[] for _ in probes]
-    seen, begin = [0] * len(probes), 0
+    seen, rows, begin = dict.fromkeys(probes, 0), dict[Probe, tuple[float, ...]]((probe, ()) for probe in probes), 0
     for tile in tiles:
         width = tile.stop - tile.start
         for probe in tile.probes:
-            i, end = position[probe], begin + (width if per_example else 1)
-            parts[i] += scores.losses[begin:end].tolist()
-            seen[i] += width
-            begin = end
+            seen[probe] += width
+            if per_example:
+                rows[probe] += tuple(scores.losses[begin : begin + width].tolist())
+                begin += width
     if per_example:
-        return [tuple(part) for part in parts], 1
-    rows = [
-        (math.nan,) if NOT_FINITE in part else (sum(part) / (int(UNITS) * n),)
-        for part, n in zip(parts, seen, strict=True)
-    ]
-    return rows, seen[0]
+        return list(rows.values()), 1
+    for probe, total in zip(probes_of(tiles), scores.losses.tolist(), strict=True):
+        rows[probe] = (math.nan if total == NOT_FINITE else total / (int(UNITS) * seen[probe]),)
+    return list(rows.values()), seen[probes[0]]
 
 
 def scored(tiles: Sequence[Tile]) -> int:
     """How often an example is scored, over all probes."""
     return sum(len(tile.probes) * (tile.stop - tile.start) for tile in tiles)
-
-
-def join_scores(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], Scores]], per_example: bool) -> Scores:
-    """Scores of all tiles, in their order, from (numbers of the tiles, their scores) of each answer."""
-    losses: list[np.ndarray] = [np.zeros(0)] * len(tiles)
-    for numbers, scores in answers:
-        sizes = [len(t.probes) * (t.stop - t.start if per_example else 1) for t in (tiles[i] for i in numbers)]
-        for i, part in zip(numbers, np.split(scores.losses, np.cumsum(sizes)[:-1]), strict=True):
-            losses[i] = part
-    parts = [scores for _, scores in answers]
-    joined = np.concatenate(losses) if losses else np.zeros(0, np.int64)
-    return Scores(joined, math.fsum(part.correct for part in parts), sum(part.tokens for part in parts))
 
 
 def mean(values: Sequence[float]) -> float:

@@ -25,7 +25,7 @@ class SegmentedLora(PunicaWrapperCPU):
 
     segments: tuple[tuple[int, int, int], ...] = ()  # (slot, first token, last token + 1)
     row_segments: tuple[tuple[int, int, int], ...] = ()  # the same for the rows that reach the LM head
-    used_rank: int | None = None  # ranks above it are zero in every slot and are skipped
+    used_rank: int | None = None  # ranks above it are zero in every slot, and skipped in B
     one_a = False  # whether all slots that tokens are mapped to hold the same A
     _equal: tuple[int, int, int] | None = None  # (first slot, slots, tokens of each) where segments are alike
 

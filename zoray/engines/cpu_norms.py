@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 NAME = "zoray_cpu"
+VECTOR = 16  # numbers that the kernels take at a time; a row is a multiple of it
 
 
 def register() -> None:
@@ -34,6 +35,8 @@ def _ops() -> tuple[Any, ...]:
         from vllm import ir
         from vllm.platforms import current_platform
 
+        if not current_platform.is_cpu():
+            return ()
         current_platform.import_kernels()
         ops = (ir.ops.rms_norm, ir.ops.fused_add_rms_norm)
     except (ImportError, AttributeError):
@@ -42,13 +45,15 @@ def _ops() -> tuple[Any, ...]:
 
 
 def _plain(x: Any, weight: Any, epsilon: float, variance_size: int | None = None) -> bool:
-    return variance_size is None and weight is not None and weight.dtype == x.dtype and x.is_contiguous()
+    fits = x.shape[-1] % VECTOR == 0 and x.is_contiguous()
+    return fits and variance_size is None and weight is not None and weight.dtype == x.dtype
 
 
 def _plain_with_residual(
     x: Any, x_residual: Any, weight: Any, epsilon: float, variance_size: int | None = None
 ) -> bool:
-    return _plain(x, weight, epsilon, variance_size) and x_residual.is_contiguous()
+    same = x_residual.dtype == x.dtype and x_residual.is_contiguous()
+    return same and _plain(x, weight, epsilon, variance_size)
 
 
 def _rms_norm(

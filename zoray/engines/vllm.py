@@ -74,12 +74,7 @@ class Vllm:
         Raises:
             ConfigError: vLLM cannot run this model, or has no LoRA for it.
         """
-        # One process and one model runner everywhere: the packed scorer calls the worker directly.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the pool binds the process itself
+        in_this_process()
         from vllm import LLM
 
         if dtype == "float64":
@@ -179,6 +174,15 @@ class VllmEngine(Pairs):
     def adapter(self) -> dict[str, np.ndarray]:
         """The state as float32 arrays, see base.py."""
         return self._call("zoray_adapter")
+
+
+def in_this_process() -> None:
+    """One process and one model runner for vLLM, whatever its version: the packed scorer calls the worker directly."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the pool binds the process itself
 
 
 @contextmanager
