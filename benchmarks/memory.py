@@ -64,6 +64,7 @@ def peak(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) -> 
 def plain(e: Any, workload: Any, count: int) -> None:
     """vLLM as anyone starts it, with the same budgets."""
     from zoray.engines.vllm import in_this_process
+    from zoray.models import max_length
 
     in_this_process()  # as zoray does, so that the peak is this process's
     from vllm import LLM, SamplingParams
@@ -73,7 +74,7 @@ def plain(e: Any, workload: Any, count: int) -> None:
         model=str(workload.folder),
         dtype="float32" if _on_cpu() else "auto",
         load_format=engine.load_format,
-        max_model_len=min(engine.max_tokens, 2048),
+        max_model_len=engine.length_limit(max_length(workload.folder)),
         max_num_batched_tokens=engine.max_tokens,
         kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30),
         enforce_eager=engine.eager,

@@ -151,10 +151,10 @@ def test_learning_is_compared_from_the_same_start_on_the_same_examples(tiny_mode
 
 @pytest.mark.parametrize("side", ["plain", "zoray"])
 def test_the_peak_is_that_of_the_process_with_the_model(side, tiny_models, labelled_file, tmp_path):
-    """Whose resident size grows when vLLM takes its KV cache; a model in a child process would not show."""
+    """A model in a child process, as vLLM starts one by default, would not be measured."""
     words = "task.words=[' terrible',' great']"
     where = ("model=hf", f"model.path={tiny_models['opt']}", "task=file", f"task.path={labelled_file}", words)
     options = {**memory.DEFAULTS, "side": side, "batch": "4"}
-    few = memory.peak(options, tmp_path, (*where, "task.dev=10", "task.test=10", "engine.kv_cache_gib=0.1"))
-    assert few > 300 * 2**20
-    assert [child.name for child in psutil.Process().children(recursive=True) if "python" in child.name()] == []
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    assert memory.peak(options, tmp_path, (*where, "task.dev=10", "task.test=10", "engine.kv_cache_gib=0.1")) > 2**28
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
