@@ -237,5 +237,8 @@ def test_an_experiment_keeps_its_own_space_and_estimator(swap):
 )
 def test_make_run_is_the_experiment_unless_told_otherwise(given, expected):
     root = Path(__file__).parent.parent
-    done = subprocess.run(["make", "-n", "run", *given], cwd=root, capture_output=True, text=True, check=True)
+    outer = ("ARGS", "EXPERIMENT", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")  # of the make that runs this
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    command = ["make", "-n", "run", *given]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1].endswith(expected)
