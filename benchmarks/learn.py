@@ -86,7 +86,7 @@ def loop_points(e: Any, workload: Any, steps: int, every: int) -> list[dict[str,
     import torch
     from transformers import AutoModelForCausalLM
 
-    from zoray.data import batch_indices, stratified_indices
+    from zoray.data import step_indices
 
     model = AutoModelForCausalLM.from_pretrained(workload.folder, dtype=torch.float32).eval()
     settings = {"lr": e.optimizer.lr, "eps": e.estimator.eps, "rank": e.space.rank, "interval": e.space.interval}
@@ -102,8 +102,7 @@ def loop_points(e: Any, workload: Any, steps: int, every: int) -> list[dict[str,
 
     points = [point()]
     for number in range(1, steps + 1):
-        address = (e.run.data_seed, loop.steps, e.run.batch)
-        chosen = stratified_indices(*address, labels) if e.run.stratify else batch_indices(*address, len(train))
+        chosen = step_indices(e.spec, loop.steps, labels)
         batch = [option_batch(workload.encoded["train"][i], train[i].label) for i in chosen]
         tokens += 2 * sum(len(sequence) for sequences, _, _ in batch for sequence in sequences)
         began = time.perf_counter()

@@ -85,7 +85,7 @@ def loop_step(e: Any, workload: Any, options: dict[str, str]) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from zoray.data import batch_indices, stratified_indices
+    from zoray.data import step_indices
 
     dtype = torch.float32 if options["dtype"] == "auto" else getattr(torch, options["dtype"])
     if options["model"] == "smollm2":
@@ -98,8 +98,7 @@ def loop_step(e: Any, workload: Any, options: dict[str, str]) -> Any:
     labels = tuple(example.label for example in train)
 
     def step() -> None:
-        address = (e.run.data_seed, loop.steps, e.run.batch)
-        indices = stratified_indices(*address, labels) if e.run.stratify else batch_indices(*address, len(train))
+        indices = step_indices(e.spec, loop.steps, labels)
         loop.step([option_batch(workload.encoded["train"][i], train[i].label) for i in indices])
 
     return step

@@ -92,10 +92,8 @@ def experiment(options: dict[str, str], folder: Path, where: tuple[str, ...] = (
     settings += ["estimator=two_point", f"estimator.pairs={options['pairs']}", f"model.dtype={options['dtype']}"]
     if options["space"] != "lora":
         settings += ["estimator.eps=5e-4", "optimizer.lr=1e-6"]
-    if options["model"] == "smollm2":
-        e = build_experiment(compose("config", [*settings, *where]))
-        return e, load_workload(e.spec)
-    path = make_opt(options["model"], folder / options["model"])
-    settings += ["model=hf", f"model.path={path}", "engine.load_format=dummy", "run.stratify=false"]
+    path = None if options["model"] == "smollm2" else make_opt(options["model"], folder / options["model"])
+    if path:
+        settings += ["model=hf", f"model.path={path}", "engine.load_format=dummy", "run.stratify=false"]
     e = build_experiment(compose("config", [*settings, *where]))
-    return e, random_workload(e.spec, path, VOCABULARY)
+    return e, random_workload(e.spec, path, VOCABULARY) if path else load_workload(e.spec)

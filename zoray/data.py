@@ -118,6 +118,12 @@ def stratified_indices(data_seed: int, step: int, batch: int, labels: Sequence[i
     return np.array(chosen)
 
 
+def step_indices(spec: Any, step: int, labels: Sequence[int]) -> np.ndarray:
+    """Which training examples a step sees, (batch,), by a spec; `labels` are those of all examples."""
+    address = (spec.data_seed, step, spec.batch)
+    return stratified_indices(*address, labels) if spec.stratify else batch_indices(*address, len(labels))
+
+
 @lru_cache(maxsize=4)
 def _strata(labels: tuple[int, ...]) -> list[np.ndarray]:
     """The positions of each label, labels in ascending order."""

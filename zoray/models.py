@@ -148,15 +148,8 @@ def linear_matrices(folder: str | Path, targets: str | Sequence[str] = "all-line
     (`model.layers.0.self_attn.q_proj`). Built on the meta device: no weights are read.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    _read_config(Path(folder))  # a missing or damaged config.json, said in our words
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{folder} is not a causal language model that transformers knows: {error}") from error
+    model = _without_weights(folder)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     named = {targets} if isinstance(targets, str) else set(targets)
     matrices = {}
@@ -168,21 +161,34 @@ def linear_matrices(folder: str | Path, targets: str | Sequence[str] = "all-line
         elif module is embedding and is_embedding(name):
             matrices[name] = (module.embedding_dim, module.num_embeddings)
     if not matrices:
-        raise ConfigError(f"{folder} ({config.model_type}) has no linear layers to adapt; take another model family")
+        raise ConfigError(
+            f"{folder} ({model.config.model_type}) has no linear layers to adapt; take another model family"
+        )
     return matrices
+
+
+def _without_weights(folder: str | Path) -> Any:
+    """The model of a folder's config.json on the meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _read_config(Path(folder))  # a missing or damaged config.json, said in our words
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{folder} is not a causal language model that transformers knows: {error}") from error
 
 
 def parameters(folder: str | Path) -> tuple[int, int, int, int]:
     """(all parameters, those in embeddings, width of the hidden states, vocabulary). Reads no weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = _without_weights(folder)
     model.tie_weights()
     looked_up = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Embedding))
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     return sum(p.numel() for p in model.parameters()), looked_up, text.hidden_size, text.vocab_size
 
 

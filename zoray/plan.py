@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.cli import build_experiment, run_main
-from zoray.data import batch_indices, load_workload, stratified_indices
+from zoray.data import load_workload, step_indices
+from zoray.engines.packing import LOGITS_ELEMENTS
 from zoray.models import parameters
 from zoray.records import Commit, ConfigError, Scores
 from zoray.spaces.base import CACHED_ELEMENTS
@@ -32,7 +33,6 @@ PROCESS = 1.5 * 2**30  # bytes of Python, torch, vLLM and Ray in a replica's pro
 SAMPLED_STEPS = 50
 TAX = 1.15  # of adapters, head and host over the inner layers' products
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # by vLLM, into one module
-LOGITS = 1 << 25  # numbers of a chunk of the LM head's output
 GIB, MIB = 2**30, 2**20
 
 
@@ -109,10 +109,10 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
         "adapter state": 4 * e.space.kept(workload.matrices, e.optimizer.momentum > 0) + copy,
         "directions": 4
         * sum(
-            min(CACHED_ELEMENTS, count * e.space.drawn(workload.matrices))
-            for count in (e.estimator.directions, probes)  # kept for the step, and stacked for its slots
+            min(CACHED_ELEMENTS, copies * e.space.drawn(workload.matrices))
+            for copies in (e.estimator.directions, probes)  # kept for the step, and stacked for its slots
         ),
-        "activations": at_once * size * (2 * widest + 4 * hidden) + 4 * min(LOGITS, at_once * vocabulary),
+        "activations": at_once * size * (2 * widest + 4 * hidden) + 4 * min(LOGITS_ELEMENTS, at_once * vocabulary),
         "process": int(PROCESS),
     }
     flops = matmul_rate(device, size, hidden, widest, at_once)
@@ -160,8 +160,7 @@ def step_tokens(e: Experiment, workload: Workload) -> list[int]:
     lengths = np.array([sum(len(s.tokens) for s in sequences) for sequences in workload.encoded["train"]])
     tokens = []
     for step in range(min(SAMPLED_STEPS, e.run.steps)):
-        address = (e.run.data_seed, step, e.run.batch)
-        chosen = stratified_indices(*address, labels) if e.run.stratify else batch_indices(*address, len(labels))
+        chosen = step_indices(e.spec, step, labels)
         tiles = Grid.of(e.spec, step).tiles
         tokens.append(sum(int(lengths[chosen[t.start : t.stop]].sum()) * len(t.probes) for t in tiles))
     return tokens

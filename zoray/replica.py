@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoray.data import ReplicaSpec, Workload, batch_indices, load_workload, stratified_indices
+from zoray.data import ReplicaSpec, Workload, load_workload, step_indices
 from zoray.engines.packing import Plan, SequenceTable, ranges, starts_of
 from zoray.records import Probe, Scores, Tile, TokenSequence
 from zoray.tiles import LARGEST, Grid, join_scores, mean, summed
@@ -184,9 +184,4 @@ class Replica:
         """Which examples of the split a tile covers: a slice of the step's batch, or of an evaluation split itself."""
         if tile.split != "train":
             return np.arange(tile.start, tile.stop)
-        address, train = (self.spec.data_seed, tile.probes[0].step, self.spec.batch), self.workload.splits.train
-        if self.spec.stratify:
-            chosen = stratified_indices(*address, self._labels)
-        else:
-            chosen = batch_indices(*address, len(train))
-        return chosen[tile.start : tile.stop]
+        return step_indices(self.spec, tile.probes[0].step, self._labels)[tile.start : tile.stop]

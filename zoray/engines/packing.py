@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 
+LOGITS_ELEMENTS = 1 << 25  # rows x vocabulary of one LM-head chunk: 128 MiB of float32
+
+
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """[starts[0], starts[0] + counts[0]), then [starts[1], ...), and so on, (sum of counts,) int64."""
     ends = np.cumsum(counts)

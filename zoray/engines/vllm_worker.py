@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from zoray.engines import cpu_norms
-from zoray.engines.packing import Pack, Plan, SequenceTable, blocks_needed, pack
+from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, blocks_needed, pack
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits
 from zoray.engines.vllm_selftest import prove_live
 from zoray.models import restore
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from zoray.records import Commit, Probe
     from zoray.spaces.base import Space, State
-
-LOGITS_ELEMENTS = 1 << 25  # rows x vocabulary of one LM-head chunk: 128 MiB of float32
 
 
 class ZorayWorker:
