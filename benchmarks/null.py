@@ -7,29 +7,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from zoray.pool import Member, Pool
+from zoray.actor import Member, ReplicaActor
+from zoray.cluster import Cluster, compiled
+from zoray.pool import Pool
+from zoray.records import Scores
 from zoray.replica import ReplicaInfo
+from zoray.tiles import Grid, scored, summed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import SimpleNamespace
 
-    from zoray.records import Commit, Scores
+    from zoray.records import Commit
 
 
-class NullActor:
+class NullActor(ReplicaActor):
     """Answers as ReplicaActor does, with losses of its own making; derives the grid as a replica does."""
 
     def __init__(self, spec: SimpleNamespace, counts: dict[str, int]) -> None:
+        super().__init__()
         self.spec, self.counts, self.step = spec, counts, 0
 
     def evaluate(
         self, commits: tuple[Commit, ...], step: int, split: str, share: tuple[tuple[int, int], ...], digest: bool
     ) -> tuple[Scores, str | None]:
-        """See ReplicaActor.evaluate. The losses differ between probes, as an estimator expects."""
-        from zoray.records import Scores
-        from zoray.tiles import Grid, scored, summed
-
+        """The losses differ between probes, as an estimator expects."""
         self.step += len(commits)
         grid = Grid.of(self.spec, step, split, self.counts.get(split, 0))
         tiles = [tile for first, end in share for tile in grid.tiles[first:end]]
@@ -49,7 +51,10 @@ def start(replicas: int, counts: dict[str, int], weights: str = "") -> Callable[
         light = SimpleNamespace(estimator=spec.estimator, batch=spec.batch, tile_examples=spec.tile_examples)
         actors = [ray.remote(NullActor).options(num_cpus=0).remote(light, counts) for _ in range(replicas)]
         members = [Member(f"null-{i}", actor) for i, actor in enumerate(actors)]
-        ray.get([actor.evaluate.remote((), 0, "train", (), True) for actor in actors])
+        ray.get([actor.pid.remote() for actor in actors])
+        if compiled(Cluster(), replicas):
+            for member in members:
+                member.compile()
         info = ReplicaInfo("0" * 16, weights, "null", "float32", 0.0, ())
         return Pool(members, spec, info, None, False)
 

@@ -10,6 +10,7 @@ so with many of them it is the machine that is measured, and a driver with cores
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ DEV, WINDOWS = 64, 5
 def main(arguments: list[str]) -> None:
     """Measure and print one JSON object."""
     options = parse(arguments, DEFAULTS)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as in a run
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         result: dict[str, Any] = {"benchmark": "scale", "steps": int(options["steps"])}

@@ -34,17 +34,16 @@ ESTIMATORS = {
 
 
 class Scale:
-    """Stands before an actor's handle and notes the size of what goes in and comes out."""
+    """Stands before an actor's handle and notes the size of each message and its answer."""
 
     def __init__(self, actor: Any) -> None:
-        self.actor, self.evaluate = actor, self
+        self.actor, self.call = actor, self
         self.sizes: list[tuple[int, int]] = []
 
-    def remote(self, *arguments: Any) -> Any:
+    def remote(self, message: bytes) -> Any:
         """Pass a call on."""
-        reference = self.actor.evaluate.remote(*arguments)
-        answer = ray.get(reference)
-        self.sizes.append((sum(map(size, arguments)), size(answer)))
+        answer = ray.get(self.actor.call.remote(message))
+        self.sizes.append((size(message), size(answer)))
         return ray.put(answer)
 
 
@@ -77,12 +76,12 @@ def step_bytes(estimator: Any) -> tuple[int, int, int]:
     """(probes, bytes to the replica, bytes back) of a step that carries the commit of the one before."""
     spec = SimpleNamespace(estimator=estimator, batch=BATCH, tile_examples=4)
     with start(1, {})(spec) as pool:
-        member, actor = pool.members[0], pool.members[0].actor
-        member.actor = scale = Scale(actor)
+        member, actor, graph = pool.members[0], pool.members[0].actor, pool.members[0].graph
+        member.actor, member.graph = (scale := Scale(actor)), None
         values = np.random.default_rng(0).normal(size=estimator.directions).tolist()
         pool.commit(Commit(1000, tuple(map(to_float32, values))))
         pool.evaluate(Grid.of(spec, 1001), digest=True)
-        member.actor = actor
+        member.actor, member.graph = actor, graph
     return len(estimator.ask(0)), *scale.sizes[-1]
 
 

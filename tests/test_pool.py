@@ -6,11 +6,13 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from ray.exceptions import RayActorError, RayChannelError
 
 from zoray.cluster import Cluster, bind_cores
 from zoray.data import ReplicaSpec, batch_indices, stratified_indices
@@ -114,7 +116,14 @@ def test_means_are_free_of_order_and_say_when_they_are_not_finite():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"replicas": 0}, {"replicas": "many"}, {"address": "ray://host:10001"}, {"cpus_per_replica": 0}]
+    "setting",
+    [
+        {"replicas": 0},
+        {"compiled": "yes"},
+        {"replicas": "many"},
+        {"address": "ray://host:10001"},
+        {"cpus_per_replica": 0},
+    ],
 )
 def test_bad_cluster_settings(setting):
     with pytest.raises(ConfigError, match="expected"):
@@ -187,21 +196,17 @@ def test_one_two_and_dying_replicas_give_the_same_bits(local_ray, spec):
     """hf scores every sequence alone, so nothing but the pool could make a difference."""
     with Pool.start(spec, Cluster(replicas=1), "one") as pool:
         undisturbed = run_steps(pool, 4)
-    with Pool.start(spec, Cluster(replicas=2), "two") as pool:
-        assert run_steps(pool, 4) == undisturbed
-        assert pool.size == 2 and not pool.lost
-
     import ray
 
-    with Pool.start(spec, Cluster(replicas=2), "dying") as pool:
-        pids = ray.get([member.actor.pid.remote() for member in pool.members])
-
-        def kill_one(step: int) -> None:
-            if step == 2:
-                os.kill(pids[0], signal.SIGKILL)
-
-        assert run_steps(pool, 4, kill_one) == undisturbed
-        assert pool.size == 1 and len(pool.lost) == 1
+    for compiled in (True, False):
+        with Pool.start(spec, Cluster(replicas=2, compiled=compiled), "two") as pool:
+            assert all((member.graph is not None) == compiled for member in pool.members)
+            assert run_steps(pool, 2) == (undisturbed[0][:2], undisturbed[1][:3])
+            assert pool.size == 2 and not pool.lost
+            pid = ray.get(pool.members[0].actor.pid.remote())
+            end = run_steps(pool, 4, lambda step, pid=pid: os.kill(pid, signal.SIGKILL) if step == 3 else None)
+            assert end == (undisturbed[0][2:], undisturbed[1][2:])
+            assert pool.size == 1 and len(pool.lost) == 1
 
 
 @pytest.mark.ray
@@ -257,14 +262,33 @@ def test_losing_every_replica_ends_the_run_at_once(local_ray, spec):
 
 
 @pytest.mark.ray
-def test_a_replica_that_drifts_is_noticed(local_ray, spec):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_replica_that_dies_at_work_is_noticed_and_one_that_raises_says_what(compiled, local_ray, spec):
     import ray
+
+    with Pool.start(spec, Cluster(replicas=1, compiled=compiled), "busy") as pool:
+        (member,) = pool.members
+        with pytest.raises(ray.exceptions.RayTaskError, match="expected one of load, evaluate"):
+            member.answer(member.ask("pid"))
+        assert len(member.answer(member.ask("adapter", ()))[1]) == 16  # and it is still there
+        pid = ray.get(member.actor.pid.remote())
+        reference = member.ask("evaluate", (), 0, "train", ((0, 2),) * 5000, False)
+        threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+        with pytest.raises((RayActorError, RayChannelError)):
+            member.answer(reference)
+        for _ in range(2):  # whoever asks again is told again
+            with pytest.raises((RayActorError, RayChannelError)):
+                member.answer(member.ask("reset"))
+
+
+@pytest.mark.ray
+def test_a_replica_that_drifts_is_noticed(local_ray, spec):
 
     from zoray.records import JournalError
 
     with Pool.start(spec, Cluster(replicas=2), "drift") as pool:
         wrong = (Commit(0, (0.5,)),)
-        ray.get(pool.members[1].actor.evaluate.remote(wrong, 1, "train", (), False))  # behind the pool's back
+        pool.members[1].answer(pool.members[1].ask("evaluate", wrong, 1, "train", (), False))  # behind its back
         pool.commit(Commit(0, (0.25,)))
         with pytest.raises(JournalError, match="disagree"):
             pool.evaluate(Grid.of(spec, 1), digest=True)

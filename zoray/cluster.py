@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 CONNECT_SECONDS = 30
+COMPILED_PER_CORE = 4
 _answered: set[str] = set()  # addresses that have answered this process; asking takes seconds
 
 
@@ -37,6 +38,8 @@ class Cluster:
         dashboard: serve Ray's dashboard on this machine (loopback only) when the cluster is started here.
         dashboard_port: its port; taken only if it is free.
         start_timeout_s: longest wait for the actors to be placed.
+        compiled: messages go through Ray's compiled graphs, which save milliseconds a step and take time to set up;
+            null does so up to COMPILED_PER_CORE replicas for each core of the driver's machine.
     """
 
     replicas: int | str = 1
@@ -46,12 +49,14 @@ class Cluster:
     dashboard: bool = True
     dashboard_port: int = 8265
     start_timeout_s: float = 300.0
+    compiled: bool | None = None
 
     def __post_init__(self) -> None:
         ok = self.replicas == "auto" or (isinstance(self.replicas, int) and self.replicas >= 1)
         require(ok, "cluster.replicas to be auto or a whole number of at least 1", self.replicas)
         cpus = self.cpus_per_replica
         require(cpus is None or cpus >= 1, "cluster.cpus_per_replica to be at least 1, or null", cpus)
+        require(self.compiled in (True, False, None), "cluster.compiled to be true, false or null", self.compiled)
         require(self.start_timeout_s > 0, "cluster.start_timeout_s to be positive", self.start_timeout_s)
         if self.address is not None:
             check_address(self.address)
@@ -174,6 +179,13 @@ def size(cluster: Cluster) -> tuple[int, int, float]:
             "Lower cluster.replicas, or join a larger cluster with cluster.address"
         )
     return count, cpus, per_gpu
+
+
+def compiled(cluster: Cluster, replicas: int) -> bool:
+    """Whether messages to so many replicas go through compiled graphs."""
+    if cluster.compiled is None:
+        return replicas <= COMPILED_PER_CORE * len(os.sched_getaffinity(0))
+    return cluster.compiled
 
 
 def totals(resources: Mapping[str, float] | None = None) -> str:

@@ -8,19 +8,18 @@ A lost actor's tiles go to the others at once; with no replica left the run stop
 from __future__ import annotations
 
 import logging
-import os
 import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayChannelError, RayTaskError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from zoray.cluster import Cluster, bind_cores, connect, leave, size, totals
+from zoray.actor import Member, ReplicaActor
+from zoray.cluster import Cluster, compiled, connect, leave, size, totals
 from zoray.records import Commit, ConfigError, JournalError, ReplicaLost, Scores
-from zoray.replica import Replica, ReplicaInfo
 from zoray.tiles import Grid, as_ranges, contiguous, join_scores
 
 if TYPE_CHECKING:
@@ -29,59 +28,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from zoray.data import ReplicaSpec
+    from zoray.replica import ReplicaInfo
 
 log = logging.getLogger(__name__)
-
-
-class ReplicaActor:
-    """A replica in a process of its own. Loading is a method, so that its errors reach the driver as they are."""
-
-    def __init__(self) -> None:
-        self.replica: Replica | None = None
-
-    def node(self) -> str:
-        """Id of the node that this actor runs on."""
-        return ray.get_runtime_context().get_node_id()
-
-    def pid(self) -> int:
-        """Process id of this actor on its node."""
-        return os.getpid()
-
-    def load(self, spec: ReplicaSpec, cores: tuple[int, int] | None) -> ReplicaInfo:
-        """Bind to the i-th run of n cores of the node, before torch starts its threads, and load."""
-        if cores is not None:
-            os.environ["OMP_NUM_THREADS"] = str(len(bind_cores(*cores)))
-        self.replica = Replica(spec)
-        return self.replica.info
-
-    def evaluate(
-        self, commits: tuple[Commit, ...], step: int, split: str, share: tuple[tuple[int, int], ...], digest: bool
-    ) -> tuple[Scores, str | None]:
-        """Score ranges of a grid's tiles, see Replica.evaluate. The grid itself, and its probes, do not travel."""
-        assert self.replica is not None
-        grid = self.replica.grid(step, split)
-        tiles = [tile for first, end in share for tile in grid.tiles[first:end]]
-        return self.replica.evaluate(commits, tiles, digest, grid.per_example)
-
-    def reset(self) -> None:
-        """Back to journal index 0."""
-        assert self.replica is not None
-        self.replica.reset()
-
-    def adapter(self, commits: tuple[Commit, ...]) -> tuple[dict[str, np.ndarray], str]:
-        """Adapter state and digest after the given commits."""
-        assert self.replica is not None
-        self.replica.apply(commits)
-        return self.replica.adapter(), self.replica.engine.digest()
-
-
-@dataclass
-class Member:
-    """An actor and how many commits it has been sent."""
-
-    name: str
-    actor: Any
-    sent: int = 0
 
 
 @dataclass
@@ -124,7 +73,11 @@ class Pool:
                     "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
                 }
                 members.append(Member(options["name"], ray.remote(ReplicaActor).options(**options).remote()))
-            info = _load(members, spec, None if gpus else cpus)
+            nodes = ray.get([member.actor.node.remote() for member in members])
+            if compiled(cluster, count):
+                for member in members:
+                    member.compile()
+            info = _load(members, nodes, spec, None if gpus else cpus)
             return cls(members, spec, info, group, owns_ray)
         except BaseException:
             leave(group, owns_ray)
@@ -145,7 +98,7 @@ class Pool:
 
     def rewind(self, step: int) -> None:
         """Take all replicas to the state after `step` steps, by replay from the start."""
-        references = [(member, member.actor.reset.remote()) for member in self.members]
+        references = [(member, member.ask("reset")) for member in self.members]
         for member, reference in references:
             self._result(member, reference)
             member.sent = 0
@@ -162,15 +115,16 @@ class Pool:
         digests: dict[str, str] = {}
         missing = list(range(len(grid)))
         while missing or (digest and not digests):
-            pending = {}
+            pending = []
             shares = contiguous(missing, self.size)
             for member, share in zip(list(self.members), shares, strict=False):
                 if share or digest:
                     work = (grid.step, grid.split, as_ranges(share), digest)
-                    reference = member.actor.evaluate.remote(tuple(self.commits[member.sent :]), *work)
+                    reference = member.ask("evaluate", tuple(self.commits[member.sent :]), *work)
                     member.sent = len(self.commits)
-                    pending[reference] = (member, share)
-            for (member, share), answer in zip(pending.values(), self._results(pending), strict=True):
+                    pending.append((member, share, reference))
+            for member, share, reference in pending:
+                answer = self._result(member, reference)
                 if answer is None:
                     continue
                 answers += [(share, answer[0])] if share else []
@@ -189,17 +143,10 @@ class Pool:
         """Adapter state and digest after all commits, from the first replica that answers."""
         while True:
             member = self.members[0]
-            answer = self._result(member, member.actor.adapter.remote(tuple(self.commits[member.sent :])))
+            answer = self._result(member, member.ask("adapter", tuple(self.commits[member.sent :])))
             member.sent = len(self.commits)
             if answer is not None:
                 return answer
-
-    def _results(self, pending: dict[Any, tuple[Member, list[int]]]) -> list[Any]:
-        """The answers to several messages: at once where all have come, one by one where somebody is gone."""
-        try:
-            return ray.get(list(pending))
-        except (RayActorError, RayTaskError):
-            return [self._result(member, reference) for reference, (member, _) in pending.items()]
 
     def _result(self, member: Member, reference: Any) -> Any:
         """An actor's answer, or None when the actor is gone: the one place where a failure is survived.
@@ -207,8 +154,8 @@ class Pool:
         An exception inside the replica's own code is not survived: it would meet every replica alike.
         """
         try:
-            return ray.get(reference)
-        except (ActorDiedError, ActorUnavailableError, RayActorError) as error:
+            return member.answer(reference)
+        except (RayActorError, RayChannelError) as error:
             self.members.remove(member)
             self.lost.append(member.name)
             log.warning("lost %s (%s); %d replicas left", member.name, str(error).split("\n")[0], self.size)
@@ -221,7 +168,7 @@ class Pool:
     def close(self) -> None:
         """End the actors; end Ray too if this pool started it."""
         for member in self.members:
-            ray.kill(member.actor)
+            member.end()
         self.members.clear()
         leave(self.group, self.owns_ray)
 
@@ -232,16 +179,15 @@ class Pool:
         self.close()
 
 
-def _load(members: list[Member], spec: ReplicaSpec, cores: int | None) -> ReplicaInfo:
+def _load(members: list[Member], nodes: list[str], spec: ReplicaSpec, cores: int | None) -> ReplicaInfo:
     """Load all replicas side by side, each bound to cores of its own; weights and initial state must be the same."""
-    nodes = ray.get([member.actor.node.remote() for member in members])
     shares = [None if cores is None else (nodes[:i].count(node), cores) for i, node in enumerate(nodes)]
-    references = [member.actor.load.remote(spec, share) for member, share in zip(members, shares, strict=True)]
+    references = [member.ask("load", spec, share) for member, share in zip(members, shares, strict=True)]
     try:
-        infos = ray.get(references)
+        infos = [member.answer(reference) for member, reference in zip(members, references, strict=True)]
     except RayTaskError as error:
         raise _cause(error) from error
-    except RayActorError as error:
+    except (RayActorError, RayChannelError) as error:
         raise ReplicaLost(f"a replica died while it loaded the model (out of memory?): {error}") from error
     for name in ("weights", "dtype", "digest"):
         found = {getattr(info, name) for info in infos}
