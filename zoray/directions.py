@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from zoray.kernels import Filler
+
 Distribution = Literal["rademacher", "gaussian"]
 BLOCK_ELEMENTS: dict[str, int] = {"rademacher": 128, "gaussian": 8}
 ALIGNMENT = 128  # elements: a multiple of every distribution's block, so that tensors of a Layout share no block
@@ -155,6 +157,11 @@ def _quantiles_on(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(gaussian_quantiles()).to(device)
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether directions are made by the kernels of kernels.py."""
+    return device.type == "cuda"
+
+
 class Layout:
     """Where the tensors of an adapter stand in one flat float32 vector, and how to fill that vector with a direction.
 
@@ -175,6 +182,7 @@ class Layout:
         self.numel = sum(int(np.prod(shape)) for shape in self.shapes.values())
         self._padding = self._padding_index()
         self._counters: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._filler: Filler | None = None
 
     def _padding_index(self) -> torch.Tensor:
         import torch
@@ -212,12 +220,22 @@ class Layout:
         check_distribution(distribution)
         for probe in probes:
             _words(seed, step, probe)
+        if has_kernels(self.device):
+            return self._fill(seed, step, probes, distribution)
         blocks, low, high = self._block_counters(distribution)
         index = torch.tensor(list(probes), dtype=torch.int64, device=self.device)[:, None]
         flats = _elements_torch(philox_torch((blocks, index, step, high), (seed, low)), distribution)
         if len(self._padding):
             flats.index_fill_(1, self._padding, 0.0)
         return flats
+
+    def _fill(self, seed: int, step: int, probes: Sequence[int], distribution: str) -> torch.Tensor:
+        from zoray.kernels import Filler
+
+        if self._filler is None:
+            sizes = [math.prod(shape) for shape in self.shapes.values()]
+            self._filler = Filler(sizes, [name_hash(name) for name in self.shapes], self.device)
+        return self._filler(seed, step, probes, _quantiles_on(self.device) if distribution == "gaussian" else None)
 
     def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
         """The tensor `name` inside a flat vector of this layout; shares its memory."""

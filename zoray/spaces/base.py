@@ -10,7 +10,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zoray.directions import Layout, check_distribution, direction_torch, name_hash
+from zoray.directions import Layout, check_distribution, name_hash
 from zoray.records import Commit, ConfigError, JournalError, require
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ class Directions:
     def __init__(self, layout: Layout, seed: int, distribution: str) -> None:
         self.layout, self.seed, self.distribution = layout, seed, distribution
         self._fresh: dict[tuple[int, int], torch.Tensor] = {}
+        self._alone: dict[str, Layout] = {}
 
     def __call__(self, step: int, index: int) -> torch.Tensor:
         key = (step, index)
@@ -194,10 +195,10 @@ class Directions:
         kept = sum(of == step for of, _ in self._fresh)
         if (step, index) in self._fresh or (kept + 1) * self.layout.size <= CACHED_ELEMENTS:
             return self.layout.view(self(step, index), name)
-        rows, columns = self.layout.shapes[name]
-        return direction_torch(
-            self.seed, step, index, name, (rows, columns), self.distribution, device=self.layout.device
-        )
+        if name not in self._alone:
+            self._alone[name] = Layout({name: self.layout.shapes[name]}, self.layout.device)
+        alone = self._alone[name]
+        return alone.view(alone.direction(self.seed, step, index, self.distribution), name)
 
 
 def perturb(flat: torch.Tensor, direction: Directions, probes: Sequence[Probe]) -> torch.Tensor:
