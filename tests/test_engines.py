@@ -15,6 +15,7 @@ import torch
 from zoray.adapters import write_peft
 from zoray.engines.hf import Hf, HfEngine
 from zoray.engines.vllm import Vllm
+from zoray.engines.vllm_worker import PackedScorer
 from zoray.models import linear_matrices, load_matrices
 from zoray.records import Commit, ConfigError, Probe, TokenSequence
 from zoray.spaces import Lora, LowRank, Lozo, Space
@@ -106,6 +107,35 @@ def test_more_probes_than_slots_and_more_tokens_than_a_forward(engines, sequence
     assert worst(together, reference.score(work)) < TOLERANCE
     alone = [vllm.score([item])[0] for item in work[:20]]
     assert worst(together[:20], alone) < TOLERANCE
+
+
+def test_what_options_and_examples_begin_with_is_computed_once(engines, monkeypatch):
+    """Two options of two and four tokens behind prompts of 40 and 70 tokens, which have 35 in common."""
+    vllm, reference = engines
+    rng, work = np.random.default_rng(4), []
+    template = rng.integers(5, 500, 35)
+    for length in (40, 70):
+        prompt = np.concatenate([template, rng.integers(5, 500, length - 35)])
+        for answer in (2, 4):
+            tokens = np.concatenate([prompt, rng.integers(5, 500, answer)]).astype(np.int32)
+            rows = np.arange(length - 1, length + answer - 1, dtype=np.int32)
+            option = TokenSequence(tokens[:-1], rows, tokens[rows + 1], np.zeros(answer, np.int32), 1)
+            work.append((Probe(2, 0, 0.05), option))
+    forwards, forward = [], PackedScorer._forward
+    monkeypatch.setattr(PackedScorer, "_forward", lambda self, pack: forwards.append(pack) or forward(self, pack))
+    scorer = vllm.llm.llm_engine.model_executor.driver_worker.worker._zoray
+    together = vllm.score(work)
+    (packed,) = forwards
+    assert scorer.block_size == 32
+    whole, shared = sum(len(s.tokens) for _, s in work), 3 * 32 + 32  # the template's block; the long ones' second
+    assert len(packed.tokens) == whole - shared and packed.context.tolist() == [0, 32, 32, 64]
+    assert worst(together, reference.score(work)) < TOLERANCE
+    monkeypatch.setattr(scorer, "share", False)
+    assert worst(together, vllm.score(work)) < TOLERANCE
+    assert len(forwards[-1].tokens) == whole
+    monkeypatch.setattr(scorer, "share", True)
+    both = [(Probe(2, 0, scale), one) for scale in (0.05, -0.05) for _, one in work]
+    assert worst(vllm.score(both), reference.score(both)) < TOLERANCE  # plus and minus share nothing
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "qwen2"])

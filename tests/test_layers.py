@@ -19,7 +19,15 @@ ORDER = [
     *("spaces.base", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces", "models"),
     *("estimators", "optimizers", "journal", "objectives"),
     *("tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
-    *("engines", "engines.packing", "engines.base", "engines.cpu_lora", "engines.cpu_norms", "engines.hf"),
+    *(
+        "engines",
+        "engines.prefixes",
+        "engines.packing",
+        "engines.base",
+        "engines.cpu_lora",
+        "engines.cpu_norms",
+        "engines.hf",
+    ),
     *("engines.vllm_layers", "engines.vllm_selftest", "engines.vllm_worker", "engines.vllm_requests", "engines.vllm"),
     *(
         "cluster",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from zoray.engines import packing
-from zoray.engines.packing import Pack, Plan, SequenceTable, blocks_needed, ranges, split_outputs, starts_of
+from zoray.engines.packing import Pack, Plan, SequenceTable, ranges, split_outputs, starts_of, unshared_blocks
 from zoray.records import ConfigError, Probe, TokenSequence
 
 SEEDS = range(40)
@@ -83,7 +83,9 @@ def test_budgets_are_respected_and_used(seed):
     packs = list(pack(work, max_tokens, max_blocks, block_size))
     tokens = [len(packed.tokens) for packed in packs]
     blocks = [sum(-(-int(n) // block_size) for n in packed.lengths) for packed in packs]
-    assert blocks == [blocks_needed(packed.lengths, block_size) for packed in packs]
+    assert blocks == [packed.blocks.max() for packed in packs]  # numbered from 1 without gaps
+    for packed in packs:
+        assert (packed.blocks == unshared_blocks(packed.lengths, block_size)).all() and not packed.context.any()
     assert all(0 < count <= max_tokens for count in tokens)
     assert max_blocks is None or all(count <= max_blocks for count in blocks)
     for k in range(1, len(packs)):  # a pack ends only when the next sequence does not fit

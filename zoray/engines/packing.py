@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from zoray.engines.prefixes import lay_out, number_prefixes, ranges, starts_of
 from zoray.records import ConfigError, Probe, TokenSequence
 
 if TYPE_CHECKING:
@@ -17,17 +18,6 @@ if TYPE_CHECKING:
 
 
 LOGITS_ELEMENTS = 1 << 25  # rows x vocabulary of one LM-head chunk: 128 MiB of float32
-
-
-def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[starts[0], starts[0] + counts[0]), then [starts[1], ...), and so on, (sum of counts,) int64."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
-
-
-def starts_of(counts: np.ndarray) -> np.ndarray:
-    """Where each of some runs begins, and where the last one ends, (n + 1,) int64."""
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +36,7 @@ class SequenceTable:
     n_outputs: np.ndarray  # (S,) int64
     first_token: np.ndarray = field(init=False)  # (S + 1,)
     first_target: np.ndarray = field(init=False)  # (S + 1,)
+    _prefixes: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "first_token", starts_of(self.lengths))
@@ -71,6 +62,16 @@ class SequenceTable:
             n_targets=counts([len(sequence.targets) for sequence in sequences]),
             n_outputs=counts([sequence.n_outputs for sequence in sequences]),
         )
+
+    def prefixes(self, block_size: int, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the blocks that chosen sequences have in common with others, see prefixes.number_prefixes."""
+        if block_size not in self._prefixes:
+            first_row, asked = np.zeros(len(self), np.int64), self.n_targets > 0
+            first_row[asked] = self.rows[self.first_target[:-1][asked]]  # rows ascend
+            counts, numbers = number_prefixes(self.tokens, self.first_token, first_row, block_size)
+            self._prefixes[block_size] = (counts, numbers, starts_of(counts))
+        counts, numbers, first = self._prefixes[block_size]
+        return counts[chosen], numbers[ranges(first[chosen], counts[chosen])]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -130,11 +131,16 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Sequences of one forward pass, one after another, ordered by slot. T tokens, S sequences, H rows, M targets."""
+    """Sequences of one forward pass, one after another, ordered by slot. T tokens, S sequences, H rows, M targets.
+
+    A sequence stands here without its first `context` tokens, which are those of an earlier one of the same slot.
+    """
 
     tokens: np.ndarray  # (T,) int64
-    positions: np.ndarray  # (T,) int64, each sequence from 0
-    lengths: np.ndarray  # (S,) int32
+    positions: np.ndarray  # (T,) int64, of each sequence from its context on
+    lengths: np.ndarray  # (S,) int32, without context
+    context: np.ndarray  # (S,) int32, a multiple of the block size
+    blocks: np.ndarray  # (S, most) int32: KV-cache blocks of context and tokens, numbered from 1; 0 behind the last
     segments: tuple[tuple[int, int, int], ...]  # (slot, first token, last token + 1), in token order, no gaps
     rows: np.ndarray  # (H,) int64: tokens whose hidden state reaches the LM head, each once
     target_rows: np.ndarray  # (M,) int64 into rows
@@ -142,9 +148,10 @@ class Pack:
     outputs: np.ndarray  # (M,) int64 into the flat list of all outputs of the call
 
 
-def blocks_needed(lengths: np.ndarray, block_size: int) -> int:
-    """KV-cache blocks that sequences of these lengths take, when none shares a block."""
-    return int((-(-lengths // block_size)).sum())
+def unshared_blocks(lengths: np.ndarray, block_size: int) -> np.ndarray:
+    """KV-cache blocks (S, most) of S sequences when none shares a block, as Pack.blocks."""
+    nothing = np.zeros(len(lengths), np.int64)
+    return lay_out(lengths, nothing, nothing, nothing[:0], block_size)[1]
 
 
 def pack(
@@ -154,11 +161,13 @@ def pack(
     max_tokens: int,
     max_blocks: int | None = None,
     block_size: int = 1,
+    share: bool = False,
 ) -> Iterator[Pack]:
     """Cut chosen sequences (n,) of a table, with a slot each (n,), into packs of bounded tokens and KV blocks.
 
     Outputs are numbered in the order of `chosen`, whatever the order in the packs. Slots stay together, so that each
-    slot is one segment of a pack.
+    slot is one segment of a pack. With `share`, blocks of tokens that sequences of a slot begin with are in a pack
+    once; budgets are kept as if they were not shared.
 
     Raises:
         ConfigError: one sequence alone is over the budget.
@@ -179,23 +188,31 @@ def pack(
         if max_blocks is not None:
             end = min(end, int(np.searchsorted(blocks, before[1] + max_blocks, side="right")))
         part = order[begin:end]
-        yield _join(table, chosen[part], slots[part], first_output[part])
+        yield _join(table, chosen[part], slots[part], first_output[part], block_size, share)
         begin = end
 
 
-def _join(table: SequenceTable, chosen: np.ndarray, slots: np.ndarray, first_output: np.ndarray) -> Pack:
-    lengths = table.lengths[chosen]
+def _join(
+    table: SequenceTable, chosen: np.ndarray, slots: np.ndarray, first_output: np.ndarray, block_size: int, share: bool
+) -> Pack:
+    none = np.zeros(len(chosen), np.int64), np.zeros(0, np.int64)
+    counts, numbers = table.prefixes(block_size, chosen) if share else none
+    shared, blocks = lay_out(table.lengths[chosen], slots, counts, numbers, block_size)
+    context = shared * block_size
+    lengths = table.lengths[chosen] - context
     starts = starts_of(lengths)
     cuts = np.flatnonzero(np.diff(slots)) + 1
     edges = np.concatenate([[0], cuts, [len(slots)]]).astype(np.int64)
     segments = zip(slots[edges[:-1]].tolist(), starts[edges[:-1]].tolist(), starts[edges[1:]].tolist(), strict=True)
     n_targets = table.n_targets[chosen]
     asked = ranges(table.first_target[chosen], n_targets)
-    rows, target_rows = np.unique(table.rows[asked] + np.repeat(starts[:-1], n_targets), return_inverse=True)
+    rows, target_rows = np.unique(table.rows[asked] + np.repeat(starts[:-1] - context, n_targets), return_inverse=True)
     return Pack(
-        tokens=table.tokens[ranges(table.first_token[chosen], lengths)],
-        positions=ranges(np.zeros(len(chosen), np.int64), lengths),
+        tokens=table.tokens[ranges(table.first_token[chosen] + context, lengths)],
+        positions=ranges(context, lengths),
         lengths=lengths.astype(np.int32),
+        context=context.astype(np.int32),
+        blocks=blocks,
         segments=tuple(segments),
         rows=rows,
         target_rows=target_rows.astype(np.int64),

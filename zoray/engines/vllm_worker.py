@@ -17,9 +17,10 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from zoray.engines import cpu_norms
-from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, blocks_needed, pack
+from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pack, unshared_blocks
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits
 from zoray.engines.vllm_selftest import prove_live
 from zoray.models import restore
@@ -92,6 +93,10 @@ class PackedScorer:
         groups = runner.kv_cache_config.kv_cache_groups
         self.block_size: int = max(group.kv_cache_spec.block_size for group in groups)
         self.blocks: int = runner.kv_cache_config.num_blocks - 1  # block 0 is vLLM's null block
+        self.share = all(  # a block of tokens is one block of every group's cache, which attention reads as a whole
+            group.kv_cache_spec.block_size == self.block_size and isinstance(group.kv_cache_spec, AttentionSpec)
+            for group in groups
+        )
         self.manager = _adapter_manager(runner)
         if self.device.type == "cpu":
             from zoray.engines.cpu_lora import join_a
@@ -180,7 +185,7 @@ class PackedScorer:
 
     def _score_slots(self, table: SequenceTable, chosen: np.ndarray, slots: np.ndarray) -> np.ndarray:
         sums = torch.zeros(int(table.n_outputs[chosen].sum()), dtype=torch.float64, device=self.device)
-        for packed in pack(table, chosen, slots, self.max_tokens, self.blocks, self.block_size):
+        for packed in pack(table, chosen, slots, self.max_tokens, self.blocks, self.block_size, self.share):
             hidden = self._forward(packed)
             logps = self._log_probabilities(hidden, packed)
             sums.index_add_(0, torch.from_numpy(packed.outputs).to(self.device), logps.double())
@@ -230,21 +235,18 @@ class PackedScorer:
         self.wrapper.update_metadata(mapping, list(range(1, self.slots + 1)), self.slots + 1, vocabulary)
 
     def _attention_metadata(self, packed: Pack) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Per-layer attention metadata for S fresh sequences, each in KV blocks of its own."""
-        lengths = packed.lengths
+        """Per-layer attention metadata for S sequences in KV blocks of their own, but for a context that they share."""
+        lengths, whole = packed.lengths, packed.lengths + packed.context
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         metadata: dict[str, Any] = {}
         mappings: dict[str, torch.Tensor] = {}
-        seq_lens = torch.from_numpy(lengths)
+        seq_lens = torch.from_numpy(whole)
+        of_token = np.repeat(np.arange(len(lengths)), lengths)
         for groups, group in zip(self.runner.attn_groups, self.runner.kv_cache_config.kv_cache_groups, strict=True):
             size = group.kv_cache_spec.block_size
-            per_sequence = -(-lengths // size)
-            first_block = 1 + np.concatenate([[0], np.cumsum(per_sequence)[:-1]])
-            table = first_block[:, None] + np.arange(per_sequence.max())[None, :]
-            table = np.where(np.arange(per_sequence.max())[None, :] < per_sequence[:, None], table, 0).astype(np.int32)
-            of_token = np.repeat(np.arange(len(lengths)), lengths)
+            table = packed.blocks if size == self.block_size else unshared_blocks(lengths, size)
             slots = table[of_token, packed.positions // size].astype(np.int64) * size + packed.positions % size
-            assert blocks_needed(lengths, size) <= self.blocks
+            assert table.max() <= self.blocks
             slot_mapping = torch.from_numpy(slots).to(self.device)
             common = CommonAttentionMetadata(
                 query_start_loc=torch.from_numpy(starts).to(self.device),
@@ -253,7 +255,7 @@ class PackedScorer:
                 num_reqs=len(lengths),
                 num_actual_tokens=len(packed.tokens),
                 max_query_len=int(lengths.max()),
-                max_seq_len=int(lengths.max()),
+                max_seq_len=int(whole.max()),
                 block_table_tensor=torch.from_numpy(table).to(self.device),
                 slot_mapping=slot_mapping,
                 causal=True,
@@ -280,12 +282,12 @@ def _slots_of_tokens(segments: Sequence[tuple[int, int, int]]) -> np.ndarray:
 
 def _optional_fields(packed: Pack, device: torch.device) -> dict[str, Any]:
     """Fields of CommonAttentionMetadata that not every version has."""
-    known = CommonAttentionMetadata.__dataclass_fields__
+    known, whole = CommonAttentionMetadata.__dataclass_fields__, packed.lengths + packed.context
     fields: dict[str, Any] = {
         "positions": torch.from_numpy(packed.positions).to(device),
         "is_prefilling": torch.ones(len(packed.lengths), dtype=torch.bool),
-        "seq_lens_cpu_upper_bound": torch.from_numpy(packed.lengths),
-        "_seq_lens_cpu": torch.from_numpy(packed.lengths),
-        "_num_computed_tokens_cpu": torch.zeros(len(packed.lengths), dtype=torch.int32),
+        "seq_lens_cpu_upper_bound": torch.from_numpy(whole),
+        "_seq_lens_cpu": torch.from_numpy(whole),
+        "_num_computed_tokens_cpu": torch.from_numpy(packed.context),
     }
     return {name: value for name, value in fields.items() if name in known}
