@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) 
     from zoray.replica import Replica
 
     e, workload = experiment(options, folder, where)
+    workload = one_batch(e, workload)
     replica = Replica(e.spec, workload)
     stepper = Stepper(e, replica)
     bare, tokens = bare_forward(e, replica)
@@ -58,8 +60,18 @@ def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) 
     return result
 
 
+def one_batch(e: Any, workload: Any) -> Any:
+    """The workload with the examples of the first step only: every step of every contender has the same tokens."""
+    from zoray.data import step_indices
+
+    train = workload.splits.train
+    first = step_indices(e.spec, 0, tuple(example.label for example in train)).tolist()
+    encoded = {**workload.encoded, "train": tuple(workload.encoded["train"][i] for i in first)}
+    return replace(workload, splits=replace(workload.splits, train=tuple(train[i] for i in first)), encoded=encoded)
+
+
 def bare_forward(e: Any, replica: Any) -> tuple[Any, int]:
-    """A function that scores the same number of sequences of the first batches without adapters; tokens of a step."""
+    """A function that scores the sequences of a step without adapters; tokens of a step."""
     import numpy as np
 
     from zoray.engines.packing import Plan, ranges

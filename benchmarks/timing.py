@@ -6,6 +6,7 @@ A machine's speed drifts, so a ratio of medians from different minutes says litt
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from typing import TYPE_CHECKING
@@ -14,18 +15,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 
-def rounds(contenders: Mapping[str, Callable[[], object]], count: int, warm_up: int = 2) -> dict[str, list[float]]:
+def rounds(contenders: Mapping[str, Callable[[], object]], count: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each contender in each of `count` rounds, after some that are not counted.
 
-    The order turns from round to round, so that nobody always follows the same one. Garbage is collected in between.
+    A contender runs twice in its turn and the second time counts, as in a run a step follows a step: the first one finds
+    caches and threads as another contender has left them. The order is drawn anew for each round. Garbage is collected
+    in between.
     """
+    order = random.Random(0)
     names, seconds = list(contenders), {name: [] for name in contenders}
     gc.disable()
     try:
         for number in range(-warm_up, count):
             gc.collect()
-            shift = number % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in order.sample(names, len(names)):
+                contenders[name]()
                 began = time.perf_counter()
                 contenders[name]()
                 if number >= 0:

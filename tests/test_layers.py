@@ -25,6 +25,7 @@ ORDER = [
         "engines.packing",
         "engines.base",
         "engines.cpu_lora",
+        "engines.cpu_gated",
         "engines.cpu_norms",
         "engines.hf",
     ),

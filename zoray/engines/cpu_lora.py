@@ -10,6 +10,8 @@ untouched.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,18 @@ import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+FUSED_RANK = 8  # the largest rank whose products with B an activation takes over
+
+
+@dataclass(frozen=True)
+class Held:
+    """Products with B that wait for the activation: their layer's output, and x A^T and B^T of its two matrices."""
+
+    output: int  # address of its data
+    low: tuple[torch.Tensor, torch.Tensor]  # (S, L, rank)
+    b: tuple[torch.Tensor, torch.Tensor]  # (S, rank, width)
 
 
 class SegmentedLora(PunicaWrapperCPU):
@@ -27,6 +40,11 @@ class SegmentedLora(PunicaWrapperCPU):
     row_segments: tuple[tuple[int, int, int], ...] = ()  # the same for the rows that reach the LM head
     used_rank: int | None = None  # ranks above it are zero in every slot, and skipped in B
     one_a = False  # whether all slots that tokens are mapped to hold the same A
+    gated: frozenset[int] = (
+        frozenset()
+    )  # layers, by the id of their B, whose products an activation adds (cpu_gated.py)
+    _deferring = False
+    _held: Held | None = None
     _equal: tuple[int, int, int] | None = None  # (first slot, slots, tokens of each) where segments are alike
 
     def map_tokens(self, segments: tuple[tuple[int, int, int], ...], vocabulary: int) -> None:
@@ -67,6 +85,9 @@ class SegmentedLora(PunicaWrapperCPU):
         a, rank = joined(lora_a_stacked), lora_a_stacked[0].shape[2]
         used = rank if self.used_rank is None else self.used_rank
         low = self._lower(x, a, begin, stop)
+        if self._deferring and id(lora_b_stacked) in self.gated and scale == 1.0 and self._fits(begin, stop, y):
+            self._hold(y, low.unflatten(0, (self._equal[1], -1)), lora_b_stacked, rank, used)  # type: ignore[index]
+            return
         offset = 0
         for i, (b, size) in enumerate(zip(lora_b_stacked, output_slices, strict=True)):
             narrow, wide = low[:, i * rank : i * rank + used], y[:, offset : offset + size]
@@ -91,6 +112,38 @@ class SegmentedLora(PunicaWrapperCPU):
         for slot, start, end in self.segments:
             torch.mm(x[start:end], a[slot].t(), out=low[start - begin : end - begin])
         return low
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Within it, layers that are `gated` leave their products with B to the activation that follows."""
+        self._deferring, self._held = True, None
+        try:
+            yield
+            if self._held is not None:
+                raise RuntimeError("an activation did not take the adapters that were left to it")
+        finally:
+            self._deferring, self._held = False, None
+
+    def take(self, y: torch.Tensor) -> Held | None:
+        """What has been left to the activation of y, if anything."""
+        held, self._held = self._held, None
+        if held is not None and held.output != y.data_ptr():
+            raise RuntimeError("expected the activation right after its layer; this vLLM has something in between")
+        return held
+
+    def _fits(self, begin: int, stop: int, y: torch.Tensor) -> bool:
+        """Whether all rows of y belong to runs of equal length, several of them; one would be compiled for anew."""
+        return self._equal is not None and (begin, stop) == (0, len(y)) and min(self._equal[1:]) > 1
+
+    def _hold(
+        self, y: torch.Tensor, low: torch.Tensor, stacked: tuple[torch.Tensor, ...], rank: int, used: int
+    ) -> None:
+        if self._held is not None:
+            raise RuntimeError("an activation did not take the adapters that were left to it")
+        first, count, _ = self._equal or (0, 0, 0)
+        low_gate, low_up = low[..., :used], low[..., rank : rank + used]
+        gate, up = (b[first : first + count, 0, :, :used].transpose(1, 2) for b in stacked)
+        self._held = Held(y.data_ptr(), (low_gate, low_up), (gate, up))
 
     def _set(self, segments: tuple[tuple[int, int, int], ...]) -> None:
         self.segments, self._equal = segments, None

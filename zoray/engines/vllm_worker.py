@@ -7,6 +7,7 @@ against 0.26's sources as well.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from zoray.engines import cpu_norms
+from zoray.engines import cpu_gated, cpu_lora, cpu_norms
 from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pack, unshared_blocks
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits
 from zoray.engines.vllm_selftest import prove_live
@@ -99,19 +100,20 @@ class PackedScorer:
         )
         self.manager = _adapter_manager(runner)
         if self.device.type == "cpu":
-            from zoray.engines.cpu_lora import join_a
-
-            join_a(self.manager.modules.values())
+            cpu_lora.join_a(self.manager.modules.values())
             cpu_norms.prefer()
+        self.wrapper = self._lora_wrapper()
+        fused = cpu_gated.fuse(runner.model, self.wrapper, space.rank) if self.device.type == "cpu" else []
         self.matrices = space.select(matrices)
         self.sites = find_slots(self.manager, self.matrices)
         self.weights = find_weights(self.manager, self.matrices) if space.folds else {}
         self.head_moves = any(gives_logits(module) for module in self.manager.modules.values())
         self._open = partial(space.open, matrices, seed, self.device)
         self.state: State = self._open(self.weights)
-        self.wrapper = self._lora_wrapper()
         self._a_in_slot: dict[int, Hashable] = {}
         self.self_test = prove_live(self)
+        if fused:
+            self.self_test["activation_error"] = cpu_gated.prove_fused(fused, self.wrapper, self.slots)
         self._a_in_slot.clear()
 
     def reset(self, folder: str) -> None:
@@ -126,10 +128,8 @@ class PackedScorer:
         modules = list(self.manager.modules.values())
         if self.device.type != "cpu":
             return modules[0].punica_wrapper
-        from zoray.engines.cpu_lora import SegmentedLora
-
         mapping = self.manager.punica_wrapper_mapping
-        wrapper = SegmentedLora(self.max_tokens, self.vllm_config.scheduler_config.max_num_seqs, self.device)
+        wrapper = cpu_lora.SegmentedLora(self.max_tokens, self.vllm_config.scheduler_config.max_num_seqs, self.device)
         wrapper.used_rank = self.space.rank
         for key in mapping:
             mapping[key] = wrapper
@@ -197,7 +197,10 @@ class PackedScorer:
         metadata, slot_mapping = self._attention_metadata(packed)
         tokens = torch.from_numpy(packed.tokens).to(self.device)
         positions = torch.from_numpy(packed.positions).to(self.device)
-        with set_forward_context(metadata, self.vllm_config, num_tokens=len(packed.tokens), slot_mapping=slot_mapping):
+        with (
+            set_forward_context(metadata, self.vllm_config, num_tokens=len(packed.tokens), slot_mapping=slot_mapping),
+            self.wrapper.deferring() if self.device.type == "cpu" else nullcontext(),
+        ):
             return self.runner.model(
                 input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None
             )
