@@ -1,4 +1,4 @@
-"""Side by side in one run: every round times each contender once, and ratios are taken within a round.
+"""Side by side in one run: every round times each contender, and ratios are taken within a round.
 
 A machine's speed drifts, so a ratio of medians from different minutes says little; the median of paired ratios does.
 """
