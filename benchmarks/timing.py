@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def rounds(contenders: Mapping[str, Callable[[], object]], count: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each contender in each of `count` rounds, after some that are not counted.
 
-    A contender runs twice in its turn and the second time counts, as in a run a step follows a step: the first one finds
-    caches and threads as another contender has left them. The order is drawn anew for each round. Garbage is collected
-    in between.
+    A contender runs twice in its turn and the second time counts, as in a run a step follows a step: the first one
+    finds caches and threads as another contender has left them. The order is drawn anew for each round. Garbage is
+    collected in between.
     """
     order = random.Random(0)
     names, seconds = list(contenders), {name: [] for name in contenders}
