@@ -28,13 +28,13 @@ from benchmarks.stepper import Stepper
 METHODS: dict[str, list[str]] = {
     "mezo-lora-B": ["estimator=two_point", "run.batch=16", "optimizer.lr=0.12"],
     "mezo-lora-AB": ["estimator=two_point", "space.train=AB", "run.batch=16", "optimizer.lr=0.01"],
-    "pairs-share-batch": [
-        *("estimator=two_point", "estimator.pairs=16", "estimator.shared=false", "run.batch=16"),
-        "optimizer.lr=0.06",
+    "mezo-pairs": ["estimator=two_point", "estimator.pairs=8", "run.batch=2", "optimizer.lr=0.18"],
+    "lozo": [  # the published interval of 50 would be all of a short run
+        *("estimator=two_point", "space=lozo", "space.interval=10", "estimator.eps=5e-4", "run.batch=16"),
+        "optimizer.lr=1e-4",
     ],
-    "lozo": ["estimator=two_point", "space=lozo", "estimator.eps=5e-4", "run.batch=16", "optimizer.lr=1e-4"],
     "lozo-m": [
-        *("estimator=two_point", "space=lozo", "estimator.eps=5e-4", "run.batch=16"),
+        *("estimator=two_point", "space=lozo", "space.interval=10", "estimator.eps=5e-4", "run.batch=16"),
         *("optimizer=momentum", "optimizer.lr=1e-4"),
     ],
     "lowrank-128": [

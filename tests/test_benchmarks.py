@@ -26,7 +26,7 @@ def test_every_method_builds_and_scores_a_like_number_of_sequences(method):
     assert 30 <= probes * e.run.batch // (1 if e.estimator.shared else e.estimator.directions) <= 34
 
 
-@pytest.mark.parametrize("method", ["lozo-m", "eggroll", "fzoo", "pairs-share-batch"])
+@pytest.mark.parametrize("method", ["lozo-m", "eggroll", "fzoo", "mezo-pairs"])
 def test_a_run_keeps_to_its_budget(method, tiny_models, labelled_file):
     words = "task.words=[' terrible',' great']"
     where = ("model=hf", f"model.path={tiny_models['opt']}", "task=file", f"task.path={labelled_file}", words)
