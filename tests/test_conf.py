@@ -31,6 +31,7 @@ REQUIRED = {  # what has no default
 
 # learning rate, perturbation, rank (None: all weights), batch, steps, probes a step, as in papers and scripts
 PUBLISHED = {
+    "mezo_opt13b_sst2": (1e-7, 1e-3, 128, 16, 20_000, 2),
     "mezo_lora_opt13b_sst2": (1e-4, 1e-2, 8, 16, 20_000, 2),
     "mezo_like_opt1.3b_sst2": (1e-7, 1e-3, 128, 16, 1_000, 2),
     "lozo_opt13b_sst2": (1e-7, 1e-3, 2, 16, 20_000, 2),
@@ -148,6 +149,12 @@ def test_experiments_have_the_published_numbers():
         assert (e.optimizer.lr, asked[-1].scale in (size, -size), e.run.batch, e.run.steps) == (lr, True, batch, steps)
         assert len(asked) == probes and (rank is None or e.space.rank == rank), name
         assert not e.run.stratify and e.optimizer.schedule == "constant"
+        if name == "mezo_lora_opt13b_sst2":
+            assert (e.space.alpha, e.space.train, e.space.targets) == (16.0, "AB", ("q_proj", "v_proj"))
+        if name.startswith("lozo"):
+            assert (e.space.interval, e.optimizer.momentum) == (50, 0.9 if "lozo_m" in name else 0.0)
+        if name.startswith(("es_", "eggroll")):
+            assert (e.estimator.shaping, e.estimator.antithetic) == ("zscore", "eggroll" in name)
 
 
 def test_conf_is_found_in_a_checkout():
