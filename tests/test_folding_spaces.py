@@ -780,8 +780,8 @@ def test_directions_that_are_too_many_to_keep_are_made_matrix_by_matrix(monkeypa
     space = LowRank(rank=2, distribution=distribution)
     matrices = {"a": (6, 10), "b": (7, 5)}
     digests, alone = [], []
-    make = base.Layout
-    monkeypatch.setattr(base, "Layout", lambda *a, **k: alone.append(a) or make(*a, **k))
+    make = base.direction_torch
+    monkeypatch.setattr(base, "direction_torch", lambda *a, **k: alone.append(a) or make(*a, **k))
     for kept in (base.CACHED_ELEMENTS, 0):
         monkeypatch.setattr(base, "CACHED_ELEMENTS", kept)
         weights = {name: torch.ones(shape) for name, shape in matrices.items()}

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayChannelError
+from ray import cloudpickle
+from ray.exceptions import RayChannelError, RayChannelTimeoutError
 
 from zoray.cluster import bind_cores
 from zoray.replica import Replica, ReplicaInfo
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from zoray.records import Commit, Scores
 
 METHODS = ("load", "evaluate", "reset", "adapter")
+FOREVER = 1e6  # seconds; Ray reads -1 as no time at all when it writes
+BUFFER = 1 << 16  # bytes of a channel's buffers to begin with; a longer message gets a longer one
 
 
 class ReplicaActor:
@@ -52,9 +55,13 @@ class ReplicaActor:
         return pickle.dumps(getattr(self, method)(*arguments), pickle.HIGHEST_PROTOCOL)
 
     def load(self, spec: ReplicaSpec, cores: tuple[int, int] | None) -> ReplicaInfo:
-        """Bind to the i-th run of n cores of the node, before torch starts its threads, and load."""
+        """Bind this thread, and those that it starts, to the i-th run of n cores of the node; load."""
         if cores is not None:
-            os.environ["OMP_NUM_THREADS"] = str(len(bind_cores(*cores)))
+            import torch
+
+            count = len(bind_cores(*cores))
+            os.environ["OMP_NUM_THREADS"] = str(count)
+            torch.set_num_threads(count)  # a compiled graph's loop has imported torch by now
         self.replica = Replica(spec)
         return self.replica.info
 
@@ -95,15 +102,23 @@ class Member:
         # A lost actor is the pool's to report; Ray would print the traceback of its own cleaning up as well.
         logging.getLogger("ray.dag.compiled_dag_node").setLevel(logging.CRITICAL)
         with InputNode() as message:
-            self.graph = self.actor.call.bind(message).experimental_compile(_submit_timeout=-1)
+            bound = self.actor.call.bind(message)
+        self.graph = bound.experimental_compile(
+            _submit_timeout=FOREVER, _buffer_size_bytes=BUFFER, _max_inflight_executions=2
+        )
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Call a method of the actor; returns what `answer` takes, once."""
-        message = pickle.dumps((method, arguments), pickle.HIGHEST_PROTOCOL)
+        by_value: Any = (
+            cloudpickle if method == "load" else pickle
+        )  # a script's or notebook's own classes travel as well
+        message = by_value.dumps((method, arguments), pickle.HIGHEST_PROTOCOL)
         if self.graph is None:
             return self.actor.call.remote(message)
         try:
             return self.graph.execute(message)
+        except RayChannelTimeoutError:
+            raise
         except RayChannelError as gone:  # for `answer` to say, as where the actor dies a moment later
             return gone
 
@@ -118,8 +133,12 @@ class Member:
             raise reference
         return pickle.loads(ray.get(reference) if self.graph is None else reference.get(timeout=-1))
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """End the actor, at once, whatever it is doing."""
         ray.kill(self.actor)
+
+    def end(self) -> None:
+        """End the actor and what stands around it; waits for its node."""
+        self.kill()
         if self.graph is not None:
             self.graph.teardown()

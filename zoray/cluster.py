@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 CONNECT_SECONDS = 30
-COMPILED_PER_CORE = 4
+COMPILED_PER_CORE, COMPILED = 4, 16  # each graph has a small process of Ray's beside the driver
 _answered: set[str] = set()  # addresses that have answered this process; asking takes seconds
 
 
@@ -39,7 +39,7 @@ class Cluster:
         dashboard_port: its port; taken only if it is free.
         start_timeout_s: longest wait for the actors to be placed.
         compiled: messages go through Ray's compiled graphs, which save milliseconds a step and take time to set up;
-            null does so up to COMPILED_PER_CORE replicas for each core of the driver's machine.
+            null does so up to COMPILED_PER_CORE replicas for each core of the driver's machine, COMPILED at most.
     """
 
     replicas: int | str = 1
@@ -184,7 +184,7 @@ def size(cluster: Cluster) -> tuple[int, int, float]:
 def compiled(cluster: Cluster, replicas: int) -> bool:
     """Whether messages to so many replicas go through compiled graphs."""
     if cluster.compiled is None:
-        return replicas <= COMPILED_PER_CORE * len(os.sched_getaffinity(0))
+        return replicas <= min(COMPILED, COMPILED_PER_CORE * len(os.sched_getaffinity(0)))
     return cluster.compiled
 
 

@@ -157,6 +157,7 @@ class Pool:
             return member.answer(reference)
         except (RayActorError, RayChannelError) as error:
             self.members.remove(member)
+            member.kill()  # it may be there still, cut off
             self.lost.append(member.name)
             log.warning("lost %s (%s); %d replicas left", member.name, str(error).split("\n")[0], self.size)
             if not self.members:
@@ -167,10 +168,14 @@ class Pool:
 
     def close(self) -> None:
         """End the actors; end Ray too if this pool started it."""
-        for member in self.members:
-            member.end()
-        self.members.clear()
-        leave(self.group, self.owns_ray)
+        try:
+            for member in self.members:
+                member.kill()
+            for member in self.members:
+                member.end()
+        finally:
+            self.members.clear()
+            leave(self.group, self.owns_ray)
 
     def __enter__(self) -> Pool:
         return self

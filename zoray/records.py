@@ -99,7 +99,7 @@ class Scores:
 
     losses: np.ndarray  # int64: a sum for each probe, in order of appearance; or float64: each example's, tile by tile
     correct: float  # sum over all probes and examples
-    tokens: int  # forward tokens spent, over all probes
+    tokens: int  # of the sequences scored, over all probes; what sequences share counts for each
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A replica: one engine with its adapter state at a journal index, and the data to score. Ray wraps it in pool.py.
+"""A replica: one engine with its adapter state at a journal index, and the data to score. Ray wraps it in actor.py.
 
 Guarantees: `evaluate` is a pure function of the commits seen so far and the tiles asked for, so a tile may be scored by
 anyone, and twice. Commits are applied in step order before anything is scored.
@@ -46,7 +46,7 @@ class EncodedSplit:
     first_output: np.ndarray  # (E + 1,)
     counts: np.ndarray  # (outputs of the split,) tokens that each sums over
     labels: np.ndarray  # (E,)
-    tokens: np.ndarray  # (E,) tokens to run through the model
+    tokens: np.ndarray  # (E,) of its sequences; an engine may compute what some begin with once
 
     @classmethod
     def of(cls, examples: Sequence[Sequence[TokenSequence]], labels: Sequence[int]) -> EncodedSplit:

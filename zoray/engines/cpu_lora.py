@@ -53,6 +53,11 @@ class SegmentedLora(PunicaWrapperCPU):
         for slot, start, end in segments:
             self._embeddings_indices[start:end] = max(slot, 0) * vocabulary
 
+    @property
+    def capacity(self) -> int:
+        """How many tokens can be mapped."""
+        return len(self._embeddings_indices)
+
     def map_rows(self, slots: Sequence[int]) -> None:
         """The slot of each row that reaches the LM head, -1 for none."""
         self.row_segments = _runs(torch.tensor(list(slots), dtype=torch.long))

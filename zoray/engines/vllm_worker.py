@@ -18,7 +18,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from zoray.engines import cpu_gated, cpu_lora, cpu_norms
 from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pack, unshared_blocks
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
     from zoray.records import Commit, Probe
     from zoray.spaces.base import Space, State
+
+
+SHARING = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)  # caches whose blocks stay as written
 
 
 class ZorayWorker:
@@ -95,7 +98,7 @@ class PackedScorer:
         self.block_size: int = max(group.kv_cache_spec.block_size for group in groups)
         self.blocks: int = runner.kv_cache_config.num_blocks - 1  # block 0 is vLLM's null block
         self.share = all(  # a block of tokens is one block of every group's cache, which attention reads as a whole
-            group.kv_cache_spec.block_size == self.block_size and isinstance(group.kv_cache_spec, AttentionSpec)
+            group.kv_cache_spec.block_size == self.block_size and isinstance(group.kv_cache_spec, SHARING)
             for group in groups
         )
         self.manager = _adapter_manager(runner)
@@ -113,7 +116,7 @@ class PackedScorer:
         self._a_in_slot: dict[int, Hashable] = {}
         self.self_test = prove_live(self)
         if fused:
-            self.self_test["activation_error"] = cpu_gated.prove_fused(fused, self.wrapper, self.slots)
+            self.self_test |= cpu_gated.settle(fused, self.wrapper, self.slots)
         self._a_in_slot.clear()
 
     def reset(self, folder: str) -> None:

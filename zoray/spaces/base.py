@@ -10,7 +10,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zoray.directions import Layout, check_distribution, name_hash
+from zoray.directions import Layout, check_distribution, direction_torch, has_kernels, name_hash
 from zoray.records import Commit, ConfigError, JournalError, require
 
 if TYPE_CHECKING:
@@ -195,6 +195,9 @@ class Directions:
         kept = sum(of == step for of, _ in self._fresh)
         if (step, index) in self._fresh or (kept + 1) * self.layout.size <= CACHED_ELEMENTS:
             return self.layout.view(self(step, index), name)
+        if not has_kernels(self.layout.device):
+            rows, columns = self.layout.shapes[name]
+            return direction_torch(self.seed, step, index, name, (rows, columns), self.distribution)
         if name not in self._alone:
             self._alone[name] = Layout({name: self.layout.shapes[name]}, self.layout.device)
         alone = self._alone[name]
