@@ -1,4 +1,4 @@
-"""How many bytes does a step take between the driver and a replica? Of the messages as Ray serialises them.
+"""How many bytes does a step take between the driver and a replica? Of the messages as they enter the socket.
 
     python -m benchmarks.wire
 
@@ -24,6 +24,7 @@ from zoray.optimizers import to_float32
 from zoray.records import Commit
 from zoray.tiles import Grid
 
+FRAME = 4  # bytes before each message that say how long it is
 BATCH, COUNTS = 16, (1, 4, 16, 64, 256)
 ESTIMATORS = {
     "two_point": lambda n: TwoPoint(pairs=n),
@@ -34,17 +35,22 @@ ESTIMATORS = {
 
 
 class Scale:
-    """Stands before an actor's handle and notes the size of each message and its answer."""
+    """Stands before a member's connection and notes the bytes of each message and its answer, with their frames."""
 
-    def __init__(self, actor: Any) -> None:
-        self.actor, self.call = actor, self
-        self.sizes: list[tuple[int, int]] = []
+    def __init__(self, connection: Any) -> None:
+        self.connection, self.close = connection, connection.close
+        self.sent = self.received = 0
 
-    def remote(self, message: bytes) -> Any:
-        """Pass a call on."""
-        answer = ray.get(self.actor.call.remote(message))
-        self.sizes.append((size(message), size(answer)))
-        return ray.put(answer)
+    def send_bytes(self, message: bytes) -> None:
+        """Pass a message on."""
+        self.sent = FRAME + len(message)
+        self.connection.send_bytes(message)
+
+    def recv_bytes(self) -> bytes:
+        """Pass an answer on."""
+        message = self.connection.recv_bytes()
+        self.received = FRAME + len(message)
+        return message
 
 
 def main(arguments: list[str]) -> None:
@@ -76,19 +82,11 @@ def step_bytes(estimator: Any) -> tuple[int, int, int]:
     """(probes, bytes to the replica, bytes back) of a step that carries the commit of the one before."""
     spec = SimpleNamespace(estimator=estimator, batch=BATCH, tile_examples=4)
     with start(1, {})(spec) as pool:
-        member, actor, graph = pool.members[0], pool.members[0].actor, pool.members[0].graph
-        member.actor, member.graph = (scale := Scale(actor)), None
+        pool.members[0].connection = scale = Scale(pool.members[0].connection)  # type: ignore[assignment]
         values = np.random.default_rng(0).normal(size=estimator.directions).tolist()
         pool.commit(Commit(1000, tuple(map(to_float32, values))))
         pool.evaluate(Grid.of(spec, 1001), digest=True)
-        member.actor, member.graph = actor, graph
-    return len(estimator.ask(0)), *scale.sizes[-1]
-
-
-def size(value: Any) -> int:
-    """Bytes of a value as Ray sends it."""
-    context = ray._private.worker.global_worker.get_serialization_context()  # type: ignore[attr-defined]
-    return context.serialize(value).total_bytes
+    return len(estimator.ask(0)), scale.sent, scale.received
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from zoray import journal
 from zoray.directions import direction_numpy
 from zoray.records import Probe, Scores, Tile
-from zoray.tiles import contiguous, join_scores, losses_of, mean, summed, tile_grid
+from zoray.tiles import Grid, contiguous, join_scores, losses_of, mean, summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,6 +82,21 @@ class Quadratic:
         if not per_example:
             losses = summed(tiles, losses)
         return Scores(losses, 0.0, 0), self.state.digest()
+
+
+def by_direction(probes: Sequence[Probe]) -> dict[int, tuple[Probe, ...]]:
+    """Probes by the direction that they lie on; the centre (scale 0) lies on none and has the key -1."""
+    groups: dict[int, tuple[Probe, ...]] = {}
+    for probe in probes:
+        key = probe.index if probe.scale else -1
+        groups[key] = (*groups.get(key, ()), probe)
+    return groups
+
+
+def tile_grid(probes: Sequence[Probe], examples: int, tile_examples: int, shared: bool = True) -> tuple[Tile, ...]:
+    """The tiles of any probes of a step."""
+    groups = list(by_direction(probes).values())
+    return Grid(probes[0].step, "train", len(groups), groups.__getitem__, examples, tile_examples, shared).tiles
 
 
 def drive(

@@ -7,12 +7,13 @@ from functools import cache
 
 import numpy as np
 import pytest
+from loop import by_direction, tile_grid
 
 from zoray.directions import direction_numpy
 from zoray.estimators import Estimate, Evolution, OneSided, TwoPoint
 from zoray.optimizers import Sgd
 from zoray.records import ConfigError, Probe, Scores
-from zoray.tiles import by_direction, losses_of, summed, tile_grid
+from zoray.tiles import losses_of, summed
 
 DISTRIBUTIONS = ["rademacher", "gaussian"]
 SIZE = 16
@@ -114,6 +115,7 @@ def test_ask_gives_unique_probes_of_one_step_and_as_many_directions_as_it_says(m
     assert estimator.directions == count
     on_directions = {index: group for index, group in by_direction(probes).items() if index >= 0}
     assert sorted(on_directions) == list(range(count))
+    assert [estimator.group(11, k) for k in range(estimator.groups)] == list(by_direction(probes).values())
     assert {abs(probe.scale) for group in on_directions.values() for probe in group} == {0.5}
     assert estimator.ask(11) == probes
     assert not set(estimator.ask(12)) & set(probes)

@@ -31,8 +31,9 @@ ORDER = [
     ),
     *("engines.vllm_layers", "engines.vllm_selftest", "engines.vllm_worker", "engines.vllm_requests", "engines.vllm"),
     *(
-        "cluster",
         "replica",
+        "channel",
+        "cluster",
         "actor",
         "pool",
         "plots",

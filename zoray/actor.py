@@ -1,36 +1,39 @@
 """A replica as a Ray actor, and the driver's end of the line to it.
 
-A message is a method's name and its arguments, pickled into one byte string each way: what the pool sends is what goes
-over the wire, and no array of an answer lies in memory that the next answer overwrites. An ordinary actor call costs
-Ray's scheduler, store and RPC threads some milliseconds of a small machine; a compiled graph, a loop in the actor that
-waits on shared memory, costs a fraction of one (docs/results), but takes a while to set up for each replica. All of a
-replica then runs in that loop's thread: torch and CUDA keep state by thread.
+Ray places the actors, hands them the run's key and says when one is gone. What a step needs goes over a socket of each
+actor's (channel.py), as byte strings: a method's name and its arguments one way, what it returns or raises the other.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
+import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayChannelError, RayChannelTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 
+from zoray.channel import Listener, connect
 from zoray.cluster import bind_cores
+from zoray.records import ConfigError, ReplicaLost
 from zoray.replica import Replica, ReplicaInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from multiprocessing.connection import Connection
+
     import numpy as np
 
     from zoray.data import ReplicaSpec
     from zoray.records import Commit, Scores
 
 METHODS = ("load", "evaluate", "reset", "adapter")
-FOREVER = 1e6  # seconds; Ray reads -1 as no time at all when it writes
-BUFFER = 1 << 16  # bytes of a channel's buffers to begin with; a longer message gets a longer one
+BY_VALUE: Any = cloudpickle  # a script's or notebook's own classes travel as well
+LAST_WORDS = 2.0  # seconds for Ray to say why an actor is gone
 
 
 class ReplicaActor:
@@ -39,29 +42,32 @@ class ReplicaActor:
     def __init__(self) -> None:
         self.replica: Replica | None = None
 
-    def node(self) -> str:
-        """Id of the node that this actor runs on."""
-        return ray.get_runtime_context().get_node_id()
-
-    def pid(self) -> int:
-        """Process id of this actor on its node."""
-        return os.getpid()
+    def serve(self, name: str, address: tuple[str, int], key: bytes) -> None:
+        """Connect to the driver and do what it asks for, until it is gone."""
+        connection = connect(address, key)
+        connection.send_bytes(pickle.dumps((name, ray.get_runtime_context().get_node_id(), os.getpid())))
+        while True:
+            try:
+                message = connection.recv_bytes()
+            except (EOFError, OSError):
+                return
+            connection.send_bytes(self.call(message))
 
     def call(self, message: bytes) -> bytes:
         """Run one of METHODS; message and answer as Member packs and unpacks them."""
-        method, arguments = pickle.loads(message)
-        if method not in METHODS:
-            raise ValueError(f"expected one of {', '.join(METHODS)}; got {method!r}")
-        return pickle.dumps(getattr(self, method)(*arguments), pickle.HIGHEST_PROTOCOL)
+        number, method, arguments = pickle.loads(message)
+        try:
+            if method not in METHODS:
+                raise ValueError(f"expected one of {', '.join(METHODS)}; got {method!r}")
+            return pickle.dumps((number, None, getattr(self, method)(*arguments)), pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            return _pickled(number, error)
 
     def load(self, spec: ReplicaSpec, cores: tuple[int, int] | None) -> ReplicaInfo:
-        """Bind this thread, and those that it starts, to the i-th run of n cores of the node; load."""
+        """Bind this process to the i-th run of n cores of the node, before torch starts its threads; load."""
         if cores is not None:
-            import torch
-
             count = len(bind_cores(*cores))
             os.environ["OMP_NUM_THREADS"] = str(count)
-            torch.set_num_threads(count)  # a compiled graph's loop has imported torch by now
         self.replica = Replica(spec)
         return self.replica.info
 
@@ -71,7 +77,7 @@ class ReplicaActor:
         """Score ranges of a grid's tiles, see Replica.evaluate. The grid itself, and its probes, do not travel."""
         assert self.replica is not None
         grid = self.replica.grid(step, split)
-        tiles = [tile for first, end in share for tile in grid.tiles[first:end]]
+        tiles = [grid[i] for first, end in share for i in range(first, end)]
         return self.replica.evaluate(commits, tiles, digest, grid.per_example)
 
     def reset(self) -> None:
@@ -86,59 +92,107 @@ class ReplicaActor:
         return self.replica.adapter(), self.replica.engine.digest()
 
 
+def _pickled(number: int, error: Exception) -> bytes:
+    """An exception as an answer, with the traceback as a note; one that can't travel goes as its text."""
+    text = "".join(traceback.format_exception(error))
+    error.add_note(f"raised in a replica (process {os.getpid()}):\n{text}")
+    try:
+        packed: bytes = BY_VALUE.dumps((number, error, None))
+        pickle.loads(packed)
+        return packed
+    except Exception:
+        return pickle.dumps((number, RuntimeError(text), None))
+
+
 @dataclass
 class Member:
     """The driver's handle of an actor, and how many commits it has been sent."""
 
     name: str
     actor: Any
+    serving: Any  # what Ray's call of `serve` returns, when the actor is gone
+    connection: Connection
+    node: str
+    pid: int
     sent: int = 0
-    graph: Any = None
+    asked: int = 0
+    answered: int = 0
 
-    def compile(self) -> None:
-        """From now on calls go through shared memory; before the first `ask`."""
-        from ray.dag import InputNode
+    def ask(self, method: str, *arguments: Any) -> int:
+        """Call a method of the actor; returns what `answer` takes, once, and in the order of the calls."""
+        by_value: Any = BY_VALUE if method == "load" else pickle
+        self.asked += 1
+        message = by_value.dumps((self.asked, method, arguments), pickle.HIGHEST_PROTOCOL)
+        with suppress(OSError):  # for `answer` to say, as where the actor dies a moment later
+            self.connection.send_bytes(message)
+        return self.asked
 
-        # A lost actor is the pool's to report; Ray would print the traceback of its own cleaning up as well.
-        logging.getLogger("ray.dag.compiled_dag_node").setLevel(logging.CRITICAL)
-        with InputNode() as message:
-            bound = self.actor.call.bind(message)
-        self.graph = bound.experimental_compile(
-            _submit_timeout=FOREVER, _buffer_size_bytes=BUFFER, _max_inflight_executions=2
-        )
-
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the actor; returns what `answer` takes, once."""
-        by_value: Any = (
-            cloudpickle if method == "load" else pickle
-        )  # a script's or notebook's own classes travel as well
-        message = by_value.dumps((method, arguments), pickle.HIGHEST_PROTOCOL)
-        if self.graph is None:
-            return self.actor.call.remote(message)
-        try:
-            return self.graph.execute(message)
-        except RayChannelTimeoutError:
-            raise
-        except RayChannelError as gone:  # for `answer` to say, as where the actor dies a moment later
-            return gone
-
-    def answer(self, reference: Any) -> Any:
-        """Wait for the result, however long it takes.
+    def answer(self, number: int) -> Any:
+        """Wait for the result, however long it takes; answers that nobody has waited for are dropped.
 
         Raises:
-            RayActorError, RayChannelError: the actor is gone.
-            RayTaskError: what the method itself has raised.
+            ReplicaLost: the actor is gone.
+            Exception: what the method itself has raised, with the replica's traceback as a note.
         """
-        if isinstance(reference, RayChannelError):
-            raise reference
-        return pickle.loads(ray.get(reference) if self.graph is None else reference.get(timeout=-1))
+        if number <= self.answered:
+            raise RuntimeError(f"expected the answer to call {number}; it has been dropped for that to {self.answered}")
+        error, value = None, None
+        while self.answered < number:
+            try:
+                message = self.connection.recv_bytes()
+            except (EOFError, OSError) as gone:
+                raise ReplicaLost(self._last_words() or f"no connection: {gone or 'closed'}") from gone
+            self.answered, error, value = pickle.loads(message)
+        if error is not None:
+            raise error
+        return value
+
+    def _last_words(self) -> str:
+        """What Ray knows about the end of the actor."""
+        try:
+            ray.get(self.serving, timeout=LAST_WORDS)
+        except GetTimeoutError:
+            return ""
+        except RayError as error:
+            return str(error)
+        return ""
 
     def kill(self) -> None:
         """End the actor, at once, whatever it is doing."""
+        self.connection.close()
         ray.kill(self.actor)
 
-    def end(self) -> None:
-        """End the actor and what stands around it; waits for its node."""
-        self.kill()
-        if self.graph is not None:
-            self.graph.teardown()
+
+def connect_all(actors: Sequence[tuple[str, Any]], listener: Listener, seconds: float) -> list[Member]:
+    """Let named actors connect to the driver, in whatever order they start; members in the order given.
+
+    Raises:
+        ConfigError: an actor can't reach the driver, or does not start in so many seconds.
+        ReplicaLost: an actor died before it could.
+    """
+    serving = {name: actor.serve.remote(name, listener.address, listener.key) for name, actor in actors}
+    found: dict[str, tuple[Connection, str, int]] = {}
+
+    def check() -> None:
+        for ended in ray.wait(list(serving.values()), num_returns=1, timeout=0)[0]:
+            try:
+                ray.get(ended)
+            except RayError as error:
+                cause = getattr(error, "cause", None)
+                raise (
+                    cause
+                    if isinstance(cause, ConfigError)
+                    else ReplicaLost(f"a replica ended before it was connected: {error}")
+                ) from error
+
+    while len(found) < len(actors):
+        try:
+            connection = listener.accept(check, seconds)
+        except TimeoutError as error:
+            raise ConfigError(
+                f"expected {len(actors)} replicas to start and connect to {listener.address}; {len(found)} have done "
+                f"so, and nothing has come for {seconds:g} s (cluster.start_timeout_s)"
+            ) from error
+        name, node, pid = pickle.loads(connection.recv_bytes())
+        found[name] = (connection, node, pid)
+    return [Member(name, actor, serving[name], *found[name]) for name, actor in actors]

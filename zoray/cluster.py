@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 CONNECT_SECONDS = 30
-COMPILED_PER_CORE, COMPILED = 4, 16  # each graph has a small process of Ray's beside the driver
 _answered: set[str] = set()  # addresses that have answered this process; asking takes seconds
 
 
@@ -37,9 +36,9 @@ class Cluster:
         gpus_per_replica: GPUs of each replica; null takes one where there are any.
         dashboard: serve Ray's dashboard on this machine (loopback only) when the cluster is started here.
         dashboard_port: its port; taken only if it is free.
-        start_timeout_s: longest wait for the actors to be placed.
-        compiled: messages go through Ray's compiled graphs, which save milliseconds a step and take time to set up;
-            null does so up to COMPILED_PER_CORE replicas for each core of the driver's machine, COMPILED at most.
+        start_timeout_s: longest wait for the actors to be placed, and then for one after the other to connect.
+        port: of this process, where replicas connect while the run starts; 0 takes a free one. Only replicas on other
+            nodes make it listen on more than loopback.
     """
 
     replicas: int | str = 1
@@ -49,14 +48,14 @@ class Cluster:
     dashboard: bool = True
     dashboard_port: int = 8265
     start_timeout_s: float = 300.0
-    compiled: bool | None = None
+    port: int = 0
 
     def __post_init__(self) -> None:
         ok = self.replicas == "auto" or (isinstance(self.replicas, int) and self.replicas >= 1)
         require(ok, "cluster.replicas to be auto or a whole number of at least 1", self.replicas)
         cpus = self.cpus_per_replica
         require(cpus is None or cpus >= 1, "cluster.cpus_per_replica to be at least 1, or null", cpus)
-        require(self.compiled in (True, False, None), "cluster.compiled to be true, false or null", self.compiled)
+        require(0 <= self.port < 65536, "cluster.port to be from 0 (any free one) to 65535", self.port)
         require(self.start_timeout_s > 0, "cluster.start_timeout_s to be positive", self.start_timeout_s)
         if self.address is not None:
             check_address(self.address)
@@ -181,11 +180,13 @@ def size(cluster: Cluster) -> tuple[int, int, float]:
     return count, cpus, per_gpu
 
 
-def compiled(cluster: Cluster, replicas: int) -> bool:
-    """Whether messages to so many replicas go through compiled graphs."""
-    if cluster.compiled is None:
-        return replicas <= min(COMPILED, COMPILED_PER_CORE * len(os.sched_getaffinity(0)))
-    return cluster.compiled
+def own_host() -> str:
+    """Where this process listens for its replicas: loopback, if no node of the cluster is another machine."""
+    import ray
+    from ray.util import get_node_ip_address
+
+    own = get_node_ip_address()
+    return "127.0.0.1" if {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]} <= {own} else own
 
 
 def totals(resources: Mapping[str, float] | None = None) -> str:

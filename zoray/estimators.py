@@ -40,7 +40,24 @@ class Estimate:
     buried: int = 0  # directions whose probes differ by no more than the score noise; ties are not among them
 
 
-class Estimator(Protocol):
+class InGroups(Protocol):
+    """Which probes there are; a replica asks for those of its own tiles only."""
+
+    @property
+    def groups(self) -> int:
+        """Groups of probes a step: those of a direction, and a centre by itself."""
+        ...
+
+    def group(self, step: int, number: int) -> tuple[Probe, ...]:
+        """Probes that are scored together, on the same examples."""
+        ...
+
+    def ask(self, step: int) -> tuple[Probe, ...]:
+        """What to score: all groups in order."""
+        return tuple(probe for number in range(self.groups) for probe in self.group(step, number))
+
+
+class Estimator(InGroups, Protocol):
     """What the driver needs of an estimator."""
 
     @property
@@ -58,10 +75,6 @@ class Estimator(Protocol):
         """Whether `tell` needs the loss of each example; else a probe's mean is all that travels."""
         ...
 
-    def ask(self, step: int) -> tuple[Probe, ...]:
-        """What to score."""
-        ...
-
     def tell(self, probes: Sequence[Probe], losses: Losses, noise: float = 0.0) -> Estimate:
         """Losses of `probes`, in the order of `ask` -> Estimate.
 
@@ -77,7 +90,7 @@ class Estimator(Protocol):
 
 
 @dataclass(frozen=True)
-class TwoPoint:
+class TwoPoint(InGroups):
     """Central differences along K random directions (SPSA, Spall 1992; MeZO, arXiv 2305.17333, Algorithm 1).
 
     weights[k] = (L(x + eps z_k) - L(x - eps z_k)) / (2 eps) / (number of pairs kept)
@@ -110,9 +123,14 @@ class TwoPoint:
         """Directions a step."""
         return self.pairs
 
-    def ask(self, step: int) -> tuple[Probe, ...]:
-        """Plus and minus of each pair, next to each other."""
-        return tuple(Probe(step, k, sign * self.eps) for k in range(self.pairs) for sign in (+1, -1))
+    @property
+    def groups(self) -> int:
+        """The pairs."""
+        return self.pairs
+
+    def group(self, step: int, number: int) -> tuple[Probe, ...]:
+        """Plus and minus of a pair."""
+        return Probe(step, number, self.eps), Probe(step, number, -self.eps)
 
     def tell(self, probes: Sequence[Probe], losses: Losses, noise: float = 0.0) -> Estimate:
         """See Estimator.tell."""
@@ -129,7 +147,7 @@ class TwoPoint:
 
 
 @dataclass(frozen=True)
-class OneSided:
+class OneSided(InGroups):
     """Differences of N perturbed losses to the one centre they share (FZOO, arXiv 2506.09034).
 
     weights[k] = (l_k - l_0) / (N sigma),   sigma^2 = sum_k (l_k - mean_j l_j)^2 / (N - 1)
@@ -164,9 +182,14 @@ class OneSided:
         """Directions a step."""
         return self.probes
 
-    def ask(self, step: int) -> tuple[Probe, ...]:
-        """The centre, then the perturbed ones."""
-        return (Probe(step, 0, 0.0), *(Probe(step, k, self.eps) for k in range(self.probes)))
+    @property
+    def groups(self) -> int:
+        """The centre and each direction."""
+        return 1 + self.probes
+
+    def group(self, step: int, number: int) -> tuple[Probe, ...]:
+        """The centre is group 0, direction k group k + 1."""
+        return (Probe(step, number - 1, self.eps) if number else Probe(step, 0, 0.0),)
 
     def tell(self, probes: Sequence[Probe], losses: Losses, noise: float = 0.0) -> Estimate:
         """See Estimator.tell. A centre that is not finite drops all directions."""
@@ -187,7 +210,7 @@ class OneSided:
 
 
 @dataclass(frozen=True)
-class Evolution:
+class Evolution(InGroups):
     """Evolution strategies: a population's shaped losses weigh its directions (Salimans et al., arXiv 1703.03864).
 
     weights[k] = sum over the members at +-z_k of (sign * s) / N, N members, s their shaped losses:
@@ -246,10 +269,15 @@ class Evolution:
         """Directions a step."""
         return self.population // 2 if self.antithetic else self.population
 
-    def ask(self, step: int) -> tuple[Probe, ...]:
-        """The population; mirrored members next to each other."""
-        signs = (+1, -1) if self.antithetic else (+1,)
-        return tuple(Probe(step, k, sign * self.sigma) for k in range(self.directions) for sign in signs)
+    @property
+    def groups(self) -> int:
+        """The directions."""
+        return self.directions
+
+    def group(self, step: int, number: int) -> tuple[Probe, ...]:
+        """A member of the population, or one and its mirror image."""
+        member = Probe(step, number, self.sigma)
+        return (member, Probe(step, number, -self.sigma)) if self.antithetic else (member,)
 
     def tell(self, probes: Sequence[Probe], losses: Losses, noise: float = 0.0) -> Estimate:
         """See Estimator.tell. A mirrored pair is dropped as a whole."""

@@ -99,9 +99,9 @@ class Filler:
     """
 
     def __init__(self, sizes: Sequence[int], hashes: Sequence[int], device: torch.device) -> None:
-        if max(sizes, default=0) >= 2**31 - 128:
+        if max(sizes, default=0) >= 2**31 - UNIT.value:
             raise ConfigError(f"expected tensors of less than 2**31 elements; got one of {max(sizes)}")
-        units = torch.tensor([-(-size // 128) for size in sizes], dtype=torch.int64)
+        units = torch.tensor([-(-size // UNIT.value) for size in sizes], dtype=torch.int64)
         self.units = int(units.sum())
         self.tensor_of = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(units).to(device)
         self.first_unit = (units.cumsum(0) - units).to(torch.int32).to(device)
@@ -113,7 +113,7 @@ class Filler:
 
     def __call__(self, seed: int, step: int, probes: Sequence[int], quantiles: torch.Tensor | None) -> torch.Tensor:
         """The directions at some probe indices, (K, size) float32; `quantiles` (65536,) makes them Gaussian."""
-        out = torch.empty(len(probes), self.units * 128, dtype=torch.float32, device=self.device)
+        out = torch.empty(len(probes), self.units * UNIT.value, dtype=torch.float32, device=self.device)
         words = [_signed(word) for word in (seed, step, *probes)]
         address = torch.tensor(words, dtype=torch.int32, device=self.device)
         table = out if quantiles is None else quantiles

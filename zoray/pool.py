@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import logging
 import uuid
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayChannelError, RayTaskError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from zoray.actor import Member, ReplicaActor
-from zoray.cluster import Cluster, compiled, connect, leave, size, totals
+from zoray.actor import Member, ReplicaActor, connect_all
+from zoray.channel import Listener
+from zoray.cluster import Cluster, connect, leave, own_host, size, totals
 from zoray.records import Commit, ConfigError, JournalError, ReplicaLost, Scores
 from zoray.tiles import Grid, as_ranges, contiguous, join_scores
 
@@ -64,7 +65,7 @@ class Pool:
                     f"{totals(ray.available_resources())} is free. Lower cluster.replicas or cluster.cpus_per_replica"
                 )
             tag = uuid.uuid4().hex[:6]
-            members = []
+            actors = []
             for i in range(count):
                 options = {
                     "name": f"zoray-{run_name}-{tag}-replica-{i}",
@@ -72,12 +73,10 @@ class Pool:
                     "num_gpus": gpus,
                     "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
                 }
-                members.append(Member(options["name"], ray.remote(ReplicaActor).options(**options).remote()))
-            nodes = ray.get([member.actor.node.remote() for member in members])
-            if compiled(cluster, count):
-                for member in members:
-                    member.compile()
-            info = _load(members, nodes, spec, None if gpus else cpus)
+                actors.append((options["name"], ray.remote(ReplicaActor).options(**options).remote()))
+            with closing(Listener(own_host(), cluster.port)) as listener:
+                members = connect_all(actors, listener, cluster.start_timeout_s)
+            info = _load(members, spec, None if gpus else cpus)
             return cls(members, spec, info, group, owns_ray)
         except BaseException:
             leave(group, owns_ray)
@@ -94,13 +93,13 @@ class Pool:
 
     def digest(self) -> str:
         """Digest of the state after all commits."""
-        return self.evaluate(Grid(len(self.commits), "train", ()), digest=True)[1] or ""
+        return self.evaluate(Grid(len(self.commits)), digest=True)[1] or ""
 
     def rewind(self, step: int) -> None:
         """Take all replicas to the state after `step` steps, by replay from the start."""
-        references = [(member, member.ask("reset")) for member in self.members]
-        for member, reference in references:
-            self._result(member, reference)
+        asked = [(member, member.ask("reset")) for member in self.members]
+        for member, number in asked:
+            self._result(member, number)
             member.sent = 0
         del self.commits[step:]
 
@@ -120,11 +119,11 @@ class Pool:
             for member, share in zip(list(self.members), shares, strict=False):
                 if share or digest:
                     work = (grid.step, grid.split, as_ranges(share), digest)
-                    reference = member.ask("evaluate", tuple(self.commits[member.sent :]), *work)
+                    number = member.ask("evaluate", tuple(self.commits[member.sent :]), *work)
                     member.sent = len(self.commits)
-                    pending.append((member, share, reference))
-            for member, share, reference in pending:
-                answer = self._result(member, reference)
+                    pending.append((member, share, number))
+            for member, share, number in pending:
+                answer = self._result(member, number)
                 if answer is None:
                     continue
                 answers += [(share, answer[0])] if share else []
@@ -148,14 +147,14 @@ class Pool:
             if answer is not None:
                 return answer
 
-    def _result(self, member: Member, reference: Any) -> Any:
+    def _result(self, member: Member, number: int) -> Any:
         """An actor's answer, or None when the actor is gone: the one place where a failure is survived.
 
         An exception inside the replica's own code is not survived: it would meet every replica alike.
         """
         try:
-            return member.answer(reference)
-        except (RayActorError, RayChannelError) as error:
+            return member.answer(number)
+        except ReplicaLost as error:
             self.members.remove(member)
             member.kill()  # it may be there still, cut off
             self.lost.append(member.name)
@@ -163,16 +162,12 @@ class Pool:
             if not self.members:
                 raise ReplicaLost(f"all replicas are lost, the last one: {error}") from error
             return None
-        except RayTaskError as error:
-            raise _cause(error) from error
 
     def close(self) -> None:
         """End the actors; end Ray too if this pool started it."""
         try:
             for member in self.members:
                 member.kill()
-            for member in self.members:
-                member.end()
         finally:
             self.members.clear()
             leave(self.group, self.owns_ray)
@@ -184,15 +179,14 @@ class Pool:
         self.close()
 
 
-def _load(members: list[Member], nodes: list[str], spec: ReplicaSpec, cores: int | None) -> ReplicaInfo:
+def _load(members: list[Member], spec: ReplicaSpec, cores: int | None) -> ReplicaInfo:
     """Load all replicas side by side, each bound to cores of its own; weights and initial state must be the same."""
+    nodes = [member.node for member in members]
     shares = [None if cores is None else (nodes[:i].count(node), cores) for i, node in enumerate(nodes)]
-    references = [member.ask("load", spec, share) for member, share in zip(members, shares, strict=True)]
+    asked = [member.ask("load", spec, share) for member, share in zip(members, shares, strict=True)]
     try:
-        infos = [member.answer(reference) for member, reference in zip(members, references, strict=True)]
-    except RayTaskError as error:
-        raise _cause(error) from error
-    except (RayActorError, RayChannelError) as error:
+        infos = [member.answer(number) for member, number in zip(members, asked, strict=True)]
+    except ReplicaLost as error:
         raise ReplicaLost(f"a replica died while it loaded the model (out of memory?): {error}") from error
     for name in ("weights", "dtype", "digest"):
         found = {getattr(info, name) for info in infos}
@@ -201,9 +195,3 @@ def _load(members: list[Member], nodes: list[str], spec: ReplicaSpec, cores: int
                 f"expected the same {name} on every node; got {sorted(found)}: model files differ between nodes"
             )
     return infos[0]
-
-
-def _cause(error: RayTaskError) -> BaseException:
-    """The exception that a replica raised, as itself where it is one of ours; Ray's wrapping of it otherwise."""
-    cause = error.cause
-    return cause if isinstance(cause, (ConfigError, JournalError, FloatingPointError)) else error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from zoray.records import Probe, Scores, Tile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 UNITS = 2.0**40  # of which one nat is made
 LARGEST = 2.0**13  # nats; a loss above is no more use than one that is not finite, and is counted as such
@@ -28,51 +29,54 @@ EVALUATED = 32  # examples of a tile of dev or test
 
 @dataclass(frozen=True)
 class Grid:
-    """All tiles of a step, or of a split at the state before it: what a step number stands for between processes."""
+    """All tiles of a step, or of a split at the state before it: what a step number stands for between processes.
+
+    Each group of probes (plus and minus of a direction, or the centre) is scored on `examples` examples, in tiles of up
+    to `tile_examples`. All probes of a group stay in one tile, so that one replica scores them: what a device adds to
+    all of them cancels in their differences. With `shared=False` the groups share the examples out among them: group k
+    of K sees examples [k * n/K, (k + 1) * n/K). Tiles are made when they are asked for: a replica needs only its own.
+    """
 
     step: int
-    split: str
-    tiles: tuple[Tile, ...]
+    split: str = "train"
+    groups: int = 0
+    group: Callable[[int], tuple[Probe, ...]] = lambda _: ()
+    examples: int = 0
+    tile_examples: int = EVALUATED
+    shared: bool = True
     per_example: bool = False  # whether the loss of each example is asked for, not only sums
 
     @classmethod
     def of(cls, spec: Any, step: int, split: str = "train", count: int = 0) -> Grid:
         """The grid of a step of a run (a ReplicaSpec), or the unperturbed model on `count` of another split."""
-        if split == "train":
-            estimator = spec.estimator
-            tiles = tile_grid(estimator.ask(step), spec.batch, spec.tile_examples, shared=estimator.shared)
-            return cls(step, split, tuple(tiles), estimator.per_example)
-        return cls(step, split, tuple(tile_grid([Probe(step, 0, 0.0)], count, EVALUATED, split)))
+        if split != "train":
+            return cls(step, split, 1, lambda _: (Probe(step, 0, 0.0),), count)
+        e = spec.estimator
+        group, examples = partial(e.group, step), spec.batch
+        return cls(step, split, e.groups, group, examples, spec.tile_examples, e.shared, e.per_example)
+
+    @property
+    def _width(self) -> int:
+        """Examples of a group."""
+        return self.examples if self.shared else self.examples // self.groups
 
     def __len__(self) -> int:
-        return len(self.tiles)
+        return self.groups * -(-self._width // self.tile_examples) if self.groups else 0
 
+    def __getitem__(self, number: int) -> Tile:
+        """A tile."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"expected a tile from 0 to {len(self) - 1}; got {number}")
+        width = self._width
+        k, piece = divmod(number, -(-width // self.tile_examples))
+        first = 0 if self.shared else k * width
+        start = first + piece * self.tile_examples
+        return Tile(self.group(k), start, min(start + self.tile_examples, first + width), self.split)
 
-def tile_grid(
-    probes: Sequence[Probe], examples: int, tile_examples: int, split: str = "train", shared: bool = True
-) -> list[Tile]:
-    """All probes x all examples, cut into tiles: the probes of one direction, on up to `tile_examples` examples.
-
-    Plus and minus of a direction stay in one tile, so that both are scored by one replica: what a device adds to both
-    cancels in their difference. With `shared=False` the directions share the examples out among them: direction k of K
-    sees examples [k * n/K, (k + 1) * n/K).
-    """
-    groups = list(by_direction(probes).values())
-    width = examples if shared else examples // len(groups)
-    tiles = []
-    for k, group in enumerate(groups):
-        first = 0 if shared else k * width
-        for start in range(first, first + width, tile_examples):
-            tiles.append(Tile(tuple(group), start, min(start + tile_examples, first + width), split))
-    return tiles
-
-
-def by_direction(probes: Sequence[Probe]) -> dict[int, list[Probe]]:
-    """Probes by the direction that they lie on; the centre (scale 0) lies on none and has the key -1."""
-    groups: dict[int, list[Probe]] = {}
-    for probe in probes:
-        groups.setdefault(probe.index if probe.scale else -1, []).append(probe)
-    return groups
+    @cached_property
+    def tiles(self) -> tuple[Tile, ...]:
+        """All of them."""
+        return tuple(self[number] for number in range(len(self)))
 
 
 def probes_of(tiles: Sequence[Tile]) -> list[Probe]:

@@ -58,15 +58,15 @@ def compiled() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]
 class GatedActivation:
     """What an MLP calls between its two products, in place of vLLM's own."""
 
-    def __init__(self, wrapper: SegmentedLora) -> None:
+    def __init__(self, wrapper: SegmentedLora, before: Callable[[torch.Tensor], torch.Tensor]) -> None:
         functions = compiled()
         assert functions is not None
-        self.wrapper, (self.plain, self.adapted) = wrapper, functions
+        self.wrapper, self.before, (self.plain, self.adapted) = wrapper, before, functions
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
         held = self.wrapper.take(y)
         if held is None:
-            return self.plain(y) if len(y) > 1 else plain(y)  # one row would be compiled for anew
+            return self.plain(y) if len(y) > 1 else self.before(y)  # one row would be compiled for anew
         count = held.b[0].shape[0]
         return self.adapted(y.unflatten(0, (count, -1)), *held.low, *held.b).flatten(0, 1)
 
@@ -82,7 +82,7 @@ def fuse(model: Any, wrapper: SegmentedLora, rank: int) -> list[Any]:
     for mlp in mlps:
         slots = [b[:, 0].transpose(1, 2).contiguous() for b in mlp.gate_up_proj.lora_b_stacked]  # (slots, rank, width)
         mlp.gate_up_proj.lora_b_stacked = tuple(b.transpose(1, 2).unsqueeze(1) for b in slots)
-        mlp.act_fn._zoray_before, mlp.act_fn._forward_method = mlp.act_fn._forward_method, GatedActivation(wrapper)
+        mlp.act_fn._forward_method = GatedActivation(wrapper, mlp.act_fn._forward_method)
     wrapper.gated = frozenset(id(mlp.gate_up_proj.lora_b_stacked) for mlp in mlps)
     return mlps
 
@@ -95,7 +95,7 @@ def settle(mlps: list[Any], wrapper: SegmentedLora, slots: int) -> dict[str, flo
         log.warning("activations stay as they are in vLLM: %s", str(error).split("\n")[0])
         wrapper.gated = frozenset()
         for mlp in mlps:
-            mlp.act_fn._forward_method = mlp.act_fn._zoray_before
+            mlp.act_fn._forward_method = mlp.act_fn._forward_method.before
         return {}
 
 

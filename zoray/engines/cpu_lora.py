@@ -40,9 +40,7 @@ class SegmentedLora(PunicaWrapperCPU):
     row_segments: tuple[tuple[int, int, int], ...] = ()  # the same for the rows that reach the LM head
     used_rank: int | None = None  # ranks above it are zero in every slot, and skipped in B
     one_a = False  # whether all slots that tokens are mapped to hold the same A
-    gated: frozenset[int] = (
-        frozenset()
-    )  # layers, by the id of their B, whose products an activation adds (cpu_gated.py)
+    gated: frozenset[int] = frozenset()  # ids of the B whose products an activation adds (cpu_gated.py)
     _deferring = False
     _held: Held | None = None
     _equal: tuple[int, int, int] | None = None  # (first slot, slots, tokens of each) where segments are alike
@@ -90,15 +88,18 @@ class SegmentedLora(PunicaWrapperCPU):
         a, rank = joined(lora_a_stacked), lora_a_stacked[0].shape[2]
         used = rank if self.used_rank is None else self.used_rank
         low = self._lower(x, a, begin, stop)
-        if self._deferring and id(lora_b_stacked) in self.gated and scale == 1.0 and self._fits(begin, stop, y):
-            self._hold(y, low.unflatten(0, (self._equal[1], -1)), lora_b_stacked, rank, used)  # type: ignore[index]
+        equal = self._equal
+        waits = self._deferring and id(lora_b_stacked) in self.gated and scale == 1.0
+        # all rows, in several runs of several tokens: one of either would be compiled for anew
+        if waits and equal is not None and (begin, stop) == (0, len(y)) and min(equal[1:]) > 1:
+            self._hold(y, low, lora_b_stacked, equal, rank, used)
             return
         offset = 0
         for i, (b, size) in enumerate(zip(lora_b_stacked, output_slices, strict=True)):
             narrow, wide = low[:, i * rank : i * rank + used], y[:, offset : offset + size]
             offset += size
-            if self._equal is not None:
-                first, count, length = self._equal
+            if equal is not None:
+                first, count, length = equal
                 b_of = b[first : first + count, 0, :, :used].transpose(1, 2)
                 wide[begin:stop].view(count, length, size).baddbmm_(narrow.view(count, length, used), b_of, alpha=scale)
                 continue
@@ -124,8 +125,7 @@ class SegmentedLora(PunicaWrapperCPU):
         self._deferring, self._held = True, None
         try:
             yield
-            if self._held is not None:
-                raise RuntimeError("an activation did not take the adapters that were left to it")
+            self._check_taken()
         finally:
             self._deferring, self._held = False, None
 
@@ -136,16 +136,23 @@ class SegmentedLora(PunicaWrapperCPU):
             raise RuntimeError("expected the activation right after its layer; this vLLM has something in between")
         return held
 
-    def _fits(self, begin: int, stop: int, y: torch.Tensor) -> bool:
-        """Whether all rows of y belong to runs of equal length, several of them; one would be compiled for anew."""
-        return self._equal is not None and (begin, stop) == (0, len(y)) and min(self._equal[1:]) > 1
-
-    def _hold(
-        self, y: torch.Tensor, low: torch.Tensor, stacked: tuple[torch.Tensor, ...], rank: int, used: int
-    ) -> None:
+    def _check_taken(self) -> None:
         if self._held is not None:
             raise RuntimeError("an activation did not take the adapters that were left to it")
-        first, count, _ = self._equal or (0, 0, 0)
+
+    def _hold(
+        self,
+        y: torch.Tensor,
+        low: torch.Tensor,
+        stacked: tuple[torch.Tensor, ...],
+        equal: tuple[int, int, int],
+        rank: int,
+        used: int,
+    ) -> None:
+        """Leave the products of x A^T, `low` (tokens, 2 * rank), with B to the activation of y."""
+        self._check_taken()
+        first, count, length = equal
+        low = low.view(count, length, -1)
         low_gate, low_up = low[..., :used], low[..., rank : rank + used]
         gate, up = (b[first : first + count, 0, :, :used].transpose(1, 2) for b in stacked)
         self._held = Held(y.data_ptr(), (low_gate, low_up), (gate, up))

@@ -147,6 +147,11 @@ class Pack:
     targets: np.ndarray  # (M,) int64 token ids
     outputs: np.ndarray  # (M,) int64 into the flat list of all outputs of the call
 
+    @property
+    def whole(self) -> np.ndarray:
+        """Tokens that each sequence attends to in the end, its context among them, (S,) int32."""
+        return self.lengths + self.context
+
 
 def unshared_blocks(lengths: np.ndarray, block_size: int) -> np.ndarray:
     """KV-cache blocks (S, most) of S sequences when none shares a block, as Pack.blocks."""

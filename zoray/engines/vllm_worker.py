@@ -242,7 +242,7 @@ class PackedScorer:
 
     def _attention_metadata(self, packed: Pack) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Per-layer attention metadata for S sequences in KV blocks of their own, but for a context that they share."""
-        lengths, whole = packed.lengths, packed.lengths + packed.context
+        lengths, whole = packed.lengths, packed.whole
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         metadata: dict[str, Any] = {}
         mappings: dict[str, torch.Tensor] = {}
@@ -288,7 +288,7 @@ def _slots_of_tokens(segments: Sequence[tuple[int, int, int]]) -> np.ndarray:
 
 def _optional_fields(packed: Pack, device: torch.device) -> dict[str, Any]:
     """Fields of CommonAttentionMetadata that not every version has."""
-    known, whole = CommonAttentionMetadata.__dataclass_fields__, packed.lengths + packed.context
+    known, whole = CommonAttentionMetadata.__dataclass_fields__, packed.whole
     fields: dict[str, Any] = {
         "positions": torch.from_numpy(packed.positions).to(device),
         "is_prefilling": torch.ones(len(packed.lengths), dtype=torch.bool),

@@ -1,0 +1,117 @@
+"""Sockets between the driver and its replicas: whole messages, between processes that hold the run's key.
+
+`multiprocessing.connection` frames the messages and lets both ends prove, before anything is unpickled, that they hold
+the same key; Ray carries the key to the actors. A round trip takes 0.1 ms of a core, where an actor call takes several
+and one through a compiled graph 1 to 2 (docs/results). What is sent is neither encrypted nor signed, as between Ray's
+own processes: the network between nodes has to be a private one.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import struct
+import time
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from typing import TYPE_CHECKING
+
+from zoray.records import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PROOF_SECONDS = 10  # for the other end to show the key; a port scanner shows nothing
+CONNECT_SECONDS = 60
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}  # seconds, seconds, count: a lost node in 11 s
+
+
+class Listener:
+    """The driver's end, where replicas connect.
+
+    Args:
+        host: to listen on; 127.0.0.1 where all replicas are on this machine.
+        port: 0 takes a free one.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._socket = socket.create_server((host, port), family=family, backlog=1024)
+        except OSError as error:
+            raise ConfigError(
+                f"expected to listen for replicas on {host}:{port}; {error}. Choose another cluster.port, or 0"
+            ) from error
+        self.address: tuple[str, int] = (host, self._socket.getsockname()[1])
+        self.key = secrets.token_bytes(32)
+
+    def accept(self, waiting: Callable[[], None], seconds: float) -> Connection:
+        """The next connection from a process that holds the key; others are dropped.
+
+        `waiting` is called about once a second, to raise if nobody will come.
+
+        Raises:
+            TimeoutError: nobody has come in time.
+        """
+        deadline = time.monotonic() + seconds
+        self._socket.settimeout(1.0)
+        while time.monotonic() < deadline:
+            waiting()
+            try:
+                peer = self._socket.accept()[0]
+            except TimeoutError:
+                continue
+            connection = _open(peer)
+            try:
+                _limit(connection, PROOF_SECONDS)
+                deliver_challenge(connection, self.key)
+                answer_challenge(connection, self.key)
+                _limit(connection, 0)
+                return connection
+            except (AuthenticationError, EOFError, OSError, AssertionError):  # silent, gone, or another program
+                connection.close()
+        raise TimeoutError(f"nobody has connected to {self.address} in {seconds:g} s")
+
+    def close(self) -> None:
+        """Take no more connections; those that there are stay."""
+        self._socket.close()
+
+
+def connect(address: tuple[str, int], key: bytes) -> Connection:
+    """A replica's end.
+
+    Raises:
+        ConfigError: the driver can't be reached, or is another run's.
+    """
+    host, port = address
+    try:
+        connection = _open(socket.create_connection(address, timeout=CONNECT_SECONDS))
+        _limit(connection, CONNECT_SECONDS)  # the driver may be busy with others
+        answer_challenge(connection, key)
+        deliver_challenge(connection, key)
+        _limit(connection, 0)
+        return connection
+    except (AuthenticationError, EOFError, OSError, AssertionError) as error:
+        raise ConfigError(
+            f"expected the driver at {host}:{port}, where its replicas connect; {error or type(error).__name__}. "
+            "Between the nodes of a cluster this port has to be open; cluster.port=... fixes it"
+        ) from error
+
+
+def _open(peer: socket.socket) -> Connection:
+    """A socket as a connection for messages: sent at once, and closed by the kernel when the other node is gone."""
+    peer.settimeout(None)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):  # macOS calls them otherwise
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return Connection(peer.detach())
+
+
+def _limit(connection: Connection, seconds: int) -> None:
+    """Let reads and writes fail after some seconds; 0 is never."""
+    with socket.socket(fileno=connection.fileno()) as same:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            same.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
+        same.detach()  # still the connection's
