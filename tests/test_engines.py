@@ -189,7 +189,7 @@ def test_exported_adapter_loads_in_vllm_with_the_same_slots(engines, tmp_path):
     scorer = worker._zoray
     write_peft(tmp_path / "adapter", vllm.adapter(), scorer.space.rank, scorer.space.alpha, "base")
     request = LoRARequest("exported", 1, str(tmp_path / "adapter"))
-    if "model.decoder.embed_tokens" in scorer.sites:  # vLLM's loader takes no embedding or head for an OPT
+    if "model.decoder.embed_tokens" in scorer.contents.sites:  # vLLM's loader takes no embedding or head for an OPT
         with pytest.raises(ValueError, match="expected target modules"):
             vllm.llm.llm_engine.add_lora(request)
         return
@@ -197,10 +197,10 @@ def test_exported_adapter_loads_in_vllm_with_the_same_slots(engines, tmp_path):
     manager = scorer.manager
     manager.activate_adapter(1)
     slot = manager.lora_index_to_id.index(1)
-    loaded = {name: (a[slot].clone(), b[slot].clone()) for name, (a, b) in scorer.sites.items()}
-    scorer.write_slots([Probe(2, 0, 0.0)], slot)
+    loaded = {name: (a[slot].clone(), b[slot].clone()) for name, (a, b, *_) in scorer.contents.sites.items()}
+    scorer.contents.write(scorer.state, [Probe(2, 0, 0.0)], slot)
     rank = scorer.space.rank
-    for name, (a, b) in scorer.sites.items():
+    for name, (a, b, *_) in scorer.contents.sites.items():
         assert torch.equal(loaded[name][0][0, :rank], a[slot, 0, :rank]), name
         assert torch.equal(loaded[name][1][0, :, :rank], b[slot, 0, :, :rank]), name
         assert loaded[name][1].any()

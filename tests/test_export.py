@@ -546,6 +546,6 @@ def test_vllm_loads_what_is_exported(export, runs, tiny_models, tmp_path):
     scorer = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker._zoray
     scorer.manager.activate_adapter(1)
     slot = scorer.manager.lora_index_to_id.index(1)
-    for name, (a, b) in scorer.sites.items():
+    for name, (a, b, *_) in scorer.contents.sites.items():
         change = made.effective[3][name] - made.effective[0][name]
         assert np.abs((b[slot, 0] @ a[slot, 0]).numpy() - change).max() < 1e-5 and np.abs(change).max() > 1e-3

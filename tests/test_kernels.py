@@ -48,6 +48,65 @@ def test_directions_have_the_bits_that_torch_makes():
     assert done.stdout.splitlines() == ["True True"] * 6 + ["torch.Size([2, 0])"]
 
 
+SLOTS_SCRIPT = """
+import sys
+import torch
+from zoray import directions
+from zoray.engines import slots as module
+from zoray.records import Commit, Probe
+from zoray.spaces import Lora, LowRank, Lozo
+
+matrices = {"q": (10, 7), "k": (5, 7), "up": (300, 33)}
+first, most, wide = 1, 4, 8  # slot to begin with, slots, rank of the slots
+spaces = [Lora(rank=3, alpha=5), Lora(rank=8, alpha=4, train="AB", distribution="gaussian"), Lozo(rank=2),
+          Lozo(rank=2, distribution="rademacher"), LowRank(rank=3), LowRank(rank=1, distribution="rademacher")]
+
+def slots_of(dtype, transposed, part):
+    sites = {}
+    for name, (out, into) in matrices.items():
+        rows, columns = (range(3, out - 1), range(2, into)) if part else (range(out), range(into))
+        out, into = len(rows), len(columns)
+        b = torch.full((most, 1, out, wide), 7.0, dtype=dtype)
+        if transposed:  # as dense products have it
+            b = torch.full((most, wide, out), 7.0, dtype=dtype).transpose(1, 2).unsqueeze(1)
+        sites[name] = module.Site(torch.full((most, 1, wide, into), 7.0, dtype=dtype), b, rows, columns)
+    return sites
+
+for space in spaces:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        weights = {name: torch.randn(shape) for name, shape in matrices.items()}
+        state = space.open(matrices, 11, "cpu", weights)
+        state.apply(Commit(0, (0.3, -0.7)))
+        probes = [Probe(1, 0, 0.01), Probe(1, 0, -0.01), Probe(1, 5, 0.0)]
+        part = dtype == torch.float32  # as under tensor parallelism
+        found, expected = (module.Slots(space, slots_of(dtype, k, part)) for k in (dtype != torch.float16, False))
+        for slots, has in ((found, True), (expected, False)):
+            directions.has_kernels = module.has_kernels = lambda device, has=has: has
+            for _ in range(2):  # the second time A may be there already
+                slots.write(state, probes, first)
+        assert found._writers and not expected._writers
+        for name in matrices:
+            for ours, theirs in zip(found.sites[name][:2], expected.sites[name][:2]):
+                assert torch.equal(ours, theirs), (space, dtype, name, (ours.float() - theirs.float()).abs().max())
+                assert not torch.equal(ours[1], ours[2]) or ours is found.sites[name].a
+        print("equal")
+"""
+
+
+def test_slots_get_what_torch_writes():
+    """Every space, in every dtype of slots, with ranks that slots exceed, B as vLLM has it and as dense products do."""
+    done = subprocess.run(
+        [sys.executable, "-c", SLOTS_SCRIPT],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["equal"] * 18
+
+
 def test_a_tensor_that_its_counters_could_not_number_is_refused():
     with pytest.raises(ConfigError, match=r"less than 2\*\*31 elements"):
         kernels.Filler([2**31], [0], torch.device("cpu"))

@@ -23,13 +23,22 @@ ORDER = [
         "engines",
         "engines.prefixes",
         "engines.packing",
+        "engines.slots",
         "engines.base",
         "engines.cpu_lora",
         "engines.cpu_gated",
         "engines.cpu_norms",
         "engines.hf",
     ),
-    *("engines.vllm_layers", "engines.vllm_selftest", "engines.vllm_worker", "engines.vllm_requests", "engines.vllm"),
+    *(
+        "engines.vllm_layers",
+        "engines.cuda_lora",
+        "engines.vllm_graphs",
+        "engines.vllm_selftest",
+        "engines.vllm_worker",
+        "engines.vllm_requests",
+        "engines.vllm",
+    ),
     *(
         "replica",
         "channel",
@@ -48,7 +57,7 @@ ORDER = [
 ]
 ALLOWED = {  # library -> the files that may import it
     "ray": ["actor.py", "cluster.py", "pool.py", "serving/*"],
-    "vllm": ["engines/vllm*.py", "engines/cpu_*.py"],
+    "vllm": ["engines/vllm*.py", "engines/cpu_*.py", "engines/cuda_*.py"],
     "triton": ["kernels.py"],
     "hydra": ["cli.py"],
     "omegaconf": ["cli.py", "launch.py", "replay.py", "evaluate.py", "serve.py", "plan.py", "export.py"],

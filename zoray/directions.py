@@ -157,6 +157,11 @@ def _quantiles_on(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(gaussian_quantiles()).to(device)
 
 
+def table_of(distribution: str, device: torch.device) -> torch.Tensor | None:
+    """What a kernel needs besides an address: the quantiles of a normal distribution, if it is one."""
+    return _quantiles_on(device) if distribution == "gaussian" else None
+
+
 def has_kernels(device: torch.device) -> bool:
     """Whether directions are made by the kernels of kernels.py."""
     return device.type == "cuda"
@@ -221,7 +226,7 @@ class Layout:
         for probe in probes:
             _words(seed, step, probe)
         if has_kernels(self.device):
-            return self._fill(seed, step, probes, distribution)
+            return self.filler()(seed, step, probes, table_of(distribution, self.device))
         blocks, low, high = self._block_counters(distribution)
         index = torch.tensor(list(probes), dtype=torch.int64, device=self.device)[:, None]
         flats = _elements_torch(philox_torch((blocks, index, step, high), (seed, low)), distribution)
@@ -229,13 +234,14 @@ class Layout:
             flats.index_fill_(1, self._padding, 0.0)
         return flats
 
-    def _fill(self, seed: int, step: int, probes: Sequence[int], distribution: str) -> torch.Tensor:
+    def filler(self) -> Filler:
+        """The kernel that fills vectors of this layout, see has_kernels."""
         from zoray.kernels import Filler
 
         if self._filler is None:
             sizes = [math.prod(shape) for shape in self.shapes.values()]
             self._filler = Filler(sizes, [name_hash(name) for name in self.shapes], self.device)
-        return self._filler(seed, step, probes, _quantiles_on(self.device) if distribution == "gaussian" else None)
+        return self._filler
 
     def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
         """The tensor `name` inside a flat vector of this layout; shares its memory."""

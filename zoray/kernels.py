@@ -1,16 +1,18 @@
-"""Directions in one Triton kernel, for CUDA: the bits of directions.py, without the integer tensors that torch needs.
+"""Directions in one Triton kernel, for CUDA, and slots filled in another: the bits of directions.py and spaces/.
 
-In torch a direction is some sixty passes over 64-bit words; here each Philox block stays in registers and only the
-float32 result is written. Multiplications and additions of integers alone, and a table look-up, so there is nothing to
-round. Runs on the CPU under TRITON_INTERPRET=1, which is how the tests check it where there is no card.
+In torch a direction is some sixty passes over 64-bit words; here each Philox block stays in registers, and only the
+float32 result is written, or x + scale * z in the slots' own dtype, to wherever vLLM has allocated them: no direction
+is ever in memory. Directions are multiplications and additions of integers alone and a table look-up, so there is
+nothing to round; a slot's value is rounded after every operation, as torch does. Runs on the CPU under
+TRITON_INTERPRET=1, which is how the tests check it where there is no card.
 """
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
 # Triton compiles the kernels; to Python's typing their loops and constants mean something else.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 UNIT = tl.constexpr(128)  # elements: directions.ALIGNMENT, so a unit lies in one tensor
 UNITS = 4  # a program
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.uint16}
 
 
 @triton.jit
@@ -42,24 +45,8 @@ def _quantile(table, half):
 
 
 @triton.jit
-def _fill(
-    out, address, tensor_of, first_unit, numel, hash_low, hash_high, table, units, GAUSSIAN: tl.constexpr,
-    UNITS: tl.constexpr,
-):  # fmt: skip
-    """out[k, e] = element e of the direction at (seed, step, probe k), with `address` (seed, step, probe 0, ...).
-
-    0 in the padding behind a tensor. Addresses come as a tensor, as a number of its own Triton would compile for anew.
-    """
-    k = tl.program_id(1)
-    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
-    live = unit < units
-    tensor = tl.load(tensor_of + unit, mask=live, other=0)
-    within = unit - tl.load(first_unit + tensor)  # number of the unit in its tensor
-    low = tl.load(hash_low + tensor).to(tl.uint32, bitcast=True)
-    high = tl.load(hash_high + tensor).to(tl.uint32, bitcast=True)
-    seed = tl.load(address).to(tl.uint32, bitcast=True)
-    step = tl.load(address + 1).to(tl.uint32, bitcast=True)
-    probe = tl.load(address + 2 + k).to(tl.uint32, bitcast=True)
+def _elements(within, low, high, seed, step, probe, table, GAUSSIAN: tl.constexpr):
+    """(units, 128) float32: the elements of some units of a direction, `within` their numbers in their tensors."""
     if GAUSSIAN:  # 16 blocks of 8 elements a unit
         block = (within[:, None] * 16 + tl.arange(0, 16)[None, :]).to(tl.uint32)
         low, high = block * 0 + low[:, None], block * 0 + high[:, None]
@@ -83,10 +70,78 @@ def _fill(
             tl.where(bit < 96, w2[:, None], w3[:, None]),
         )
         values = 1.0 - 2.0 * ((word >> (bit % 32).to(tl.uint32)) & 1).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _fill(
+    out, address, tensor_of, first_unit, numel, hash_low, hash_high, table, units, GAUSSIAN: tl.constexpr,
+    UNITS: tl.constexpr,
+):  # fmt: skip
+    """out[k, e] = element e of the direction at (seed, step, probe k), with `address` (seed, step, probe 0, ...).
+
+    0 in the padding behind a tensor. Addresses come as a tensor, as a number of its own Triton would compile for anew.
+    """
+    k = tl.program_id(1)
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    live = unit < units
+    tensor = tl.load(tensor_of + unit, mask=live, other=0)
+    within = unit - tl.load(first_unit + tensor)  # number of the unit in its tensor
+    low = tl.load(hash_low + tensor).to(tl.uint32, bitcast=True)
+    high = tl.load(hash_high + tensor).to(tl.uint32, bitcast=True)
+    seed = tl.load(address).to(tl.uint32, bitcast=True)
+    step = tl.load(address + 1).to(tl.uint32, bitcast=True)
+    probe = tl.load(address + 2 + k).to(tl.uint32, bitcast=True)
+    values = _elements(within, low, high, seed, step, probe, table, GAUSSIAN)
     element = tl.arange(0, UNIT)[None, :]
     real = within[:, None] * UNIT + element < tl.load(numel + tensor)[:, None]
     at = (unit.to(tl.int64)[:, None] + k.to(tl.int64) * units) * UNIT + element
     tl.store(out + at, tl.where(real, values, 0.0), mask=live[:, None])
+
+
+@triton.jit
+def _write(
+    x, address, scales, tensor_of, first_unit, numel, hash_low, hash_high, table, pointers, slot_stride, row_stride,
+    column_stride, width, first_row, rows, first_column, columns, factor, units, GAUSSIAN: tl.constexpr,
+    UNITS: tl.constexpr, HAS_X: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """slot[k] = factor * (x + scale[k] * z(k)) for each tensor of a layout, at the tensor's own place in the slots.
+
+    Of a tensor of `width` columns a window of rows and columns is written; of what is outside nothing is made.
+    """
+    k = tl.program_id(1)
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    live = unit < units
+    tensor = tl.load(tensor_of + unit, mask=live, other=0)
+    within = unit - tl.load(first_unit + tensor)
+    lane = tl.arange(0, UNIT)[None, :]
+    element = within[:, None] * UNIT + lane
+    of = tl.load(width + tensor)[:, None]
+    row = element // of - tl.load(first_row + tensor)[:, None]
+    column = element % of - tl.load(first_column + tensor)[:, None]
+    mine = live[:, None] & (element < tl.load(numel + tensor)[:, None])
+    mine = mine & (row >= 0) & (row < tl.load(rows + tensor)[:, None])
+    mine = mine & (column >= 0) & (column < tl.load(columns + tensor)[:, None])
+    if tl.max(tl.max(mine.to(tl.int32), 1), 0) > 0:
+        low = tl.load(hash_low + tensor).to(tl.uint32, bitcast=True)
+        high = tl.load(hash_high + tensor).to(tl.uint32, bitcast=True)
+        seed = tl.load(address).to(tl.uint32, bitcast=True)
+        step = tl.load(address + 1).to(tl.uint32, bitcast=True)
+        probe = tl.load(address + 2 + k).to(tl.uint32, bitcast=True)
+        values = _elements(within, low, high, seed, step, probe, table, GAUSSIAN) * tl.load(scales + k)
+        if HAS_X:
+            values += tl.load(x + unit.to(tl.int64)[:, None] * UNIT + lane, mask=mine, other=0.0)
+        values *= tl.load(factor + tensor)[:, None]
+        offset = k.to(tl.int64) * tl.load(slot_stride + tensor)[:, None]
+        offset += row.to(tl.int64) * tl.load(row_stride + tensor)[:, None]
+        offset += column.to(tl.int64) * tl.load(column_stride + tensor)[:, None]
+        place = tl.load(pointers + tensor)
+        if tl.uint16 == DTYPE:  # bfloat16, rounded to nearest even by hand: Triton's interpreter truncates
+            bits = values.to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            tl.store(place.to(tl.pointer_type(tl.uint16))[:, None] + offset, bits.to(tl.uint16), mask=mine)
+        else:
+            tl.store(place.to(tl.pointer_type(DTYPE))[:, None] + offset, values.to(DTYPE), mask=mine)
 
 
 class Filler:
@@ -122,6 +177,77 @@ class Filler:
         if self.units:
             _fill[grid](out, address, *tables, self.units, GAUSSIAN=quantiles is not None, UNITS=UNITS)
         return out
+
+
+class Place(NamedTuple):
+    """Where a tensor of a layout goes: the part of it that a worker has, in all of its slots."""
+
+    slots: torch.Tensor  # (slots, rows, columns) with any strides
+    width: int  # columns of the whole tensor
+    rows: range  # of the whole tensor
+    columns: range
+    factor: float  # what multiplies it in the end
+
+
+class SlotWriter:
+    """Writes x + scale * z of some probes into slots, for all tensors of a layout at once.
+
+    Args:
+        filler: of the layout.
+        places: of each tensor of the layout, in its order.
+    """
+
+    def __init__(self, filler: Filler, places: Sequence[Place]) -> None:
+        dtypes = {place.slots.dtype for place in places}
+        if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
+            raise ConfigError(f"expected slots of one dtype out of {', '.join(map(str, DTYPES))}; got {dtypes}")
+        self.filler, self.places, self.dtype = filler, tuple(places), DTYPES[dtypes.pop()]  # places stay alive
+
+        def table(values: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.tensor(list(values), dtype=dtype, device=filler.device)
+
+        self.pointers = table([place.slots.data_ptr() for place in places])
+        self.strides = [table([place.slots.stride(dim) for place in places]) for dim in range(3)]
+        windows = [(p.width, p.rows.start, len(p.rows), p.columns.start, len(p.columns)) for p in places]
+        self.windows = [table(column, torch.int32) for column in zip(*windows, strict=True)]
+        self.factors = torch.tensor([place.factor for place in places], dtype=torch.float32, device=filler.device)
+
+    def __call__(
+        self,
+        seed: int,
+        step: int,
+        probes: Sequence[int],
+        scales: Sequence[float],
+        first: int,
+        x: torch.Tensor | None,
+        quantiles: torch.Tensor | None,
+    ) -> None:
+        """Probe k of a step, times scales[k], on x (size,) or on zero, into slot first + k; see Filler for the rest."""
+        filler = self.filler
+        words = [_signed(word) for word in (seed, step, *probes)]
+        address = torch.tensor(words, dtype=torch.int32, device=filler.device)
+        scale = torch.tensor(list(scales), dtype=torch.float32, device=filler.device)
+        pointers = self.pointers + self.strides[0] * (first * self.places[0].slots.element_size())
+        unused = self.factors
+        tables = (filler.tensor_of, filler.first_unit, filler.numel, filler.low, filler.high)
+        grid = (triton.cdiv(filler.units, UNITS), len(probes))
+        _write[grid](
+            unused if x is None else x,
+            address,
+            scale,
+            *tables,
+            unused if quantiles is None else quantiles,
+            pointers,
+            *self.strides,
+            *self.windows,
+            self.factors,
+            filler.units,
+            GAUSSIAN=quantiles is not None,
+            UNITS=UNITS,
+            HAS_X=x is not None,
+            DTYPE=self.dtype,
+            enable_fp_fusion=False,  # torch rounds the product before it adds
+        )
 
 
 def _signed(word: int) -> int:

@@ -45,20 +45,26 @@ class SegmentedLora(PunicaWrapperCPU):
     _held: Held | None = None
     _equal: tuple[int, int, int] | None = None  # (first slot, slots, tokens of each) where segments are alike
 
-    def map_tokens(self, segments: tuple[tuple[int, int, int], ...], vocabulary: int) -> None:
-        """Which tokens belong to which slot, -1 for none; an embedding looks A up at slot * vocabulary + token."""
+    def map_tokens(
+        self,
+        segments: Sequence[tuple[int, int, int]],
+        vocabulary: int,
+        row_slots: Sequence[int] = (),
+        padded: int | None = None,
+    ) -> None:
+        """Which tokens belong to which slot, -1 for none, and the slots of the rows that reach the LM head.
+
+        An embedding looks A up at slot * vocabulary + token. Padding, if any, belongs to no slot.
+        """
         self._set(tuple(segment for segment in segments if segment[0] >= 0))
         for slot, start, end in segments:
             self._embeddings_indices[start:end] = max(slot, 0) * vocabulary
+        self.row_segments = _runs(torch.tensor(list(row_slots), dtype=torch.long))
 
     @property
     def capacity(self) -> int:
         """How many tokens can be mapped."""
         return len(self._embeddings_indices)
-
-    def map_rows(self, slots: Sequence[int]) -> None:
-        """The slot of each row that reaches the LM head, -1 for none."""
-        self.row_segments = _runs(torch.tensor(list(slots), dtype=torch.long))
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: Any, max_loras: int, vocab_size: int, **kwargs: Any

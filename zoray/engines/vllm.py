@@ -36,7 +36,10 @@ class Vllm:
         kv_cache_gib: memory for the KV cache. Scoring needs max_tokens of it, serving more.
         deterministic: score every tile in a forward of its own, so that a score's last bits do not depend on which
             other tiles a replica happens to hold; slower.
-        eager: no CUDA graphs, no torch.compile.
+        eager: no CUDA graphs and no torch.compile, which take their time at start; a CPU never has them.
+        lora_kernels: on CUDA. "dense": a few products over all slots, which grow with slots * rank; "punica": vLLM's;
+            "auto": dense up to 128 columns.
+        tensor_parallel: over how many GPUs (or processes of a CPU) the model is shared out; with space=lora only.
         load_format: "auto", or "dummy" for random weights in place of the model's: for benchmarks without any.
     """
 
@@ -46,7 +49,9 @@ class Vllm:
     scoring: str = "direct"
     kv_cache_gib: float = 1.0
     deterministic: bool = False
-    eager: bool = True
+    eager: bool = False
+    lora_kernels: str = "auto"
+    tensor_parallel: int = 1
     load_format: str = "auto"
 
     def __post_init__(self) -> None:
@@ -58,8 +63,11 @@ class Vllm:
                 f"expected engine.max_tokens of at least 3 x engine.slots, for the check of all slots at start; got "
                 f"{self.max_tokens} and {self.slots}"
             )
+        require(self.tensor_parallel >= 1, "engine.tensor_parallel to be at least 1", self.tensor_parallel)
         require(self.scoring in ("direct", "request"), "engine.scoring to be direct or request", self.scoring)
         require(self.load_format in ("auto", "dummy"), "engine.load_format to be auto or dummy", self.load_format)
+        kinds = ("auto", "dense", "punica")
+        require(self.lora_kernels in kinds, f"engine.lora_kernels to be one of {', '.join(kinds)}", self.lora_kernels)
         require(self.kv_cache_gib > 0, "engine.kv_cache_gib to be positive", self.kv_cache_gib)
 
     def length_limit(self, model_limit: int) -> int:
@@ -79,6 +87,13 @@ class Vllm:
 
         if dtype == "float64":
             raise ConfigError("expected model.dtype of at most 32 bits; vLLM has no float64. Take engine=hf for that")
+        if self.tensor_parallel > 1:
+            if space.folds:
+                raise ConfigError(
+                    "expected engine.tensor_parallel=1 with a space that folds into the base weights; take space=lora"
+                )
+            if _on_cpu():  # each process its share of the cores
+                os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.tensor_parallel))
         limit = self.length_limit(_model_limit(folder))
         check_lora_support(folder)
         gc.collect()  # an engine that nobody uses any more takes vLLM's process groups with it when it is collected
@@ -93,6 +108,9 @@ class Vllm:
     def _llm_arguments(
         self, folder: Path | str, dtype: str, limit: int, space: Space, targets: Mapping[str, tuple[int, int]]
     ) -> dict[str, Any]:
+        from zoray.engines.vllm_graphs import compilation
+
+        eager = self.eager or _on_cpu()
         return dict(
             model=str(folder),
             dtype=_dtype(dtype),
@@ -101,7 +119,10 @@ class Vllm:
             max_model_len=limit,
             max_num_batched_tokens=self.max_tokens,
             max_num_seqs=min(max(256, 4 * self.slots), self.max_tokens),  # the self-test has 3 rows a slot
-            enforce_eager=self.eager,
+            enforce_eager=eager,
+            tensor_parallel_size=self.tensor_parallel,
+            **({} if eager else {"compilation_config": compilation(self.max_tokens)}),
+            additional_config={"zoray_lora_kernels": self.lora_kernels},
             enable_prefix_caching=False,
             kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30),
             enable_lora=True,

@@ -6,16 +6,22 @@ the linear ones: an embedding stores A with a row per token, and the LM head's a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
+from zoray.engines.slots import Site
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    import torch
 
-    Slots = list[tuple[torch.Tensor, torch.Tensor]]
+class Pair(NamedTuple):
+    """All slots of one matrix, views into vLLM's tensors."""
+
+    a: torch.Tensor  # (slots, 1, max rank, in)
+    b: torch.Tensor  # (slots, 1, out, max rank)
 
 
 def takes_tokens(module: Any) -> bool:
@@ -28,13 +34,13 @@ def gives_logits(module: Any) -> bool:
     return hasattr(module, "sharded_to_full_mapping")
 
 
-def slots_of(module: Any) -> Slots:
-    """The slot tensors of a module's matrices, as views: A (slots, 1, max rank, in) and B (slots, 1, out, max rank)."""
+def slots_of(module: Any) -> list[Pair]:
+    """The slot tensors of a module's matrices."""
     if takes_tokens(module):
-        return [(module.lora_a_stacked.transpose(1, 2).unsqueeze(1), module.lora_b_stacked)]
+        return [Pair(module.lora_a_stacked.transpose(1, 2).unsqueeze(1), module.lora_b_stacked)]
     if gives_logits(module):
-        return [(module.lora_a_stacked, module.lora_b_stacked)]
-    return list(zip(module.lora_a_stacked, module.lora_b_stacked, strict=True))
+        return [Pair(module.lora_a_stacked, module.lora_b_stacked)]
+    return [Pair(*pair) for pair in zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)]
 
 
 def names_in(manager: Any, module_name: str) -> list[str]:
@@ -43,18 +49,22 @@ def names_in(manager: Any, module_name: str) -> list[str]:
     return [f"{prefix}.{child}".lstrip(".") for child in manager.packed_modules_mapping.get(leaf, [leaf])]
 
 
-def find_slots(manager: Any, matrices: Mapping[str, tuple[int, int]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Canonical matrix name -> its slot tensors, as `slots_of` has them.
+def find_slots(manager: Any, matrices: Mapping[str, tuple[int, int]]) -> dict[str, Site]:
+    """Where each matrix of {canonical name: (out, in)} has its slots in this worker.
 
     Raises:
-        ConfigError: a matrix of {canonical name: (out, in)} has no slots, or slots of another shape.
+        ConfigError: a matrix has no slots, or slots of another shape.
     """
-    sites: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    sites: dict[str, Site] = {}
     for module_name, module in manager.modules.items():
         names, slots = names_in(manager, module_name), slots_of(module)
         if len(names) != len(slots):
             raise ConfigError(f"vLLM stacks {len(slots)} matrices in {module_name}, expected {names}")
-        sites.update(zip(names, slots, strict=True))
+        shapes = [
+            matrices.get(name, (pair.b.shape[2], pair.a.shape[3])) for name, pair in zip(names, slots, strict=True)
+        ]
+        for name, pair, window in zip(names, slots, windows(module, shapes), strict=True):
+            sites[name] = Site(*pair, *window)
     missing = [name for name in matrices if name not in sites]
     if missing:
         raise ConfigError(
@@ -62,13 +72,39 @@ def find_slots(manager: Any, matrices: Mapping[str, tuple[int, int]]) -> dict[st
             f"{missing[0]}; choose space.targets among {sorted({name.rsplit('.', 1)[-1] for name in sites})}"
         )
     for name, (out_features, in_features) in matrices.items():
-        a, b = sites[name]
-        if a.shape[3] != in_features or b.shape[2] != out_features:
+        site = sites[name]
+        if site.a.shape[3] != len(site.columns) or site.b.shape[2] != len(site.rows):
             raise ConfigError(
-                f"expected a slot for {name} of {out_features} x {in_features}; vLLM has {b.shape[2]} x "
-                f"{a.shape[3]} (tensor parallel shards are not supported yet)"
+                f"expected slots for {name} of {out_features} x {in_features} that hold rows {site.rows} and columns "
+                f"{site.columns}; vLLM has {site.b.shape[2]} x {site.a.shape[3]}"
             )
-    return sites
+    return {name: sites[name] for name in matrices}
+
+
+def windows(module: Any, shapes: Sequence[tuple[int, int]]) -> list[tuple[range, range]]:
+    """Which (rows of B, columns of A) of a module's matrices this worker has: a part of them under tensor parallelism.
+
+    vLLM itself says so: it is given the numbers of rows and columns to slice as it slices an adapter that it loads.
+    """
+    if getattr(module, "tp_size", 1) == 1:
+        return [(range(out), range(into)) for out, into in shapes]
+    if takes_tokens(module) or gives_logits(module):
+        raise ConfigError("expected engine.tensor_parallel=1 where an embedding or the LM head has an adapter")
+    rows, columns = ([torch.arange(shape[side]) for shape in shapes] for side in (0, 1))
+    some_b, some_a = [row[:, None] for row in rows], [column[None] for column in columns]
+    if isinstance(module.lora_b_stacked, tuple) and len(shapes) > 1:
+        some_b, some_a = module.slice_lora_b(some_b), module.slice_lora_a(some_a)
+    else:
+        some_b, some_a = [module.slice_lora_b(some_b[0])], [module.slice_lora_a(some_a[0])]
+    return [(_range(b), _range(a)) for b, a in zip(some_b, some_a, strict=True)]
+
+
+def _range(numbers: torch.Tensor) -> range:
+    """Numbers that follow one another, as a range."""
+    found = numbers.flatten().tolist()
+    if found != list(range(found[0], found[0] + len(found))):
+        raise ConfigError("vLLM shares the rows of a matrix out in several pieces; take engine.tensor_parallel=1")
+    return range(found[0], found[0] + len(found))
 
 
 def find_weights(manager: Any, matrices: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -81,7 +117,7 @@ def find_weights(manager: Any, matrices: Mapping[str, tuple[int, int]]) -> dict[
         if takes_tokens(module) or gives_logits(module):
             continue
         fused = getattr(module.base_layer, "weight", None)
-        sizes = [b.shape[2] for _, b in slots_of(module)]
+        sizes = [pair.b.shape[2] for pair in slots_of(module)]
         if fused is None or fused.ndim != 2 or fused.shape[0] != sum(sizes):
             continue
         weights.update(zip(names_in(manager, module_name), fused.data.split(sizes), strict=True))

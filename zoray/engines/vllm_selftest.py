@@ -6,15 +6,20 @@ the adapter of each token's slot; and, for a folding space, a base weight writte
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
+from zoray.engines.packing import SequenceTable
 from zoray.engines.vllm_layers import gives_logits, names_in, slots_of, takes_tokens
-from zoray.records import ConfigError, Probe
+from zoray.records import ConfigError, Probe, TokenSequence
 
 TOKENS = 3  # of each slot
+GRAPH_TOKENS = 37  # of each of two sequences, which is no size of a graph
+log = logging.getLogger(__name__)
 Scorer = Any  # the PackedScorer of vllm_worker.py, which imports this file
 
 
@@ -36,7 +41,7 @@ def prove_live(scorer: Scorer) -> dict[str, float]:
     inputs = {name: _input(scorer, module) for name, module in modules.items()}
     bare = {name: _output(scorer, name, inputs[name]) for name in modules}
 
-    scorer.write_slots([Probe(0, slot, 0.0) for slot in range(slots)])  # B is zero at journal index 0
+    scorer.write_all([Probe(0, slot, 0.0) for slot in range(slots)])  # B is zero at journal index 0
     _map(scorer, segments)
     zero = {name: _output(scorer, name, inputs[name]) for name in modules}
     changed = [name for name in modules if not torch.equal(zero[name], bare[name])]
@@ -44,7 +49,7 @@ def prove_live(scorer: Scorer) -> dict[str, float]:
         raise ConfigError(f"adapter self-test failed: a zero adapter changes the output of {changed[0]}")
 
     probes = [Probe(0, slot, 1.0) for slot in range(slots)]
-    scorer.write_slots(probes)
+    scorer.write_all(probes)
     adapters = [{name: (a, b) for name, a, b in scorer.state.factors(probe)} for probe in probes]
     errors = {}
     for name, module in modules.items():
@@ -60,6 +65,29 @@ def prove_live(scorer: Scorer) -> dict[str, float]:
             f"relative, at most {tolerance:g} expected; this vLLM build does not apply adapters as zoray writes them"
         )
     return {"adapter_error": errors[where], **(_prove_foldable(scorer, bare, tolerance) if scorer.weights else {})}
+
+
+@torch.inference_mode()
+def prove_padding(scorer: Scorer) -> dict[str, float]:
+    """Compare a forward through a CUDA graph, which is padded, with one that is not; nothing where there are no graphs.
+
+    Where they differ the engine goes on without graphs, and slower: a warning says so.
+    """
+    length = min(GRAPH_TOKENS, scorer.vllm_config.model_config.max_model_len, scorer.max_tokens // 2)
+    if scorer.graphs.choose(2 * length)[1].num_tokens == 2 * length:
+        return {}
+    rows, one = np.array([length // 2, length - 1], np.int32), np.ones(2, np.int32)
+    sequences = [TokenSequence(np.arange(k, k + length, dtype=np.int32), rows, one, one * 0, 1) for k in range(2)]
+    table, chosen = SequenceTable.of(sequences), np.arange(2)
+    found = scorer.score_slots(table, chosen, np.array([0, scorer.slots - 1]))
+    scorer.graphs.on = False
+    expected = scorer.score_slots(table, chosen, np.array([0, scorer.slots - 1]))
+    error = float(np.abs(found / expected - 1).max())
+    if not error <= (1e-3 if scorer.vllm_config.model_config.dtype == torch.float32 else 0.05):
+        log.warning("CUDA graphs stay unused: scores differ by %.2e relative from those without", error)
+        return {}
+    scorer.graphs.on = True
+    return {"graph_error": error}
 
 
 def _prove_foldable(scorer: Scorer, bare: dict[str, torch.Tensor], tolerance: float) -> dict[str, float]:
@@ -138,8 +166,9 @@ def _expected(scorer: Scorer, module_name: str, adapter: dict[str, Any], x: torc
     module, parts = scorer.manager.modules[module_name], []
     for child, (_, b_slots) in zip(names_in(scorer.manager, module_name), slots_of(module), strict=True):
         if child in adapter:
-            a, b = adapter[child]
-            parts.append(scorer.space.scaling * (x @ a.t()) @ b.t())
+            (a, b), rows = adapter[child], scorer.contents.sites[child].rows
+            whole = x.repeat(1, a.shape[1] // x.shape[1])  # every rank puts in the same numbers; their outputs add up
+            parts.append(scorer.space.scaling * (whole @ a.t()) @ b[rows.start : rows.stop].t())
         else:
             parts.append(torch.zeros(len(x), b_slots.shape[2], device=scorer.device))
     return torch.cat(parts, dim=1)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.forward_context import set_forward_context
-from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -22,17 +21,22 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 
 from zoray.engines import cpu_gated, cpu_lora, cpu_norms
 from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pack, unshared_blocks
+from zoray.engines.slots import Slots
+from zoray.engines.vllm_graphs import Graphs
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits
-from zoray.engines.vllm_selftest import prove_live
+from zoray.engines.vllm_selftest import prove_live, prove_padding
 from zoray.models import restore
 from zoray.records import ConfigError
-from zoray.spaces.base import CACHED_ELEMENTS
 
-if current_platform.is_cpu():
-    cpu_norms.register()  # when vLLM looks up its workers' extension, which is before it orders its kernels
+if current_platform.is_cpu():  # when vLLM looks up its workers' extension,
+    cpu_norms.register()  # which is before it orders its kernels
+elif current_platform.is_cuda():
+    from zoray.engines import cuda_lora
+
+    cuda_lora.register()  # and before it wraps a model's layers
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from zoray.records import Commit, Probe
     from zoray.spaces.base import Space, State
@@ -106,25 +110,26 @@ class PackedScorer:
             cpu_lora.join_a(self.manager.modules.values())
             cpu_norms.prefer()
         self.wrapper = self._lora_wrapper()
+        self.graphs = Graphs(runner, self.slots)
         fused = cpu_gated.fuse(runner.model, self.wrapper, space.rank) if self.device.type == "cpu" else []
         self.matrices = space.select(matrices)
-        self.sites = find_slots(self.manager, self.matrices)
+        self.contents = Slots(space, find_slots(self.manager, self.matrices))
         self.weights = find_weights(self.manager, self.matrices) if space.folds else {}
         self.head_moves = any(gives_logits(module) for module in self.manager.modules.values())
         self._open = partial(space.open, matrices, seed, self.device)
         self.state: State = self._open(self.weights)
-        self._a_in_slot: dict[int, Hashable] = {}
         self.self_test = prove_live(self)
         if fused:
             self.self_test |= cpu_gated.settle(fused, self.wrapper, self.slots)
-        self._a_in_slot.clear()
+        self.self_test |= prove_padding(self)
+        self.contents.forget()
 
     def reset(self, folder: str) -> None:
         """Back to journal index 0; folded base weights are read from the model's folder again."""
         if self.weights:
             restore(self.weights, folder)
         self.state = self._open(self.weights)
-        self._a_in_slot.clear()
+        self.contents.forget()
 
     def _lora_wrapper(self) -> Any:
         """The wrapper that maps tokens to slots; on CPU replaced by the segmented one in every LoRA layer."""
@@ -140,28 +145,11 @@ class PackedScorer:
             module.set_mapping(wrapper)
         return wrapper
 
-    def write_slots(self, probes: Sequence[Probe], first: int = 0) -> None:
-        """Put the factors of P probes into the slots from `first` on, in place on the device, a copy or two a matrix.
-
-        The scaling enters B here and only here.
-        """
-        rank, slots = self.space.rank, slice(first, first + len(probes))
-        keys = {slot: self.state.a_key(probe) for slot, probe in enumerate(probes, start=first)}
-        a_is_there = all(self._a_in_slot.get(slot) == key for slot, key in keys.items())
-        for name, a, b in self.state.stacked(probes):
-            a_slots, b_slots = self.sites[name]
-            if not a_is_there:
-                a_slots[slots, 0, :rank].copy_(a)  # one for all where they share it
-            b_slots[slots, 0, :, :rank].copy_(b * self.space.scaling)
-        self._a_in_slot.update(keys)
-        if self.device.type == "cpu":
-            self.wrapper.one_a = len(set(self._a_in_slot.values())) == 1
-
     def write_all(self, probes: Sequence[Probe]) -> None:
-        """Put probes into the slots from the first on, so many at a time as memory allows."""
-        at_once = max(1, CACHED_ELEMENTS // self.state.stack_size)
-        for start in range(0, len(probes), at_once):
-            self.write_slots(probes[start : start + at_once], start)
+        """Put probes into the slots from the first on."""
+        self.contents.write_all(self.state, probes)
+        if self.device.type == "cpu":
+            self.wrapper.one_a = self.contents.one_a
 
     def register_slots(self) -> int:
         """For the request path: make adapter id k + 1 mean slot k, without any file; how many slots there are."""
@@ -171,7 +159,7 @@ class PackedScorer:
                 rank = self.vllm_config.lora_config.max_lora_rank
                 self.runner.lora_manager.add_dummy_lora(LoRARequest(f"slot {slot}", slot + 1, "/none"), rank)
                 self.manager.activate_adapter(slot + 1)
-                self._a_in_slot.pop(slot, None)
+                self.contents.forget(slot)
         if self.manager.lora_index_to_id != list(range(1, self.slots + 1)):
             raise ConfigError(f"vLLM has put adapters elsewhere: {self.manager.lora_index_to_id}")
         return self.slots
@@ -182,11 +170,13 @@ class PackedScorer:
 
         def part(probes: tuple[Probe, ...], members: np.ndarray, slots: np.ndarray) -> np.ndarray:
             self.write_all(probes)
-            return self._score_slots(plan.table, plan.chosen[members], slots)
+            return self.score_slots(plan.table, plan.chosen[members], slots)
 
         return plan.gather(self.slots, part)
 
-    def _score_slots(self, table: SequenceTable, chosen: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    @torch.inference_mode()
+    def score_slots(self, table: SequenceTable, chosen: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """Sums of log-probabilities of all outputs of chosen sequences (n,), each under what its slot (n,) holds."""
         sums = torch.zeros(int(table.n_outputs[chosen].sum()), dtype=torch.float64, device=self.device)
         for packed in pack(table, chosen, slots, self.max_tokens, self.blocks, self.block_size, self.share):
             hidden = self._forward(packed)
@@ -196,12 +186,20 @@ class PackedScorer:
 
     def _forward(self, packed: Pack) -> torch.Tensor:
         """One packed forward: hidden states of all tokens, (T, hidden)."""
-        self.map_slots(packed.segments)
-        metadata, slot_mapping = self._attention_metadata(packed)
-        tokens = torch.from_numpy(packed.tokens).to(self.device)
-        positions = torch.from_numpy(packed.positions).to(self.device)
+        mode, descriptor = self.graphs.choose(len(packed.tokens))
+        padded = descriptor.num_tokens
+        self.map_slots(packed.segments, padded=padded)
+        metadata, slot_mapping = self._attention_metadata(packed, padded)
+        tokens, positions = self.graphs.inputs(packed.tokens, packed.positions, padded)
         with (
-            set_forward_context(metadata, self.vllm_config, num_tokens=len(packed.tokens), slot_mapping=slot_mapping),
+            set_forward_context(
+                metadata,
+                self.vllm_config,
+                num_tokens=padded,
+                slot_mapping=slot_mapping,
+                cudagraph_runtime_mode=mode,
+                batch_descriptor=descriptor,
+            ),
             self.wrapper.deferring() if self.device.type == "cpu" else nullcontext(),
         ):
             return self.runner.model(
@@ -222,25 +220,23 @@ class PackedScorer:
         for start in range(0, len(rows), chunk):
             if self.head_moves:
                 self.map_slots(packed.segments, row_slots[start : start + chunk])
-            logits = self.runner.model.compute_logits(hidden[rows[start : start + chunk]]).float()
+            logits = self.runner.model.compute_logits(hidden[rows[start : start + chunk]])
+            if logits is None:  # they are gathered on the first rank, and asked for there
+                return torch.zeros(len(targets), device=self.device)
+            logits = logits.float()
             first, end = np.searchsorted(packed.target_rows, (start, start + chunk))  # ascending, as the rows are
             local = row_of[first:end] - start
             parts.append(logits[local, targets[first:end]] - torch.logsumexp(logits, dim=-1)[local])
         return torch.cat(parts)
 
-    def map_slots(self, segments: tuple[tuple[int, int, int], ...], row_slots: Sequence[int] = ()) -> None:
+    def map_slots(
+        self, segments: tuple[tuple[int, int, int], ...], row_slots: Sequence[int] = (), padded: int | None = None
+    ) -> None:
         """Tell the LoRA layers the slot of each token, and the head that of each of its rows; -1 is the bare model."""
         vocabulary = self.vllm_config.model_config.get_vocab_size()
-        if self.device.type == "cpu":
-            self.wrapper.map_tokens(segments, vocabulary)
-            self.wrapper.map_rows(row_slots)
-            return
-        of_token = tuple((_slots_of_tokens(segments) + 1).tolist())  # 0 means no adapter
-        of_row = tuple(slot + 1 for slot in row_slots or [slot for slot, _, _ in segments])
-        mapping = LoRAMapping(of_token, of_row, is_prefill=True)
-        self.wrapper.update_metadata(mapping, list(range(1, self.slots + 1)), self.slots + 1, vocabulary)
+        self.wrapper.map_tokens(segments, vocabulary, row_slots, padded or segments[-1][2])
 
-    def _attention_metadata(self, packed: Pack) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def _attention_metadata(self, packed: Pack, padded: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Per-layer attention metadata for S sequences in KV blocks of their own, but for a context that they share."""
         lengths, whole = packed.lengths, packed.whole
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -248,12 +244,13 @@ class PackedScorer:
         mappings: dict[str, torch.Tensor] = {}
         seq_lens = torch.from_numpy(whole)
         of_token = np.repeat(np.arange(len(lengths)), lengths)
-        for groups, group in zip(self.runner.attn_groups, self.runner.kv_cache_config.kv_cache_groups, strict=True):
+        cache_groups = self.runner.kv_cache_config.kv_cache_groups
+        for number, (groups, group) in enumerate(zip(self.runner.attn_groups, cache_groups, strict=True)):
             size = group.kv_cache_spec.block_size
             table = packed.blocks if size == self.block_size else unshared_blocks(lengths, size)
             slots = table[of_token, packed.positions // size].astype(np.int64) * size + packed.positions % size
             assert table.max() <= self.blocks
-            slot_mapping = torch.from_numpy(slots).to(self.device)
+            slot_mapping = self.graphs.slot_mapping(number, slots, padded)
             common = CommonAttentionMetadata(
                 query_start_loc=torch.from_numpy(starts).to(self.device),
                 query_start_loc_cpu=torch.from_numpy(starts),

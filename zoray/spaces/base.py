@@ -8,7 +8,7 @@ commits on the same start give the same bits on any device: everything is elemen
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from zoray.directions import Layout, check_distribution, direction_torch, has_kernels, name_hash
 from zoray.records import Commit, ConfigError, JournalError, require
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zoray.records import Probe
 
 ALL = "all-linear"
+B_PARTS = ("lora_B", "lozo_U", "lowrank_U")  # what spaces call a factor of shape (out, rank)
 MAX_RANK = 512  # the largest LoRA rank that vLLM has slots for
 CACHED_ELEMENTS = 1 << 28  # of a step's directions kept between scoring and commit: 1 GiB
 AT_ONCE = 1 << 24  # elements of directions made in one go; a few times as much is needed meanwhile
@@ -30,10 +31,22 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: odd, so i * _GOLD
 _DIGEST_CHUNK = 1 << 24  # elements hashed at a time: a few int64 copies of them exist meanwhile
 
 
+class Moving(NamedTuple):
+    """Factors that are others for each probe: x + scale * z for every tensor of a layout, z its direction.
+
+    A tensor is called `<matrix>.<part>`, and is a B (out, rank) where the part is in B_PARTS, else an A (rank, in).
+    """
+
+    layout: Layout
+    x: torch.Tensor | None = None  # (size,) float32; none is zero
+    scaled: bool = True  # else it is z alone
+
+
 class State(Protocol):
     """The numbers of one replica. `step` is the next step that `apply` expects."""
 
     step: int
+    seed: int
     matrices: Mapping[str, tuple[int, int]]
 
     def factors(self, probe: Probe) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -42,6 +55,10 @@ class State(Protocol):
 
     def stacked(self, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """(canonical name, A (P or 1, rank, in), B (P, out, rank)) of every matrix under P probes at once."""
+        ...
+
+    def moving(self) -> tuple[Moving, ...]:
+        """What `stacked` makes of probes, for who makes it himself; what is not in it is the same for all."""
         ...
 
     @property
@@ -77,6 +94,11 @@ class Space(Protocol):
     @property
     def scaling(self) -> float:
         """The factor of B @ A in the effective weight."""
+        ...
+
+    @property
+    def distribution(self) -> str:
+        """Of directions."""
         ...
 
     @property

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 from zoray.directions import Layout
 from zoray.records import is_finite, require
-from zoray.spaces.base import Directions, advance, as_arrays, check_space, digest, expect, is_embedding, perturb, select
+from zoray.spaces.base import (
+    Directions,
+    Moving,
+    advance,
+    as_arrays,
+    check_space,
+    digest,
+    expect,
+    is_embedding,
+    perturb,
+    select,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -152,6 +163,10 @@ class LoraState:
         a_flats = flats if self.space.train == "AB" else self._a_flat[None]
         for name in self.matrices:
             yield name, self._a_layout.views(a_flats, f"{name}.lora_A"), self.layout.views(flats, f"{name}.lora_B")
+
+    def moving(self) -> tuple[Moving, ...]:
+        """What is trained."""
+        return (Moving(self.layout, self.flat),)
 
     @property
     def stack_size(self) -> int:

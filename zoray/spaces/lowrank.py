@@ -15,7 +15,7 @@ import numpy as np
 import zoray.spaces.fold as fold
 from zoray.directions import Layout
 from zoray.records import ConfigError, Probe, require
-from zoray.spaces.base import MAX_RANK, Directions, check_space, digest, expect, select
+from zoray.spaces.base import MAX_RANK, Directions, Moving, check_space, digest, expect, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -128,6 +128,10 @@ class LowRankState:
             u = [self._draw_u.part(probe.step, probe.index, f"{name}.lowrank_U") for probe in probes]
             v = [self._draw_v.part(probe.step, probe.index, f"{name}.lowrank_V") for probe in probes]
             yield name, torch.stack(v), torch.stack(u) * scales
+
+    def moving(self) -> tuple[Moving, ...]:
+        """U and V; the scale is U's."""
+        return Moving(self._u_layout), Moving(self._v_layout, scaled=False)
 
     @property
     def stack_size(self) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import zoray.spaces.fold as fold
 from zoray.directions import Layout
 from zoray.records import require
-from zoray.spaces.base import Directions, advance, as_arrays, check_space, digest_part, expect, perturb, select
+from zoray.spaces.base import Directions, Moving, advance, as_arrays, check_space, digest_part, expect, perturb, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -139,6 +139,10 @@ class LozoState:
         flats, v = perturb(self.flat, self.direction, probes), self._v[None]
         for name in self.matrices:
             yield name, self._v_layout.views(v, f"{name}.lozo_V"), self.layout.views(flats, f"{name}.lozo_U")
+
+    def moving(self) -> tuple[Moving, ...]:
+        """What is trained."""
+        return (Moving(self.layout, self.flat),)
 
     @property
     def stack_size(self) -> int:

@@ -1,0 +1,280 @@
+"""What runs on CUDA and can be checked without: dense LoRA products, vLLM's tables, padded forwards in vLLM itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import vllm
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor
+from vllm.lora.punica_wrapper import punica_gpu
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+
+from zoray.engines import cuda_lora, vllm_worker
+from zoray.engines.cpu_lora import SegmentedLora, join_a
+from zoray.engines.cuda_lora import CudaLora, Dense, DenseCudaLora, fill_tables, lay_side_by_side, prepare
+from zoray.engines.hf import Hf
+from zoray.engines.vllm import Vllm
+from zoray.engines.vllm_graphs import Graphs, compilation, sizes
+from zoray.models import linear_matrices
+from zoray.records import Commit, Probe, TokenSequence
+from zoray.spaces import Lora, Lozo
+
+SLOTS, RANK, WIDTH = 3, 2, 16
+
+
+def layer(outs: tuple[int, ...], seed: int = 0) -> Any:
+    """A LoRA layer of some fused matrices, its slots as vLLM allocates them."""
+    shape = (SLOTS, 1)
+    a = tuple(torch.zeros(*shape, RANK, WIDTH) for _ in outs)
+    b = tuple(torch.zeros(*shape, out, RANK) for out in outs)
+    return SimpleNamespace(lora_a_stacked=a, lora_b_stacked=b, outs=outs, seed=seed)
+
+
+def filled(module: Any) -> Any:
+    random = torch.Generator().manual_seed(module.seed)
+    for part in (*module.lora_a_stacked, *module.lora_b_stacked):
+        part.copy_(torch.randn(part.shape, generator=random))
+    return module
+
+
+@pytest.mark.parametrize("outs", [(24,), (24, 8, 8), (32, 32)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("add_inputs", [True, False])
+def test_dense_products_are_those_of_each_token_with_its_own_adapter(outs, scale, add_inputs):
+    module = layer(outs)
+    join_a([module])
+    lay_side_by_side([module])
+    filled(module)
+    wrapper = Dense()
+    wrapper.open_mask(64, SLOTS, torch.float32, torch.device("cpu"))
+    of_token = np.array([-1, 0, 0, 2, 2, 2, 1, -1, 0, -1])
+    wrapper.map_mask(np.full(64, 1))  # what an earlier batch has left
+    wrapper.map_mask(of_token)
+    random = torch.Generator().manual_seed(1)
+    x, y = torch.randn(10, WIDTH, generator=random), torch.randn(10, sum(outs), generator=random)
+    found = y.clone()
+    wrapper.add_lora_linear(found, x, module.lora_a_stacked, module.lora_b_stacked, scale, outs, add_inputs=add_inputs)
+    for t, slot in enumerate(of_token):
+        pairs = zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)
+        parts = [scale * (b[slot, 0] @ (a[slot, 0] @ x[t])) for a, b in pairs]
+        expected = (y[t] if add_inputs else 0 * y[t]) + (torch.cat(parts) if slot >= 0 else 0)
+        assert torch.allclose(found[t], expected, atol=1e-5)
+        if slot < 0 and add_inputs:
+            assert torch.equal(found[t], y[t])
+
+
+def test_b_side_by_side_stays_what_it_is_for_whoever_writes_it():
+    module = layer((24, 8, 8))
+    lay_side_by_side([module])
+    filled(module)
+    assert [tuple(b.shape) for b in module.lora_b_stacked] == [(SLOTS, 1, out, RANK) for out in (24, 8, 8)]
+    whole = cuda_lora.side_by_side(module.lora_b_stacked)
+    assert whole.is_contiguous() and tuple(whole.shape) == (SLOTS, 3 * RANK, 40)
+    assert int((whole != 0).sum()) == SLOTS * RANK * 40  # blocks, and zeros beside them
+    assert torch.equal(whole[1, 2:4, 24:32], module.lora_b_stacked[1][1, 0].t())
+
+
+def kernel_meta() -> Any:
+    """vLLM's own LoRAKernelMeta; its package imports Triton kernels, which this file itself does not need."""
+    path = Path(vllm.__file__).parent / "lora/ops/triton_ops/lora_kernel_metadata.py"
+    spec = importlib.util.spec_from_file_location("lora_kernel_metadata", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.LoRAKernelMeta
+
+
+@pytest.mark.parametrize(
+    "of_token",
+    [
+        pytest.param([0, 0, 1, 1, 1, 3], id="ordered"),
+        pytest.param([-1, -1, 0, 2, 2, -1, -1], id="bare and padded"),
+        pytest.param([2, 0, 1, 2, 0, -1, 1], id="mixed"),
+        pytest.param([3], id="one"),
+        pytest.param([-1, -1, -1], id="none"),
+    ],
+)
+@pytest.mark.parametrize("captured", [None, [1, 2, 4, 5]], ids=str)
+def test_tables_are_those_that_vllm_makes(of_token, captured):
+    found, expected = (kernel_meta().make(4, 16, "cpu", captured) for _ in range(2))
+    for meta in (found, expected):
+        for name in ("token_lora_mapping", "token_indices_sorted_by_lora_ids"):
+            getattr(meta, name).fill_(7)
+        meta.num_tokens_per_lora.fill_(9)  # of an earlier batch
+    expected.prepare_tensors(torch.tensor(of_token, dtype=torch.long))
+    fill_tables(found, np.array(of_token, np.int32))
+    for name, value in vars(expected).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(found, name), value), name
+            assert getattr(found, name).dtype == value.dtype
+
+
+class Manager:
+    """A LoRA manager of vLLM's, as far as `prepare` looks at it."""
+
+    max_num_batched_tokens, max_num_seqs, device = 64, 8, torch.device("cpu")
+
+    def __init__(self, slots: int, rank: int, special: bool) -> None:
+        self.lora_config = SimpleNamespace(
+            max_loras=slots, max_lora_rank=rank, lora_dtype=torch.float32, specialize_active_lora=False
+        )
+        self.punica_wrapper_mapping = {"language_model": None, "again": None}
+        self.modules = {"q": layer((24,)), "qkv": layer((24, 8, 8))}
+        if special:
+            self.modules["embed"] = layer((24,))
+            self.modules["embed"].lora_a_stacked_2d = None
+        for module in self.modules.values():
+            module.set_mapping = partial(setattr, module, "wrapper")
+
+
+@pytest.mark.parametrize(
+    ("slots", "rank", "kernels", "dense"),
+    [(16, 8, "auto", True), (16, 16, "auto", False), (16, 16, "dense", True), (2, 1, "punica", False)],
+)
+@pytest.mark.parametrize("special", [True, False])
+def test_narrow_adapters_take_dense_products(slots, rank, kernels, dense, special, monkeypatch):
+    monkeypatch.setattr(punica_gpu, "LoRAKernelMeta", kernel_meta(), raising=False)
+    manager = Manager(slots, rank, special)
+    before = {name: module.lora_b_stacked for name, module in manager.modules.items()}
+    prepare(manager, kernels)
+    wrapper: Any = manager.punica_wrapper_mapping["again"]
+    assert type(wrapper) is (DenseCudaLora if dense else CudaLora) and wrapper.linear_only is not special
+    assert {id(module.wrapper) for module in manager.modules.values()} == {id(wrapper)}
+    moved = {name for name, module in manager.modules.items() if module.lora_b_stacked is not before[name]}
+    assert moved == ({"q", "qkv"} if dense else set())
+    segments = ((0, 0, 3), (1, 3, 5))
+    wrapper.map_tokens(segments, 100, [0, 1], 8)  # three tokens of padding
+    expected = [0, 0, 0, 1, 1, -1, -1, -1]
+    if dense:
+        assert wrapper.mask.shape == (64, slots)
+        assert wrapper.mask[:8].argmax(1).tolist() == [max(slot, 0) for slot in expected]
+        assert wrapper.mask[:8].sum(1).tolist() == [1] * 5 + [0] * 3
+    if special or not dense:
+        assert wrapper.token_mapping_meta.token_lora_mapping[:8].tolist() == expected
+    if special:
+        assert wrapper.sampler_indices.tolist() == [0, 1]
+
+
+def test_sizes_of_graphs():
+    for most in (64, 100, 870, 4096, 16384):
+        found = sizes(most)
+        assert found == sorted(set(found)) and found[-1] == most and found[0] == min(64, most)
+        assert all(b <= a * 1.126 for a, b in pairwise(found))
+
+
+def graphs(largest: int = 512) -> Graphs:
+    """Over vLLM's own dispatcher, with the keys that it would have captured."""
+    settings = compilation(largest)
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=CUDAGraphMode[settings["cudagraph_mode"]],
+            cudagraph_capture_sizes=settings["cudagraph_capture_sizes"],
+            cudagraph_specialize_lora=settings["cudagraph_specialize_lora"],
+            max_cudagraph_capture_size=largest,
+            compile_sizes=[],
+            is_attention_compiled_piecewise=lambda: True,
+        ),
+        lora_config=SimpleNamespace(max_loras=SLOTS, specialize_active_lora=False),
+        scheduler_config=SimpleNamespace(max_num_seqs=256),
+        num_speculative_tokens=0,
+    )
+    dispatcher = CudagraphDispatcher(config)  # type: ignore[arg-type]
+    dispatcher.initialize_cudagraph_keys(CUDAGraphMode.PIECEWISE)
+    return Graphs(SimpleNamespace(cudagraph_dispatcher=dispatcher), SLOTS)
+
+
+def test_every_forward_finds_a_captured_graph_or_none():
+    found = graphs()
+    captured = found.runner.cudagraph_dispatcher.cudagraph_keys[CUDAGraphMode.PIECEWISE]
+    for tokens in (1, 63, 64, 65, 72, 73, 200, 511, 512):
+        mode, descriptor = found.choose(tokens)
+        assert mode == CUDAGraphMode.PIECEWISE and descriptor in captured
+        assert tokens <= descriptor.num_tokens <= max(64, tokens * 1.126)
+        assert descriptor.has_lora and descriptor.num_active_loras == SLOTS + 1
+    assert found.choose(513) == (CUDAGraphMode.NONE, BatchDescriptor(513))
+    found.on = False
+    assert found.choose(65) == (CUDAGraphMode.NONE, BatchDescriptor(65))
+
+
+class PaddingDispatcher:
+    """Pads as graphs would, and asks for none, so that a CPU can run the forward."""
+
+    def dispatch(self, tokens: int, **_: Any) -> tuple[CUDAGraphMode, BatchDescriptor]:
+        return CUDAGraphMode.NONE, BatchDescriptor(-(-tokens // 32) * 32)
+
+
+class DenseCpuLora(Dense, SegmentedLora):
+    """The dense products inside vLLM's CPU worker."""
+
+    def map_tokens(self, segments: Any, vocabulary: int, row_slots: Any = (), padded: int = 0) -> None:
+        self.map_mask(cuda_lora.slots_of_tokens(segments, padded))
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """vLLM on the CPU with the products, the tables and the padding of the CUDA path."""
+
+    def wrapper(scorer: Any) -> Any:
+        modules = list(scorer.manager.modules.values())
+        lay_side_by_side(modules)
+        made = DenseCpuLora(scorer.max_tokens, 64, scorer.device)
+        made.open_mask(scorer.max_tokens, scorer.slots, torch.float32, scorer.device)
+        scorer.runner.cudagraph_dispatcher = PaddingDispatcher()
+        scorer.runner.input_ids.gpu.fill_(3)
+        for module in modules:
+            module.set_mapping(made)
+        return made
+
+    monkeypatch.setattr(vllm_worker.PackedScorer, "_lora_wrapper", wrapper)
+    monkeypatch.setattr(vllm_worker.cpu_gated, "fuse", lambda *_: [])
+
+
+def work(step: int) -> list[tuple[Probe, TokenSequence]]:
+    random, found = np.random.default_rng(0), []
+    for k in range(4):
+        for length in (5, 17, 9):
+            rows, targets = np.array([length - 2, length - 1]), np.array([7, 9])
+            tokens = random.integers(5, 500, length).astype(np.int32)
+            found.append((Probe(step, k, 0.1 * (k > 0)), TokenSequence(tokens, rows, targets, np.arange(2), 2)))
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "qwen2"])
+@pytest.mark.parametrize("space", [Lora(rank=2, alpha=4, train="AB"), Lozo(rank=2)], ids=lambda s: type(s).__name__)
+def test_the_cuda_path_scores_as_the_reference(space, architecture, tiny_models, as_on_cuda):
+    folder = tiny_models[architecture]
+    matrices = linear_matrices(folder, "all-linear")
+    engine = Vllm(slots=3, max_tokens=256, kv_cache_gib=0.25).start(folder, "float32", matrices, space, seed=3)
+    assert engine.self_test["graph_error"] < 1e-4  # padded against not padded, before the first step
+    reference = Hf().start(folder, "float32", matrices, space, seed=3)
+    for one in (engine, reference):
+        one.apply([Commit(0, (0.03, -0.02))])
+    found, expected = (np.concatenate(one.score(work(1))) for one in (engine, reference))
+    assert np.abs(found - expected).max() < 1e-4
+
+
+def test_padding_that_does_harm_is_found_and_left_out(tiny_models, as_on_cuda, monkeypatch, caplog):
+    original = Graphs.inputs
+
+    def wrong(self: Graphs, tokens: np.ndarray, positions: np.ndarray, padded: int) -> Any:
+        return original(self, tokens + (padded > len(tokens)), positions, padded)
+
+    monkeypatch.setattr(Graphs, "inputs", wrong)
+    folder, space = tiny_models["llama"], Lora(rank=2, alpha=4)
+    matrices = linear_matrices(folder, "all-linear")
+    engine = Vllm(slots=3, max_tokens=256, kv_cache_gib=0.25).start(folder, "float32", matrices, space, seed=3)
+    assert "graph_error" not in engine.self_test and "CUDA graphs stay unused" in caplog.text
+    reference = Hf().start(folder, "float32", matrices, space, seed=3)
+    found, expected = (np.concatenate(one.score(work(0))) for one in (engine, reference))
+    assert np.abs(found - expected).max() < 1e-4
