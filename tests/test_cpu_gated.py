@@ -89,13 +89,13 @@ def test_fused_is_what_the_operations_are_alone(name, used):
     expected = plain(linear(x))
     held, hold = [], wrapper._hold
     wrapper._hold = lambda *arguments: held.append(1) or hold(*arguments)  # type: ignore[method-assign]
-    with torch.inference_mode(), wrapper.deferring():
+    with torch.inference_mode(), wrapper.deferring(however_small=True):
         found = mlp(x)
     assert len(held) == (name == "equal")
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
     assert (expected - plain(x @ linear.weight.t())).abs().max() > 1 or name == "bare"
     linear.write(0.0)
-    with torch.inference_mode(), wrapper.deferring():
+    with torch.inference_mode(), wrapper.deferring(however_small=True):
         zero = mlp(x)
         wrapper.map_tokens(((-1, 0, len(x)),), 100)
         torch.testing.assert_close(zero, mlp(x), atol=1e-5, rtol=1e-6)  # vector and scalar exp differ in the last bit
@@ -138,7 +138,7 @@ def test_the_proof_measures_and_leaves_an_mlp_alone_that_does_more_between_its_p
         assert settle(fused, wrapper, SLOTS) == {} and says in caplog.text
         wrapper.map_tokens(EQUAL, 100)
         x = random(9, HIDDEN)
-        with wrapper.deferring():
+        with wrapper.deferring(however_small=True):
             assert torch.equal(mlp(x), plain(between(mlp.gate_up_proj(x))))
 
 
@@ -150,7 +150,7 @@ def test_nothing_is_compiled_after_the_proof():
     assert proved > before
     for segments in (EQUAL, ((0, 0, 20), (1, 20, 40)), tuple((s, 2 * s, 2 * s + 2) for s in range(4)), ((-1, 0, 50),)):
         wrapper.map_tokens(segments, 100)
-        with torch.inference_mode(), wrapper.deferring():
+        with torch.inference_mode(), wrapper.deferring(however_small=True):
             mlp(random(segments[-1][2], HIDDEN))
     assert compilations() == proved
 
@@ -163,9 +163,9 @@ def test_adapters_that_no_activation_took_are_noticed():
     wrapper, mlp, _ = make()
     wrapper.map_tokens(EQUAL, 100)
     x = random(9, HIDDEN)
-    with pytest.raises(RuntimeError, match="did not take"), wrapper.deferring():
+    with pytest.raises(RuntimeError, match="did not take"), wrapper.deferring(however_small=True):
         mlp.gate_up_proj(x)
-    with pytest.raises(RuntimeError, match="did not take"), wrapper.deferring():
+    with pytest.raises(RuntimeError, match="did not take"), wrapper.deferring(however_small=True):
         mlp.gate_up_proj(x)
         mlp.gate_up_proj(x)
     expected = plain(mlp.gate_up_proj(x))

@@ -79,22 +79,25 @@ for space in spaces:
         state.apply(Commit(0, (0.3, -0.7)))
         probes = [Probe(1, 0, 0.01), Probe(1, 0, -0.01), Probe(1, 5, 0.0)]
         part = dtype == torch.float32  # as under tensor parallelism
-        found, expected = (module.Slots(space, slots_of(dtype, k, part)) for k in (dtype != torch.float16, False))
-        for slots, has in ((found, True), (expected, False)):
+        kinds = (dtype != torch.float16, False, False)
+        found, expected, single = (module.Slots(space, slots_of(dtype, kind, part)) for kind in kinds)
+        for slots, has, staged in ((found, True, 0), (expected, False, 1 << 26), (single, False, 0)):
             directions.has_kernels = module.has_kernels = lambda device, has=has: has
+            module.STAGED_ELEMENTS = staged
             for _ in range(2):  # the second time A may be there already
                 slots.write(state, probes, first)
-        assert found._writers and not expected._writers
+        assert found._writers and not expected._writers and expected._staged and not single._staged
         for name in matrices:
-            for ours, theirs in zip(found.sites[name][:2], expected.sites[name][:2]):
+            for ours, theirs, third in zip(*(slots.sites[name][:2] for slots in (found, expected, single))):
                 assert torch.equal(ours, theirs), (space, dtype, name, (ours.float() - theirs.float()).abs().max())
+                assert torch.equal(third, theirs)
                 assert not torch.equal(ours[1], ours[2]) or ours is found.sites[name].a
         print("equal")
 """
 
 
 def test_slots_get_what_torch_writes():
-    """Every space, in every dtype of slots, with ranks that slots exceed, B as vLLM has it and as dense products do."""
+    """By the kernel, from a buffer and one by one: every space, in every dtype of slots, with ranks that slots exceed."""
     done = subprocess.run(
         [sys.executable, "-c", SLOTS_SCRIPT],
         env={**os.environ, "TRITON_INTERPRET": "1"},

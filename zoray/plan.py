@@ -97,23 +97,24 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
     probes, most = len(e.estimator.ask(0)), max(tokens)
     sequences = scored(grid.tiles) * len(workload.encoded["train"][0])
     slots, budget = getattr(e.engine, "slots", 0), getattr(e.engine, "max_tokens", most)
+    ranks = getattr(e.engine, "tensor_parallel", 1)
     passes = max(1, -(-probes // slots)) if slots else probes
     forwards = max(passes, -(-int(np.mean(tokens)) // budget))
     at_once = min(budget, most)
     widest = max(out for out, _ in workload.matrices.values())
     copy = size * sum(out * into for out, into in matrices.values()) if getattr(e.space, "keep_base", False) else 0
     memory = {
-        "weights": count * size,
+        "weights": count * size // (1 if device == "cpu" else ranks),
         "KV cache": int(getattr(e.engine, "kv_cache_gib", 0) * GIB),
-        "adapter slots": slots * size * slot_elements(e, matrices, workload.matrices),
+        "adapter slots": slots * size * slot_elements(e, matrices, workload.matrices, device),
         "adapter state": 4 * e.space.kept(workload.matrices, e.optimizer.momentum > 0) + copy,
         "directions": 4
         * sum(
             min(CACHED_ELEMENTS, copies * e.space.drawn(workload.matrices))
-            for copies in (e.estimator.directions, probes)  # kept for the step, and stacked for its slots
+            for copies in (e.estimator.directions, probes if device == "cpu" else 0)  # kept for the step; for its slots
         ),
         "activations": at_once * size * (2 * widest + 4 * hidden) + 4 * min(LOGITS_ELEMENTS, at_once * vocabulary),
-        "process": int(PROCESS),
+        "process": int(PROCESS) * (ranks if device == "cpu" else 1),
     }
     flops = matmul_rate(device, size, hidden, widest, at_once)
     inner = 2 * (count - embeddings) * float(np.mean(tokens))
@@ -166,14 +167,27 @@ def step_tokens(e: Experiment, workload: Workload) -> list[int]:
     return tokens
 
 
-def slot_elements(e: Experiment, chosen: dict[str, tuple[int, int]], matrices: dict[str, tuple[int, int]]) -> int:
-    """Numbers of one slot. vLLM rounds the rank up, and wraps every module that holds a matrix of a chosen name."""
+def slot_elements(
+    e: Experiment, chosen: dict[str, tuple[int, int]], matrices: dict[str, tuple[int, int]], device: str = "cpu"
+) -> int:
+    """Numbers of one slot. vLLM rounds the rank up, and wraps every module that holds a matrix of a chosen name.
+
+    Where CUDA takes dense products, the B of matrices that a module has fused stand beside zeros.
+    """
+    from zoray.engines.slots import DENSE_COLUMNS
     from zoray.engines.vllm import SLOT_RANKS
 
     rank = min(rank for rank in SLOT_RANKS if rank >= e.space.rank)
     leaves = {name.rpartition(".")[2] for name in chosen}
     leaves |= {leaf for fused in FUSED if leaves & fused for leaf in fused}
-    return rank * sum(out + into for name, (out, into) in matrices.items() if name.rpartition(".")[2] in leaves)
+    kernels, slots = getattr(e.engine, "lora_kernels", "punica"), getattr(e.engine, "slots", 0)
+    dense = device != "cpu" and (kernels == "dense" or (kernels == "auto" and slots * rank <= DENSE_COLUMNS))
+    total = 0
+    for name, (out, into) in matrices.items():
+        leaf = name.rpartition(".")[2]
+        beside = max((len(fused) for fused in FUSED if leaf in fused), default=1) if dense else 1
+        total += (out * beside + into) if leaf in leaves else 0
+    return rank * total
 
 
 def matmul_rate(device: str, size: int, into: int, out: int, tokens: int) -> float:

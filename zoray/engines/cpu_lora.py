@@ -21,6 +21,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+FUSED_ELEMENTS = 1 << 18  # of a layer's output from which on they are left to the activation
 FUSED_RANK = 8  # the largest rank whose products with B an activation takes over
 
 
@@ -39,9 +40,10 @@ class SegmentedLora(PunicaWrapperCPU):
     segments: tuple[tuple[int, int, int], ...] = ()  # (slot, first token, last token + 1)
     row_segments: tuple[tuple[int, int, int], ...] = ()  # the same for the rows that reach the LM head
     used_rank: int | None = None  # ranks above it are zero in every slot, and skipped in B
+    embeds = True  # whether an embedding has adapters
     one_a = False  # whether all slots that tokens are mapped to hold the same A
     gated: frozenset[int] = frozenset()  # ids of the B whose products an activation adds (cpu_gated.py)
-    _deferring = False
+    _deferring = _however_small = False
     _held: Held | None = None
     _equal: tuple[int, int, int] | None = None  # (first slot, slots, tokens of each) where segments are alike
 
@@ -57,9 +59,10 @@ class SegmentedLora(PunicaWrapperCPU):
         An embedding looks A up at slot * vocabulary + token. Padding, if any, belongs to no slot.
         """
         self._set(tuple(segment for segment in segments if segment[0] >= 0))
-        for slot, start, end in segments:
-            self._embeddings_indices[start:end] = max(slot, 0) * vocabulary
-        self.row_segments = _runs(torch.tensor(list(row_slots), dtype=torch.long))
+        if self.embeds:
+            for slot, start, end in segments:
+                self._embeddings_indices[start:end] = max(slot, 0) * vocabulary
+        self.row_segments = _runs(torch.tensor(list(row_slots), dtype=torch.long)) if row_slots else ()
 
     @property
     def capacity(self) -> int:
@@ -96,6 +99,7 @@ class SegmentedLora(PunicaWrapperCPU):
         low = self._lower(x, a, begin, stop)
         equal = self._equal
         waits = self._deferring and id(lora_b_stacked) in self.gated and scale == 1.0
+        waits = waits and (y.numel() >= FUSED_ELEMENTS or self._however_small)
         # all rows, in several runs of several tokens: one of either would be compiled for anew
         if waits and equal is not None and (begin, stop) == (0, len(y)) and min(equal[1:]) > 1:
             self._hold(y, low, lora_b_stacked, equal, rank, used)
@@ -126,9 +130,12 @@ class SegmentedLora(PunicaWrapperCPU):
         return low
 
     @contextmanager
-    def deferring(self) -> Iterator[None]:
-        """Within it, layers that are `gated` leave their products with B to the activation that follows."""
-        self._deferring, self._held = True, None
+    def deferring(self, however_small: bool = False) -> Iterator[None]:
+        """Within it, layers that are `gated` leave their products with B to the activation that follows.
+
+        That is from FUSED_ELEMENTS on: to call what torch has compiled takes 0.1 ms.
+        """
+        self._deferring, self._held, self._however_small = True, None, however_small
         try:
             yield
             self._check_taken()

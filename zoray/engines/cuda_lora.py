@@ -5,7 +5,7 @@ product with the B of all slots adds the rest: two GEMMs and a multiplication a 
 shapes that a CUDA graph can hold. Their cost grows with slots * rank, and beyond DENSE_COLUMNS vLLM's Punica kernels
 stay. These read which token has which slot from tensors that vLLM fills by sorting on the device and waiting for the
 result; here the host, which has the order already, fills them. Written against vLLM 0.26 and 0.32; it has not run on a
-card yet (docs/performance.md): the products are tested on the CPU, inside vLLM, and the tables against vLLM's own.
+card yet: the products are tested on the CPU, inside vLLM, and the tables against vLLM's own.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
 from zoray.engines.cpu_lora import join_a, joined
+from zoray.engines.slots import DENSE_COLUMNS
 from zoray.engines.vllm_layers import gives_logits, takes_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-DENSE_COLUMNS = 128  # slots * rank up to which dense products are taken; to be measured on a card
 
 
 class Dense:

@@ -1,7 +1,8 @@
-"""What adapter slots hold: the factors of probes, written in place on the device.
+"""What adapter slots hold: the factors of probes, written in place on the device, all matrices at once.
 
-On CUDA one kernel for all matrices and probes makes the directions, adds the state and writes the slots (kernels.py);
-elsewhere it is a copy or two a matrix. A that is the same for all probes is written where a slot does not hold it yet.
+On CUDA one kernel makes the directions, adds the state and writes the slots (kernels.py); elsewhere they are made in a
+buffer and copied from there, or matrix by matrix where it would be too large. A that is the same for all probes is
+written where a slot does not hold it yet.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from zoray.directions import has_kernels, table_of
-from zoray.spaces.base import B_PARTS, CACHED_ELEMENTS
+from zoray.spaces.base import B_PARTS, CACHED_ELEMENTS, fill
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
     from zoray.directions import Layout
     from zoray.kernels import SlotWriter
     from zoray.records import Probe
-    from zoray.spaces.base import Space, State
+    from zoray.spaces.base import Moving, Space, State
+
+
+STAGED_ELEMENTS = 1 << 26  # of a buffer for what goes into slots: 256 MiB
+DENSE_COLUMNS = 128  # slots * rank up to which CUDA takes dense products (cuda_lora.py); to be measured on a card
 
 
 class Site(NamedTuple):
@@ -43,6 +48,7 @@ class Slots:
         self.space, self.sites = space, sites
         self._a_in: dict[int, Hashable] = {}  # slot -> what `State.a_key` said of the A in it
         self._writers: dict[Layout, SlotWriter] = {}
+        self._staged: dict[tuple[Layout, int, int], Staged] = {}
 
     def forget(self, *slots: int) -> None:
         """Somebody else has written some slots, or all if none is named; then the state may be another one as well."""
@@ -50,6 +56,7 @@ class Slots:
             self._a_in.pop(slot, None)
         if not slots:
             self._writers.clear()
+            self._staged.clear()
 
     @property
     def one_a(self) -> bool:
@@ -60,11 +67,21 @@ class Slots:
         """Put the factors of P probes into the slots from `first` on. The scaling enters B here and only here."""
         keys = {slot: state.a_key(probe) for slot, probe in enumerate(probes, start=first)}
         a_is_there = all(self._a_in.get(slot) == key for slot, key in keys.items())
+        moving = state.moving()
         device = next(iter(self.sites.values())).a.device
         if has_kernels(device) and len({probe.step for probe in probes}) == 1:
-            self._write_at_once(state, probes, first, a_is_there)
+            for part in moving:
+                self._by_kernel(part, probes, first)
+        elif len(probes) * sum(part.z.layout.size for part in moving) <= STAGED_ELEMENTS:
+            for part in moving:
+                self._by_stage(part, probes, first)
         else:
-            self._write_each(state, probes, first, a_is_there)
+            self._one_by_one(state, probes, first, a_is_there)
+            a_is_there = True
+        if not a_is_there and all(is_b(name) for part in moving for name in part.z.layout.shapes):
+            for name, a, _ in state.factors(probes[0]._replace(scale=0.0)):
+                site = self.sites[name]
+                site.a[first : first + len(probes), 0, : self.space.rank].copy_(a[:, _slice(site.columns)])
         self._a_in.update(keys)
 
     def write_all(self, state: State, probes: Sequence[Probe]) -> None:
@@ -73,7 +90,8 @@ class Slots:
         for start in range(0, len(probes), at_once):
             self.write(state, probes[start : start + at_once], start)
 
-    def _write_each(self, state: State, probes: Sequence[Probe], first: int, a_is_there: bool) -> None:
+    def _one_by_one(self, state: State, probes: Sequence[Probe], first: int, a_is_there: bool) -> None:
+        """Matrix by matrix, where all at once would take too much memory."""
         rank, slots = self.space.rank, slice(first, first + len(probes))
         for name, a, b in state.stacked(probes):
             site = self.sites[name]
@@ -81,38 +99,75 @@ class Slots:
                 site.a[slots, 0, :rank].copy_(a[..., _slice(site.columns)])  # one for all where they share it
             site.b[slots, 0, :, :rank].copy_(b[:, _slice(site.rows)] * self.space.scaling)
 
-    def _write_at_once(self, state: State, probes: Sequence[Probe], first: int, a_is_there: bool) -> None:
-        rank, slots, moving = self.space.rank, slice(first, first + len(probes)), state.moving()
-        for part in moving:
-            if part.layout not in self._writers:
-                self._writers[part.layout] = self._writer(part.layout)
-            self._writers[part.layout](
-                state.seed,
-                probes[0].step,
-                [probe.index for probe in probes],
-                [probe.scale if part.scaled else 1.0 for probe in probes],
-                first,
-                part.x,
-                table_of(self.space.distribution, part.layout.device),
-            )
-        if not a_is_there and all(name.rpartition(".")[2] in B_PARTS for part in moving for name in part.layout.shapes):
-            for name, a, _ in state.factors(probes[0]._replace(scale=0.0)):
-                site = self.sites[name]
-                site.a[slots, 0, :rank].copy_(a[:, _slice(site.columns)])
+    def _by_stage(self, part: Moving, probes: Sequence[Probe], first: int) -> None:
+        """All matrices at once: made in a buffer that stays, from which views that stay are copied."""
+        import torch
+
+        key = (part.z.layout, first, len(probes))
+        if key not in self._staged:
+            self._staged[key] = self._stage(*key)
+        stage = self._staged[key]
+        fill(part, probes, stage.flats)
+        if self.space.scaling != 1.0 and stage.b:
+            torch._foreach_mul_(stage.b, self.space.scaling)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(stage.places, stage.sources)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _stage(self, layout: Layout, first: int, count: int) -> Staged:
+        import torch
+
+        flats = torch.empty(count, layout.size, dtype=torch.float32, device=layout.device)
+        slots, rank = slice(first, first + count), self.space.rank
+        staged = Staged(flats, [], [], [])
+        for name in layout.shapes:
+            site, view = self.sites[name.rpartition(".")[0]], layout.views(flats, name)
+            if is_b(name):
+                staged.b.append(view)
+                staged.sources.append(view[:, _slice(site.rows)])
+                staged.places.append(site.b[slots, 0, :, :rank])
+            else:
+                staged.sources.append(view[..., _slice(site.columns)])
+                staged.places.append(site.a[slots, 0, :rank])
+        return staged
+
+    def _by_kernel(self, part: Moving, probes: Sequence[Probe], first: int) -> None:
+        layout = part.z.layout
+        if layout not in self._writers:
+            self._writers[layout] = self._writer(layout)
+        self._writers[layout](
+            part.z.seed,
+            probes[0].step,
+            [probe.index for probe in probes],
+            [probe.scale if part.scaled else 1.0 for probe in probes],
+            first,
+            part.x,
+            table_of(part.z.distribution, layout.device),
+        )
 
     def _writer(self, layout: Layout) -> SlotWriter:
         from zoray.kernels import Place, SlotWriter
 
         rank, places = range(self.space.rank), []
-        for tensor, shape in layout.shapes.items():
-            matrix, _, part = tensor.rpartition(".")
-            site = self.sites[matrix]
-            if part in B_PARTS:
-                view = site.b[:, 0, :, : len(rank)]
-                places.append(Place(view, shape[1], site.rows, rank, self.space.scaling))
+        for name, shape in layout.shapes.items():
+            site = self.sites[name.rpartition(".")[0]]
+            if is_b(name):
+                places.append(Place(site.b[:, 0, :, : len(rank)], shape[1], site.rows, rank, self.space.scaling))
             else:
                 places.append(Place(site.a[:, 0, : len(rank)], shape[1], rank, site.columns, 1.0))
         return SlotWriter(layout.filler(), places)
+
+
+class Staged(NamedTuple):
+    """A buffer for what moves in some slots, and what is copied from it to where."""
+
+    flats: torch.Tensor  # (slots, size)
+    b: list[torch.Tensor]  # views of all B in it
+    sources: list[torch.Tensor]
+    places: list[torch.Tensor]
+
+
+def is_b(name: str) -> bool:
+    """Whether a tensor of a layout is a B (out, rank)."""
+    return name.rpartition(".")[2] in B_PARTS
 
 
 def _slice(part: range) -> slice:

@@ -63,5 +63,6 @@ class Graphs:
 
 def _fill(buffer: torch.Tensor, values: np.ndarray, padded: int, rest: int) -> torch.Tensor:
     buffer[: len(values)].copy_(torch.from_numpy(values), non_blocking=True)
-    buffer[len(values) : padded].fill_(rest)
+    if padded > len(values):
+        buffer[len(values) : padded].fill_(rest)
     return buffer[:padded]

@@ -23,7 +23,7 @@ from zoray.engines import cpu_gated, cpu_lora, cpu_norms
 from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pack, unshared_blocks
 from zoray.engines.slots import Slots
 from zoray.engines.vllm_graphs import Graphs
-from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits
+from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits, takes_tokens
 from zoray.engines.vllm_selftest import prove_live, prove_padding
 from zoray.models import restore
 from zoray.records import ConfigError
@@ -138,7 +138,7 @@ class PackedScorer:
             return modules[0].punica_wrapper
         mapping = self.manager.punica_wrapper_mapping
         wrapper = cpu_lora.SegmentedLora(self.max_tokens, self.vllm_config.scheduler_config.max_num_seqs, self.device)
-        wrapper.used_rank = self.space.rank
+        wrapper.used_rank, wrapper.embeds = self.space.rank, any(map(takes_tokens, modules))
         for key in mapping:
             mapping[key] = wrapper
         for module in modules:

@@ -32,12 +32,12 @@ _DIGEST_CHUNK = 1 << 24  # elements hashed at a time: a few int64 copies of them
 
 
 class Moving(NamedTuple):
-    """Factors that are others for each probe: x + scale * z for every tensor of a layout, z its direction.
+    """Factors that are others for each probe: x + scale * z for every tensor of a layout.
 
     A tensor is called `<matrix>.<part>`, and is a B (out, rank) where the part is in B_PARTS, else an A (rank, in).
     """
 
-    layout: Layout
+    z: Directions
     x: torch.Tensor | None = None  # (size,) float32; none is zero
     scaled: bool = True  # else it is z alone
 
@@ -228,12 +228,25 @@ class Directions:
 
 def perturb(flat: torch.Tensor, direction: Directions, probes: Sequence[Probe]) -> torch.Tensor:
     """flat + scale * z of each of P probes, (P, size); `flat` itself for the centre (scale 0)."""
+    out = flat.new_empty(len(probes), len(flat))
+    fill(Moving(direction, flat), probes, out)
+    return out
+
+
+def fill(moving: Moving, probes: Sequence[Probe], out: torch.Tensor) -> None:
+    """What moves, for each of P probes, into `out` (P, size)."""
     import torch
 
-    direction.prepare(probes)
-    rows = [direction(probe.step, probe.index) if probe.scale else torch.zeros_like(flat) for probe in probes]
-    scales = torch.tensor([probe.scale for probe in probes], dtype=flat.dtype, device=flat.device)
-    return torch.stack(rows).mul_(scales[:, None]).add_(flat)
+    moving.z.prepare(probes)
+    for row, probe in zip(out, probes, strict=True):
+        if not moving.scaled:
+            row.copy_(moving.z(probe.step, probe.index))
+        elif probe.scale:
+            torch.mul(moving.z(probe.step, probe.index), probe.scale, out=row)
+        else:
+            row.zero_()
+    if moving.x is not None:
+        out.add_(moving.x)
 
 
 def expect(commit: Commit, step: int) -> None:

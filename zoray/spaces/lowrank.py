@@ -131,7 +131,7 @@ class LowRankState:
 
     def moving(self) -> tuple[Moving, ...]:
         """U and V; the scale is U's."""
-        return Moving(self._u_layout), Moving(self._v_layout, scaled=False)
+        return Moving(self._draw_u), Moving(self._draw_v, scaled=False)
 
     @property
     def stack_size(self) -> int:

@@ -142,7 +142,7 @@ class LozoState:
 
     def moving(self) -> tuple[Moving, ...]:
         """What is trained."""
-        return (Moving(self.layout, self.flat),)
+        return (Moving(self.direction, self.flat),)
 
     @property
     def stack_size(self) -> int:
