@@ -97,7 +97,7 @@ for space in spaces:
 
 
 def test_slots_get_what_torch_writes():
-    """By the kernel, from a buffer and one by one: every space, in every dtype of slots, with ranks that slots exceed."""
+    """By the kernel, from a buffer, one by one: every space and dtype of slots, with ranks that slots exceed."""
     done = subprocess.run(
         [sys.executable, "-c", SLOTS_SCRIPT],
         env={**os.environ, "TRITON_INTERPRET": "1"},
