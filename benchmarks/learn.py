@@ -50,67 +50,72 @@ def measure(options: dict[str, str], where: tuple[str, ...] = ()) -> dict[str, A
     e = build_experiment(compose("config", settings))
     workload = load_workload(e.spec)
     steps, every = int(options["steps"]), int(options["every"])
-    result: dict[str, Any] = {"benchmark": "learn", **options}
-    result["zoray"] = zoray_points(e, workload, steps, every)
-    result["loop"] = loop_points(e, workload, steps, every)
-    return result
+    runs = {"zoray": Tuned(e, workload, steps), "loop": Looped(e, workload)}
+    points: dict[str, list[dict[str, float]]] = {name: [run.point()] for name, run in runs.items()}
+    for number in range(1, steps + 1):
+        seen = number % every == 0 or number == steps
+        for name, run in runs.items():  # step by step in turn, so that what else the machine does meets both
+            began = time.perf_counter()
+            run.step(seen)
+            run.seconds += time.perf_counter() - began
+            if seen:
+                points[name].append(run.point())
+    return {"benchmark": "learn", **options, **points}
 
 
-def zoray_points(e: Any, workload: Any, steps: int, every: int) -> list[dict[str, float]]:
+class Tuned:
     """A replica's steps, without Ray."""
-    from zoray.records import Probe
-    from zoray.replica import Replica
-    from zoray.tiles import mean
 
-    replica = Replica(e.spec, workload)
-    stepper, seconds = Stepper(e, replica, steps), 0.0
+    def __init__(self, e: Any, workload: Any, steps: int) -> None:
+        from zoray.replica import Replica
 
-    def point() -> dict[str, float]:
-        losses, correct = zip(*replica.outcomes("dev", Probe(stepper.step, 0, 0.0)), strict=True)
-        return _point(stepper.step, seconds, stepper.tokens, mean(correct), mean(losses))
+        self.replica, self.seconds = Replica(e.spec, workload), 0.0
+        self.stepper = Stepper(e, self.replica, steps)
 
-    points = [point()]
-    for number in range(1, steps + 1):
-        began = time.perf_counter()
-        stepper.direct()
-        if number % every == 0 or number == steps:
-            replica.apply(stepper.commits[-1:])
-        seconds += time.perf_counter() - began
-        if number % every == 0 or number == steps:
-            points.append(point())
-    return points
+    def step(self, seen: bool) -> None:
+        """The next one; its commit is applied at once if the state will be `seen`."""
+        self.stepper.direct()
+        if seen:
+            self.replica.apply(self.stepper.commits[-1:])
+
+    def point(self) -> dict[str, float]:
+        """Where it is, with loss and accuracy on dev."""
+        from zoray.records import Probe
+        from zoray.tiles import mean
+
+        losses, correct = zip(*self.replica.outcomes("dev", Probe(self.stepper.step, 0, 0.0)), strict=True)
+        return _point(self.stepper.step, self.seconds, self.stepper.tokens, mean(correct), mean(losses))
 
 
-def loop_points(e: Any, workload: Any, steps: int, every: int) -> list[dict[str, float]]:
+class Looped:
     """The training loop's steps on the same examples."""
-    import torch
-    from transformers import AutoModelForCausalLM
 
-    from zoray.data import step_indices
+    def __init__(self, e: Any, workload: Any) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(workload.folder, dtype=torch.float32).eval()
-    settings = {"lr": e.optimizer.lr, "eps": e.estimator.eps, "rank": e.space.rank, "interval": e.space.interval}
-    loop = TrainingLoop(model, "lozo", **settings)
-    train, labels = workload.splits.train, tuple(example.label for example in workload.splits.train)
-    seconds, tokens = 0.0, 0
+        model = AutoModelForCausalLM.from_pretrained(workload.folder, dtype=torch.float32).eval()
+        settings = {"lr": e.optimizer.lr, "eps": e.estimator.eps, "rank": e.space.rank, "interval": e.space.interval}
+        self.loop = TrainingLoop(model, "lozo", **settings)
+        self.e, self.workload, self.seconds, self.tokens = e, workload, 0.0, 0
 
-    def point() -> dict[str, float]:
-        dev = [workload.example("dev", i) for i in range(len(workload.splits.dev))]
+    def step(self, seen: bool) -> None:
+        """The next one."""
+        from zoray.data import step_indices
+
+        train = self.workload.splits.train
+        chosen = step_indices(self.e.spec, self.loop.steps, tuple(example.label for example in train))
+        batch = [option_batch(self.workload.encoded["train"][i], train[i].label) for i in chosen]
+        self.tokens += 2 * sum(len(sequence) for sequences, _, _ in batch for sequence in sequences)
+        self.loop.step(batch)
+
+    def point(self) -> dict[str, float]:
+        """Where it is, with loss and accuracy on dev."""
+        dev = [self.workload.example("dev", i) for i in range(len(self.workload.splits.dev))]
         batches = [[option_batch(sequences, example.label)] for example, sequences in dev]
-        losses, correct = zip(*(loop.outcomes(batch)[0] for batch in batches), strict=True)
-        return _point(loop.steps, seconds, tokens, sum(correct) / len(correct), sum(losses) / len(losses))
-
-    points = [point()]
-    for number in range(1, steps + 1):
-        chosen = step_indices(e.spec, loop.steps, labels)
-        batch = [option_batch(workload.encoded["train"][i], train[i].label) for i in chosen]
-        tokens += 2 * sum(len(sequence) for sequences, _, _ in batch for sequence in sequences)
-        began = time.perf_counter()
-        loop.step(batch)
-        seconds += time.perf_counter() - began
-        if number % every == 0 or number == steps:
-            points.append(point())
-    return points
+        losses, correct = zip(*(self.loop.outcomes(batch)[0] for batch in batches), strict=True)
+        loss = sum(losses) / len(losses)
+        return _point(self.loop.steps, self.seconds, self.tokens, sum(correct) / len(correct), loss)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

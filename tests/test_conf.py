@@ -177,3 +177,19 @@ def test_conf_is_found_in_a_wheel(tmp_path):
     where = [sys.executable, "-c", "import zoray.cli; print(zoray.cli.conf_dir())"]
     done = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert Path(done.stdout.strip()) == site / "zoray" / "conf"
+
+
+@pytest.mark.parametrize(
+    ("settings", "slots"),
+    [
+        (["estimator=two_point", "estimator.pairs=1"], 2),
+        (["estimator=one_sided", "estimator.probes=8"], 9),
+        (["estimator=evolution", "estimator.population=64"], 16),
+        (["estimator=two_point", "engine.slots=5"], 5),
+    ],
+    ids=str,
+)
+def test_there_are_as_many_slots_as_a_step_has_probes(settings, slots):
+    e = build_experiment(compose("config", settings))
+    assert e.spec.engine.slots == e.spec.engine.resident == slots
+    assert e.spec is e.spec and len(e.estimator.ask(0)) in (slots, 2, 64)

@@ -19,14 +19,24 @@ from vllm.forward_context import BatchDescriptor
 from vllm.lora.punica_wrapper import punica_gpu
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
-from zoray.engines import cuda_lora, vllm_worker
-from zoray.engines.cpu_lora import SegmentedLora, join_a
-from zoray.engines.cuda_lora import CudaLora, Dense, DenseCudaLora, fill_tables, lay_side_by_side, prepare
+from zoray.engines import vllm_worker
+from zoray.engines.cpu_lora import SegmentedLora
+from zoray.engines.cuda_lora import (
+    CudaLora,
+    DenseCudaLora,
+    DenseLayer,
+    Mask,
+    fill_tables,
+    lay_out,
+    prepare,
+    slots_of_tokens,
+)
 from zoray.engines.hf import Hf
+from zoray.engines.slots import KERNELS
 from zoray.engines.vllm import Vllm
 from zoray.engines.vllm_graphs import Graphs, compilation, sizes
 from zoray.models import linear_matrices
-from zoray.records import Commit, Probe, TokenSequence
+from zoray.records import Commit, ConfigError, Probe, TokenSequence
 from zoray.spaces import Lora, Lozo
 
 SLOTS, RANK, WIDTH = 3, 2, 16
@@ -51,19 +61,15 @@ def filled(module: Any) -> Any:
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("add_inputs", [True, False])
 def test_dense_products_are_those_of_each_token_with_its_own_adapter(outs, scale, add_inputs):
-    module = layer(outs)
-    join_a([module])
-    lay_side_by_side([module])
+    module, mask = layer(outs), Mask(64, SLOTS, torch.float32, torch.device("cpu"))
+    dense = DenseLayer(mask.values, *lay_out(module))
     filled(module)
-    wrapper = Dense()
-    wrapper.open_mask(64, SLOTS, torch.float32, torch.device("cpu"))
     of_token = np.array([-1, 0, 0, 2, 2, 2, 1, -1, 0, -1])
-    wrapper.map_mask(np.full(64, 1))  # what an earlier batch has left
-    wrapper.map_mask(of_token)
-    random = torch.Generator().manual_seed(1)
-    x, y = torch.randn(10, WIDTH, generator=random), torch.randn(10, sum(outs), generator=random)
+    mask.set(np.full(64, 1))  # what an earlier batch has left
+    mask.set(of_token)
+    x, y = given(10, outs)
     found = y.clone()
-    wrapper.add_lora_linear(found, x, module.lora_a_stacked, module.lora_b_stacked, scale, outs, add_inputs=add_inputs)
+    dense.add_lora_linear(found, x, None, None, scale, outs, add_inputs=add_inputs)
     for t, slot in enumerate(of_token):
         pairs = zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)
         parts = [scale * (b[slot, 0] @ (a[slot, 0] @ x[t])) for a, b in pairs]
@@ -73,15 +79,45 @@ def test_dense_products_are_those_of_each_token_with_its_own_adapter(outs, scale
             assert torch.equal(found[t], y[t])
 
 
-def test_b_side_by_side_stays_what_it_is_for_whoever_writes_it():
-    module = layer((24, 8, 8))
-    lay_side_by_side([module])
+def given(tokens: int, outs: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(tokens, WIDTH, generator=random), torch.randn(tokens, sum(outs), generator=random)
+
+
+def test_dense_products_can_be_compiled_as_vllm_compiles():
+    """In one graph, without guards, traced at the largest number of tokens; then fewer, other slots, other adapters."""
+    outs, most = (24, 8, 8), 64
+    module, mask = layer(outs), Mask(most, SLOTS, torch.float32, torch.device("cpu"))
+    dense, weight = DenseLayer(mask.values, *lay_out(module)), torch.randn(sum(outs), WIDTH)
     filled(module)
-    assert [tuple(b.shape) for b in module.lora_b_stacked] == [(SLOTS, 1, out, RANK) for out in (24, 8, 8)]
-    whole = cuda_lora.side_by_side(module.lora_b_stacked)
-    assert whole.is_contiguous() and tuple(whole.shape) == (SLOTS, 3 * RANK, 40)
-    assert int((whole != 0).sum()) == SLOTS * RANK * 40  # blocks, and zeros beside them
-    assert torch.equal(whole[1, 2:4, 24:32], module.lora_b_stacked[1][1, 0].t())
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = x @ weight.t()
+        dense.add_lora_linear(y, x, module.lora_a_stacked, module.lora_b_stacked, 1.0, outs)
+        return y
+
+    options: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    compiled = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+    for tokens, slot in ((most, 0), (10, 2), (33, 1), (most, -1)):
+        x, _ = given(tokens, outs)
+        mask.set(np.array([slot] * (tokens - 3) + [-1, 0, 2]))
+        module.lora_b_stacked[1].mul_(-1.5)
+        if tokens == most and slot == 0:
+            torch._dynamo.mark_dynamic(x, 0)
+        with torch.inference_mode():
+            assert torch.allclose(compiled(x), forward(x), atol=1e-4)
+
+
+def test_slots_laid_out_for_one_product_stay_what_they_are_for_whoever_writes_them():
+    module = layer((24, 8, 8))
+    a, b = lay_out(module)
+    filled(module)
+    assert [tuple(part.shape) for part in module.lora_a_stacked] == [(SLOTS, 1, RANK, WIDTH)] * 3
+    assert [tuple(part.shape) for part in module.lora_b_stacked] == [(SLOTS, 1, out, RANK) for out in (24, 8, 8)]
+    assert a.is_contiguous() and tuple(a.shape) == (SLOTS, 3 * RANK, WIDTH)
+    assert b.is_contiguous() and tuple(b.shape) == (SLOTS, 3 * RANK, 40)
+    assert int((b != 0).sum()) == SLOTS * RANK * 40  # blocks, and zeros beside them
+    assert torch.equal(b[1, 2:4, 24:32], module.lora_b_stacked[1][1, 0].t())
 
 
 def kernel_meta() -> Any:
@@ -125,9 +161,9 @@ class Manager:
 
     max_num_batched_tokens, max_num_seqs, device = 64, 8, torch.device("cpu")
 
-    def __init__(self, slots: int, rank: int, special: bool) -> None:
+    def __init__(self, special: bool, dtype: torch.dtype = torch.bfloat16) -> None:
         self.lora_config = SimpleNamespace(
-            max_loras=slots, max_lora_rank=rank, lora_dtype=torch.float32, specialize_active_lora=False
+            max_loras=SLOTS, max_lora_rank=RANK, lora_dtype=dtype, specialize_active_lora=False
         )
         self.punica_wrapper_mapping = {"language_model": None, "again": None}
         self.modules = {"q": layer((24,)), "qkv": layer((24, 8, 8))}
@@ -138,32 +174,41 @@ class Manager:
             module.set_mapping = partial(setattr, module, "wrapper")
 
 
-@pytest.mark.parametrize(
-    ("slots", "rank", "kernels", "dense"),
-    [(16, 8, "auto", True), (16, 16, "auto", False), (16, 16, "dense", True), (2, 1, "punica", False)],
-)
+@pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("special", [True, False])
-def test_narrow_adapters_take_dense_products(slots, rank, kernels, dense, special, monkeypatch):
+def test_layers_get_dense_products_or_kernels_with_filled_tables(dense, special, monkeypatch):
     monkeypatch.setattr(punica_gpu, "LoRAKernelMeta", kernel_meta(), raising=False)
-    manager = Manager(slots, rank, special)
-    before = {name: module.lora_b_stacked for name, module in manager.modules.items()}
-    prepare(manager, kernels)
+    manager = Manager(special)
+    prepare(manager, dense)
     wrapper: Any = manager.punica_wrapper_mapping["again"]
     assert type(wrapper) is (DenseCudaLora if dense else CudaLora) and wrapper.linear_only is not special
-    assert {id(module.wrapper) for module in manager.modules.values()} == {id(wrapper)}
-    moved = {name for name, module in manager.modules.items() if module.lora_b_stacked is not before[name]}
-    assert moved == ({"q", "qkv"} if dense else set())
+    for name, module in manager.modules.items():
+        assert type(module.wrapper) is (DenseLayer if dense and name != "embed" else type(wrapper))
     segments = ((0, 0, 3), (1, 3, 5))
     wrapper.map_tokens(segments, 100, [0, 1], 8)  # three tokens of padding
     expected = [0, 0, 0, 1, 1, -1, -1, -1]
     if dense:
-        assert wrapper.mask.shape == (64, slots)
-        assert wrapper.mask[:8].argmax(1).tolist() == [max(slot, 0) for slot in expected]
-        assert wrapper.mask[:8].sum(1).tolist() == [1] * 5 + [0] * 3
+        assert manager.modules["q"].wrapper.mask is wrapper.mask.values
+        assert wrapper.mask.values[:8].argmax(1).tolist() == [max(slot, 0) for slot in expected]
+        assert wrapper.mask.values[:8].sum(1).tolist() == [1] * 5 + [0] * 3
     if special or not dense:
         assert wrapper.token_mapping_meta.token_lora_mapping[:8].tolist() == expected
     if special:
         assert wrapper.sampler_indices.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("dense", "special"), [(False, False), (True, True)])
+def test_float32_is_refused_where_kernels_are_needed_that_have_none(dense, special):
+    with pytest.raises(ConfigError, match=r"model.dtype=bfloat16 or float16 .* no float32"):
+        prepare(Manager(special, torch.float32), dense)
+
+
+def test_which_kernels_is_settled_before_vllm_looks_for_a_compiled_model():
+    kinds = {
+        settings: Vllm(slots=settings[0], lora_kernels=settings[2])._compiled_for(settings[1])[KERNELS]
+        for settings in [(16, 8, "auto"), (16, 16, "auto"), (16, 16, "dense"), (2, 1, "punica")]
+    }
+    assert list(kinds.values()) == ["dense", "punica", "dense", "punica"]
 
 
 def test_sizes_of_graphs():
@@ -203,7 +248,7 @@ def test_every_forward_finds_a_captured_graph_or_none():
         assert tokens <= descriptor.num_tokens <= max(64, tokens * 1.126)
         assert descriptor.has_lora and descriptor.num_active_loras == SLOTS + 1
     assert found.choose(513) == (CUDAGraphMode.NONE, BatchDescriptor(513))
-    found.on = False
+    found.plain = True
     assert found.choose(65) == (CUDAGraphMode.NONE, BatchDescriptor(65))
 
 
@@ -214,29 +259,30 @@ class PaddingDispatcher:
         return CUDAGraphMode.NONE, BatchDescriptor(-(-tokens // 32) * 32)
 
 
-class DenseCpuLora(Dense, SegmentedLora):
-    """The dense products inside vLLM's CPU worker."""
+class DenseCpuLora(SegmentedLora):
+    """The mask of dense products, set by vLLM's CPU worker."""
 
-    def map_tokens(self, segments: Any, vocabulary: int, row_slots: Any = (), padded: int = 0) -> None:
-        self.map_mask(cuda_lora.slots_of_tokens(segments, padded))
+    mask: Mask
+
+    def map_tokens(self, segments: Any, vocabulary: int, row_slots: Any = (), padded: int | None = None) -> None:
+        self.mask.set(slots_of_tokens(segments, padded or segments[-1][2]))
 
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """vLLM on the CPU with the products, the tables and the padding of the CUDA path."""
+    """vLLM on the CPU with the products and the padding of the CUDA path."""
 
     def wrapper(scorer: Any) -> Any:
-        modules = list(scorer.manager.modules.values())
-        lay_side_by_side(modules)
         made = DenseCpuLora(scorer.max_tokens, 64, scorer.device)
-        made.open_mask(scorer.max_tokens, scorer.slots, torch.float32, scorer.device)
+        made.mask = Mask(scorer.max_tokens, scorer.slots, torch.float32, scorer.device)
         scorer.runner.cudagraph_dispatcher = PaddingDispatcher()
         scorer.runner.input_ids.gpu.fill_(3)
-        for module in modules:
-            module.set_mapping(made)
+        for module in scorer.manager.modules.values():
+            module.set_mapping(DenseLayer(made.mask.values, *lay_out(module)))
         return made
 
     monkeypatch.setattr(vllm_worker.PackedScorer, "_lora_wrapper", wrapper)
+    monkeypatch.setattr(vllm_worker.cpu_lora, "join_a", lambda _: None)
     monkeypatch.setattr(vllm_worker.cpu_gated, "fuse", lambda *_: [])
 
 
@@ -256,7 +302,7 @@ def test_the_cuda_path_scores_as_the_reference(space, architecture, tiny_models,
     folder = tiny_models[architecture]
     matrices = linear_matrices(folder, "all-linear")
     engine = Vllm(slots=3, max_tokens=256, kv_cache_gib=0.25).start(folder, "float32", matrices, space, seed=3)
-    assert engine.self_test["graph_error"] < 1e-4  # padded against not padded, before the first step
+    assert engine.self_test["compiled_error"] < 1e-4  # padded against not padded, before the first step
     reference = Hf().start(folder, "float32", matrices, space, seed=3)
     for one in (engine, reference):
         one.apply([Commit(0, (0.03, -0.02))])
@@ -274,7 +320,7 @@ def test_padding_that_does_harm_is_found_and_left_out(tiny_models, as_on_cuda, m
     folder, space = tiny_models["llama"], Lora(rank=2, alpha=4)
     matrices = linear_matrices(folder, "all-linear")
     engine = Vllm(slots=3, max_tokens=256, kv_cache_gib=0.25).start(folder, "float32", matrices, space, seed=3)
-    assert "graph_error" not in engine.self_test and "CUDA graphs stay unused" in caplog.text
+    assert "compiled_error" not in engine.self_test and "CUDA graphs stay unused" in caplog.text
     reference = Hf().start(folder, "float32", matrices, space, seed=3)
     found, expected = (np.concatenate(one.score(work(0))) for one in (engine, reference))
     assert np.abs(found - expected).max() < 1e-4

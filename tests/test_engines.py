@@ -240,7 +240,7 @@ def test_request_path_mapping_of_the_cpu_kernel(engines):
     vllm, _ = engines
     scorer = vllm.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker._zoray
     probes = [Probe(2, slot, 0.5) for slot in range(SLOTS)]
-    scorer.write_slots(probes)
+    scorer.write_all(probes)
     ids = [11, 11, 0, 12, 12, 11, 13]  # vLLM adapter ids; 0 is the base model
     kinds = {(takes_tokens(m), gives_logits(m)): (name, m) for name, m in scorer.manager.modules.items()}
     assert len(kinds) == (3 if scorer.space.targets == EVERYTHING else 1)

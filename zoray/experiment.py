@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +113,17 @@ class Experiment:
                 "are folded into the base weights, so the decay towards them needs a copy"
             )
 
-    @property
+    @cached_property
     def spec(self) -> ReplicaSpec:
         """The part that a replica needs."""
+        groups = self.estimator.groups
         return ReplicaSpec(
             self.model,
             self.task,
             self.objective,
             self.space,
             self.estimator,
-            self.engine,
+            self.engine.for_probes(groups * len(self.estimator.group(0, groups - 1))),
             self.run.seed,
             self.run.data_seed,
             self.run.batch,

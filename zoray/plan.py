@@ -96,7 +96,7 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
     grid, tokens = Grid.of(e.spec, 0), step_tokens(e, workload)
     probes, most = len(e.estimator.ask(0)), max(tokens)
     sequences = scored(grid.tiles) * len(workload.encoded["train"][0])
-    slots, budget = getattr(e.engine, "slots", 0), getattr(e.engine, "max_tokens", most)
+    slots, budget = getattr(e.spec.engine, "slots", 0), getattr(e.engine, "max_tokens", most)
     ranks = getattr(e.engine, "tensor_parallel", 1)
     passes = max(1, -(-probes // slots)) if slots else probes
     forwards = max(passes, -(-int(np.mean(tokens)) // budget))
@@ -180,7 +180,7 @@ def slot_elements(
     rank = min(rank for rank in SLOT_RANKS if rank >= e.space.rank)
     leaves = {name.rpartition(".")[2] for name in chosen}
     leaves |= {leaf for fused in FUSED if leaves & fused for leaf in fused}
-    kernels, slots = getattr(e.engine, "lora_kernels", "punica"), getattr(e.engine, "slots", 0)
+    kernels, slots = getattr(e.engine, "lora_kernels", "punica"), getattr(e.spec.engine, "slots", 0)
     dense = device != "cpu" and (kernels == "dense" or (kernels == "auto" and slots * rank <= DENSE_COLUMNS))
     total = 0
     for name, (out, into) in matrices.items():

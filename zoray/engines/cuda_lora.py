@@ -20,53 +20,63 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-from zoray.engines.cpu_lora import join_a, joined
-from zoray.engines.slots import DENSE_COLUMNS
+from zoray.engines.slots import DENSE_COLUMNS, KERNELS
 from zoray.engines.vllm_layers import gives_logits, takes_tokens
+from zoray.records import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 
-class Dense:
-    """For a wrapper of vLLM's: the products of linear layers as GEMMs over all slots. A mixin, to go first."""
+class DenseLayer:
+    """What a linear layer has in place of a wrapper: its own products, as GEMMs over all slots.
 
-    mask: torch.Tensor  # (tokens, slots): 1 where a token belongs to a slot
-    slot_numbers: torch.Tensor  # (slots,)
+    It holds the whole tensors: what is traced into a compiled model must be neither a view nor looked up.
 
-    def open_mask(self, tokens: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate the mask, once: a captured graph reads it where it is."""
-        self.mask = torch.zeros(tokens, slots, dtype=dtype, device=device)
-        self.slot_numbers = torch.arange(slots, dtype=torch.int32, device=device)
+    Args:
+        mask: (tokens + 1, slots), 1 where a token belongs to a slot.
+        a: (slots, columns, in), the A of all matrices that the layer has fused one below the other.
+        b: (slots, columns, out), their B^T.
+    """
 
-    def map_mask(self, of_token: np.ndarray) -> None:
-        """The slot of each token, -1 for none."""
-        slots = torch.from_numpy(of_token.astype(np.int32)).to(self.mask.device, non_blocking=True)
-        self.mask[: len(of_token)].copy_(slots[:, None] == self.slot_numbers)
+    def __init__(self, mask: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        self.mask, self.a, self.b = mask, a.flatten(0, 1), b.flatten(0, 1)
+        self.slots, self.columns = a.shape[:2]
 
     def add_lora_linear(
         self,
         y: torch.Tensor,
         x: torch.Tensor,
-        lora_a_stacked: tuple[torch.Tensor, ...],
-        lora_b_stacked: tuple[torch.Tensor, ...],
+        lora_a_stacked: Any,
+        lora_b_stacked: Any,
         scale: float,
-        output_slices: tuple[int, ...],
+        output_slices: Any,
         *,
         buffer: Any = None,
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
         """y[t] += scale * x[t] A^T B^T for the adapter of each token t, in place; y (T, out), x (T, in)."""
-        a, b = joined(lora_a_stacked), side_by_side(lora_b_stacked)  # (slots, columns, in), (slots, columns, out)
-        slots, columns, _ = a.shape
-        low = x @ a.flatten(0, 1).t()
-        own = self.mask[: x.shape[0], :, None] * scale
-        low = (low.view(-1, slots, columns) * own).flatten(1)
+        low = (x @ self.a.t()).view(x.shape[0], self.slots, self.columns)
+        low = (low * self.mask[: x.shape[0], :, None]).flatten(1)
         if add_inputs:
-            y.addmm_(low, b.flatten(0, 1))
+            y.addmm_(low, self.b, alpha=scale)
         else:
-            torch.mm(low, b.flatten(0, 1), out=y)
+            y.copy_(low @ self.b * scale)
+
+
+class Mask:
+    """Which token belongs to which slot; allocated once, since a captured graph reads it where it is."""
+
+    def __init__(self, tokens: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        # a row more than a forward can have: a trace must not take the number of rows for that of tokens
+        self.values = torch.zeros(tokens + 1, slots, dtype=dtype, device=device)
+        self._numbers = torch.arange(slots, dtype=torch.int32, device=device)
+
+    def set(self, of_token: np.ndarray) -> None:
+        """The slot of each token, -1 for none."""
+        slots = torch.from_numpy(of_token.astype(np.int32)).to(self.values.device, non_blocking=True)
+        self.values[: len(of_token)].copy_(slots[:, None] == self._numbers)
 
 
 class CudaLora(PunicaWrapperGPU):  # type: ignore[misc]  # final to its authors' type checker only
@@ -91,22 +101,24 @@ class CudaLora(PunicaWrapperGPU):  # type: ignore[misc]  # final to its authors'
         self.update_metadata(mapping, list(range(1, self.max_loras + 1)), self.max_loras + 1, vocabulary)
 
 
-class DenseCudaLora(Dense, CudaLora):
-    """Dense products for linear layers, vLLM's kernels for an embedding and a head."""
+class DenseCudaLora(CudaLora):
+    """The same where linear layers have dense products, and only an embedding and a head use vLLM's kernels."""
+
+    mask: Mask
 
     def map_tokens(
         self, segments: Sequence[tuple[int, int, int]], vocabulary: int, row_slots: Sequence[int], padded: int
     ) -> None:
         """See CudaLora.map_tokens."""
         of_token = slots_of_tokens(segments, padded)
-        self.map_mask(of_token)
         if not self.linear_only:
             self._map_as_vllm(of_token, row_slots or [slot for slot, _, _ in segments], vocabulary)
+        self.mask.set(of_token)
 
     def update_metadata(self, mapping: LoRAMapping, lora_index_to_id: Any, *rest: Any, **kwargs: Any) -> None:
         """vLLM's request path, and its warm-up before a graph is captured."""
         super().update_metadata(mapping, lora_index_to_id, *rest, **kwargs)
-        self.map_mask(self.token_lora_indices.cpu().numpy())
+        self.mask.set(self.token_lora_indices.cpu().numpy())
 
 
 def slots_of_tokens(segments: Sequence[tuple[int, int, int]], padded: int) -> np.ndarray:
@@ -141,61 +153,68 @@ def _copy(there: torch.Tensor, values: np.ndarray) -> None:
     there.copy_(torch.from_numpy(values.astype(np.int32)), non_blocking=True)
 
 
-def lay_side_by_side(modules: Iterable[Any]) -> None:
-    """Let the B of matrices that a layer has fused be blocks of one (slots, columns, out), with zeros beside them.
+def lay_out(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """All slots of a layer's matrices as two tensors, A (slots, columns, in) and B^T (slots, columns, out).
 
-    So one product serves all of a layer's matrices. Before any graph is captured: B moves.
+    Columns are matrices * rank; B has zeros where a column is not a matrix's own, so that one product serves all of
+    them. vLLM's tensors become views of the two. Before any graph is captured: they move.
     """
-    for module in modules:
-        stacked = module.lora_b_stacked
-        slots, _, _, rank = stacked[0].shape
-        sizes = [b.shape[2] for b in stacked]
-        whole = stacked[0].new_zeros(slots, len(stacked) * rank, sum(sizes))
-        parts = zip(whole.split(rank, dim=1), range(len(sizes)), strict=True)
-        blocks = [part.split(sizes, dim=2)[i] for part, i in parts]  # (slots, rank, out of the matrix)
-        module.lora_b_stacked = tuple(block.transpose(1, 2).unsqueeze(1) for block in blocks)
-
-
-def side_by_side(stacked: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """All B of a layer that `lay_side_by_side` has seen, (slots, columns, out)."""
-    whole = stacked[0]._base
-    assert whole is not None and whole.ndim == 3, "the layer's B have not been laid side by side"
-    return whole
+    stacked_a, stacked_b = module.lora_a_stacked, module.lora_b_stacked
+    slots, _, rank, width = stacked_a[0].shape
+    sizes = [b.shape[2] for b in stacked_b]
+    a = stacked_a[0].new_zeros(slots, len(sizes) * rank, width)
+    b = stacked_b[0].new_zeros(slots, len(sizes) * rank, sum(sizes))
+    module.lora_a_stacked = tuple(part.unsqueeze(1) for part in a.split(rank, dim=1))
+    blocks = [part.split(sizes, dim=2)[i] for i, part in enumerate(b.split(rank, dim=1))]  # (slots, rank, out)
+    module.lora_b_stacked = tuple(block.transpose(1, 2).unsqueeze(1) for block in blocks)
+    return a, b
 
 
 @lru_cache(maxsize=1)
 def register() -> None:
     """Let LoRA managers that are made from now on in this process use these wrappers; once is enough.
 
-    That is before vLLM compiles the model and captures graphs. Which kernels is for the engine's config to say.
+    That is before vLLM compiles the model and captures graphs. Which kernels is for the engine's config to say; a model
+    that has been loaded by somebody else stays as it is.
     """
     original = LoRAModelManager._create_lora_modules
 
     def create(manager: Any) -> None:
         original(manager)
         config: Any = get_current_vllm_config().additional_config
-        prepare(manager, config["zoray_lora_kernels"])
+        if isinstance(config, dict) and KERNELS in config:
+            prepare(manager, dense=config[KERNELS] == "dense")
 
     LoRAModelManager._create_lora_modules = create  # type: ignore[method-assign]
 
 
-def prepare(manager: Any, kernels: str) -> None:
-    """Give a manager and its layers a wrapper of this file. `kernels`: auto, dense or punica."""
-    modules = list(manager.modules.values())
-    special = [module for module in modules if takes_tokens(module) or gives_logits(module)]
-    linear = [module for module in modules if module not in special]
-    config = manager.lora_config
-    narrow = config.max_loras * config.max_lora_rank <= DENSE_COLUMNS
-    dense = bool(linear) and (kernels == "dense" or (kernels == "auto" and narrow))
-    if dense:
-        join_a(linear)
-        lay_side_by_side(linear)
+def prepare(manager: Any, dense: bool) -> None:
+    """Give a manager and its layers what is in this file.
+
+    Raises:
+        ConfigError: vLLM's kernels are needed, and have no float32.
+    """
+    modules, config = list(manager.modules.values()), manager.lora_config
+    linear = [module for module in modules if is_linear(module)]
+    if config.lora_dtype == torch.float32 and not (dense and len(linear) == len(modules)):
+        raise ConfigError(
+            "expected model.dtype=bfloat16 or float16 where vLLM's LoRA kernels are needed, which have no float32: for "
+            f"adapters of an embedding or the LM head, and for more than {DENSE_COLUMNS} columns (engine.slots * rank)"
+        )
     kind = DenseCudaLora if dense else CudaLora
     wrapper = kind(manager.max_num_batched_tokens, manager.max_num_seqs, manager.device, lora_config=config)
-    wrapper.linear_only = not special
-    if isinstance(wrapper, DenseCudaLora):
-        wrapper.open_mask(manager.max_num_batched_tokens, config.max_loras, config.lora_dtype, manager.device)
+    wrapper.linear_only = len(linear) == len(modules)
     for key in manager.punica_wrapper_mapping:
         manager.punica_wrapper_mapping[key] = wrapper
     for module in modules:
         module.set_mapping(wrapper)
+    if isinstance(wrapper, DenseCudaLora):
+        wrapper.mask = Mask(manager.max_num_batched_tokens, config.max_loras, config.lora_dtype, manager.device)
+        for module in linear:
+            module.set_mapping(DenseLayer(wrapper.mask.values, *lay_out(module)))
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a LoRA module is a plain linear layer, fused or not."""
+    special = takes_tokens(module) or gives_logits(module)
+    return not special and isinstance(module.lora_a_stacked, tuple) and isinstance(module.lora_b_stacked, tuple)

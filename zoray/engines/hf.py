@@ -44,6 +44,10 @@ class Hf:
         require(self.deterministic is True, "engine.deterministic to be true for engine=hf", self.deterministic)
         require(self.max_length is None or self.max_length >= 8, "engine.max_length >= 8 or null", self.max_length)
 
+    def for_probes(self, probes: int) -> Hf:
+        """Itself: it has no slots."""
+        return self
+
     def length_limit(self, model_limit: int) -> int:
         """The longest sequence that this engine will score."""
         return min(model_limit, self.max_length or model_limit)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 STAGED_ELEMENTS = 1 << 26  # of a buffer for what goes into slots: 256 MiB
+KERNELS = "zoray_lora_kernels"  # in vLLM's additional_config: dense or punica
 DENSE_COLUMNS = 128  # slots * rank up to which CUDA takes dense products (cuda_lora.py); to be measured on a card
 
 
@@ -65,6 +66,12 @@ class Slots:
 
     def write(self, state: State, probes: Sequence[Probe], first: int = 0) -> None:
         """Put the factors of P probes into the slots from `first` on. The scaling enters B here and only here."""
+        import torch
+
+        with torch.inference_mode():  # buffers and views that stay are of the mode that they were made in
+            self._write(state, probes, first)
+
+    def _write(self, state: State, probes: Sequence[Probe], first: int) -> None:
         keys = {slot: state.a_key(probe) for slot, probe in enumerate(probes, start=first)}
         a_is_there = all(self._a_in.get(slot) == key for slot, key in keys.items())
         moving = state.moving()

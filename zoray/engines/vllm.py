@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoray.engines.base import Pairs
+from zoray.engines.slots import DENSE_COLUMNS, KERNELS
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     import numpy as np
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from zoray.records import Commit, Probe
     from zoray.spaces.base import Space
 
+SLOTS = 16  # where their number is not set, at most
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates slots for
 
 
@@ -29,7 +32,8 @@ class Vllm:
     """Score with vLLM, on CPU or CUDA, on the wheel as it is.
 
     Args:
-        slots: adapters that are resident together; a step with more probes is scored in several passes.
+        slots: adapters that are resident together; null is as many as a step has probes, at most 16. A step with more
+            is scored in several passes.
         max_tokens: tokens of one forward; larger plans are split.
         max_length: longest sequence; null for the model's own limit, at most `max_tokens`.
         scoring: "direct", the packed forward; or "request", vLLM's own request path, far slower: a check of the other.
@@ -43,7 +47,7 @@ class Vllm:
         load_format: "auto", or "dummy" for random weights in place of the model's: for benchmarks without any.
     """
 
-    slots: int = 16
+    slots: int | None = None
     max_tokens: int = 4096
     max_length: int | None = None
     scoring: str = "direct"
@@ -55,13 +59,14 @@ class Vllm:
     load_format: str = "auto"
 
     def __post_init__(self) -> None:
-        require(isinstance(self.slots, int) and self.slots >= 1, "engine.slots to be at least 1", self.slots)
+        ok = self.slots is None or (isinstance(self.slots, int) and self.slots >= 1)
+        require(ok, "engine.slots to be at least 1, or null", self.slots)
         require(isinstance(self.max_tokens, int) and self.max_tokens >= 64, "engine.max_tokens >= 64", self.max_tokens)
         require(self.max_length is None or self.max_length >= 8, "engine.max_length >= 8 or null", self.max_length)
-        if 3 * self.slots > self.max_tokens:
+        if 3 * self.resident > self.max_tokens:
             raise ConfigError(
                 f"expected engine.max_tokens of at least 3 x engine.slots, for the check of all slots at start; got "
-                f"{self.max_tokens} and {self.slots}"
+                f"{self.max_tokens} and {self.resident}"
             )
         require(self.tensor_parallel >= 1, "engine.tensor_parallel to be at least 1", self.tensor_parallel)
         require(self.scoring in ("direct", "request"), "engine.scoring to be direct or request", self.scoring)
@@ -69,6 +74,15 @@ class Vllm:
         kinds = ("auto", "dense", "punica")
         require(self.lora_kernels in kinds, f"engine.lora_kernels to be one of {', '.join(kinds)}", self.lora_kernels)
         require(self.kv_cache_gib > 0, "engine.kv_cache_gib to be positive", self.kv_cache_gib)
+
+    @property
+    def resident(self) -> int:
+        """How many slots there are."""
+        return self.slots or SLOTS
+
+    def for_probes(self, probes: int) -> Vllm:
+        """With slots for a step of so many probes, unless their number is set: what is not used costs time on CUDA."""
+        return self if self.slots else replace(self, slots=min(probes, SLOTS))
 
     def length_limit(self, model_limit: int) -> int:
         """The longest sequence that this engine will score."""
@@ -96,6 +110,7 @@ class Vllm:
                 os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.tensor_parallel))
         limit = self.length_limit(_model_limit(folder))
         check_lora_support(folder)
+        gc.unfreeze()  # vLLM has frozen what it made
         gc.collect()  # an engine that nobody uses any more takes vLLM's process groups with it when it is collected
         targets = space.select(matrices)
         with plain_cpu_weights() if space.folds else nullcontext():
@@ -118,15 +133,16 @@ class Vllm:
             seed=0,
             max_model_len=limit,
             max_num_batched_tokens=self.max_tokens,
-            max_num_seqs=min(max(256, 4 * self.slots), self.max_tokens),  # the self-test has 3 rows a slot
+            max_num_seqs=min(max(256, 4 * self.resident), self.max_tokens),  # the self-test has 3 rows a slot
             enforce_eager=eager,
             tensor_parallel_size=self.tensor_parallel,
             **({} if eager else {"compilation_config": compilation(self.max_tokens)}),
-            additional_config={"zoray_lora_kernels": self.lora_kernels},
+            additional_config=self._compiled_for(min(rank for rank in SLOT_RANKS if rank >= space.rank)),
+            **({} if _on_cpu() else {"gpu_memory_utilization": 0.05}),  # else all of it has to be free at start
             enable_prefix_caching=False,
             kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30),
             enable_lora=True,
-            max_loras=self.slots,
+            max_loras=self.resident,
             max_lora_rank=min(rank for rank in SLOT_RANKS if rank >= space.rank),
             lora_dtype="auto",
             lora_target_modules=sorted({name.rsplit(".", 1)[-1] for name in targets}),
@@ -135,6 +151,12 @@ class Vllm:
             skip_tokenizer_init=True,  # sequences come as tokens
             block_size=32 if _on_cpu() else None,  # CPU's own 128 is mostly padding
         )
+
+    def _compiled_for(self, rank: int) -> dict[str, str]:
+        """What decides how LoRA layers look to torch.compile: vLLM keeps compiled models on disk, by their config."""
+        dense = self.lora_kernels == "dense" or (self.lora_kernels == "auto" and self.resident * rank <= DENSE_COLUMNS)
+        source = Path(__file__).with_name("cuda_lora.py").read_bytes()
+        return {KERNELS: "dense" if dense else "punica", "zoray": hashlib.sha256(source).hexdigest()[:16]}
 
 
 class VllmEngine(Pairs):

@@ -41,11 +41,12 @@ class Graphs:
     """Which captured size a forward takes, and the buffers that its inputs have to be in."""
 
     def __init__(self, runner: Any, slots: int) -> None:
-        self.runner, self.slots, self.on = runner, slots, hasattr(runner, "cudagraph_dispatcher")
+        self.runner, self.slots = runner, slots
+        self.plain = not hasattr(runner, "cudagraph_dispatcher")  # neither graphs nor what torch has compiled
 
     def choose(self, tokens: int) -> tuple[CUDAGraphMode, BatchDescriptor]:
         """For a forward of so many tokens: (mode, descriptor); the descriptor's num_tokens has the padding in it."""
-        if not self.on:
+        if self.plain:
             return CUDAGraphMode.NONE, BatchDescriptor(tokens)
         return self.runner.cudagraph_dispatcher.dispatch(
             tokens, has_lora=True, num_active_loras=self.slots, invalid_modes={CUDAGraphMode.FULL}

@@ -24,7 +24,7 @@ from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pa
 from zoray.engines.slots import Slots
 from zoray.engines.vllm_graphs import Graphs
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits, takes_tokens
-from zoray.engines.vllm_selftest import prove_live, prove_padding
+from zoray.engines.vllm_selftest import prove_compiled, prove_live
 from zoray.models import restore
 from zoray.records import ConfigError
 
@@ -121,7 +121,7 @@ class PackedScorer:
         self.self_test = prove_live(self)
         if fused:
             self.self_test |= cpu_gated.settle(fused, self.wrapper, self.slots)
-        self.self_test |= prove_padding(self)
+        self.self_test |= prove_compiled(self)
         self.contents.forget()
 
     def reset(self, folder: str) -> None:
@@ -135,7 +135,7 @@ class PackedScorer:
         """The wrapper that maps tokens to slots; on CPU replaced by the segmented one in every LoRA layer."""
         modules = list(self.manager.modules.values())
         if self.device.type != "cpu":
-            return modules[0].punica_wrapper
+            return next(iter(self.manager.punica_wrapper_mapping.values()))
         mapping = self.manager.punica_wrapper_mapping
         wrapper = cpu_lora.SegmentedLora(self.max_tokens, self.vllm_config.scheduler_config.max_num_seqs, self.device)
         wrapper.used_rank, wrapper.embeds = self.space.rank, any(map(takes_tokens, modules))
@@ -199,6 +199,7 @@ class PackedScorer:
                 slot_mapping=slot_mapping,
                 cudagraph_runtime_mode=mode,
                 batch_descriptor=descriptor,
+                skip_compiled=self.graphs.plain,
             ),
             self.wrapper.deferring() if self.device.type == "cpu" else nullcontext(),
         ):
@@ -234,6 +235,7 @@ class PackedScorer:
     ) -> None:
         """Tell the LoRA layers the slot of each token, and the head that of each of its rows; -1 is the bare model."""
         vocabulary = self.vllm_config.model_config.get_vocab_size()
+        self.manager._last_mapping = None  # of vLLM's request path, which would else take it for what is set
         self.wrapper.map_tokens(segments, vocabulary, row_slots, padded or segments[-1][2])
 
     def _attention_metadata(self, packed: Pack, padded: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
