@@ -1,4 +1,4 @@
-"""LoRA on CUDA: few dense products over all slots where these are narrow, else vLLM's kernels, without waits.
+"""LoRA on CUDA: few dense products over all slots where these are narrow, else vLLM's kernels.
 
 x A^T is taken for the A of all slots at once, what belongs to other slots than a token's own is set to zero, and one
 product with the B of all slots adds the rest: two GEMMs and a multiplication a layer, whatever the slots' tokens, with
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class DenseLayer:
     """What a linear layer has in place of a wrapper: its own products, as GEMMs over all slots.
 
-    It holds the whole tensors: what is traced into a compiled model must be neither a view nor looked up.
+    It holds the whole tensors, since a compiled model can't find them through the views that vLLM's layers have.
 
     Args:
         mask: (tokens + 1, slots), 1 where a token belongs to a slot.

@@ -1,8 +1,7 @@
 """zoray inside a vLLM worker: adapter slots written in place, and packed scoring without the request path.
 
 Mixed into vLLM's worker class by `worker_extension_cls`, on an unmodified wheel. Everything that reaches into vLLM's
-internals is in engines/vllm*.py and engines/cpu_*.py. Tried on 0.32 (CPU); written
-against 0.26's sources as well.
+internals is in engines/vllm*.py, cpu_*.py and cuda_*.py. Tried on 0.32 (CPU); written against 0.26's sources as well.
 """
 
 from __future__ import annotations
