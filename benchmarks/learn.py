@@ -126,10 +126,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
-    for axis, key, label in zip(axes, ("seconds", "tokens"), ("seconds of steps", "forward tokens"), strict=True):
+    scales = (("seconds", 1, "seconds of steps"), ("tokens", 1000, "thousands of forward tokens"))
+    for axis, (key, unit, label) in zip(axes, scales, strict=True):
         for name, colour in (("zoray", "tab:blue"), ("loop", "tab:orange")):
-            points = result[name]
-            axis.plot([p[key] for p in points], [p["dev_loss"] for p in points], marker="o", color=colour, label=name)
+            x, y = zip(*((p[key] / unit, p["dev_loss"]) for p in result[name]), strict=True)
+            axis.plot(x, y, marker="o", color=colour, label=name)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("dev loss")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import vllm
+from tiny import tiny_work
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 from vllm.lora.punica_wrapper import punica_gpu
@@ -29,14 +30,14 @@ from zoray.engines.cuda_lora import (
     fill_tables,
     lay_out,
     prepare,
-    slots_of_tokens,
 )
 from zoray.engines.hf import Hf
+from zoray.engines.packing import slots_of_tokens
 from zoray.engines.slots import KERNELS
 from zoray.engines.vllm import Vllm
 from zoray.engines.vllm_graphs import Graphs, compilation, sizes
 from zoray.models import linear_matrices
-from zoray.records import Commit, ConfigError, Probe, TokenSequence
+from zoray.records import Commit, ConfigError
 from zoray.spaces import Lora, Lozo
 
 SLOTS, RANK, WIDTH = 3, 2, 16
@@ -286,16 +287,6 @@ def as_on_cuda(monkeypatch):
     monkeypatch.setattr(vllm_worker.cpu_gated, "fuse", lambda *_: [])
 
 
-def work(step: int) -> list[tuple[Probe, TokenSequence]]:
-    random, found = np.random.default_rng(0), []
-    for k in range(4):
-        for length in (5, 17, 9):
-            rows, targets = np.array([length - 2, length - 1]), np.array([7, 9])
-            tokens = random.integers(5, 500, length).astype(np.int32)
-            found.append((Probe(step, k, 0.1 * (k > 0)), TokenSequence(tokens, rows, targets, np.arange(2), 2)))
-    return found
-
-
 @pytest.mark.parametrize("architecture", ["llama", "opt", "qwen2"])
 @pytest.mark.parametrize("space", [Lora(rank=2, alpha=4, train="AB"), Lozo(rank=2)], ids=lambda s: type(s).__name__)
 def test_the_cuda_path_scores_as_the_reference(space, architecture, tiny_models, as_on_cuda):
@@ -306,7 +297,7 @@ def test_the_cuda_path_scores_as_the_reference(space, architecture, tiny_models,
     reference = Hf().start(folder, "float32", matrices, space, seed=3)
     for one in (engine, reference):
         one.apply([Commit(0, (0.03, -0.02))])
-    found, expected = (np.concatenate(one.score(work(1))) for one in (engine, reference))
+    found, expected = (np.concatenate(one.score(tiny_work(1))) for one in (engine, reference))
     assert np.abs(found - expected).max() < 1e-4
 
 
@@ -322,5 +313,5 @@ def test_padding_that_does_harm_is_found_and_left_out(tiny_models, as_on_cuda, m
     engine = Vllm(slots=3, max_tokens=256, kv_cache_gib=0.25).start(folder, "float32", matrices, space, seed=3)
     assert "compiled_error" not in engine.self_test and "CUDA graphs stay unused" in caplog.text
     reference = Hf().start(folder, "float32", matrices, space, seed=3)
-    found, expected = (np.concatenate(one.score(work(0))) for one in (engine, reference))
+    found, expected = (np.concatenate(one.score(tiny_work(0))) for one in (engine, reference))
     assert np.abs(found - expected).max() < 1e-4

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_work
 
 from zoray.directions import Layout, direction_torch
 from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
 from zoray.models import linear_matrices
-from zoray.records import Commit, Probe, TokenSequence
+from zoray.records import Commit, Probe
 from zoray.spaces import Lora, LowRank, Lozo
 
 pytestmark = [
@@ -98,11 +99,5 @@ def test_vllm_on_cuda_scores_as_the_reference(tiny_models, architecture, targets
     for engine in (vllm, reference):
         engine.apply([Commit(0, (0.03, -0.02))])
     assert vllm.digest() == reference.digest()
-    random, work = np.random.default_rng(0), []
-    for k in range(4):
-        for length in (5, 17, 9):
-            rows, targets_ = np.array([length - 2, length - 1]), np.array([7, 9])
-            tokens = random.integers(5, 500, length).astype(np.int32)
-            work.append((Probe(1, k, 0.1 * (k > 0)), TokenSequence(tokens, rows, targets_, np.arange(2), 2)))
-    found, expected = (np.concatenate(engine.score(work)) for engine in (vllm, reference))
+    found, expected = (np.concatenate(engine.score(tiny_work(1))) for engine in (vllm, reference))
     assert np.abs(found - expected).max() < tolerance

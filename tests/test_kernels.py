@@ -35,17 +35,17 @@ print(Layout({}).directions(0, 0, (1, 2), "gaussian").shape)
 """
 
 
-def test_directions_have_the_bits_that_torch_makes():
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def interpreted(script: str) -> list[str]:
+    """What a script prints under Triton's interpreter, which has to be chosen before Triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["True True"] * 6 + ["torch.Size([2, 0])"]
+    return done.stdout.splitlines()
+
+
+def test_directions_have_the_bits_that_torch_makes():
+    assert interpreted(SCRIPT) == ["True True"] * 6 + ["torch.Size([2, 0])"]
 
 
 SLOTS_SCRIPT = """
@@ -98,16 +98,7 @@ for space in spaces:
 
 def test_slots_get_what_torch_writes():
     """By the kernel, from a buffer, one by one: every space and dtype of slots, with ranks that slots exceed."""
-    done = subprocess.run(
-        [sys.executable, "-c", SLOTS_SCRIPT],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["equal"] * 18
+    assert interpreted(SLOTS_SCRIPT) == ["equal"] * 18
 
 
 def test_a_tensor_that_its_counters_could_not_number_is_refused():

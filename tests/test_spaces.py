@@ -14,6 +14,7 @@ import torch
 from zoray.directions import direction_numpy
 from zoray.records import Commit, ConfigError, JournalError, Probe
 from zoray.spaces import Lora, LowRank, Lozo, from_record
+from zoray.spaces.base import fill, is_b
 
 # (out, in); most tensors do not fill a whole number of blocks.
 MATRICES = {
@@ -572,10 +573,18 @@ def test_factors_of_many_probes_are_those_of_each(space):
         state.apply(Commit(step, (0.3, -0.1)))
     probes = [Probe(3, index, scale) for index, scale in ((0, 0.1), (0, -0.1), (2, 0.3), (1, 0.0))]
     single = [list(state.factors(probe)) for probe in probes]
-    together = list(state.stacked(probes))
-    assert [name for name, _, _ in together] == [name for name, _, _ in single[0]] == list(MATRICES)
-    for i, (_, a, b) in enumerate(together):
-        assert len(b) == len(probes) and len(a) in (1, len(probes))
-        for k, factors in enumerate(single):
-            assert torch.equal(a.expand(len(probes), -1, -1)[k], factors[i][1]) and torch.equal(b[k], factors[i][2])
-    assert state.stack_size >= max(b[0].numel() for _, _, b in together)
+    assert all([name for name, _, _ in factors] == list(MATRICES) for factors in single)
+    moved = set()
+    for part in state.moving():
+        layout = part.z.layout
+        fill(part, probes, flats := torch.empty(len(probes), layout.size))
+        for name, shape in layout.shapes.items():
+            moved.add((matrix := name.rpartition(".")[0], is_b(name)))
+            fill(part, probes, alone := torch.empty(len(probes), *shape), name)
+            for k, factors in enumerate(single):
+                _, a, b = factors[list(MATRICES).index(matrix)]
+                assert torch.equal(layout.views(flats, name)[k], b if is_b(name) else a)
+                assert torch.equal(alone[k], b if is_b(name) else a)
+    assert {matrix for matrix, of_b in moved if of_b} == set(MATRICES)
+    for i, matrix in enumerate(MATRICES):  # what does not move is the same for all
+        assert (matrix, False) in moved or all(torch.equal(factors[i][1], single[0][i][1]) for factors in single)

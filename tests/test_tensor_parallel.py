@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from tiny import tiny_work
 
 from zoray.engines.vllm import Vllm
 from zoray.models import linear_matrices
-from zoray.records import Commit, ConfigError, Probe, TokenSequence
+from zoray.records import Commit, ConfigError
 from zoray.spaces import Lora, Lozo
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def scores(folder: Path, architecture: str, ranks: int) -> tuple[str, np.ndarray, dict[str, float]]:
+def scores(folder: Path, ranks: int) -> tuple[str, np.ndarray, dict[str, float]]:
     """Digest and scores after a commit, and what the start-up test has measured on the first rank."""
     space = Lora(rank=2, alpha=4, train="AB")
     matrices = linear_matrices(folder)
@@ -24,13 +25,7 @@ def scores(folder: Path, architecture: str, ranks: int) -> tuple[str, np.ndarray
         folder, "float32", matrices, space, seed=3
     )
     engine.apply([Commit(0, (0.03, -0.02))])
-    random, work = np.random.default_rng(0), []
-    for k in range(4):
-        for length in (5, 17, 9):
-            rows, targets = np.array([length - 2, length - 1]), np.array([7, 9])
-            tokens = random.integers(5, 500, length).astype(np.int32)
-            work.append((Probe(1, k, 0.1 * (k > 0)), TokenSequence(tokens, rows, targets, np.arange(2), 2)))
-    found = engine.digest(), np.concatenate(engine.score(work)), engine.self_test
+    found = engine.digest(), np.concatenate(engine.score(tiny_work(1))), engine.self_test
     engine.reset()
     assert engine.step() == 0
     return found
@@ -38,7 +33,7 @@ def scores(folder: Path, architecture: str, ranks: int) -> tuple[str, np.ndarray
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_two_processes_give_the_digest_and_the_scores_of_one(architecture, tiny_models):
-    one, two = (scores(tiny_models[architecture], architecture, ranks) for ranks in (1, 2))
+    one, two = (scores(tiny_models[architecture], ranks) for ranks in (1, 2))
     assert two[0] == one[0]
     assert np.abs(two[1] - one[1]).max() < 1e-4
     assert two[2]["adapter_error"] < 1e-3

@@ -9,6 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from zoray.records import Probe, TokenSequence
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -102,6 +106,17 @@ def tiny_qwen2(folder: str | Path, seed: int = 0) -> Path:
         **IDS,
     )
     return _save(config, folder, seed, bos=False)
+
+
+def tiny_work(step: int) -> list[tuple[Probe, TokenSequence]]:
+    """Sequences of three lengths under the centre and three probes of a step, two targets each."""
+    random, work = np.random.default_rng(0), []
+    for k in range(4):
+        for length in (5, 17, 9):
+            rows, targets = np.array([length - 2, length - 1]), np.array([7, 9])
+            tokens = random.integers(5, 500, length).astype(np.int32)
+            work.append((Probe(step, k, 0.1 * (k > 0)), TokenSequence(tokens, rows, targets, np.arange(2), 2)))
+    return work
 
 
 def _save(config: PretrainedConfig, folder: str | Path, seed: int, bos: bool) -> Path:

@@ -66,8 +66,7 @@ class ReplicaActor:
     def load(self, spec: ReplicaSpec, cores: tuple[int, int] | None) -> ReplicaInfo:
         """Bind this process to the i-th run of n cores of the node, before torch starts its threads; load."""
         if cores is not None:
-            count = len(bind_cores(*cores))
-            os.environ["OMP_NUM_THREADS"] = str(count)
+            os.environ["OMP_NUM_THREADS"] = str(len(bind_cores(*cores)))
         self.replica = Replica(spec)
         return self.replica.info
 

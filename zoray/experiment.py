@@ -96,6 +96,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         """Refuse parts that do not go together."""
+        self.engine.check(self.space)
         space, batch, pairs = type(self.space).__name__.lower(), self.run.batch, self.estimator.directions
         if not self.estimator.shared and batch % pairs:
             raise ConfigError(
@@ -116,14 +117,13 @@ class Experiment:
     @cached_property
     def spec(self) -> ReplicaSpec:
         """The part that a replica needs."""
-        groups = self.estimator.groups
         return ReplicaSpec(
             self.model,
             self.task,
             self.objective,
             self.space,
             self.estimator,
-            self.engine.for_probes(groups * len(self.estimator.group(0, groups - 1))),
+            self.engine.for_probes(len(self.estimator.ask(0))),
             self.run.seed,
             self.run.data_seed,
             self.run.batch,

@@ -18,6 +18,7 @@ import numpy as np
 from zoray.cli import build_experiment, run_main
 from zoray.data import load_workload, step_indices
 from zoray.engines.packing import LOGITS_ELEMENTS
+from zoray.engines.slots import STAGED_ELEMENTS
 from zoray.models import parameters
 from zoray.records import Commit, ConfigError, Scores
 from zoray.spaces.base import CACHED_ELEMENTS
@@ -101,6 +102,9 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
     passes = max(1, -(-probes // slots)) if slots else probes
     forwards = max(passes, -(-int(np.mean(tokens)) // budget))
     at_once = min(budget, most)
+    drawn = e.space.drawn(workload.matrices)
+    staged = min(probes, slots) * drawn if device == "cpu" else 0  # the buffer for what goes into slots
+    staged = staged if staged <= STAGED_ELEMENTS else 0
     widest = max(out for out, _ in workload.matrices.values())
     copy = size * sum(out * into for out, into in matrices.values()) if getattr(e.space, "keep_base", False) else 0
     memory = {
@@ -108,11 +112,7 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
         "KV cache": int(getattr(e.engine, "kv_cache_gib", 0) * GIB),
         "adapter slots": slots * size * slot_elements(e, matrices, workload.matrices, device),
         "adapter state": 4 * e.space.kept(workload.matrices, e.optimizer.momentum > 0) + copy,
-        "directions": 4
-        * sum(
-            min(CACHED_ELEMENTS, copies * e.space.drawn(workload.matrices))
-            for copies in (e.estimator.directions, probes if device == "cpu" else 0)  # kept for the step; for its slots
-        ),
+        "directions": 4 * (min(CACHED_ELEMENTS, e.estimator.directions * drawn) + staged),
         "activations": at_once * size * (2 * widest + 4 * hidden) + 4 * min(LOGITS_ELEMENTS, at_once * vocabulary),
         "process": int(PROCESS) * (ranks if device == "cpu" else 1),
     }
@@ -174,20 +174,18 @@ def slot_elements(
 
     Where CUDA takes dense products, the B of matrices that a module has fused stand beside zeros.
     """
-    from zoray.engines.slots import DENSE_COLUMNS
-    from zoray.engines.vllm import SLOT_RANKS
+    from zoray.engines.vllm import Vllm, slot_rank
 
-    rank = min(rank for rank in SLOT_RANKS if rank >= e.space.rank)
     leaves = {name.rpartition(".")[2] for name in chosen}
     leaves |= {leaf for fused in FUSED if leaves & fused for leaf in fused}
-    kernels, slots = getattr(e.engine, "lora_kernels", "punica"), getattr(e.spec.engine, "slots", 0)
-    dense = device != "cpu" and (kernels == "dense" or (kernels == "auto" and slots * rank <= DENSE_COLUMNS))
+    engine = e.spec.engine
+    dense = device != "cpu" and isinstance(engine, Vllm) and engine.dense(e.space.rank)
     total = 0
     for name, (out, into) in matrices.items():
         leaf = name.rpartition(".")[2]
         beside = max((len(fused) for fused in FUSED if leaf in fused), default=1) if dense else 1
         total += (out * beside + into) if leaf in leaves else 0
-    return rank * total
+    return slot_rank(e.space.rank) * total
 
 
 def matmul_rate(device: str, size: int, into: int, out: int, tokens: int) -> float:

@@ -20,6 +20,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
+from zoray.engines.packing import slots_of_tokens
 from zoray.engines.slots import DENSE_COLUMNS, KERNELS
 from zoray.engines.vllm_layers import gives_logits, takes_tokens
 from zoray.records import ConfigError
@@ -89,10 +90,14 @@ class CudaLora(PunicaWrapperGPU):  # type: ignore[misc]  # final to its authors'
     ) -> None:
         """Which of `padded` tokens belong to which slot, and the slots of the rows that reach the LM head."""
         of_token = slots_of_tokens(segments, padded)
-        if not self.linear_only:
-            self._map_as_vllm(of_token, row_slots or [slot for slot, _, _ in segments], vocabulary)
+        if self.linear_only:
+            self.map_linear(of_token)
         else:
-            fill_tables(self.token_mapping_meta, of_token)
+            self._map_as_vllm(of_token, row_slots or [slot for slot, _, _ in segments], vocabulary)
+
+    def map_linear(self, of_token: np.ndarray) -> None:
+        """Which token (T,) belongs to which slot, for linear layers."""
+        fill_tables(self.token_mapping_meta, of_token)
 
     def _map_as_vllm(self, of_token: np.ndarray, of_row: Sequence[int], vocabulary: int) -> None:
         """By vLLM's own way, for layers that read more than the two tables; it waits for the device."""
@@ -106,27 +111,14 @@ class DenseCudaLora(CudaLora):
 
     mask: Mask
 
-    def map_tokens(
-        self, segments: Sequence[tuple[int, int, int]], vocabulary: int, row_slots: Sequence[int], padded: int
-    ) -> None:
-        """See CudaLora.map_tokens."""
-        of_token = slots_of_tokens(segments, padded)
-        if not self.linear_only:
-            self._map_as_vllm(of_token, row_slots or [slot for slot, _, _ in segments], vocabulary)
+    def map_linear(self, of_token: np.ndarray) -> None:
+        """See CudaLora.map_linear."""
         self.mask.set(of_token)
 
     def update_metadata(self, mapping: LoRAMapping, lora_index_to_id: Any, *rest: Any, **kwargs: Any) -> None:
         """vLLM's request path, and its warm-up before a graph is captured."""
         super().update_metadata(mapping, lora_index_to_id, *rest, **kwargs)
         self.mask.set(self.token_lora_indices.cpu().numpy())
-
-
-def slots_of_tokens(segments: Sequence[tuple[int, int, int]], padded: int) -> np.ndarray:
-    """The slot of each token, (padded,) int32; -1 for those of no adapter and for the padding."""
-    of_token = np.full(padded, -1, np.int32)
-    for slot, start, stop in segments:
-        of_token[start:stop] = slot
-    return of_token
 
 
 def fill_tables(meta: Any, of_token: np.ndarray) -> None:

@@ -48,6 +48,9 @@ class Hf:
         """Itself: it has no slots."""
         return self
 
+    def check(self, space: Space) -> None:
+        """It takes any space."""
+
     def length_limit(self, model_limit: int) -> int:
         """The longest sequence that this engine will score."""
         return min(model_limit, self.max_length or model_limit)

@@ -226,6 +226,14 @@ def _join(
     )
 
 
+def slots_of_tokens(segments: Sequence[tuple[int, int, int]], tokens: int) -> np.ndarray:
+    """The slot of each token, (tokens,) int32; -1 for those of no adapter and, if there are more, for the padding."""
+    of_token = np.full(tokens, -1, np.int32)
+    for slot, start, stop in segments:
+        of_token[start:stop] = slot
+    return of_token
+
+
 def split_outputs(flat: np.ndarray, n_outputs: np.ndarray) -> list[np.ndarray]:
     """The flat list of outputs, cut per sequence."""
     return np.split(flat, np.cumsum(n_outputs)[:-1])[: len(n_outputs)]

@@ -1,7 +1,7 @@
 """What adapter slots hold: the factors of probes, written in place on the device, all matrices at once.
 
 On CUDA one kernel makes the directions, adds the state and writes the slots (kernels.py); elsewhere they are made in a
-buffer and copied from there, or matrix by matrix where it would be too large. A that is the same for all probes is
+buffer and copied from there, or tensor by tensor where it would be too large. A that is the same for all probes is
 written where a slot does not hold it yet.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from zoray.directions import has_kernels, table_of
-from zoray.spaces.base import B_PARTS, CACHED_ELEMENTS, fill
+from zoray.spaces.base import fill, is_b
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -83,28 +83,29 @@ class Slots:
             for part in moving:
                 self._by_stage(part, probes, first)
         else:
-            self._one_by_one(state, probes, first, a_is_there)
-            a_is_there = True
+            for part in moving:
+                self._one_by_one(part, probes, first, a_is_there)
         if not a_is_there and all(is_b(name) for part in moving for name in part.z.layout.shapes):
             for name, a, _ in state.factors(probes[0]._replace(scale=0.0)):
                 site = self.sites[name]
                 site.a[first : first + len(probes), 0, : self.space.rank].copy_(a[:, _slice(site.columns)])
         self._a_in.update(keys)
 
-    def write_all(self, state: State, probes: Sequence[Probe]) -> None:
-        """Put probes into the slots from the first on, so many at a time as memory allows."""
-        at_once = max(1, CACHED_ELEMENTS // state.stack_size)
-        for start in range(0, len(probes), at_once):
-            self.write(state, probes[start : start + at_once], start)
+    def _one_by_one(self, part: Moving, probes: Sequence[Probe], first: int, a_is_there: bool) -> None:
+        """Tensor by tensor, where all at once would take too much memory."""
+        import torch
 
-    def _one_by_one(self, state: State, probes: Sequence[Probe], first: int, a_is_there: bool) -> None:
-        """Matrix by matrix, where all at once would take too much memory."""
-        rank, slots = self.space.rank, slice(first, first + len(probes))
-        for name, a, b in state.stacked(probes):
-            site = self.sites[name]
-            if not a_is_there:
-                site.a[slots, 0, :rank].copy_(a[..., _slice(site.columns)])  # one for all where they share it
-            site.b[slots, 0, :, :rank].copy_(b[:, _slice(site.rows)] * self.space.scaling)
+        rank, slots, layout = self.space.rank, slice(first, first + len(probes)), part.z.layout
+        for name, shape in layout.shapes.items():
+            if a_is_there and not is_b(name):
+                continue
+            site = self.sites[name.rpartition(".")[0]]
+            values = torch.empty(len(probes), *shape, dtype=torch.float32, device=layout.device)
+            fill(part, probes, values, name)
+            if is_b(name):
+                site.b[slots, 0, :, :rank].copy_(values[:, _slice(site.rows)] * self.space.scaling)
+            else:
+                site.a[slots, 0, :rank].copy_(values[..., _slice(site.columns)])
 
     def _by_stage(self, part: Moving, probes: Sequence[Probe], first: int) -> None:
         """All matrices at once: made in a buffer that stays, from which views that stay are copied."""
@@ -170,11 +171,6 @@ class Staged(NamedTuple):
     b: list[torch.Tensor]  # views of all B in it
     sources: list[torch.Tensor]
     places: list[torch.Tensor]
-
-
-def is_b(name: str) -> bool:
-    """Whether a tensor of a layout is a B (out, rank)."""
-    return name.rpartition(".")[2] in B_PARTS
 
 
 def _slice(part: range) -> slice:

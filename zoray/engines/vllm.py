@@ -84,6 +84,18 @@ class Vllm:
         """With slots for a step of so many probes, unless their number is set: what is not used costs time on CUDA."""
         return self if self.slots else replace(self, slots=min(probes, SLOTS))
 
+    def dense(self, rank: int) -> bool:
+        """Whether CUDA takes dense products for adapters of a rank."""
+        columns = self.resident * slot_rank(rank)
+        return self.lora_kernels == "dense" or (self.lora_kernels == "auto" and columns <= DENSE_COLUMNS)
+
+    def check(self, space: Space) -> None:
+        """Raise ConfigError if this engine can't have such a space."""
+        if self.tensor_parallel > 1 and space.folds:
+            raise ConfigError(
+                "expected engine.tensor_parallel=1 with a space that folds into the base weights; take space=lora"
+            )
+
     def length_limit(self, model_limit: int) -> int:
         """The longest sequence that this engine will score."""
         return min(model_limit, self.max_tokens, self.max_length or model_limit)
@@ -101,13 +113,9 @@ class Vllm:
 
         if dtype == "float64":
             raise ConfigError("expected model.dtype of at most 32 bits; vLLM has no float64. Take engine=hf for that")
-        if self.tensor_parallel > 1:
-            if space.folds:
-                raise ConfigError(
-                    "expected engine.tensor_parallel=1 with a space that folds into the base weights; take space=lora"
-                )
-            if _on_cpu():  # each process its share of the cores
-                os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.tensor_parallel))
+        self.check(space)
+        if self.tensor_parallel > 1 and _on_cpu():  # each process its share of the cores
+            os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.tensor_parallel))
         limit = self.length_limit(_model_limit(folder))
         check_lora_support(folder)
         gc.unfreeze()  # vLLM has frozen what it made
@@ -137,13 +145,13 @@ class Vllm:
             enforce_eager=eager,
             tensor_parallel_size=self.tensor_parallel,
             **({} if eager else {"compilation_config": compilation(self.max_tokens)}),
-            additional_config=self._compiled_for(min(rank for rank in SLOT_RANKS if rank >= space.rank)),
+            additional_config=self._compiled_for(space.rank),
             **({} if _on_cpu() else {"gpu_memory_utilization": 0.05}),  # else all of it has to be free at start
             enable_prefix_caching=False,
             kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30),
             enable_lora=True,
             max_loras=self.resident,
-            max_lora_rank=min(rank for rank in SLOT_RANKS if rank >= space.rank),
+            max_lora_rank=slot_rank(space.rank),
             lora_dtype="auto",
             lora_target_modules=sorted({name.rsplit(".", 1)[-1] for name in targets}),
             worker_extension_cls="zoray.engines.vllm_worker.ZorayWorker",
@@ -154,9 +162,8 @@ class Vllm:
 
     def _compiled_for(self, rank: int) -> dict[str, str]:
         """What decides how LoRA layers look to torch.compile: vLLM keeps compiled models on disk, by their config."""
-        dense = self.lora_kernels == "dense" or (self.lora_kernels == "auto" and self.resident * rank <= DENSE_COLUMNS)
         source = Path(__file__).with_name("cuda_lora.py").read_bytes()
-        return {KERNELS: "dense" if dense else "punica", "zoray": hashlib.sha256(source).hexdigest()[:16]}
+        return {KERNELS: "dense" if self.dense(rank) else "punica", "zoray": hashlib.sha256(source).hexdigest()[:16]}
 
 
 class VllmEngine(Pairs):
@@ -217,6 +224,11 @@ class VllmEngine(Pairs):
     def adapter(self) -> dict[str, np.ndarray]:
         """The state as float32 arrays, see base.py."""
         return self._call("zoray_adapter")
+
+
+def slot_rank(rank: int) -> int:
+    """The rank that vLLM allocates slots for where adapters have `rank`."""
+    return min(size for size in SLOT_RANKS if size >= rank)
 
 
 def in_this_process() -> None:

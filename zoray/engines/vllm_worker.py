@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from zoray.engines import cpu_gated, cpu_lora, cpu_norms
-from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pack, unshared_blocks
+from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pack, slots_of_tokens, unshared_blocks
 from zoray.engines.slots import Slots
 from zoray.engines.vllm_graphs import Graphs
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits, takes_tokens
@@ -146,7 +146,7 @@ class PackedScorer:
 
     def write_all(self, probes: Sequence[Probe]) -> None:
         """Put probes into the slots from the first on."""
-        self.contents.write_all(self.state, probes)
+        self.contents.write(self.state, probes)
         if self.device.type == "cpu":
             self.wrapper.one_a = self.contents.one_a
 
@@ -214,7 +214,7 @@ class PackedScorer:
         chunk = max(1, LOGITS_ELEMENTS // self.vllm_config.model_config.get_vocab_size())
         row_slots: list[int] = []
         if self.head_moves:
-            row_slots = _slots_of_tokens(packed.segments)[packed.rows].tolist()
+            row_slots = slots_of_tokens(packed.segments, len(packed.tokens))[packed.rows].tolist()
             chunk = min(chunk, self.vllm_config.scheduler_config.max_num_seqs)  # vLLM's buffers for rows end there
         parts = []
         for start in range(0, len(rows), chunk):
@@ -277,11 +277,6 @@ class PackedScorer:
 def _adapter_manager(runner: Any) -> Any:
     """vLLM's slot manager, behind the worker's LoRA manager."""
     return runner.lora_manager._adapter_manager
-
-
-def _slots_of_tokens(segments: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """The slot of each token of a pack, (T,)."""
-    return np.repeat([slot for slot, _, _ in segments], [stop - start for _, start, stop in segments])
 
 
 def _optional_fields(packed: Pack, device: torch.device) -> dict[str, Any]:

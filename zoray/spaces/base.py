@@ -34,7 +34,7 @@ _DIGEST_CHUNK = 1 << 24  # elements hashed at a time: a few int64 copies of them
 class Moving(NamedTuple):
     """Factors that are others for each probe: x + scale * z for every tensor of a layout.
 
-    A tensor is called `<matrix>.<part>`, and is a B (out, rank) where the part is in B_PARTS, else an A (rank, in).
+    A tensor is called `<matrix>.<part>`, and is a B (out, rank) where `is_b` says so, else an A (rank, in).
     """
 
     z: Directions
@@ -53,17 +53,8 @@ class State(Protocol):
         """(canonical name, A (rank, in), B (out, rank)) of every matrix under a probe; W + scaling * B @ A acts."""
         ...
 
-    def stacked(self, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """(canonical name, A (P or 1, rank, in), B (P, out, rank)) of every matrix under P probes at once."""
-        ...
-
     def moving(self) -> tuple[Moving, ...]:
-        """What `stacked` makes of probes, for who makes it himself; what is not in it is the same for all."""
-        ...
-
-    @property
-    def stack_size(self) -> int:
-        """How many numbers `stacked` holds for each probe at a time."""
+        """The factors of many probes at once; what is not among them is the same for all."""
         ...
 
     def a_key(self, probe: Probe) -> Hashable:
@@ -171,6 +162,11 @@ def is_embedding(name: str) -> bool:
     return name.rpartition(".")[2] in EMBEDDINGS
 
 
+def is_b(name: str) -> bool:
+    """Whether a tensor of a layout is a B (out, rank)."""
+    return name.rpartition(".")[2] in B_PARTS
+
+
 def _matches(name: str, target: str) -> bool:
     return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
 
@@ -226,27 +222,25 @@ class Directions:
         return alone.view(alone.direction(self.seed, step, index, self.distribution), name)
 
 
-def perturb(flat: torch.Tensor, direction: Directions, probes: Sequence[Probe]) -> torch.Tensor:
-    """flat + scale * z of each of P probes, (P, size); `flat` itself for the centre (scale 0)."""
-    out = flat.new_empty(len(probes), len(flat))
-    fill(Moving(direction, flat), probes, out)
-    return out
-
-
-def fill(moving: Moving, probes: Sequence[Probe], out: torch.Tensor) -> None:
-    """What moves, for each of P probes, into `out` (P, size)."""
+def fill(moving: Moving, probes: Sequence[Probe], out: torch.Tensor, name: str | None = None) -> None:
+    """What moves, for each of P probes, into `out` (P, size); or one named tensor of it (P, rows, columns)."""
     import torch
 
-    moving.z.prepare(probes)
+    z, x = moving.z, moving.x
+    z.prepare(probes)
     for row, probe in zip(out, probes, strict=True):
-        if not moving.scaled:
-            row.copy_(moving.z(probe.step, probe.index))
-        elif probe.scale:
-            torch.mul(moving.z(probe.step, probe.index), probe.scale, out=row)
-        else:
+        if moving.scaled and not probe.scale:
             row.zero_()
-    if moving.x is not None:
-        out.add_(moving.x)
+            continue
+        drawn = z(probe.step, probe.index) if name is None else z.part(probe.step, probe.index, name)
+        torch.mul(drawn, probe.scale if moving.scaled else 1.0, out=row)
+    if x is not None:
+        out.add_(x if name is None else z.layout.view(x, name))
+
+
+def perturbed(x: torch.Tensor, direction: Directions, probe: Probe) -> torch.Tensor:
+    """x + scale * z, flat; `x` itself for the centre (scale 0)."""
+    return x + direction(probe.step, probe.index) * probe.scale if probe.scale else x
 
 
 def expect(commit: Commit, step: int) -> None:

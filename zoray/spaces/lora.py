@@ -17,12 +17,12 @@ from zoray.spaces.base import (
     digest,
     expect,
     is_embedding,
-    perturb,
+    perturbed,
     select,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterator, Mapping
 
     import numpy as np
     import torch
@@ -143,9 +143,7 @@ class LoraState:
 
     def perturbed(self, probe: Probe) -> torch.Tensor:
         """state + scale * z, flat; the state itself for the centre (scale 0)."""
-        if probe.scale == 0:
-            return self.flat
-        return self.flat + self.direction(probe.step, probe.index) * probe.scale
+        return perturbed(self.flat, self.direction, probe)
 
     def tensors(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """(canonical name, A (rank, in), B (out, rank)) for each matrix, as views into `flat`; B is not yet scaled."""
@@ -157,21 +155,9 @@ class LoraState:
         """(canonical name, A (rank, in), B (out, rank)) of every matrix under a probe."""
         return self.tensors(self.perturbed(probe))
 
-    def stacked(self, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """(canonical name, A (P or 1, rank, in), B (P, out, rank)) of every matrix under P probes at once."""
-        flats = perturb(self.flat, self.direction, probes)
-        a_flats = flats if self.space.train == "AB" else self._a_flat[None]
-        for name in self.matrices:
-            yield name, self._a_layout.views(a_flats, f"{name}.lora_A"), self.layout.views(flats, f"{name}.lora_B")
-
     def moving(self) -> tuple[Moving, ...]:
         """What is trained."""
         return (Moving(self.direction, self.flat),)
-
-    @property
-    def stack_size(self) -> int:
-        """All trained tensors."""
-        return self.layout.size
 
     def a_key(self, probe: Probe) -> Hashable:
         """A never moves when only B is trained."""

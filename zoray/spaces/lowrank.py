@@ -18,7 +18,7 @@ from zoray.records import ConfigError, Probe, require
 from zoray.spaces.base import MAX_RANK, Directions, Moving, check_space, digest, expect, select
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Mapping
 
     import torch
 
@@ -117,26 +117,9 @@ class LowRankState:
         for name, a, b in self._raw(probe.step, probe.index):
             yield name, a, b * probe.scale
 
-    def stacked(self, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """(canonical name, A (P, rank, in), B (P, out, rank)) of every matrix under P probes at once."""
-        import torch
-
-        scales = torch.tensor([probe.scale for probe in probes], device=self._u_layout.device)[:, None, None]
-        self._draw_u.prepare(probes)
-        self._draw_v.prepare(probes)
-        for name in self.matrices:
-            u = [self._draw_u.part(probe.step, probe.index, f"{name}.lowrank_U") for probe in probes]
-            v = [self._draw_v.part(probe.step, probe.index, f"{name}.lowrank_V") for probe in probes]
-            yield name, torch.stack(v), torch.stack(u) * scales
-
     def moving(self) -> tuple[Moving, ...]:
         """U and V; the scale is U's."""
         return Moving(self._draw_u), Moving(self._draw_v, scaled=False)
-
-    @property
-    def stack_size(self) -> int:
-        """The factors of one matrix."""
-        return self.space.rank * max(out + into for out, into in self.matrices.values())
 
     def a_key(self, probe: Probe) -> Hashable:
         """V is of the direction's address."""

@@ -14,10 +14,20 @@ from typing import TYPE_CHECKING, ClassVar
 import zoray.spaces.fold as fold
 from zoray.directions import Layout
 from zoray.records import require
-from zoray.spaces.base import Directions, Moving, advance, as_arrays, check_space, digest_part, expect, perturb, select
+from zoray.spaces.base import (
+    Directions,
+    Moving,
+    advance,
+    as_arrays,
+    check_space,
+    digest_part,
+    expect,
+    perturbed,
+    select,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Mapping
 
     import numpy as np
     import torch
@@ -120,9 +130,7 @@ class LozoState:
 
     def perturbed(self, probe: Probe) -> torch.Tensor:
         """B + scale * U, flat."""
-        if probe.scale == 0:
-            return self.flat
-        return self.flat + self.direction(probe.step, probe.index) * probe.scale
+        return perturbed(self.flat, self.direction, probe)
 
     def tensors(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """(canonical name, V^T (rank, in), B (out, rank)) for each matrix."""
@@ -134,20 +142,9 @@ class LozoState:
         """(canonical name, A (rank, in), B (out, rank)) of every matrix under a probe."""
         return self.tensors(self.perturbed(probe))
 
-    def stacked(self, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """(canonical name, A (1, rank, in), B (P, out, rank)) of every matrix under P probes at once."""
-        flats, v = perturb(self.flat, self.direction, probes), self._v[None]
-        for name in self.matrices:
-            yield name, self._v_layout.views(v, f"{name}.lozo_V"), self.layout.views(flats, f"{name}.lozo_U")
-
     def moving(self) -> tuple[Moving, ...]:
         """What is trained."""
         return (Moving(self.direction, self.flat),)
-
-    @property
-    def stack_size(self) -> int:
-        """All of B."""
-        return self.layout.size
 
     def a_key(self, probe: Probe) -> Hashable:
         """V is the same for all probes of an interval."""
