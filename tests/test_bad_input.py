@@ -113,7 +113,7 @@ def test_layers_that_the_model_does_not_have(usual, refused):
             "expected space.keep_base=true with optimizer.anchor=0.1 and space=lowrank",
         ),
         (
-            ["space=lozo", "engine.tensor_parallel=2"],
+            ["engine=vllm", "space=lozo", "engine.tensor_parallel=2"],
             "expected engine.tensor_parallel=1 with a space that folds into the base weights",
         ),
         (["estimator=evolution", "estimator.population=7"], "expected an even estimator.population for mirrored pairs"),
