@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 from zoray.engines import cpu_gated
 from zoray.engines.cpu_gated import fuse, plain, prove_fused, settle
-from zoray.engines.cpu_lora import SegmentedLora, join_a
+from zoray.engines.cpu_lora import SegmentedLora, join
 
 SLOTS, RANK, HIDDEN, WIDTH = 4, 8, 24, 48
 EQUAL = ((1, 0, 3), (2, 3, 6), (3, 6, 9))
@@ -46,7 +46,7 @@ class Linear:
         self.wrapper, self.weight = wrapper, random(2 * WIDTH, HIDDEN)
         self.lora_a_stacked = tuple(torch.zeros(SLOTS, 1, RANK, HIDDEN) for _ in range(2))
         self.lora_b_stacked = tuple(torch.zeros(SLOTS, 1, WIDTH, RANK) for _ in range(2))
-        join_a([self])
+        join([self])
         self.used = used
 
     def write(self, scale: float = 1.0) -> None:

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from zoray.engines.cpu_lora import SegmentedLora, join_a, joined
+from zoray.engines.cpu_lora import SegmentedLora, join, joined, joined_b, shorten
 
 SLOTS, RANK, WIDTH, SIZES = 4, 8, 24, (16, 8, 8)
 EQUAL = ((1, 2, 5), (2, 5, 8), (3, 8, 11))  # (slot, first token, last + 1); tokens 0 and 1 have no adapter
@@ -34,18 +34,20 @@ def expected(y, x, a, b, segments, scale):
 
 @pytest.mark.parametrize("matrices", [1, 3])
 @pytest.mark.parametrize("one_a", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", ["", "A", "A and B"])
 @pytest.mark.parametrize("segments", [EQUAL, RAGGED, EQUAL[:1]], ids=["equal", "ragged", "single"])
 @pytest.mark.parametrize("used", [None, 5])
-def test_every_path_is_the_loop_over_tokens(matrices, one_a, fused, segments, used):
+def test_every_path_is_the_loop_over_tokens(matrices, one_a, fused, segments, used, monkeypatch):
+    monkeypatch.setattr("zoray.engines.cpu_lora.JOINED_ELEMENTS", 1 << 20 if fused == "A and B" else 0)
     module = SimpleNamespace(
         lora_a_stacked=tuple(torch.zeros(SLOTS, 1, RANK, WIDTH) for _ in range(matrices)),
         lora_b_stacked=tuple(torch.zeros(SLOTS, 1, size, RANK) for size in SIZES[:matrices]),
     )
     if fused:
-        join_a([module, SimpleNamespace()])
+        join([module, SimpleNamespace()])
         if matrices > 1:
             assert joined(module.lora_a_stacked) is joined(module.lora_a_stacked)  # no copy
+            assert (joined_b(module.lora_b_stacked) is not None) == (fused == "A and B")
     a, b = module.lora_a_stacked, module.lora_b_stacked
     for i in range(matrices):
         a[i][:, 0, :used].copy_(random(1 + i, used or RANK, WIDTH)[:1] if one_a else random(SLOTS, used or RANK, WIDTH))
@@ -72,3 +74,54 @@ def test_without_any_adapter_nothing_is_touched():
     found = y.clone()
     wrapper.add_lora_linear(found, random(11, WIDTH), (), (), 1.0, ())
     assert torch.equal(found, y)
+
+
+class UnquantizedLinearMethod:
+    """As vLLM's, by name."""
+
+
+class RowParallelLinear:
+    """A base layer of vLLM's, as far as `shorten` looks at it."""
+
+    tp_size, skip_bias_add, return_bias = 1, False, True
+
+    def __init__(self, **other) -> None:
+        self.weight, self.bias, self.quant_method = random(16, WIDTH), random(16), UnquantizedLinearMethod()
+        self.cpu_linear = torch.nn.functional.linear
+        vars(self).update(other)
+
+
+class GateLinear(RowParallelLinear):
+    """One that does more than its base."""
+
+
+def lora_layer(base: RowParallelLinear) -> SimpleNamespace:
+    wrapper = SegmentedLora(64, 16, torch.device("cpu"))
+    wrapper.map_tokens(EQUAL, 100)
+    parts = {"lora_a_stacked": (random(SLOTS, 1, RANK, WIDTH),), "lora_b_stacked": (random(SLOTS, 1, 16, RANK),)}
+    whole = {"forward": lambda x: "vLLM's own", "output_slices": (16,), "punica_wrapper": wrapper}
+    return SimpleNamespace(base_layer=base, **parts, **whole)
+
+
+def test_a_plain_layer_calls_its_product_and_its_adapters_directly():
+    layer = lora_layer(RowParallelLinear())
+    shorten(layer)
+    x = random(11, WIDTH)
+    y, bias = layer.forward(x)
+    bare = x @ layer.base_layer.weight.t() + layer.base_layer.bias
+    by_hand = expected(bare, x, layer.lora_a_stacked, layer.lora_b_stacked, EQUAL, 1.0)
+    torch.testing.assert_close(y.double(), by_hand, atol=1e-4, rtol=1e-5)
+    assert bias is None and not torch.allclose(y, bare) and layer.forward(x[None]) == "vLLM's own"
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        *(RowParallelLinear(tp_size=2), RowParallelLinear(skip_bias_add=True), RowParallelLinear(return_bias=False)),
+        *(RowParallelLinear(quant_method=object()), RowParallelLinear(cpu_linear=None), GateLinear(), None),
+    ],
+)
+def test_a_layer_that_does_more_is_left_alone(base):
+    layer = lora_layer(base)
+    shorten(layer)
+    assert layer.forward(random(11, WIDTH)) == "vLLM's own"

@@ -28,7 +28,6 @@ from zoray.engines.cuda_lora import (
     DenseLayer,
     Mask,
     fill_tables,
-    lay_out,
     prepare,
 )
 from zoray.engines.hf import Hf
@@ -36,6 +35,7 @@ from zoray.engines.packing import slots_of_tokens
 from zoray.engines.slots import KERNELS
 from zoray.engines.vllm import Vllm
 from zoray.engines.vllm_graphs import Graphs, compilation, sizes
+from zoray.engines.vllm_layers import join_a, join_b
 from zoray.models import linear_matrices
 from zoray.records import Commit, ConfigError
 from zoray.spaces import Lora, Lozo
@@ -63,7 +63,7 @@ def filled(module: Any) -> Any:
 @pytest.mark.parametrize("add_inputs", [True, False])
 def test_dense_products_are_those_of_each_token_with_its_own_adapter(outs, scale, add_inputs):
     module, mask = layer(outs), Mask(64, SLOTS, torch.float32, torch.device("cpu"))
-    dense = DenseLayer(mask.values, *lay_out(module))
+    dense = DenseLayer(mask.values, join_a(module), join_b(module))
     filled(module)
     of_token = np.array([-1, 0, 0, 2, 2, 2, 1, -1, 0, -1])
     mask.set(np.full(64, 1))  # what an earlier batch has left
@@ -89,7 +89,7 @@ def test_dense_products_can_be_compiled_as_vllm_compiles():
     """In one graph, without guards, traced at the largest number of tokens; then fewer, other slots, other adapters."""
     outs, most = (24, 8, 8), 64
     module, mask = layer(outs), Mask(most, SLOTS, torch.float32, torch.device("cpu"))
-    dense, weight = DenseLayer(mask.values, *lay_out(module)), torch.randn(sum(outs), WIDTH)
+    dense, weight = DenseLayer(mask.values, join_a(module), join_b(module)), torch.randn(sum(outs), WIDTH)
     filled(module)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_dense_products_can_be_compiled_as_vllm_compiles():
 
 def test_slots_laid_out_for_one_product_stay_what_they_are_for_whoever_writes_them():
     module = layer((24, 8, 8))
-    a, b = lay_out(module)
+    a, b = join_a(module), join_b(module)
     filled(module)
     assert [tuple(part.shape) for part in module.lora_a_stacked] == [(SLOTS, 1, RANK, WIDTH)] * 3
     assert [tuple(part.shape) for part in module.lora_b_stacked] == [(SLOTS, 1, out, RANK) for out in (24, 8, 8)]
@@ -279,11 +279,11 @@ def as_on_cuda(monkeypatch):
         scorer.runner.cudagraph_dispatcher = PaddingDispatcher()
         scorer.runner.input_ids.gpu.fill_(3)
         for module in scorer.manager.modules.values():
-            module.set_mapping(DenseLayer(made.mask.values, *lay_out(module)))
+            module.set_mapping(DenseLayer(made.mask.values, join_a(module), join_b(module)))
         return made
 
     monkeypatch.setattr(vllm_worker.PackedScorer, "_lora_wrapper", wrapper)
-    monkeypatch.setattr(vllm_worker.cpu_lora, "join_a", lambda _: None)
+    monkeypatch.setattr(vllm_worker.cpu_lora, "join", lambda _: None)
     monkeypatch.setattr(vllm_worker.cpu_gated, "fuse", lambda *_: [])
 
 

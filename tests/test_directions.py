@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from zoray import directions
 from zoray.directions import (
     ALIGNMENT,
     Layout,
+    compile_directions,
     direction_numpy,
     direction_torch,
     gaussian_quantiles,
@@ -43,6 +45,12 @@ GOLDEN_START = {
     "gaussian": [-2.1662943, 0.52907133, 0.4536647, -0.3084148, 0.13954079, -0.33483812],
 }
 SHAPES = {Q: (5, 8), V: (16, 8), "model.layers.1.mlp.up_proj.lora_B": (33, 4), "head.lora_A": (3, 129), "tail": (1, 1)}
+
+
+@pytest.fixture(autouse=True)
+def by_torch(monkeypatch):
+    """However few blocks (but one, of which no loop is compiled): what is compared with NumPy must not be NumPy."""
+    monkeypatch.setattr(directions, "FEW_BLOCKS", 1)
 
 
 def words(text: str) -> list[int]:
@@ -272,3 +280,64 @@ def test_unknown_distributions_are_refused():
         direction_torch(0, 0, 0, Q, (2, 4), "uniform")
     with pytest.raises(ConfigError, match=says):
         Layout({Q: (2, 4)}).direction(0, 0, 0, "uniform")
+
+
+# few blocks by NumPy, many by loops that torch compiles
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_few_blocks_have_the_bits_that_torch_makes(distribution, monkeypatch):
+    for address in ((7, 5, (0, 1, 9)), (0xFFFFFFFF, 2**31 + 5, (0xFFFFFFFF,)), (0, 0, ())):
+        expected = Layout(SHAPES).directions(*address, distribution)
+        monkeypatch.setattr(directions, "FEW_BLOCKS", 1 << 20)
+        monkeypatch.setattr(directions, "philox_torch", None)
+        found = Layout(SHAPES).directions(*address, distribution)
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
+        monkeypatch.undo()
+        monkeypatch.setattr(directions, "FEW_BLOCKS", 1)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """No loops at first, and none of a test's own afterwards."""
+    monkeypatch.setattr(directions, "_compiled", {})
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_compiled_directions_have_the_same_bits_and_are_compiled_once(distribution, uncompiled, monkeypatch):
+    layouts = [Layout(SHAPES), Layout({Q: (300, 70)}), Layout({"tail": (1, 1)})]
+    addresses = [(7, 5, (0, 1, 9)), (0xFFFFFFFF, 2**31 + 5, (0xFFFFFFFF,)), (0, 0, (3, 2))]
+    expected = [
+        layout.directions(seed, step, probes, distribution) for layout in layouts for seed, step, probes in addresses
+    ]
+    assert compile_directions(distribution) and directions._compiled.keys() == {distribution}
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for cut in (1 << 20, 50):  # whole, and in many pieces
+        monkeypatch.setattr("zoray.cpu_kernels.BLOCKS", cut)
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                fresh = [Layout(layout.shapes) for layout in layouts]
+                found = [
+                    layout.directions(seed, step, probes, distribution)
+                    for layout in fresh
+                    for seed, step, probes in addresses
+                ]
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    made = torch.cat([layouts[1].direction(7, 5, 2, distribution), layouts[1].direction(7, 6, 2, distribution)])
+    assert made.abs().sum() > 0 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
+    assert compile_directions(distribution) and len(directions._compiled) == 1
+
+
+def test_directions_that_could_not_be_compiled_stay_as_they_are(uncompiled, monkeypatch, caplog):
+    expected = Layout(SHAPES).direction(7, 5, 2, "rademacher")
+
+    def broken(*_, **__):
+        raise RuntimeError("no compiler")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", broken)
+        assert not compile_directions("rademacher") and "stay uncompiled: no compiler" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr("zoray.cpu_kernels.signs", lambda words, _: torch.ones(len(words), 4, 32))
+        assert not compile_directions("rademacher") and "they have other bits" in caplog.text
+    assert not directions._compiled and torch.equal(Layout(SHAPES).direction(7, 5, 2, "rademacher"), expected)

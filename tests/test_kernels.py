@@ -17,6 +17,7 @@ import torch
 from zoray import directions
 from zoray.directions import Layout
 
+directions.FEW_BLOCKS = 0
 shapes = {"q": (5, 8), "v": (16, 8), "up": (33, 4), "head": (3, 129), "tail": (1, 1), "whole": (16, 32)}
 for distribution in ("rademacher", "gaussian"):
     for seed, step, probes in ((7, 5, (0, 1, 9)), (2**32 - 1, 2**31 + 5, (2**32 - 1, 0)), (0, 0, (0,))):

@@ -15,7 +15,7 @@ FILES = {str(path.relative_to(SOURCES)): path for path in sorted(SOURCES.rglob("
 
 # A file imports only what stands before it. A new file takes its place in this list and in the README's tree.
 ORDER = [
-    *("__init__", "records", "signatures", "kernels", "directions", "tiles"),
+    *("__init__", "records", "signatures", "kernels", "cpu_kernels", "directions", "tiles"),
     *("spaces.base", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces", "models"),
     *("estimators", "optimizers", "journal", "objectives"),
     *("tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
@@ -25,13 +25,13 @@ ORDER = [
         "engines.packing",
         "engines.slots",
         "engines.base",
+        "engines.vllm_layers",
         "engines.cpu_lora",
         "engines.cpu_gated",
         "engines.cpu_norms",
         "engines.hf",
     ),
     *(
-        "engines.vllm_layers",
         "engines.cuda_lora",
         "engines.vllm_graphs",
         "engines.vllm_selftest",

@@ -13,6 +13,7 @@ normal quantile at (word + 1/2) / 65536 by table, because log and cos differ in 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from functools import lru_cache
 from itertools import pairwise
@@ -28,15 +29,20 @@ if TYPE_CHECKING:
 
     import torch
 
+    from zoray.cpu_kernels import Loops
     from zoray.kernels import Filler
 
 Distribution = Literal["rademacher", "gaussian"]
 BLOCK_ELEMENTS: dict[str, int] = {"rademacher": 128, "gaussian": 8}
+MANY_ELEMENTS = 1 << 18  # of a direction, from which on compiling pays
+FEW_BLOCKS = 1 << 10  # up to which NumPy is faster than torch, whose operations cost more to call
 ALIGNMENT = 128  # elements: a multiple of every distribution's block, so that tensors of a Layout share no block
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+_compiled: dict[str, Loops] = {}  # distribution -> what makes its directions on the CPU of this process
+log = logging.getLogger(__name__)
 _QUANTILES_SHA256 = "1cfbba1e07e34386a57626f82aeb43e6ed54ba70a3ea6b7d964dc66a841074a8"
 
 
@@ -51,20 +57,23 @@ def check_distribution(distribution: str) -> None:
 
 
 def philox_numpy(counter: Sequence[np.ndarray | int], key: Sequence[np.ndarray | int], rounds: int = 10) -> np.ndarray:
-    """Philox4x32 on broadcastable unsigned words: 4 counter words and 2 key words -> (..., 4) uint32."""
+    """Philox4x32 on broadcastable unsigned words: 4 counter words and 2 key words -> (..., 4) uint32.
+
+    Both halves of a round go through one operation each, (c2, c0) being the even words and (c1, c3) the odd ones.
+    """
+    c0, c1, c2, c3, k0, k1 = (np.asarray(word, np.uint64) for word in (*counter, *key))
+    shape = np.broadcast_shapes(*(word.shape for word in (c0, c1, c2, c3, k0, k1)))
+    even, odd, keys, multipliers, weyl = np.empty((5, 2, *shape), np.uint64)
+    pairs = ((even, c2, c0), (odd, c1, c3), (keys, k0, k1), (multipliers, *_MULTIPLIERS[::-1]), (weyl, *_WEYL))
+    for pair, first, second in pairs:
+        pair[0], pair[1] = first, second
     mask, shift = np.uint64(_MASK), np.uint64(32)
-    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
-    k0, k1 = (np.asarray(word, dtype=np.uint64) for word in key)
     for _ in range(rounds):
-        product0, product1 = c0 * np.uint64(_MULTIPLIERS[0]), c2 * np.uint64(_MULTIPLIERS[1])
-        c0, c1, c2, c3 = (
-            (product1 >> shift) ^ c1 ^ k0,
-            product1 & mask,
-            (product0 >> shift) ^ c3 ^ k1,
-            product0 & mask,
-        )
-        k0, k1 = (k0 + np.uint64(_WEYL[0])) & mask, (k1 + np.uint64(_WEYL[1])) & mask
-    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1).astype(np.uint32)
+        product = even * multipliers
+        even = ((product >> shift) ^ odd ^ keys)[::-1]
+        odd = product & mask
+        keys = (keys + weyl) & mask
+    return np.stack([even[1], odd[0], even[0], odd[1]], axis=-1).astype(np.uint32)
 
 
 def philox_torch(counter: Sequence[torch.Tensor | int], key: Sequence[torch.Tensor | int], rounds: int = 10):
@@ -121,13 +130,17 @@ def direction_numpy(
     first = start // per_block
     blocks = np.arange(first, -(-stop // per_block), dtype=np.uint64)
     words = philox_numpy((blocks, probe, step, tensor >> 32), (seed, tensor & _MASK))
-    if distribution == "rademacher":
-        bits = (words[..., None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
-        values = np.float32(1) - np.float32(2) * bits.astype(np.float32)
-    else:
-        halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=-1)
-        values = gaussian_quantiles()[halves]
-    return values.reshape(-1)[start - first * per_block : stop - first * per_block]
+    values = _elements_numpy(words, distribution)
+    return values[start - first * per_block : stop - first * per_block]
+
+
+def _elements_numpy(words: np.ndarray, distribution: str) -> np.ndarray:
+    """(..., n, 4) words -> (..., n * elements of a block) float32."""
+    words = np.ascontiguousarray(words, "<u4").reshape(*words.shape[:-2], 4 * words.shape[-2])
+    if distribution == "gaussian":
+        return gaussian_quantiles()[words.view("<u2")]
+    signs = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little").astype(np.float32)
+    return np.subtract(np.float32(1), np.multiply(signs, np.float32(2), out=signs), out=signs)
 
 
 def _elements_torch(words: torch.Tensor, distribution: str) -> torch.Tensor:
@@ -154,7 +167,8 @@ def _signs_on(device: torch.device) -> torch.Tensor:
 def _quantiles_on(device: torch.device) -> torch.Tensor:
     import torch
 
-    return torch.from_numpy(gaussian_quantiles()).to(device)
+    with torch.inference_mode(False):  # else torch would compile for another kind of tensors
+        return torch.from_numpy(gaussian_quantiles()).to(device)
 
 
 def table_of(distribution: str, device: torch.device) -> torch.Tensor | None:
@@ -165,6 +179,31 @@ def table_of(distribution: str, device: torch.device) -> torch.Tensor | None:
 def has_kernels(device: torch.device) -> bool:
     """Whether directions are made by the kernels of kernels.py."""
     return device.type == "cuda"
+
+
+def compile_directions(distribution: str) -> bool:
+    """Let torch compile what makes a distribution's directions on the CPU, for this process; whether it could.
+
+    They have the same bits, which is tried on the spot, several times as fast. It takes seconds, once a process.
+    """
+    import torch
+
+    from zoray.cpu_kernels import Loops
+
+    check_distribution(distribution)
+    layout = Layout({"a": (3, 129), "b": (FEW_BLOCKS + 1, BLOCK_ELEMENTS[distribution])})
+    address = (7, 2**31 + 5, (0, 2**32 - 1), distribution)
+    kept = _compiled.pop(distribution, None)
+    expected, why = layout.directions(*address), "they have other bits"
+    try:
+        _compiled[distribution] = kept or Loops(distribution == "gaussian")
+        if torch.equal(layout.directions(*address), expected):
+            return True
+    except Exception as error:  # no compiler, a broken one: what it would have sped up works without
+        why = str(error).split("\n")[0]
+    log.warning("directions stay uncompiled: %s", why)
+    _compiled.pop(distribution, None)
+    return False
 
 
 class Layout:
@@ -211,7 +250,9 @@ class Layout:
             blocks = torch.cat([torch.arange(int(n)) for n in counts] or [torch.empty(0, dtype=torch.int64)])
             low = torch.tensor([h & _MASK for h in hashes], dtype=torch.int64).repeat_interleave(counts)
             high = torch.tensor([h >> 32 for h in hashes], dtype=torch.int64).repeat_interleave(counts)
-            self._counters[distribution] = (blocks.to(self.device), low.to(self.device), high.to(self.device))
+            with torch.inference_mode(False):  # as the quantiles
+                parts = (part.clone().to(self.device) for part in (blocks, low, high))
+                self._counters[distribution] = tuple(parts)  # type: ignore[assignment]
         return self._counters[distribution]
 
     def direction(self, seed: int, step: int, probe: int, distribution: str) -> torch.Tensor:
@@ -228,8 +269,16 @@ class Layout:
         if has_kernels(self.device):
             return self.filler()(seed, step, probes, table_of(distribution, self.device))
         blocks, low, high = self._block_counters(distribution)
-        index = torch.tensor(list(probes), dtype=torch.int64, device=self.device)[:, None]
-        flats = _elements_torch(philox_torch((blocks, index, step, high), (seed, low)), distribution)
+        loops = _compiled.get(distribution) if self.device.type == "cpu" else None
+        if self.device.type == "cpu" and len(probes) * len(blocks) <= FEW_BLOCKS:
+            index = np.array(probes, np.uint64)[:, None]
+            words = philox_numpy((blocks.numpy(), index, step, high.numpy()), (seed, low.numpy()))
+            flats = torch.from_numpy(_elements_numpy(words, distribution))
+        elif loops is not None:
+            flats = loops(blocks, low, high, seed, step, probes, table_of(distribution, self.device))
+        else:
+            index = torch.tensor(list(probes), dtype=torch.int64, device=self.device)[:, None]
+            flats = _elements_torch(philox_torch((blocks, index, step, high), (seed, low)), distribution)
         if len(self._padding):
             flats.index_fill_(1, self._padding, 0.0)
         return flats

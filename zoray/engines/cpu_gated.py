@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zoray.engines.cpu_lora import FUSED_ELEMENTS, FUSED_RANK, SegmentedLora
+from zoray.engines.cpu_lora import FUSED_ELEMENTS, FUSED_RANK, SegmentedLora, joined_b
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,8 +81,10 @@ def fuse(model: Any, wrapper: SegmentedLora, rank: int) -> list[Any]:
     if not mlps or rank > FUSED_RANK or compiled() is None:
         return []
     for mlp in mlps:
-        slots = [b[:, 0].transpose(1, 2).contiguous() for b in mlp.gate_up_proj.lora_b_stacked]  # (slots, rank, width)
-        mlp.gate_up_proj.lora_b_stacked = tuple(b.transpose(1, 2).unsqueeze(1) for b in slots)
+        linear = mlp.gate_up_proj
+        if joined_b(linear.lora_b_stacked) is None:  # else its B^T has rows in memory already
+            slots = [b[:, 0].transpose(1, 2).contiguous() for b in linear.lora_b_stacked]  # (slots, rank, width)
+            linear.lora_b_stacked = tuple(b.transpose(1, 2).unsqueeze(1) for b in slots)
         mlp.act_fn._forward_method = GatedActivation(wrapper, mlp.act_fn._forward_method)
     wrapper.gated = frozenset(id(mlp.gate_up_proj.lora_b_stacked) for mlp in mlps)
     return mlps

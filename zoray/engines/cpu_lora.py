@@ -13,16 +13,20 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from zoray.engines.vllm_layers import join_a, join_b
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 FUSED_ELEMENTS = 1 << 18  # of a layer's output from which on they are left to the activation
+PLAIN = ("ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear", "RowParallelLinear")
 FUSED_RANK = 8  # the largest rank whose products with B an activation takes over
+JOINED_ELEMENTS = 1 << 15  # of a slot's B, with the zeros between matrices, up to which one product beats several
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,15 @@ class Held:
     output: int  # address of its data
     low: tuple[torch.Tensor, torch.Tensor]  # (S, L, rank)
     b: tuple[torch.Tensor, torch.Tensor]  # (S, rank, width)
+
+
+class Views(NamedTuple):
+    """A layer's tensors as the products over some slots take them."""
+
+    stacked_b: tuple[torch.Tensor, ...]  # whose they are
+    a: torch.Tensor  # A^T of all its matrices: (in, columns) where the slots share it, else (S, in, columns)
+    b: tuple[tuple[slice | None, slice | None, torch.Tensor], ...]  # (of low, of the output, B^T (S, used, out))
+    rank: int  # columns of a matrix
 
 
 class SegmentedLora(PunicaWrapperCPU):
@@ -45,6 +58,7 @@ class SegmentedLora(PunicaWrapperCPU):
     gated: frozenset[int] = frozenset()  # ids of the B whose products an activation adds (cpu_gated.py)
     _deferring = _however_small = False
     _held: Held | None = None
+    _slots: tuple[int, int, bool] = (0, 0, False)  # (first, how many, whether with one A) that `_views` are for
     _equal: tuple[int, int, int] | None = None  # (first slot, slots, tokens of each) where segments are alike
 
     def map_tokens(
@@ -94,40 +108,70 @@ class SegmentedLora(PunicaWrapperCPU):
         if not self.segments:
             return
         begin, stop = self.segments[0][1], self.segments[-1][2]  # tokens of no adapter come before
-        a, rank = joined(lora_a_stacked), lora_a_stacked[0].shape[2]
-        used = rank if self.used_rank is None else self.used_rank
-        low = self._lower(x, a, begin, stop)
-        equal = self._equal
-        waits = self._deferring and id(lora_b_stacked) in self.gated and scale == 1.0
-        waits = waits and (y.numel() >= FUSED_ELEMENTS or self._however_small)
-        # all rows, in several runs of several tokens: one of either would be compiled for anew
-        if waits and equal is not None and (begin, stop) == (0, len(y)) and min(equal[1:]) > 1:
-            self._hold(y, low, lora_b_stacked, equal, rank, used)
+        whole = stop - begin == len(y)
+        if not whole:
+            x, y = x[begin:stop], y[begin:stop]
+        if self._equal is None:
+            self._by_runs(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
             return
-        offset = 0
-        for i, (b, size) in enumerate(zip(lora_b_stacked, output_slices, strict=True)):
-            narrow, wide = low[:, i * rank : i * rank + used], y[:, offset : offset + size]
-            offset += size
-            if equal is not None:
-                first, count, length = equal
-                b_of = b[first : first + count, 0, :, :used].transpose(1, 2)
-                wide[begin:stop].view(count, length, size).baddbmm_(narrow.view(count, length, used), b_of, alpha=scale)
-                continue
-            for slot, start, end in self.segments:
-                wide[start:end].addmm_(narrow[start - begin : end - begin], b[slot, 0, :, :used].t(), alpha=scale)
+        first, count, length = self._equal
+        views = self._views_of(lora_a_stacked, lora_b_stacked, first, count)
+        low = (x @ views.a).view(count, length, -1) if self.one_a else torch.bmm(x.view(count, length, -1), views.a)
+        # all rows, in several runs of several tokens: one of either would be compiled for anew
+        waits = self._deferring and id(lora_b_stacked) in self.gated and whole and scale == 1.0
+        if waits and min(count, length) > 1 and (y.numel() >= FUSED_ELEMENTS or self._however_small):
+            self._hold(y, low, views)
+            return
+        out = y.view(count, length, -1)
+        for columns, rows, b in views.b:
+            part = out if rows is None else out[..., rows]
+            part.baddbmm_(low if columns is None else low[..., columns], b, alpha=scale)
 
-    def _lower(self, x: torch.Tensor, a: torch.Tensor, begin: int, stop: int) -> torch.Tensor:
-        """x A^T of the tokens from `begin` to `stop`, (tokens, matrices * rank), for A (slots, matrices * rank, in)."""
-        if self.one_a:
-            return x[begin:stop] @ a[self.segments[0][0]].t()
-        if self._equal is not None:
-            first, count, length = self._equal
-            inputs = x[begin:stop].view(count, length, -1)
-            return torch.bmm(inputs, a[first : first + count].transpose(1, 2)).flatten(0, 1)
-        low = x.new_empty(stop - begin, a.shape[1])
+    def _by_runs(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        stacked_a: tuple[torch.Tensor, ...],
+        stacked_b: tuple[torch.Tensor, ...],
+        scale: float,
+        sizes: tuple[int, ...],
+    ) -> None:
+        """The same for runs of any lengths, one after another; x and y begin with the first run."""
+        a, rank, begin = joined(stacked_a), stacked_a[0].shape[2], self.segments[0][1]
+        low = x @ a[self.segments[0][0]].t() if self.one_a else x.new_empty(len(x), a.shape[1])
         for slot, start, end in self.segments:
-            torch.mm(x[start:end], a[slot].t(), out=low[start - begin : end - begin])
-        return low
+            run, offset = slice(start - begin, end - begin), 0
+            if not self.one_a:
+                torch.mm(x[run], a[slot].t(), out=low[run])
+            for i, (b, size) in enumerate(zip(stacked_b, sizes, strict=True)):
+                used = b[slot, 0, :, : self.used_rank].t()
+                narrow = low[run, i * rank : i * rank + len(used)]
+                y[run, offset : offset + size].addmm_(narrow, used, alpha=scale)
+                offset += size
+
+    def _views_of(
+        self, stacked_a: tuple[torch.Tensor, ...], stacked_b: tuple[torch.Tensor, ...], first: int, count: int
+    ) -> Views:
+        """A layer's tensors as the products take them; kept while the same slots are in use."""
+        if self._slots != (slots := (first, count, self.one_a)):
+            self._slots, self._views = slots, {}
+        views = self._views.get(id(stacked_b))
+        if views is None or views.stacked_b is not stacked_b:
+            some, a, rank = slice(first, first + count), joined(stacked_a), stacked_a[0].shape[2]
+            kept = a[first].t() if self.one_a else a[some].transpose(1, 2)
+            parts: list[tuple[slice | None, slice | None, torch.Tensor]] = []
+            offset, block = 0, joined_b(stacked_b)
+            if block is not None:
+                parts.append((None, None, block[some]))
+            for i, b in enumerate(stacked_b if block is None else ()):
+                used = b[some, 0, :, : self.used_rank].transpose(1, 2)
+                low, high = slice(i * rank, i * rank + used.shape[1]), slice(offset, offset + b.shape[2])
+                one = len(stacked_b) == 1
+                parts.append((None if one and used.shape[1] == rank else low, None if one else high, used))
+                offset += b.shape[2]
+            views = Views(stacked_b, kept, tuple(parts), rank)
+            self._views[id(stacked_b)] = views
+        return views
 
     @contextmanager
     def deferring(self, however_small: bool = False) -> Iterator[None]:
@@ -153,22 +197,13 @@ class SegmentedLora(PunicaWrapperCPU):
         if self._held is not None:
             raise RuntimeError("an activation did not take the adapters that were left to it")
 
-    def _hold(
-        self,
-        y: torch.Tensor,
-        low: torch.Tensor,
-        stacked: tuple[torch.Tensor, ...],
-        equal: tuple[int, int, int],
-        rank: int,
-        used: int,
-    ) -> None:
-        """Leave the products of x A^T, `low` (tokens, 2 * rank), with B to the activation of y."""
+    def _hold(self, y: torch.Tensor, low: torch.Tensor, views: Views) -> None:
+        """Leave the products of x A^T, `low` (S, L, 2 * rank), with B to the activation of y."""
         self._check_taken()
-        first, count, length = equal
-        low = low.view(count, length, -1)
-        low_gate, low_up = low[..., :used], low[..., rank : rank + used]
-        gate, up = (b[first : first + count, 0, :, :used].transpose(1, 2) for b in stacked)
-        self._held = Held(y.data_ptr(), (low_gate, low_up), (gate, up))
+        first, count, _ = self._slots
+        gate, up = (b[first : first + count, 0, :, : self.used_rank].transpose(1, 2) for b in views.stacked_b)
+        used = gate.shape[1]
+        self._held = Held(y.data_ptr(), (low[..., :used], low[..., views.rank : views.rank + used]), (gate, up))
 
     def _set(self, segments: tuple[tuple[int, int, int], ...]) -> None:
         self.segments, self._equal = segments, None
@@ -203,24 +238,56 @@ class SegmentedLora(PunicaWrapperCPU):
             y[start:end, : b.shape[0]].addmm_(low.to(y.dtype), b.t().to(y.dtype), alpha=scale)
 
 
-def join_a(modules: Iterable[Any]) -> None:
-    """Let the A of matrices that a layer has fused be views of one tensor, (slots, matrices * rank, in)."""
+def join(modules: Iterable[Any]) -> None:
+    """Let the A of matrices that a layer has fused lie in one tensor; and their B, beside zeros, where it is small."""
     for module in modules:
         stacked = getattr(module, "lora_a_stacked", None)
         if isinstance(stacked, tuple) and len(stacked) > 1 and len({a.shape for a in stacked}) == 1:
-            slots, _, rank, width = stacked[0].shape
-            whole = stacked[0].new_zeros(slots, len(stacked) * rank, width)
-            module.lora_a_stacked = tuple(part.unsqueeze(1) for part in whole.split(rank, dim=1))
+            columns, width = len(stacked) * stacked[0].shape[2], sum(b.shape[2] for b in module.lora_b_stacked)
+            join_a(module)
+            if columns * width <= JOINED_ELEMENTS:
+                join_b(module)
+
+
+def shorten(module: Any) -> None:
+    """Let a linear layer call its product and its adapters directly, past what only GPUs and many ranks need.
+
+    A layer that is not a plain one (quantised, shared out, with an output for whoever adds the bias) stays as it is.
+    """
+    base: Any = getattr(module, "base_layer", None)
+    whole = module.forward
+    product = getattr(base, "cpu_linear", None)
+    if product is None or type(base).__name__ not in PLAIN or base.tp_size > 1:
+        return
+    if type(base.quant_method).__name__ != "UnquantizedLinearMethod" or base.skip_bias_add or not base.return_bias:
+        return
+
+    def forward(x: torch.Tensor) -> Any:
+        if x.ndim != 2:
+            return whole(x)
+        y = product(x, base.weight, base.bias)
+        stacked = module.lora_a_stacked, module.lora_b_stacked
+        module.punica_wrapper.add_lora_linear(y, x, *stacked, 1.0, module.output_slices)
+        return y, None
+
+    module.forward = forward
 
 
 def joined(stacked: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """All A of a layer as one tensor, (slots, matrices * rank, in); no copy where `join_a` has seen the layer."""
+    """All A of a layer as one tensor, (slots, matrices * rank, in); no copy where `join` has seen the layer."""
     if len(stacked) == 1:
         return stacked[0][:, 0]
     whole, (_, _, rank, _) = stacked[0]._base, stacked[0].shape
     if whole is not None and whole.ndim == 3 and whole.shape[1] == len(stacked) * rank:
         return whole
     return torch.cat([a[:, 0] for a in stacked], dim=1)
+
+
+def joined_b(stacked: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    """All B^T of a layer as one tensor, (slots, matrices * rank, out) with zeros between, if it is laid out so."""
+    whole, columns = stacked[0]._base, len(stacked) * stacked[0].shape[3]
+    fits = len(stacked) > 1 and whole is not None and whole.shape[1:] == (columns, sum(b.shape[2] for b in stacked))
+    return whole if fits else None
 
 
 def _runs(slots: torch.Tensor) -> tuple[tuple[int, int, int], ...]:

@@ -22,7 +22,7 @@ from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
 from zoray.engines.packing import slots_of_tokens
 from zoray.engines.slots import DENSE_COLUMNS, KERNELS
-from zoray.engines.vllm_layers import gives_logits, takes_tokens
+from zoray.engines.vllm_layers import gives_logits, join_a, join_b, takes_tokens
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:
@@ -145,23 +145,6 @@ def _copy(there: torch.Tensor, values: np.ndarray) -> None:
     there.copy_(torch.from_numpy(values.astype(np.int32)), non_blocking=True)
 
 
-def lay_out(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """All slots of a layer's matrices as two tensors, A (slots, columns, in) and B^T (slots, columns, out).
-
-    Columns are matrices * rank; B has zeros where a column is not a matrix's own, so that one product serves all of
-    them. vLLM's tensors become views of the two. Before any graph is captured: they move.
-    """
-    stacked_a, stacked_b = module.lora_a_stacked, module.lora_b_stacked
-    slots, _, rank, width = stacked_a[0].shape
-    sizes = [b.shape[2] for b in stacked_b]
-    a = stacked_a[0].new_zeros(slots, len(sizes) * rank, width)
-    b = stacked_b[0].new_zeros(slots, len(sizes) * rank, sum(sizes))
-    module.lora_a_stacked = tuple(part.unsqueeze(1) for part in a.split(rank, dim=1))
-    blocks = [part.split(sizes, dim=2)[i] for i, part in enumerate(b.split(rank, dim=1))]  # (slots, rank, out)
-    module.lora_b_stacked = tuple(block.transpose(1, 2).unsqueeze(1) for block in blocks)
-    return a, b
-
-
 @lru_cache(maxsize=1)
 def register() -> None:
     """Let LoRA managers that are made from now on in this process use these wrappers; once is enough.
@@ -203,7 +186,7 @@ def prepare(manager: Any, dense: bool) -> None:
     if isinstance(wrapper, DenseCudaLora):
         wrapper.mask = Mask(manager.max_num_batched_tokens, config.max_loras, config.lora_dtype, manager.device)
         for module in linear:
-            module.set_mapping(DenseLayer(wrapper.mask.values, *lay_out(module)))
+            module.set_mapping(DenseLayer(wrapper.mask.values, join_a(module), join_b(module)))
 
 
 def is_linear(module: Any) -> bool:

@@ -211,7 +211,8 @@ def _join(
     segments = zip(slots[edges[:-1]].tolist(), starts[edges[:-1]].tolist(), starts[edges[1:]].tolist(), strict=True)
     n_targets = table.n_targets[chosen]
     asked = ranges(table.first_target[chosen], n_targets)
-    rows, target_rows = np.unique(table.rows[asked] + np.repeat(starts[:-1] - context, n_targets), return_inverse=True)
+    places = table.rows[asked] + np.repeat(starts[:-1] - context, n_targets)  # ascending
+    new = np.diff(places, prepend=-1) > 0
     return Pack(
         tokens=table.tokens[ranges(table.first_token[chosen] + context, lengths)],
         positions=ranges(context, lengths),
@@ -219,8 +220,8 @@ def _join(
         context=context.astype(np.int32),
         blocks=blocks,
         segments=tuple(segments),
-        rows=rows,
-        target_rows=target_rows.astype(np.int64),
+        rows=places[new],
+        target_rows=np.cumsum(new) - 1,
         targets=table.targets[asked],
         outputs=table.outputs[asked] + np.repeat(first_output, n_targets),
     )

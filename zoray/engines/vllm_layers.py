@@ -43,6 +43,29 @@ def slots_of(module: Any) -> list[Pair]:
     return [Pair(*pair) for pair in zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)]
 
 
+def join_a(module: Any) -> torch.Tensor:
+    """Let the A of a linear layer's matrices, empty yet, be views of one tensor, (slots, matrices * rank, in)."""
+    stacked = module.lora_a_stacked
+    slots, _, rank, width = stacked[0].shape
+    a = stacked[0].new_zeros(slots, len(stacked) * rank, width)
+    module.lora_a_stacked = tuple(part.unsqueeze(1) for part in a.split(rank, dim=1))
+    return a
+
+
+def join_b(module: Any) -> torch.Tensor:
+    """The same for their B^T, (slots, matrices * rank, out), with zeros where a column is not a matrix's own.
+
+    So one product serves all of them. Before any graph is captured: the slots move.
+    """
+    stacked = module.lora_b_stacked
+    slots, _, _, rank = stacked[0].shape
+    sizes = [b.shape[2] for b in stacked]
+    b = stacked[0].new_zeros(slots, len(sizes) * rank, sum(sizes))
+    blocks = [part.split(sizes, dim=2)[i] for i, part in enumerate(b.split(rank, dim=1))]  # (slots, rank, out)
+    module.lora_b_stacked = tuple(block.transpose(1, 2).unsqueeze(1) for block in blocks)
+    return b
+
+
 def names_in(manager: Any, module_name: str) -> list[str]:
     """Canonical names of the matrices that vLLM has fused into a module, in its order."""
     prefix, _, leaf = module_name.rpartition(".")

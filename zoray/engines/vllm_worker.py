@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
+from zoray.directions import MANY_ELEMENTS, compile_directions
 from zoray.engines import cpu_gated, cpu_lora, cpu_norms
 from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pack, slots_of_tokens, unshared_blocks
 from zoray.engines.slots import Slots
@@ -106,8 +107,10 @@ class PackedScorer:
         )
         self.manager = _adapter_manager(runner)
         if self.device.type == "cpu":
-            cpu_lora.join_a(self.manager.modules.values())
+            cpu_lora.join(self.manager.modules.values())
             cpu_norms.prefer()
+            if space.drawn(matrices) >= MANY_ELEMENTS:
+                compile_directions(space.distribution)
         self.wrapper = self._lora_wrapper()
         self.graphs = Graphs(runner, self.slots)
         fused = cpu_gated.fuse(runner.model, self.wrapper, space.rank) if self.device.type == "cpu" else []
@@ -142,6 +145,10 @@ class PackedScorer:
             mapping[key] = wrapper
         for module in modules:
             module.set_mapping(wrapper)
+            cpu_lora.shorten(module)
+        for module in self.runner.model.modules():
+            if hasattr(module, "use_direct_call"):
+                module.use_direct_call = True  # an operator of torch's is for compiled models
         return wrapper
 
     def write_all(self, probes: Sequence[Probe]) -> None:

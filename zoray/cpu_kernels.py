@@ -1,0 +1,84 @@
+"""Directions on the CPU in two loops that torch compiles: the bits of directions.py in a fraction of the time.
+
+In torch's operations Philox is a hundred passes over 64-bit words; in a loop a block's words stay in registers, and
+only they and the elements made of them are written. Compiling takes seconds, so it is for processes that will make many
+directions, and for directions.py to decide. Whatever the sizes, it happens once (no length is ever 1, which torch would
+compile for anew).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BLOCKS = 1 << 20  # of 128 bits, at a time; their words take 64 MiB meanwhile
+
+
+class Loops:
+    """Makes directions of one distribution.
+
+    Args:
+        gaussian: 8 elements of a block by table, else its 128 bits as signs.
+    """
+
+    def __init__(self, gaussian: bool) -> None:
+        # the number of threads is in the code; named here, it makes torch's disk cache tell them apart
+        how: dict[str, Any] = {"dynamic": True, "fullgraph": True, "options": {"cpp.threads": torch.get_num_threads()}}
+        self._words = torch.compile(philox, **how)
+        self._elements = torch.compile(quantiles if gaussian else signs, **how)
+
+    def __call__(
+        self,
+        blocks: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        seed: int,
+        step: int,
+        probes: Sequence[int],
+        table: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """(K, n * elements of a block) float32 for K probes and n blocks, K * n > 1.
+
+        Blocks have numbers in their tensors, and hashes of these in two halves, each (n,) int64; `table` (65536,) has
+        the quantiles.
+        """
+        with torch.inference_mode(False), torch.no_grad():  # whoever calls, it is one kind of tensors, none a view
+            count, total = len(probes), len(probes) * len(blocks)
+            index = torch.from_numpy(np.repeat(np.array(probes, np.int64), len(blocks)))
+            counters = (blocks, index, high, low)
+            if count > 1:
+                counters = (blocks.repeat(count), index, high.repeat(count), low.repeat(count))
+            pieces, made = -(-total // BLOCKS), []
+            for piece in range(pieces):
+                part = slice(total * piece // pieces, total * (piece + 1) // pieces)
+                c0, c1, c3, k1 = counters if pieces == 1 else (counter[part].clone() for counter in counters)
+                words = self._words(c0, c1, torch.tensor(step), c3, torch.tensor(seed), k1)
+                made.append(self._elements(torch.stack(words, dim=-1), table))
+            return (made[0] if pieces == 1 else torch.cat(made)).view(count, -1)
+
+
+def philox(
+    c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor, k0: torch.Tensor, k1: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10 on 32-bit words in int64, see directions.philox_torch."""
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((product1 >> 32) & 0xFFFFFFFF) ^ c1 ^ k0, product1 & 0xFFFFFFFF
+        c2, c3 = ((product0 >> 32) & 0xFFFFFFFF) ^ c3 ^ k1, product0 & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def signs(words: torch.Tensor, _: Any) -> torch.Tensor:
+    """A sign for each bit of some words (m, 4), + for 0, the lowest bit first: (m, 4, 32)."""
+    return 1.0 - 2.0 * ((words[..., None] >> torch.arange(32)) & 1).to(torch.float32)
+
+
+def quantiles(words: torch.Tensor, table: Any) -> torch.Tensor:
+    """What `table` has for both halves of some words (m, 4), the lower first: (m, 4, 2)."""
+    return table[(words[..., None] >> (16 * torch.arange(2))) & 0xFFFF]
