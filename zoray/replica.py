@@ -106,7 +106,10 @@ class Replica:
         self.apply(commits)
         groups = [[i] for i in range(len(tiles))] if self.spec.engine.deterministic else [range(len(tiles))]
         answers = [(group, self._score([tiles[i] for i in group], per_example)) for group in groups if group]
-        scores = join_scores(tiles, answers, per_example) if answers else Scores(np.zeros(0, np.int64), 0.0, 0)
+        if len(groups) == 1 and answers:
+            scores = answers[0][1]
+        else:
+            scores = join_scores(tiles, answers, per_example) if answers else Scores(np.zeros(0, np.int64), 0.0, 0)
         return scores, self.engine.digest() if digest else None
 
     def score_noise(self, examples: int = 8) -> float:

@@ -1,75 +1,75 @@
 """RMSNorm on the CPU by the kernels that vLLM's CPU wheel brings, which its dispatch leaves to plain torch operations.
 
-Six passes over the hidden states become one, twice a layer. Registered through vLLM's own table of implementations; a
-version without that table keeps what it has. (No `from __future__ import annotations`: torch reads these signatures.)
+Six passes over the hidden states become one, twice a layer. Each norm is compared with vLLM's own first, and stays as
+it is where they differ, or where the wheel has no such kernels.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-NAME = "zoray_cpu"
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 VECTOR = 16  # numbers that the kernels take at a time; a row is a multiple of it
 
 
-def register() -> None:
-    """Add the compiled kernels to vLLM's table, before an engine of this process orders it; once is enough."""
-    ops = _ops()
-    if ops and NAME not in ops[0].impls:
-        norm, add_norm = ops
-        norm.register_impl(NAME, supports_args=_plain)(_rms_norm)
-        add_norm.register_impl(NAME, supports_args=_plain_with_residual, inplace=True)(_fused_add_rms_norm)
+class Norm:
+    """What a norm of vLLM's calls in place of its own operations.
+
+    Args:
+        weight: (hidden,).
+        epsilon: added to the mean square.
+        before: its own operations, for inputs that the kernels do not take.
+    """
+
+    def __init__(self, weight: torch.Tensor, epsilon: float, before: Callable[..., Any]) -> None:
+        self.weight, self.epsilon, self.before = weight, epsilon, before
+        self.plain, self.fused = torch.ops._C.rms_norm.default, torch.ops._C.fused_add_rms_norm.default
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        """The norm of x, or, in place, of x + residual and that sum."""
+        if not self._takes(x):
+            return self.before(x) if residual is None else self.before(x, residual)
+        if residual is None:
+            result = torch.empty_like(x)
+            self.plain(result, x, self.weight, self.epsilon)
+            return result
+        if not self._takes(residual):
+            return self.before(x, residual)
+        self.fused(x, residual, self.weight, self.epsilon)
+        return x, residual
+
+    def _takes(self, x: torch.Tensor) -> bool:
+        return x.dtype == self.weight.dtype and x.is_contiguous()
 
 
-def prefer() -> bool:
-    """Let the compiled kernels come first for this process; whether there are any."""
-    ops = _ops()
-    for op in ops:
-        op.set_default([NAME, "native"])
-    return bool(ops)
+@torch.inference_mode()
+def take(model: Any) -> int:
+    """Let the norms of a model of vLLM's use the compiled kernels; how many do."""
+    if not hasattr(torch.ops._C, "rms_norm") or not hasattr(torch.ops._C, "fused_add_rms_norm"):
+        return 0
+    taken = 0
+    for module in model.modules():
+        if type(module).__name__ != "RMSNorm" or not getattr(module, "has_weight", False):
+            continue
+        if module.variance_size_override is not None or module.weight.shape[0] % VECTOR:
+            continue
+        norm = Norm(module.weight.data, module.variance_epsilon, module._forward_method)
+        if _same(norm):
+            module._forward_method = norm
+            taken += 1
+    return taken
 
 
-def _ops() -> tuple[Any, ...]:
-    """vLLM's two entries for RMSNorm; none where the version has no table, or the wheel no kernels."""
-    try:
-        from vllm import ir
-        from vllm.platforms import current_platform
-
-        if not current_platform.is_cpu():
-            return ()
-        current_platform.import_kernels()
-        ops = (ir.ops.rms_norm, ir.ops.fused_add_rms_norm)
-    except (ImportError, AttributeError):
-        return ()
-    return ops if all(hasattr(torch.ops._C, op.name) for op in ops) else ()
-
-
-def _plain(x: Any, weight: Any, epsilon: float, variance_size: int | None = None) -> bool:
-    fits = x.shape[-1] % VECTOR == 0 and x.is_contiguous()
-    return fits and variance_size is None and weight is not None and weight.dtype == x.dtype
-
-
-def _plain_with_residual(
-    x: Any, x_residual: Any, weight: Any, epsilon: float, variance_size: int | None = None
-) -> bool:
-    same = x_residual.dtype == x.dtype and x_residual.is_contiguous()
-    return same and _plain(x, weight, epsilon, variance_size)
-
-
-def _rms_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
-) -> torch.Tensor:
-    result = torch.empty_like(x)
-    torch.ops._C.rms_norm(result, x, weight, epsilon)
-    return result
-
-
-def _fused_add_rms_norm(
-    x: torch.Tensor,
-    x_residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    epsilon: float,
-    variance_size: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
-    return x, x_residual
+def _same(norm: Norm) -> bool:
+    """Whether a norm computes what vLLM's own operations do."""
+    ramp = torch.arange(6 * len(norm.weight), dtype=torch.float32).view(2, 3, -1)
+    x, residual = torch.sin(ramp).to(norm.weight.dtype)
+    alone, together = norm(x), norm(x.clone(), residual.clone())
+    close, tolerance = torch.allclose, 1e-4 if x.dtype == torch.float32 else 0.05
+    own = norm.before(x.clone(), residual.clone())
+    pairs = ((alone, norm.before(x)), *zip(together, own, strict=True))
+    return all(close(found, expected, rtol=tolerance, atol=tolerance) for found, expected in pairs)

@@ -28,12 +28,10 @@ from zoray.engines.vllm_selftest import prove_compiled, prove_live
 from zoray.models import restore
 from zoray.records import ConfigError
 
-if current_platform.is_cpu():  # when vLLM looks up its workers' extension,
-    cpu_norms.register()  # which is before it orders its kernels
-elif current_platform.is_cuda():
+if current_platform.is_cuda():  # when vLLM looks up its workers' extension, which is before it wraps a model's layers
     from zoray.engines import cuda_lora
 
-    cuda_lora.register()  # and before it wraps a model's layers
+    cuda_lora.register()
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -108,7 +106,7 @@ class PackedScorer:
         self.manager = _adapter_manager(runner)
         if self.device.type == "cpu":
             cpu_lora.join(self.manager.modules.values())
-            cpu_norms.prefer()
+            cpu_norms.take(runner.model)
             if space.drawn(matrices) >= MANY_ELEMENTS:
                 compile_directions(space.distribution)
         self.wrapper = self._lora_wrapper()
