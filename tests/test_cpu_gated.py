@@ -25,6 +25,12 @@ SEGMENTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """What earlier tests of this process have compiled: torch compiles a function anew only so many times."""
+    torch._dynamo.reset()
+
+
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
