@@ -6,54 +6,15 @@ from 8 to 70; the same at every call.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
+from benchmarks import shapes
 from zoray.data import ReplicaSpec, Workload
 from zoray.models import linear_matrices
-from zoray.records import ConfigError, Example, Splits, TokenSequence
-
-VOCABULARY = 50272
-OPT = {  # hidden, layers, heads; Zhang et al., arXiv 2205.01068, table 1
-    "opt-125m": (768, 12, 12),
-    "opt-1.3b": (2048, 24, 32),
-    "opt-2.7b": (2560, 32, 32),
-    "opt-6.7b": (4096, 32, 32),
-    "opt-13b": (5120, 40, 40),
-}
-
-
-def make_opt(name: str, folder: Path) -> Path:
-    """Write the config.json of an OPT shape, without weights or tokenizer (load_format=dummy fills them)."""
-    if name not in OPT:
-        raise ConfigError(f"expected model to be smollm2 or one of {', '.join(OPT)}; got {name!r}")
-    hidden, layers, heads = OPT[name]
-    config = {
-        "architectures": ["OPTForCausalLM"],
-        "model_type": "opt",
-        "vocab_size": VOCABULARY,
-        "hidden_size": hidden,
-        "ffn_dim": 4 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "word_embed_proj_dim": hidden,
-        "max_position_embeddings": 2048,
-        "do_layer_norm_before": True,
-        "activation_function": "relu",
-        "torch_dtype": "float16",
-        "bos_token_id": 2,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-        "tie_word_embeddings": True,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file({}, folder / "model.safetensors")  # what stands for the weights has a hash as well
-    return folder
+from zoray.records import Example, Splits, TokenSequence
 
 
 def random_examples(count: int, vocabulary: int, options: int = 2, tokens: int = 1) -> list[tuple[TokenSequence, ...]]:
@@ -73,9 +34,9 @@ def random_examples(count: int, vocabulary: int, options: int = 2, tokens: int =
     return examples
 
 
-def random_workload(spec: ReplicaSpec, folder: Path, vocabulary: int, count: int = 1000) -> Workload:
-    """A workload of random tokens for a model without tokenizer."""
-    encoded: dict[str, Any] = {"train": tuple(random_examples(count, vocabulary)), "dev": (), "test": ()}
+def random_workload(spec: ReplicaSpec, folder: Path, tokens: int, count: int = 1000) -> Workload:
+    """A workload of random tokens, out of so many, for a model without tokenizer."""
+    encoded: dict[str, Any] = {"train": tuple(random_examples(count, tokens)), "dev": (), "test": ()}
     train = tuple(Example("", ("a", "b"), i % 2) for i in range(count))
     return Workload(folder, linear_matrices(folder, spec.space.targets), Splits(train, ()), encoded)
 
@@ -92,8 +53,8 @@ def experiment(options: dict[str, str], folder: Path, where: tuple[str, ...] = (
     settings += ["estimator=two_point", f"estimator.pairs={options['pairs']}", f"model.dtype={options['dtype']}"]
     if options["space"] != "lora":
         settings += ["estimator.eps=5e-4", "optimizer.lr=1e-6"]
-    path = None if options["model"] == "smollm2" else make_opt(options["model"], folder / options["model"])
+    path = None if options["model"] == "smollm2" else shapes.make_model(options["model"], folder / options["model"])
     if path:
         settings += ["model=hf", f"model.path={path}", "engine.load_format=dummy", "run.stratify=false"]
     e = build_experiment(compose("config", [*settings, *where]))
-    return e, random_workload(e.spec, path, VOCABULARY) if path else load_workload(e.spec)
+    return e, random_workload(e.spec, path, shapes.vocabulary(options["model"])) if path else load_workload(e.spec)

@@ -6,7 +6,7 @@ import numpy as np
 import psutil
 import pytest
 
-from benchmarks import host, learn, memory, scale, step, wire, workload
+from benchmarks import host, learn, memory, scale, shapes, step, wire, workload
 from benchmarks.methods import METHODS, run, table
 from benchmarks.training_loop import TrainingLoop, option_batch
 from zoray.cli import build_experiment, compose
@@ -91,12 +91,13 @@ def test_the_training_loop_takes_the_steps_of_the_official_one(tiny_models, labe
             assert int(torch.linalg.matrix_rank(moved, rtol=1e-2)) <= 6, name
 
 
-BILLIONS = {"opt-125m": 0.085, "opt-1.3b": 1.21, "opt-2.7b": 2.52, "opt-6.7b": 6.44, "opt-13b": 12.6}  # of inner layers
+BILLIONS = {"opt-125m": 0.085, "opt-1.3b": 1.21, "opt-2.7b": 2.52, "opt-6.7b": 6.44, "opt-13b": 12.6}
+BILLIONS |= {"llama-3-8b": 6.98, "qwen3-4b": 3.63}  # of inner layers
 
 
 @pytest.mark.parametrize("name", BILLIONS)
 def test_shapes_are_those_of_the_paper(name, tmp_path):
-    folder = workload.make_opt(name, tmp_path)
+    folder = shapes.make_model(name, tmp_path)
     count = sum(out * into for out, into in linear_matrices(folder).values()) / 1e9
     assert count == pytest.approx(BILLIONS[name], rel=0.01)
     assert weights_hash(folder)
