@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +28,11 @@ SEGMENTS = {
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    """What earlier tests of this process have compiled: torch compiles a function anew only so many times."""
+    """What earlier tests of this process have compiled, and what is left of it, which can hold torch's guards.
+
+    Torch compiles a function anew only so many times, and not at all while a guard keeps it from dispatching.
+    """
+    gc.collect()
     torch._dynamo.reset()
 
 
