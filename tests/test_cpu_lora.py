@@ -60,6 +60,11 @@ def test_every_path_is_the_loop_over_tokens(matrices, one_a, fused, segments, us
     wrapper.add_lora_linear(found, x, a, b, 0.5, SIZES[:matrices])
     torch.testing.assert_close(found.double(), expected(y, x, a, b, segments, 0.5), atol=1e-5, rtol=1e-5)
     assert torch.equal(found[:2], y[:2])
+    for part in a:
+        part.mul_(-2.0)  # what is written later is seen
+    again = y.clone()
+    wrapper.add_lora_linear(again, x, a, b, 0.5, SIZES[:matrices])
+    torch.testing.assert_close(again.double(), expected(y, x, a, b, segments, 0.5), atol=1e-4, rtol=1e-5)
     for part in b:
         part.zero_()
     found = y.clone()

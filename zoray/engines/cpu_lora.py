@@ -170,7 +170,8 @@ class SegmentedLora(PunicaWrapperCPU):
                 parts.append((None if one and used.shape[1] == rank else low, None if one else high, used))
                 offset += b.shape[2]
             views = Views(stacked_b, kept, tuple(parts), rank)
-            self._views[id(stacked_b)] = views
+            if a.data_ptr() == stacked_a[0].data_ptr():  # else a copy, which would not see what is written later
+                self._views[id(stacked_b)] = views
         return views
 
     @contextmanager
