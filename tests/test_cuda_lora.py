@@ -219,8 +219,8 @@ def test_sizes_of_graphs():
         assert all(b <= a * 1.126 for a, b in pairwise(found))
 
 
-def graphs(largest: int = 512) -> Graphs:
-    """Over vLLM's own dispatcher, with the keys that it would have captured."""
+def graphs(slots: int = SLOTS, largest: int = 512) -> Graphs:
+    """Over vLLM's own dispatcher, with the keys that it would have captured; without adapters where no slots are."""
     settings = compilation(largest)
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(
@@ -231,23 +231,24 @@ def graphs(largest: int = 512) -> Graphs:
             compile_sizes=[],
             is_attention_compiled_piecewise=lambda: True,
         ),
-        lora_config=SimpleNamespace(max_loras=SLOTS, specialize_active_lora=False),
+        lora_config=SimpleNamespace(max_loras=slots, specialize_active_lora=False) if slots else None,
         scheduler_config=SimpleNamespace(max_num_seqs=256),
         num_speculative_tokens=0,
     )
     dispatcher = CudagraphDispatcher(config)  # type: ignore[arg-type]
     dispatcher.initialize_cudagraph_keys(CUDAGraphMode.PIECEWISE)
-    return Graphs(SimpleNamespace(cudagraph_dispatcher=dispatcher), SLOTS)
+    return Graphs(SimpleNamespace(cudagraph_dispatcher=dispatcher), slots)
 
 
-def test_every_forward_finds_a_captured_graph_or_none():
-    found = graphs()
+@pytest.mark.parametrize("slots", [SLOTS, 0])
+def test_every_forward_finds_a_captured_graph_or_none(slots):
+    found = graphs(slots)
     captured = found.runner.cudagraph_dispatcher.cudagraph_keys[CUDAGraphMode.PIECEWISE]
     for tokens in (1, 63, 64, 65, 72, 73, 200, 511, 512):
         mode, descriptor = found.choose(tokens)
         assert mode == CUDAGraphMode.PIECEWISE and descriptor in captured
         assert tokens <= descriptor.num_tokens <= max(64, tokens * 1.126)
-        assert descriptor.has_lora and descriptor.num_active_loras == SLOTS + 1
+        assert descriptor.has_lora == (slots > 0) and descriptor.num_active_loras == (slots + 1 if slots else 0)
     assert found.choose(513) == (CUDAGraphMode.NONE, BatchDescriptor(513))
     found.plain = True
     assert found.choose(65) == (CUDAGraphMode.NONE, BatchDescriptor(65))
@@ -277,6 +278,7 @@ def as_on_cuda(monkeypatch):
         made = DenseCpuLora(scorer.max_tokens, 64, scorer.device)
         made.mask = Mask(scorer.max_tokens, scorer.slots, torch.float32, scorer.device)
         scorer.runner.cudagraph_dispatcher = PaddingDispatcher()
+        scorer.graphs = Graphs(scorer.runner, scorer.slots)
         scorer.runner.input_ids.gpu.fill_(3)
         for module in scorer.manager.modules.values():
             module.set_mapping(DenseLayer(made.mask.values, join_a(module), join_b(module)))

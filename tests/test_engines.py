@@ -94,6 +94,17 @@ def test_base_plus_and_minus_equal_the_reference(engines, sequences):
         assert worst(vllm.score(work), reference.score(work)) < TOLERANCE
 
 
+@pytest.mark.parametrize("architecture", ["llama", "opt", "qwen2"])
+def test_an_engine_without_adapters_scores_the_bare_model_alone(architecture, tiny_models, sequences):
+    folder = tiny_models[architecture]
+    bare = Vllm(max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start_bare(folder, "float32")
+    assert bare.dtype == "float32" and bare.llm.llm_engine.vllm_config.lora_config is None
+    reference = Hf().start(folder, "float32", linear_matrices(folder), Lora(), seed=0)
+    assert worst(bare.score_base(sequences), reference.score_base(sequences)) < TOLERANCE
+    with pytest.raises(ConfigError, match="expected a plan of the bare model; got one with 1 probes"):
+        bare.score([(Probe(0, 0, 0.0), sequences[0])])
+
+
 def test_perturbations_are_far_larger_than_the_difference_of_engines(engines, sequences):
     vllm, _ = engines
     plus, minus = ([(Probe(2, 0, scale), s) for s in sequences] for scale in (0.05, -0.05))

@@ -33,7 +33,9 @@ ORDER = [
     ),
     *(
         "engines.cuda_lora",
+        "engines.vllm_versions",
         "engines.vllm_graphs",
+        "engines.vllm_forward",
         "engines.vllm_selftest",
         "engines.vllm_worker",
         "engines.vllm_requests",

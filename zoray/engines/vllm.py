@@ -108,29 +108,47 @@ class Vllm:
         Raises:
             ConfigError: vLLM cannot run this model, or has no LoRA for it.
         """
+        self.check(space)
         in_this_process()
+        check_lora_support(folder)
+        targets = space.select(matrices)
+        adapters = {
+            "enable_lora": True,
+            "max_loras": self.resident,
+            "max_lora_rank": slot_rank(space.rank),
+            "lora_dtype": "auto",
+            "lora_target_modules": sorted({name.rsplit(".", 1)[-1] for name in targets}),
+            "additional_config": self._compiled_for(space.rank),
+        }
+        with plain_cpu_weights() if space.folds else nullcontext():
+            llm = self._load(folder, dtype, adapters)
+        return VllmEngine(llm, space, matrices, seed, folder, self.scoring)
+
+    def start_bare(self, folder: Path | str, dtype: str) -> BareVllm:
+        """Load the model to score without adapters.
+
+        Raises:
+            ConfigError: vLLM cannot run this model.
+        """
+        in_this_process()
+        return BareVllm(self._load(folder, dtype, {}))
+
+    def _load(self, folder: Path | str, dtype: str, adapters: Mapping[str, Any]) -> Any:
         from vllm import LLM
 
         if dtype == "float64":
             raise ConfigError("expected model.dtype of at most 32 bits; vLLM has no float64. Take engine=hf for that")
-        self.check(space)
         if self.tensor_parallel > 1 and _on_cpu():  # each process its share of the cores
             os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.tensor_parallel))
-        limit = self.length_limit(_model_limit(folder))
-        check_lora_support(folder)
         gc.unfreeze()  # vLLM has frozen what it made
         gc.collect()  # an engine that nobody uses any more takes vLLM's process groups with it when it is collected
-        targets = space.select(matrices)
-        with plain_cpu_weights() if space.folds else nullcontext():
-            try:
-                llm = LLM(**self._llm_arguments(folder, dtype, limit, space, targets))
-            except ValueError as error:  # a head that is too large for its LoRA, a target that it can't wrap, ...
-                raise ConfigError(f"vLLM does not load {folder} with these settings: {error}") from error
-        return VllmEngine(llm, space, matrices, seed, folder, self.scoring)
+        gc.freeze()  # vLLM collects seven times while it starts; what is here already need not be looked through again
+        try:
+            return LLM(**self._llm_arguments(folder, dtype), **adapters)
+        except ValueError as error:  # a head that is too large for its LoRA, a target that it can't wrap, ...
+            raise ConfigError(f"vLLM does not load {folder} with these settings: {error}") from error
 
-    def _llm_arguments(
-        self, folder: Path | str, dtype: str, limit: int, space: Space, targets: Mapping[str, tuple[int, int]]
-    ) -> dict[str, Any]:
+    def _llm_arguments(self, folder: Path | str, dtype: str) -> dict[str, Any]:
         from zoray.engines.vllm_graphs import compilation
 
         eager = self.eager or _on_cpu()
@@ -139,21 +157,15 @@ class Vllm:
             dtype=_dtype(dtype),
             load_format=self.load_format,
             seed=0,
-            max_model_len=limit,
+            max_model_len=self.length_limit(_model_limit(folder)),
             max_num_batched_tokens=self.max_tokens,
             max_num_seqs=min(max(256, 4 * self.resident), self.max_tokens),  # the self-test has 3 rows a slot
             enforce_eager=eager,
             tensor_parallel_size=self.tensor_parallel,
             **({} if eager else {"compilation_config": compilation(self.max_tokens)}),
-            additional_config=self._compiled_for(space.rank),
             **({} if _on_cpu() else {"gpu_memory_utilization": 0.05}),  # else all of it has to be free at start
             enable_prefix_caching=False,
             kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30),
-            enable_lora=True,
-            max_loras=self.resident,
-            max_lora_rank=slot_rank(space.rank),
-            lora_dtype="auto",
-            lora_target_modules=sorted({name.rsplit(".", 1)[-1] for name in targets}),
             worker_extension_cls="zoray.engines.vllm_worker.ZorayWorker",
             disable_log_stats=True,
             skip_tokenizer_init=True,  # sequences come as tokens
@@ -166,7 +178,34 @@ class Vllm:
         return {KERNELS: "dense" if self.dense(rank) else "punica", "zoray": hashlib.sha256(source).hexdigest()[:16]}
 
 
-class VllmEngine(Pairs):
+class Worker(Pairs):
+    """One vLLM instance in this process, and the calls into its worker."""
+
+    llm: Any
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return self.llm.collective_rpc(method, args=args)[0]
+
+
+class BareVllm(Worker):
+    """The bare model alone, without adapters, by the same packed forward."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.dtype: str = self._call("zoray_open_bare")
+
+    def score_plan(self, plan: Plan) -> np.ndarray:
+        """Sums of log-probabilities of all outputs of a plan, in its order, float64.
+
+        Raises:
+            ConfigError: the plan has probes.
+        """
+        if len(plan.probes):
+            raise ConfigError(f"expected a plan of the bare model; got one with {len(plan.probes)} probes")
+        return self._call("zoray_score", plan)
+
+
+class VllmEngine(Worker):
     """Engine protocol (base.py) over one vLLM instance in this process."""
 
     def __init__(
@@ -181,9 +220,6 @@ class VllmEngine(Pairs):
         self.llm, self._folder, self.scoring = llm, str(folder), scoring
         self.self_test: dict[str, float]
         self.self_test, self.dtype = self._call("zoray_open", space, dict(matrices), seed)
-
-    def _call(self, method: str, *args: Any) -> Any:
-        return self.llm.collective_rpc(method, args=args)[0]
 
     def apply(self, commits: Sequence[Commit]) -> None:
         """Advance the adapter state; commits come in step order."""

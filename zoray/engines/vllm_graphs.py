@@ -49,7 +49,7 @@ class Graphs:
         if self.plain:
             return CUDAGraphMode.NONE, BatchDescriptor(tokens)
         return self.runner.cudagraph_dispatcher.dispatch(
-            tokens, has_lora=True, num_active_loras=self.slots, invalid_modes={CUDAGraphMode.FULL}
+            tokens, has_lora=self.slots > 0, num_active_loras=self.slots, invalid_modes={CUDAGraphMode.FULL}
         )
 
     def inputs(self, tokens: np.ndarray, positions: np.ndarray, padded: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,17 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.forward_context import set_forward_context
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from zoray.directions import MANY_ELEMENTS, compile_directions
-from zoray.engines import cpu_gated, cpu_lora, cpu_norms
-from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pack, slots_of_tokens, unshared_blocks
+from zoray.engines import cpu_gated, cpu_lora
 from zoray.engines.slots import Slots
-from zoray.engines.vllm_graphs import Graphs
+from zoray.engines.vllm_forward import Forward
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits, takes_tokens
 from zoray.engines.vllm_selftest import prove_compiled, prove_live
 from zoray.models import restore
@@ -35,12 +31,11 @@ if current_platform.is_cuda():  # when vLLM looks up its workers' extension, whi
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
+    from zoray.engines.packing import Plan
     from zoray.records import Commit, Probe
     from zoray.spaces.base import Space, State
-
-
-SHARING = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)  # caches whose blocks stay as written
 
 
 class ZorayWorker:
@@ -56,8 +51,13 @@ class ZorayWorker:
 
         Returns what the test measured, and the dtype of the base weights.
         """
-        self._zoray = PackedScorer(self.model_runner, self.vllm_config, space, matrices, seed)
+        self._zoray: Any = PackedScorer(self.model_runner, self.vllm_config, space, matrices, seed)
         return self._zoray.self_test, str(self.vllm_config.model_config.dtype).removeprefix("torch.")
+
+    def zoray_open_bare(self) -> str:
+        """Score without adapters; returns the dtype of the weights."""
+        self._zoray = Forward(self.model_runner, self.vllm_config)
+        return str(self.vllm_config.model_config.dtype).removeprefix("torch.")
 
     def zoray_reset(self, folder: str) -> None:
         self._zoray.reset(folder)
@@ -85,32 +85,18 @@ class ZorayWorker:
         return self._zoray.state.arrays()
 
 
-class PackedScorer:
-    """Adapter state, the slots it fills, and one packed forward for all probes and sequences.
-
-    Uses the worker's KV cache as scratch: no request may be in flight in this engine meanwhile.
-    """
+class PackedScorer(Forward):
+    """Adapter state, the slots it fills, and one packed forward for all probes and sequences."""
 
     def __init__(self, runner: Any, vllm_config: Any, space: Space, matrices: Mapping[str, tuple[int, int]], seed: int):
-        self.runner, self.vllm_config, self.space = runner, vllm_config, space
-        self.device: torch.device = runner.device
-        self.slots: int = vllm_config.lora_config.max_loras
-        self.max_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
-        groups = runner.kv_cache_config.kv_cache_groups
-        self.block_size: int = max(group.kv_cache_spec.block_size for group in groups)
-        self.blocks: int = runner.kv_cache_config.num_blocks - 1  # block 0 is vLLM's null block
-        self.share = all(  # a block of tokens is one block of every group's cache, which attention reads as a whole
-            group.kv_cache_spec.block_size == self.block_size and isinstance(group.kv_cache_spec, SHARING)
-            for group in groups
-        )
+        super().__init__(runner, vllm_config, vllm_config.lora_config.max_loras)
+        self.space = space
         self.manager = _adapter_manager(runner)
         if self.device.type == "cpu":
             cpu_lora.join(self.manager.modules.values())
-            cpu_norms.take(runner.model)
             if space.drawn(matrices) >= MANY_ELEMENTS:
                 compile_directions(space.distribution)
         self.wrapper = self._lora_wrapper()
-        self.graphs = Graphs(runner, self.slots)
         fused = cpu_gated.fuse(runner.model, self.wrapper, space.rank) if self.device.type == "cpu" else []
         self.matrices = space.select(matrices)
         self.contents = Slots(space, find_slots(self.manager, self.matrices))
@@ -144,9 +130,6 @@ class PackedScorer:
         for module in modules:
             module.set_mapping(wrapper)
             cpu_lora.shorten(module)
-        for module in self.runner.model.modules():
-            if hasattr(module, "use_direct_call"):
-                module.use_direct_call = True  # an operator of torch's is for compiled models
         return wrapper
 
     def write_all(self, probes: Sequence[Probe]) -> None:
@@ -178,62 +161,6 @@ class PackedScorer:
 
         return plan.gather(self.slots, part)
 
-    @torch.inference_mode()
-    def score_slots(self, table: SequenceTable, chosen: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """Sums of log-probabilities of all outputs of chosen sequences (n,), each under what its slot (n,) holds."""
-        sums = torch.zeros(int(table.n_outputs[chosen].sum()), dtype=torch.float64, device=self.device)
-        for packed in pack(table, chosen, slots, self.max_tokens, self.blocks, self.block_size, self.share):
-            hidden = self._forward(packed)
-            logps = self._log_probabilities(hidden, packed)
-            sums.index_add_(0, torch.from_numpy(packed.outputs).to(self.device), logps.double())
-        return sums.cpu().numpy()
-
-    def _forward(self, packed: Pack) -> torch.Tensor:
-        """One packed forward: hidden states of all tokens, (T, hidden)."""
-        mode, descriptor = self.graphs.choose(len(packed.tokens))
-        padded = descriptor.num_tokens
-        self.map_slots(packed.segments, padded=padded)
-        metadata, slot_mapping = self._attention_metadata(packed, padded)
-        tokens, positions = self.graphs.inputs(packed.tokens, packed.positions, padded)
-        with (
-            set_forward_context(
-                metadata,
-                self.vllm_config,
-                num_tokens=padded,
-                slot_mapping=slot_mapping,
-                cudagraph_runtime_mode=mode,
-                batch_descriptor=descriptor,
-                skip_compiled=self.graphs.plain,
-            ),
-            self.wrapper.deferring() if self.device.type == "cpu" else nullcontext(),
-        ):
-            return self.runner.model(
-                input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None
-            )
-
-    def _log_probabilities(self, hidden: torch.Tensor, packed: Pack) -> torch.Tensor:
-        """(M,) float32: only the asked rows reach the LM head, in chunks of bounded size."""
-        rows, row_of, targets = (
-            torch.from_numpy(part).to(self.device) for part in (packed.rows, packed.target_rows, packed.targets)
-        )
-        chunk = max(1, LOGITS_ELEMENTS // self.vllm_config.model_config.get_vocab_size())
-        row_slots: list[int] = []
-        if self.head_moves:
-            row_slots = slots_of_tokens(packed.segments, len(packed.tokens))[packed.rows].tolist()
-            chunk = min(chunk, self.vllm_config.scheduler_config.max_num_seqs)  # vLLM's buffers for rows end there
-        parts = []
-        for start in range(0, len(rows), chunk):
-            if self.head_moves:
-                self.map_slots(packed.segments, row_slots[start : start + chunk])
-            logits = self.runner.model.compute_logits(hidden[rows[start : start + chunk]])
-            if logits is None:  # they are gathered on the first rank, and asked for there
-                return torch.zeros(len(targets), device=self.device)
-            logits = logits.float()
-            first, end = np.searchsorted(packed.target_rows, (start, start + chunk))  # ascending, as the rows are
-            local = row_of[first:end] - start
-            parts.append(logits[local, targets[first:end]] - torch.logsumexp(logits, dim=-1)[local])
-        return torch.cat(parts)
-
     def map_slots(
         self, segments: tuple[tuple[int, int, int], ...], row_slots: Sequence[int] = (), padded: int | None = None
     ) -> None:
@@ -242,56 +169,10 @@ class PackedScorer:
         self.manager._last_mapping = None  # of vLLM's request path, which would else take it for what is set
         self.wrapper.map_tokens(segments, vocabulary, row_slots, padded or segments[-1][2])
 
-    def _attention_metadata(self, packed: Pack, padded: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Per-layer attention metadata for S sequences in KV blocks of their own, but for a context that they share."""
-        lengths, whole = packed.lengths, packed.whole
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        metadata: dict[str, Any] = {}
-        mappings: dict[str, torch.Tensor] = {}
-        seq_lens = torch.from_numpy(whole)
-        of_token = np.repeat(np.arange(len(lengths)), lengths)
-        cache_groups = self.runner.kv_cache_config.kv_cache_groups
-        for number, (groups, group) in enumerate(zip(self.runner.attn_groups, cache_groups, strict=True)):
-            size = group.kv_cache_spec.block_size
-            table = packed.blocks if size == self.block_size else unshared_blocks(lengths, size)
-            slots = table[of_token, packed.positions // size].astype(np.int64) * size + packed.positions % size
-            assert table.max() <= self.blocks
-            slot_mapping = self.graphs.slot_mapping(number, slots, padded)
-            common = CommonAttentionMetadata(
-                query_start_loc=torch.from_numpy(starts).to(self.device),
-                query_start_loc_cpu=torch.from_numpy(starts),
-                seq_lens=seq_lens.to(self.device),
-                num_reqs=len(lengths),
-                num_actual_tokens=len(packed.tokens),
-                max_query_len=int(lengths.max()),
-                max_seq_len=int(whole.max()),
-                block_table_tensor=torch.from_numpy(table).to(self.device),
-                slot_mapping=slot_mapping,
-                causal=True,
-                **_optional_fields(packed, self.device),
-            )
-            for attention in groups:
-                # 0.32 maps kernel block tables in a helper that 0.26 does not have
-                build = getattr(attention, "build_metadata", None)
-                built = build(common, 0) if build else attention.get_metadata_builder(0).build(0, common)
-                for layer in attention.layer_names:
-                    metadata[layer], mappings[layer] = built, slot_mapping
-        return metadata, mappings
+    def _around_layers(self) -> AbstractContextManager[object]:
+        return self.wrapper.deferring() if self.device.type == "cpu" else nullcontext()
 
 
 def _adapter_manager(runner: Any) -> Any:
     """vLLM's slot manager, behind the worker's LoRA manager."""
     return runner.lora_manager._adapter_manager
-
-
-def _optional_fields(packed: Pack, device: torch.device) -> dict[str, Any]:
-    """Fields of CommonAttentionMetadata that not every version has."""
-    known, whole = CommonAttentionMetadata.__dataclass_fields__, packed.whole
-    fields: dict[str, Any] = {
-        "positions": torch.from_numpy(packed.positions).to(device),
-        "is_prefilling": torch.ones(len(packed.lengths), dtype=torch.bool),
-        "seq_lens_cpu_upper_bound": torch.from_numpy(whole),
-        "_seq_lens_cpu": torch.from_numpy(whole),
-        "_num_computed_tokens_cpu": torch.from_numpy(packed.context),
-    }
-    return {name: value for name, value in fields.items() if name in known}

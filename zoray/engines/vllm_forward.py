@@ -1,0 +1,161 @@
+"""Packed forwards of a vLLM model: many sequences in one pass, hidden states at answer positions only.
+
+No request, scheduler, sampler or detokenizer: tokens and attention metadata go straight to the worker's model runner.
+Everything that reaches into vLLM's internals is in engines/vllm*.py, cpu_*.py and cuda_*.py.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
+
+from zoray.engines import cpu_norms
+from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pack, slots_of_tokens, unshared_blocks
+from zoray.engines.vllm_graphs import Graphs
+from zoray.engines.vllm_versions import attention_metadata, known_fields
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+SHARING = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)  # caches whose blocks stay as written
+
+
+class Forward:
+    """Scores sequences with a worker's model as it is, without adapters; vllm_worker.py adds these.
+
+    Uses the worker's KV cache as scratch: no request may be in flight in this engine meanwhile.
+
+    Args:
+        runner: the worker's model runner.
+        vllm_config: the engine's.
+        slots: of adapters.
+    """
+
+    head_moves = False  # whether the LM head has adapters
+
+    def __init__(self, runner: Any, vllm_config: Any, slots: int = 0) -> None:
+        self.runner, self.vllm_config, self.slots = runner, vllm_config, slots
+        self.device: torch.device = runner.device
+        self.max_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
+        groups = runner.kv_cache_config.kv_cache_groups
+        self.block_size: int = max(group.kv_cache_spec.block_size for group in groups)
+        self.blocks: int = runner.kv_cache_config.num_blocks - 1  # block 0 is vLLM's null block
+        self.share = all(  # a block of tokens is one block of every group's cache, which attention reads as a whole
+            group.kv_cache_spec.block_size == self.block_size and isinstance(group.kv_cache_spec, SHARING)
+            for group in groups
+        )
+        self.graphs = Graphs(runner, slots)
+        if self.device.type == "cpu":
+            cpu_norms.take(runner.model)
+            for module in runner.model.modules():
+                if hasattr(module, "use_direct_call"):
+                    module.use_direct_call = True  # an operator of torch's is for compiled models
+
+    def score(self, plan: Plan) -> np.ndarray:
+        """Sums of log-probabilities of all outputs of a plan, in its order, float64."""
+        return self.score_slots(plan.table, plan.chosen, plan.probe_of)
+
+    @torch.inference_mode()
+    def score_slots(self, table: SequenceTable, chosen: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """Sums of log-probabilities of all outputs of chosen sequences (n,), each under its slot (n,), -1 for none."""
+        sums = torch.zeros(int(table.n_outputs[chosen].sum()), dtype=torch.float64, device=self.device)
+        for packed in pack(table, chosen, slots, self.max_tokens, self.blocks, self.block_size, self.share):
+            hidden = self._forward(packed)
+            logps = self._log_probabilities(hidden, packed)
+            sums.index_add_(0, torch.from_numpy(packed.outputs).to(self.device), logps.double())
+        return sums.cpu().numpy()
+
+    def _forward(self, packed: Pack) -> torch.Tensor:
+        """One packed forward: hidden states of all tokens, (T, hidden)."""
+        mode, descriptor = self.graphs.choose(len(packed.tokens))
+        padded = descriptor.num_tokens
+        self.map_slots(packed.segments, padded=padded)
+        metadata, slot_mapping = self._attention_metadata(packed, padded)
+        tokens, positions = self.graphs.inputs(packed.tokens, packed.positions, padded)
+        with (
+            set_forward_context(
+                metadata,
+                self.vllm_config,
+                num_tokens=padded,
+                slot_mapping=slot_mapping,
+                cudagraph_runtime_mode=mode,
+                batch_descriptor=descriptor,
+                skip_compiled=self.graphs.plain,
+            ),
+            self._around_layers(),
+        ):
+            return self.runner.model(
+                input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None
+            )
+
+    def _log_probabilities(self, hidden: torch.Tensor, packed: Pack) -> torch.Tensor:
+        """(M,) float32: only the asked rows reach the LM head, in chunks of bounded size."""
+        rows, row_of, targets = (
+            torch.from_numpy(part).to(self.device) for part in (packed.rows, packed.target_rows, packed.targets)
+        )
+        chunk = max(1, LOGITS_ELEMENTS // self.vllm_config.model_config.get_vocab_size())
+        row_slots: list[int] = []
+        if self.head_moves:
+            row_slots = slots_of_tokens(packed.segments, len(packed.tokens))[packed.rows].tolist()
+            chunk = min(chunk, self.vllm_config.scheduler_config.max_num_seqs)  # vLLM's buffers for rows end there
+        parts = []
+        for start in range(0, len(rows), chunk):
+            if self.head_moves:
+                self.map_slots(packed.segments, row_slots[start : start + chunk])
+            logits = self.runner.model.compute_logits(hidden[rows[start : start + chunk]])
+            if logits is None:  # they are gathered on the first rank, and asked for there
+                return torch.zeros(len(targets), device=self.device)
+            logits = logits.float()
+            first, end = np.searchsorted(packed.target_rows, (start, start + chunk))  # ascending, as the rows are
+            local = row_of[first:end] - start
+            parts.append(logits[local, targets[first:end]] - torch.logsumexp(logits, dim=-1)[local])
+        return torch.cat(parts)
+
+    def map_slots(
+        self, segments: tuple[tuple[int, int, int], ...], row_slots: Sequence[int] = (), padded: int | None = None
+    ) -> None:
+        """Nothing has slots."""
+
+    def _around_layers(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def _attention_metadata(self, packed: Pack, padded: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Per-layer attention metadata for S sequences in KV blocks of their own, but for a context that they share."""
+        lengths, whole = packed.lengths, packed.whole
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        metadata: dict[str, Any] = {}
+        mappings: dict[str, torch.Tensor] = {}
+        seq_lens = torch.from_numpy(whole)
+        of_token = np.repeat(np.arange(len(lengths)), lengths)
+        cache_groups = self.runner.kv_cache_config.kv_cache_groups
+        for number, (groups, group) in enumerate(zip(self.runner.attn_groups, cache_groups, strict=True)):
+            size = group.kv_cache_spec.block_size
+            table = packed.blocks if size == self.block_size else unshared_blocks(lengths, size)
+            slots = table[of_token, packed.positions // size].astype(np.int64) * size + packed.positions % size
+            assert table.max() <= self.blocks
+            slot_mapping = self.graphs.slot_mapping(number, slots, padded)
+            common = CommonAttentionMetadata(
+                query_start_loc=torch.from_numpy(starts).to(self.device),
+                query_start_loc_cpu=torch.from_numpy(starts),
+                seq_lens=seq_lens.to(self.device),
+                num_reqs=len(lengths),
+                num_actual_tokens=len(packed.tokens),
+                max_query_len=int(lengths.max()),
+                max_seq_len=int(whole.max()),
+                block_table_tensor=torch.from_numpy(table).to(self.device),
+                slot_mapping=slot_mapping,
+                causal=True,
+                **known_fields(lengths, packed.context, packed.positions, self.device),
+            )
+            for attention in groups:
+                built = attention_metadata(attention, common)
+                for layer in attention.layer_names:
+                    metadata[layer], mappings[layer] = built, slot_mapping
+        return metadata, mappings

@@ -1,0 +1,44 @@
+"""Where vLLM 0.26 (the CUDA lock) and 0.32 (the CPU lock) differ in what zoray calls, and nothing else.
+
+Everywhere else in engines/ the two are alike as far as zoray reaches. A version that is neither is tried as the newer
+one; what zoray relies on is proven on the loaded model (vllm_selftest.py), whatever the version says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+
+def attention_metadata(group: Any, common: CommonAttentionMetadata) -> Any:
+    """A group of layers' own form of the attention metadata.
+
+    0.32 maps block tables to the kernel's blocks in a helper; 0.26 has only the builder behind it.
+    """
+    build = getattr(group, "build_metadata", None)
+    return build(common, 0) if build else group.get_metadata_builder(0).build(0, common)
+
+
+def known_fields(
+    lengths: np.ndarray, context: np.ndarray, positions: np.ndarray, device: torch.device
+) -> dict[str, Any]:
+    """What CommonAttentionMetadata takes beyond what it has in every version.
+
+    Args:
+        lengths: (S,) int32, tokens of each sequence in this forward.
+        context: (S,) int32, tokens before them.
+        positions: (T,) int64.
+        device: of the model.
+    """
+    whole = torch.from_numpy(lengths + context)
+    fields: dict[str, Any] = {
+        "positions": torch.from_numpy(positions).to(device),
+        "is_prefilling": torch.ones(len(lengths), dtype=torch.bool),
+        "seq_lens_cpu_upper_bound": whole,
+        "_seq_lens_cpu": whole,
+        "_num_computed_tokens_cpu": torch.from_numpy(context),
+    }
+    return {name: value for name, value in fields.items() if name in CommonAttentionMetadata.__dataclass_fields__}
