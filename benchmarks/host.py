@@ -4,6 +4,8 @@
 
 The toy has two layers of width 32 and prompts of eight tokens: what its matrices cost is lost in what the host does. A
 step is one pair on n / 2 examples: the commit of the step before, slot writes, scoring, losses, estimate and update.
+`model_ms` of that is inside the model, where both paths call the same layers from Python (on CUDA, a graph):
+`without_model` is the ratio of the rest.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +23,9 @@ from benchmarks.options import parse
 from benchmarks.stepper import Stepper
 from benchmarks.timing import ratio, rounds, spread
 from zoray.records import Example, Splits, TokenSequence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SIZES = (32, 256)
 
@@ -34,17 +40,51 @@ def main(arguments: list[str]) -> None:
 def measure(count: int, folder: Path, where: tuple[str, ...] = ()) -> dict[str, Any]:
     """Milliseconds of a step of each path at each size."""
     result: dict[str, Any] = {"benchmark": "host"}
-    contenders = {}
+    contenders, clocks = {}, {}
     for size in SIZES:
         stepper = Stepper(*replica(folder, size // 2, where))
-        contenders |= {f"direct_{size}": stepper.direct, f"request_{size}": stepper.request}
+        clock = Clock(stepper.replica.engine)
+        for path, step in (("direct", stepper.direct), ("request", stepper.request)):
+            contenders[f"{path}_{size}"], clocks[f"{path}_{size}"] = clock.around(step)
     seconds = rounds(contenders, count)
+    inside = {name: values[3::2] for name, values in clocks.items()}  # the second calls, after the warm-up's two
     for name, values in seconds.items():
         path, _, size = name.partition("_")
         result[f"{path}_ms_{size}"] = spread([1000 * value for value in values])
     for size in SIZES:
-        result[f"request_over_direct_{size}"] = ratio(seconds[f"request_{size}"], seconds[f"direct_{size}"])
+        paths = f"request_{size}", f"direct_{size}"
+        result[f"request_over_direct_{size}"] = ratio(*(seconds[path] for path in paths))
+        result[f"model_ms_{size}"] = spread([1000 * value for value in inside[paths[1]]])
+        rest = [[a - b for a, b in zip(seconds[path], inside[path], strict=True)] for path in paths]
+        result[f"request_over_direct_without_model_{size}"] = ratio(*rest)
     return result
+
+
+class Clock:
+    """Seconds inside an engine's model."""
+
+    def __init__(self, engine: Any) -> None:
+        model = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        self._began = self._sum = 0.0
+        model.register_forward_pre_hook(self._start)
+        model.register_forward_hook(self._stop)
+
+    def _start(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def _stop(self, *_: Any) -> None:
+        self._sum += time.perf_counter() - self._began
+
+    def around(self, step: Callable[[], None]) -> tuple[Callable[[], None], list[float]]:
+        """The step, and a list that gets the seconds inside the model of each call."""
+        found: list[float] = []
+
+        def timed() -> None:
+            self._sum = 0.0
+            step()
+            found.append(self._sum)
+
+        return timed, found
 
 
 def replica(folder: Path, examples: int, where: tuple[str, ...]) -> tuple[Any, Any]:

@@ -2,15 +2,16 @@
 
     python -m benchmarks.memory [space=lora] [batch=16] [pairs=1] [model=smollm2] [steps=3]
 
-Each side is a process of its own. `plain` is vLLM without LoRA that generates one token for as many sequences as a step
-scores; `zoray` a replica that takes steps. On a CPU it is the process's peak resident size, on CUDA the peak of the
-allocator. The ratio is zoray / plain.
+Each side is a process of its own (`apart=0`: one after the other in this one, which counts what Python takes in both).
+`plain` is vLLM without LoRA that generates one token for as many sequences as a step scores; `zoray` a replica that
+takes steps. On a CPU it is the process's peak resident size, on CUDA the peak of the allocator. The ratio is zoray /
+plain. On a CPU neither side compiles the model, which would take memory of its own.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks.options import parse
 
 DEFAULTS = {"space": "lora", "batch": "16", "pairs": "1", "model": "smollm2", "dtype": "auto", "steps": "3", "side": ""}
+DEFAULTS |= {"apart": "1"}
 
 
 def main(arguments: list[str]) -> None:
@@ -32,16 +34,33 @@ def main(arguments: list[str]) -> None:
     print(json.dumps(measure(options)))
 
 
-def measure(options: dict[str, str]) -> dict[str, Any]:
-    """Peak bytes of both sides, and their ratio."""
+def measure(options: dict[str, str], where: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Peak bytes of both sides, and their ratio. `where`: further settings of the experiment in this process."""
     result: dict[str, Any] = {"benchmark": "memory", **options}
     for side in ("plain", "zoray"):
-        command = [sys.executable, "-m", "benchmarks.memory"]
-        command += [f"{key}={value}" for key, value in options.items() if key != "side"]
-        done = subprocess.run([*command, f"side={side}"], stdout=subprocess.PIPE, text=True, check=True)
-        result[f"{side}_bytes"] = json.loads(done.stdout.strip().splitlines()[-1])
+        one = {**options, "side": side}
+        result[f"{side}_bytes"] = in_process(one) if options["apart"] == "1" else here(one, where)
     result["ratio"] = result["zoray_bytes"] / result["plain_bytes"]
     return result
+
+
+def in_process(options: dict[str, str]) -> int:
+    """Peak bytes of one side, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", *(f"{key}={value}" for key, value in options.items())]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def here(options: dict[str, str], where: tuple[str, ...]) -> int:
+    """Peak bytes of this process during one side."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    with tempfile.TemporaryDirectory() as folder:
+        return peak(options, Path(folder), where)
 
 
 def peak(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) -> int:
@@ -77,7 +96,7 @@ def plain(e: Any, workload: Any, count: int) -> None:
         max_model_len=engine.length_limit(max_length(workload.folder)),
         max_num_batched_tokens=engine.max_tokens,
         kv_cache_memory_bytes=int(engine.kv_cache_gib * 2**30),
-        enforce_eager=engine.eager,
+        enforce_eager=engine.eager or _on_cpu(),
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         disable_log_stats=True,
@@ -95,7 +114,8 @@ def _peak() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()  # getrusage would count a larger parent in
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def _on_cpu() -> bool:
