@@ -7,6 +7,8 @@ compared between two engines.
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +99,26 @@ def make_model(name: str, folder: Path) -> Path:
 
 
 def with_weights(name: str, folder: Path, seed: int = 0) -> Path:
-    """Write a shape with float32 weights, drawn on the CPU; such that tokens differ clearly in their probability."""
+    """Write a shape with float32 weights, drawn on the CPU; such that tokens differ clearly in their probability.
+
+    Processes that want the same folder may do so at once: it is there as a whole or not at all.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if (folder / "config.json").exists():
+    if folder.exists():
         return folder
-    make_model(name, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = make_model(name, Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)))
+    random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                torch.nn.init.normal_(parameter, std=1.6 * parameter.shape[1] ** -0.5)
-    model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(partial), dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=1.6 * parameter.shape[1] ** -0.5, generator=random)
+    model.save_pretrained(partial)
+    try:
+        partial.rename(folder)
+    except OSError:  # somebody was first
+        shutil.rmtree(partial)
     return folder

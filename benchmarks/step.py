@@ -5,7 +5,8 @@
     python -m benchmarks.step model=opt-1.3b dtype=float16         random weights of a real shape, random tokens
 
 `zoray` is a replica's whole step without Ray: the last step's commit, slot writes, packed scoring, losses, estimate and
-update. `bare` is the same engine's packed forward of the same tokens without any adapter: zo_tax = zoray / bare.
+update. `bare` is the packed forward of the same tokens without any adapter: zo_tax = zoray / bare. On a CPU it is the
+same engine's; on CUDA, where the products of adapters are part of the compiled model, that of an engine that has none.
 `request` is the step through vLLM's request path, `loop` the official training loop's on transformers
 (benchmarks/training_loop.py). `parts` chooses among them.
 """
@@ -44,10 +45,10 @@ def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) 
     workload = one_batch(e, workload)
     replica = Replica(e.spec, workload)
     stepper = Stepper(e, replica)
-    bare, tokens = bare_forward(e, replica)
+    bare, tokens = bare_forward(e, replica, bare_engine(e, workload) if options["device"] == "cuda" else replica.engine)
     contenders = {"zoray": stepper.direct, "bare": bare, "request": stepper.request}
     if "loop" in options["parts"]:
-        contenders["loop"] = loop_step(e, workload, options)
+        contenders["loop"] = loop_step(e, workload, TrainingLoop(loop_model(workload, options), options["method"]))
     parts = options["parts"].split(",")
     seconds = rounds({name: step for name, step in contenders.items() if name in parts}, int(options["rounds"]))
     result: dict[str, Any] = {"benchmark": "step", **options, "tokens_per_step": tokens, "threads": _threads()}
@@ -70,8 +71,13 @@ def one_batch(e: Any, workload: Any) -> Any:
     return replace(workload, splits=replace(workload.splits, train=tuple(train[i] for i in first)), encoded=encoded)
 
 
-def bare_forward(e: Any, replica: Any) -> tuple[Any, int]:
-    """A function that scores the sequences of a step without adapters; tokens of a step."""
+def bare_engine(e: Any, workload: Any) -> Any:
+    """An engine for the same model that knows nothing of adapters."""
+    return e.spec.engine.start_bare(workload.folder, e.spec.model.dtype)
+
+
+def bare_forward(e: Any, replica: Any, engine: Any) -> tuple[Any, int]:
+    """A function that scores the sequences of a step on an engine without adapters; tokens of a step."""
     import numpy as np
 
     from zoray.engines.packing import Plan, ranges
@@ -84,7 +90,7 @@ def bare_forward(e: Any, replica: Any) -> tuple[Any, int]:
         tile = Tile((Probe(number["step"], 0, 0.0),), 0, e.run.batch)
         examples = np.tile(replica._indices(tile), count)
         chosen = ranges(split.first_sequence[examples], split.n_sequences[examples])
-        replica.engine.score_plan(Plan(split.table, (), np.full(len(chosen), -1), chosen))
+        engine.score_plan(Plan(split.table, (), np.full(len(chosen), -1), chosen))
         tokens.append(int(split.tokens[examples].sum()))
         number["step"] += 1
 
@@ -92,12 +98,10 @@ def bare_forward(e: Any, replica: Any) -> tuple[Any, int]:
     return forward, tokens[0]
 
 
-def loop_step(e: Any, workload: Any, options: dict[str, str]) -> Any:
-    """A function that takes the next step of the training loop on the same examples."""
+def loop_model(workload: Any, options: dict[str, str]) -> Any:
+    """The model on transformers, for the training loop; random weights but for smollm2."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from zoray.data import step_indices
 
     dtype = torch.float32 if options["dtype"] == "auto" else getattr(torch, options["dtype"])
     if options["model"] == "smollm2":
@@ -105,7 +109,13 @@ def loop_step(e: Any, workload: Any, options: dict[str, str]) -> Any:
     else:
         with torch.device(options["device"]):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(workload.folder), dtype=dtype)
-    loop = TrainingLoop(model.to(options["device"]).eval(), options["method"])
+    return model.to(options["device"]).eval()
+
+
+def loop_step(e: Any, workload: Any, loop: TrainingLoop) -> Any:
+    """A function that takes the next step of the training loop on the same examples."""
+    from zoray.data import step_indices
+
     train = workload.splits.train
     labels = tuple(example.label for example in train)
 

@@ -7,11 +7,14 @@ from typing import Any
 
 
 class Stepper:
-    """Takes the next of `steps` steps at each call; the last step's commit goes with the next one's tiles."""
+    """Takes the next of `steps` steps at each call, from where the replica's state is.
+
+    The last step's commit goes with the next one's tiles.
+    """
 
     def __init__(self, e: Any, replica: Any, steps: int = 1_000_000) -> None:
         self.e, self.replica, self.steps = e, replica, steps
-        self.step, self.memory, self.commits = 0, e.optimizer.init(), []
+        self.step, self.memory, self.commits = replica.engine.step(), e.optimizer.init(), []
         self.tokens = 0  # forward tokens so far
 
     def direct(self) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import psutil
 import pytest
 
-from benchmarks import host, learn, memory, scale, shapes, step, wire, workload
+from benchmarks import device, host, kernels, learn, memory, noise, scale, shapes, step, wire, workload
 from benchmarks.methods import METHODS, run, table
 from benchmarks.training_loop import TrainingLoop, option_batch
 from zoray.cli import build_experiment, compose
@@ -115,6 +115,96 @@ def test_host_time_is_measured_on_both_paths(tmp_path):
     for size in host.SIZES:
         assert 0 < result[f"direct_ms_{size}"]["median"] < result[f"request_ms_{size}"]["median"]
         assert result[f"request_over_direct_{size}"]["low"] > 1
+        assert 0 < result[f"model_ms_{size}"]["median"] < result[f"direct_ms_{size}"]["median"]
+        without, whole = (result[f"request_over_direct{part}_{size}"]["median"] for part in ("_without_model", ""))
+        assert without > whole
+
+
+def test_noise_is_told_from_signal_and_rounding_needs_a_larger_eps(tmp_path):
+    """In exact float32 every eps is sound; bfloat16 rounds away what a small one does."""
+    options = {**noise.DEFAULTS, "model": "llama-tiny", "batch": "8", "probes": "4"}
+    exact, rough = (
+        noise.measure({**options, "dtype": dtype}, tmp_path, ("engine=hf",)) for dtype in ("float32", "bfloat16")
+    )
+    assert exact["dtype"] == "float32" and rough["dtype"] == "bfloat16"
+    assert [row["eps"] for row in exact["rows"]] == list(noise.EPS)
+    slopes = [row["signal"] / row["eps"] for row in exact["rows"]]
+    assert max(slopes) < 1.5 * min(slopes)  # the signal is in proportion to eps
+    assert exact["sound from eps"] == noise.EPS[0] and exact["repeat"] == 0
+    assert rough["sound from eps"] is None or rough["sound from eps"] >= 1e-3
+    assert rough["rows"][0]["rounding"] > 100 * exact["rows"][0]["rounding"]
+
+
+class Shaky:
+    """A replica whose losses depend on nothing but where an example stands, and how often it has been asked."""
+
+    class workload:
+        class splits:
+            train = range(20)
+
+    def __init__(self, position: float, call: float) -> None:
+        self.position, self.call, self.calls = position, call, 0
+
+    def _outcomes(self, split, probes, probe_of, examples):
+        self.calls += 1
+        losses = np.ones(len(examples)) + self.position * np.arange(len(examples)) * (examples < 4)
+        return losses + self.call * self.calls, None
+
+
+def test_each_reason_for_noise_is_told_apart():
+    batch = np.arange(4)
+    assert set(noise.noise(Shaky(0, 0), batch).values()) == {0.0}
+    found = noise.noise(Shaky(0.01, 0), batch)
+    assert found["repeat"] == found["reorder"] == 0 < found["mates"]  # a mean of the same places; then of others
+    assert noise.noise(Shaky(0, 0.01), batch)["repeat"] == pytest.approx(
+        0.01 * np.sqrt(np.mean(np.arange(1, 1 + noise.REPEATS) ** 2))
+    )
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("outs", [(24,), (24, 8, 8)], ids=str)
+def test_the_kernels_that_are_timed_compute_the_same(slots, outs):
+    import torch
+
+    layer = kernels.Layer(16, outs, 8, slots, 21, "cpu", torch.float32)
+    for b in layer.module.lora_b_stacked:
+        b.normal_()
+    before = [pair for pair in zip(layer.module.lora_a_stacked, layer.module.lora_b_stacked, strict=True)]
+    found = []
+    for make in (layer.vllm, lambda: layer.by_runs(8), layer.dense):
+        for stacked, kept in zip(("a", "b"), zip(*before, strict=True), strict=True):
+            setattr(layer.module, f"lora_{stacked}_stacked", tuple(part.clone() for part in kept))
+        layer.y.zero_()
+        made = make()
+        if layer.module.lora_a_stacked[0] is not before[0][0]:  # joined: the values go where the tensors are now
+            for stacked, kept in zip(("a", "b"), zip(*before, strict=True), strict=True):
+                for place, values in zip(getattr(layer.module, f"lora_{stacked}_stacked"), kept, strict=True):
+                    place.copy_(values)
+        layer._add(made)
+        found.append(layer.y.clone())
+    assert found[0].abs().max() > 1
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+def test_the_parts_of_a_step_are_timed(tmp_path):
+    options = {**kernels.DEFAULTS, "model": "llama-tiny", "tokens": "40", "rows": "8", "space": "lozo"}
+    result = kernels.measure(options, tmp_path)
+    for name in ("base", "adapters", "adapters by vLLM", "slots", "apply", "head"):
+        assert result[f"{name} us"] > 0, name
+    sizes = {row["product"]: (row["in"], row["out"]) for row in result["rows"]}
+    assert sizes == {"qkv": (64, 128), "o": (64, 64), "up": (64, 256), "down": (128, 64)}
+    assert result["base us"] == pytest.approx(2 * sum(row["base us"] for row in result["rows"]))
+
+
+def test_a_profile_says_how_busy_a_step_keeps_the_device():
+    import time
+
+    import torch
+
+    assert device.union([(3, 5), (0, 2), (1, 2.5), (4, 4.5)]) == 4.5
+    found = device.busy(lambda: (time.sleep(0.05), torch.ones(300, 300) @ torch.ones(300, 300)), "cpu")
+    assert 0 < found["busy"] < 0.9 and 45 < found["gaps ms"] < 500
 
 
 @pytest.mark.ray

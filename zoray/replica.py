@@ -20,6 +20,7 @@ from zoray.tiles import LARGEST, Grid, join_scores, mean, summed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from zoray.engines.base import Engine
     from zoray.records import Commit
 
 
@@ -71,15 +72,15 @@ class EncodedSplit:
 class Replica:
     """Scores tiles for the driver; see `evaluate`."""
 
-    def __init__(self, spec: ReplicaSpec, workload: Workload | None = None) -> None:
-        """Load data and model, and prove that the engine's adapters are live."""
+    def __init__(self, spec: ReplicaSpec, workload: Workload | None = None, engine: Engine | None = None) -> None:
+        """Load data and model, unless they are given, and prove that the engine's adapters are live."""
         from zoray.models import weights_hash
 
         self.spec = spec
         self.workload = workload or load_workload(spec)
         self._splits: dict[str, EncodedSplit] = {}
         self._labels = tuple(example.label for example in self.workload.splits.train)
-        self.engine = spec.engine.start(
+        self.engine = engine or spec.engine.start(
             self.workload.folder, spec.model.dtype, self.workload.matrices, spec.space, spec.seed
         )
         self.info = ReplicaInfo(

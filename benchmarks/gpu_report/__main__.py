@@ -1,11 +1,12 @@
-"""Does zoray do on this card what it does on a CPU? One command, no network, no weights.
+"""Does zoray do on this card what it does on a CPU, and how fast? One command, no network, no weights.
 
     python -m benchmarks.gpu_report out=DIR [--only PART] [--minutes 9]
     python -m benchmarks.gpu_report out=DIR --device cpu --tiny       the small form, which the tests run
 
-Every item runs in a process of its own (all of the small form in one) and leaves DIR/items/NAME.json; what is there and
-holds is not run again, so a second call goes on where the first one stopped. DIR gets report.json and report.md after
-every item. The exit code is 1 if something does not hold.
+Parts: correctness, signal, speed, kernels, memory; the most telling items come first. Every item runs in a process of
+its own (all of the small form in one), those of correctness several at a time, and leaves DIR/items/NAME.json; what is
+there and holds is not run again, so a second call goes on where the first one stopped. After every item DIR gets
+report.json and report.md, and plots in the end. The exit code is 1 if something does not hold.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_report.checks import Place
+from benchmarks.gpu_report.items import PARTS, all_items
+from benchmarks.gpu_report.plots import draw
 from benchmarks.gpu_report.report import machine, write
 
-PARTS = ("correctness",)
+AT_ONCE = 3  # items of correctness on a card together: they are mostly waiting for models to load
 LEAST_SECONDS = {"cpu": 5, "cuda": 25}  # an item is not begun with less time left
+LEAST_FOR_SPEED = 100  # on a card: three copies of a model are loaded, two of them compiled
 
 
 def main(arguments: list[str]) -> int:
@@ -39,17 +46,32 @@ def main(arguments: list[str]) -> int:
     if not chosen:
         sys.exit(f"expected --only to be one of {', '.join(PARTS)}, or an item; got {options.only}")
     results = {name: found for name in names if (found := stored(items, name))}
-    for name in chosen:
-        left = deadline - time.monotonic()
-        if not results.get(name, {"holds": False})["holds"] and left > LEAST_SECONDS[options.device]:
-            print(f"{name} ...", flush=True)
-            if options.tiny:
-                results[name] = measure(options, items, name)
-            else:
-                results[name] = in_process(arguments, items, name, left)
-            print(f"    {'holds' if results[name]['holds'] else 'FAILS: ' + results[name]['why']}", flush=True)
-            write(options.out, machine(options.device), names, results)
-    write(options.out, machine(options.device), names, results)
+    waiting = [name for name in chosen if not results.get(name, {"holds": False})["holds"]]
+    checks = [name for name in waiting if name.startswith("correctness:")]
+
+    where, lock = machine(options.device), threading.Lock()
+
+    def one(name: str) -> None:
+        left, least = deadline - time.monotonic(), LEAST_SECONDS[options.device]
+        if options.device == "cuda" and name.startswith("speed:") and name != "speed:device":
+            least = LEAST_FOR_SPEED
+        if left < least:
+            return
+        found = measure(options, items, name) if options.tiny else in_process(arguments, items, name, left)
+        if found is None:
+            return
+        with lock:
+            results[name] = found
+            print(f"{name}: {'holds' if found['holds'] else 'FAILS: ' + found['why']}", flush=True)
+            write(options.out, where, names, results)
+
+    with ThreadPoolExecutor(AT_ONCE if options.device == "cuda" and not options.tiny else 1) as pool:
+        list(pool.map(one, checks))
+    for name in waiting:
+        if name not in checks:
+            one(name)
+    write(options.out, where, names, results)
+    draw(options.out, results)
     failed = [name for name, result in results.items() if not result["holds"]]
     missing = [name for name in names if name not in results]
     print(f"{len(results) - len(failed)} hold, {len(failed)} fail, {len(missing)} not run yet; {options.out}/report.md")
@@ -79,16 +101,14 @@ def parse(arguments: list[str]) -> Any:
 
 def names_of(options: Any) -> list[str]:
     """All items, in the order in which they matter."""
-    return [f"correctness:{name}" for name in checks_of(options)]
+    return list(all_items(place_of(options)))
 
 
-def checks_of(options: Any) -> Any:
-    """The checks of correctness on the chosen device."""
-    from benchmarks.gpu_report.checks import Place, all_checks
-
+def place_of(options: Any) -> Place:
+    """Where the items are measured."""
     models = options.out / "models"
     models.mkdir(parents=True, exist_ok=True)
-    return all_checks(Place(options.device, options.tiny, models))
+    return Place(options.device, options.tiny, models)
 
 
 def measure(options: Any, items: Path, name: str) -> dict[str, Any]:
@@ -96,7 +116,7 @@ def measure(options: Any, items: Path, name: str) -> dict[str, Any]:
     began = time.monotonic()
     result: dict[str, Any] = {"name": name, "holds": True, "why": ""}
     try:
-        result["measured"] = checks_of(options)[name.partition(":")[2]]()
+        result["measured"] = all_items(place_of(options))[name]()
     except Exception as error:
         result |= {"holds": False, "why": f"{type(error).__name__}: {error}".split("\n")[0]}
         result["traceback"] = traceback.format_exc()
@@ -105,17 +125,20 @@ def measure(options: Any, items: Path, name: str) -> dict[str, Any]:
     return result
 
 
-def in_process(arguments: list[str], items: Path, name: str, seconds: float) -> dict[str, Any]:
-    """An item in a process of its own, so that its memory is free afterwards, and a crash is its own."""
+def in_process(arguments: list[str], items: Path, name: str, seconds: float) -> dict[str, Any] | None:
+    """An item in a process of its own, so that its memory is free afterwards, and a crash is its own.
+
+    None where it is not done in time.
+    """
     command = [sys.executable, "-m", "benchmarks.gpu_report", *arguments, "--item", name]
     path = items / f"{name}.json"
     path.unlink(missing_ok=True)
     with (items / f"{name}.log").open("wb") as log:
         try:
             code = subprocess.run(command, stdout=log, stderr=log, timeout=seconds, check=False).returncode
-            why = f"its process ended with code {code}, see {log.name}"
         except subprocess.TimeoutExpired:
-            why = f"not done after {seconds:.0f} s"
+            return None
+    why = f"its process ended with code {code}, see {log.name}"
     return stored(items, name) or {"name": name, "holds": False, "why": why, "seconds": round(seconds, 1)}
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from benchmarks.noise import weighted
 from benchmarks.shapes import vocabulary, with_weights
 from benchmarks.stepper import Stepper
-from benchmarks.workload import random_workload
 from zoray import journal
 from zoray.directions import Layout, direction_numpy, direction_torch
 from zoray.engines.hf import Hf
@@ -186,17 +186,13 @@ def check_slots(scorer: Any, probes: list[Probe]) -> None:
 
 def runs(place: Place, space: str) -> dict[str, Any]:
     """The same steps twice have the same digest, and a journal of them gives it as well, on the device and on a CPU."""
-    from zoray.cli import build_experiment, compose
     from zoray.driver import make_header
     from zoray.replica import Replica
 
     model, count = place.models[-1], 10 if place.tiny else 100
-    folder = with_weights(model, place.folder / model)
-    dtype = "float32" if place.device == "cpu" else "bfloat16"
-    settings = ["model=hf", f"model.path={folder}", f"model.dtype={dtype}", "run.stratify=false", "run.batch=8"]
-    settings += ["estimator=two_point", "estimator.pairs=2", "engine.kv_cache_gib=0.5", "engine.max_tokens=2048"]
-    e = build_experiment(compose("config", [*settings, *SPACES[space]]))
-    workload = random_workload(e.spec, folder, vocabulary(model), 64)
+    settings = ["run.batch=8", "estimator=two_point", "estimator.pairs=2", "engine.kv_cache_gib=0.5"]
+    settings += ["engine.max_tokens=2048", *SPACES[space]]
+    e, workload = weighted(model, "float32" if place.device == "cpu" else "bfloat16", place.folder, settings)
     replica, ends = Replica(e.spec, workload), []
     for number in range(2):
         stepper, digests = Stepper(e, replica, count), [replica.engine.digest()]
@@ -218,7 +214,7 @@ def runs(place: Place, space: str) -> dict[str, Any]:
     for device in sorted({"cpu", place.device} if not e.space.folds else {place.device}):
         contents, weights = journal.read(path), None
         if e.space.folds:
-            loaded = load_matrices(folder, workload.matrices, replica.info.dtype)
+            loaded = load_matrices(workload.folder, workload.matrices, replica.info.dtype)
             weights = {name: weight.to(device) for name, weight in loaded.items()}
         found = journal.replay(contents, device=device, weights=weights).digest()
         assert found == ends[0][-1], f"replayed on {device}: {found}, the run had {ends[0][-1]}"

@@ -32,7 +32,8 @@ def machine(device: str) -> dict[str, Any]:
 def write(out: Path, where: Mapping[str, Any], names: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> None:
     """Write report.json and report.md; `names` are all items, `results` those that have been run."""
     items = [results.get(name, {"name": name, "holds": None}) for name in names]
-    (out / "report.json").write_text(json.dumps({"machine": where, "items": items}, indent=1) + "\n")
+    whole = json.dumps({"machine": where, "items": items}, indent=1, default=str)
+    (out / "report.json").write_text(whole + "\n")
     lines = ["# zoray on this device", "", *(f"- {key}: {value}" for key, value in where.items()), ""]
     lines += ["| item | holds | seconds | measured |", "|---|---|---|---|"]
     for name in names:
@@ -40,12 +41,45 @@ def write(out: Path, where: Mapping[str, Any], names: Sequence[str], results: Ma
         if result is None:
             lines.append(f"| {name} | not run yet | | |")
             continue
-        told = ", ".join(f"{key} {_short(value)}" for key, value in result.get("measured", {}).items())
+        measured = result.get("measured", {})
+        told = ", ".join(f"{key} {_short(value)}" for key, value in measured.items() if key != "rows")
         lines.append(
             f"| {name} | {'yes' if result['holds'] else '**no**'} | {result['seconds']} | {told or result['why']} |"
         )
+    for name in names:
+        if rows := results.get(name, {}).get("measured", {}).get("rows"):
+            lines += ["", f"## {name}", "", *_table(rows)]
+    if shares := shares_of_step(results):
+        lines += ["", "## What parts are of a step (batch 16, one pair)", "", *_table(shares)]
     (out / "report.md").write_text("\n".join(lines) + "\n")
 
 
+def shares_of_step(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Parts of a step, timed alone, over the whole step's time, for models of which both have been measured."""
+    found = []
+    for name, result in results.items():
+        part, _, what = name.partition(":")
+        step = results.get(f"speed:{what.removesuffix('-2-slots')}", {}).get("measured")
+        if part == "kernels" and what.endswith("-2-slots") and result.get("measured") and step:
+            whole = 1000 * step["ms a step"]
+            parts = {key: value for key, value in result["measured"].items() if key.endswith(" us")}
+            found.append(
+                {"model": what.removesuffix("-2-slots")}
+                | {key.removesuffix(" us"): f"{100 * value / whole:.1f} %" for key, value in parts.items()}
+            )
+    return found
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows of Markdown; the columns are those of any row, in the order in which they come."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(_short(row.get(key, "")) for key in columns) + " |" for row in rows]
+
+
 def _short(value: Any) -> str:
-    return f"{value:.2g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, dict) and "median" in value:
+        return _short(value["median"])
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,88 @@
+"""Everything the report measures, by name; what comes first is what nine minutes buy."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import device, kernels, memory, noise
+from benchmarks.gpu_report import speed
+from benchmarks.gpu_report.checks import Place, all_checks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PARTS = ("correctness", "signal", "speed", "kernels", "memory")
+TINY = ("engine.slots=2", "engine.kv_cache_gib=0.25", "engine.max_tokens=1024")
+
+
+def all_items(place: Place) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What can be measured in a place: "part:name" to a function that measures it."""
+    items = {f"correctness:{name}": check for name, check in all_checks(place).items()}
+    where = TINY if place.tiny else ()
+    items["speed:device"] = partial(device.rates, place.device, place.tiny)
+    first, *rest = cases(place)
+    last = [case for case in rest if case.model == "opt-13b" and case.pairs == 1]
+    for case in (first, *last, *(case for case in rest if case not in last)):
+        items[f"speed:{case.name}"] = partial(speed.measure, case, place.device, place.folder, where)
+        if case is first:
+            items |= signals(place) | parts(place)
+    return items
+
+
+def cases(place: Place) -> list[speed.Case]:
+    """What is timed against the bare forward and the training loop."""
+    if place.tiny:
+        small: dict[str, Any] = {"batches": (2, 4), "rounds": 2}
+        return [speed.Case("opt-tiny", **small), speed.Case("opt-tiny", pairs=4, space="lozo", loops=(), **small)]
+    models = ("opt-1.3b", "opt-13b", "opt-2.7b", "opt-6.7b", "llama-3-8b", "qwen3-4b")
+    one = [speed.Case(model) for model in models]
+    four = [speed.Case(model, pairs=4, loops=()) for model in models]
+    return [*one, *four, speed.Case("opt-13b", space="lozo"), speed.Case("opt-1.3b", space="lozo")]
+
+
+def signals(place: Place) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Noise against signal, in every dtype; and with batch-invariant kernels where the wheel has them."""
+    where = TINY if place.tiny else ()
+    items: dict[str, Callable[[], dict[str, Any]]] = {}
+    for model in place.models[-1:] if place.tiny else place.models:
+        for dtype in place.dtypes[-1:] if place.tiny else place.dtypes:
+            options = {**noise.DEFAULTS, "model": model, "dtype": dtype}
+            options |= {"probes": "2", "batch": "4"} if place.tiny else {}
+            items[f"signal:{model}-{dtype}"] = partial(told, noise.measure, options, place.folder, where)
+            if place.device == "cuda" and dtype != "float32" and has_invariant():
+                invariant = {**options, "invariant": "1"}
+                items[f"signal:{model}-{dtype}-invariant"] = partial(
+                    told, noise.measure, invariant, place.folder, where
+                )
+    return items
+
+
+def parts(place: Place) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Kernels one by one, and memory."""
+    models = ("opt-tiny",) if place.tiny else ("opt-1.3b", "opt-13b", "llama-3-8b")
+    items: dict[str, Callable[[], dict[str, Any]]] = {}
+    for model in models:
+        for slots in (2, 8):
+            options = {**kernels.DEFAULTS, "model": model, "device": place.device, "slots": str(slots)}
+            options |= {"tokens": "64", "rows": "8"} if place.tiny else {}
+            items[f"kernels:{model}-{slots}-slots"] = partial(told, kernels.measure, options, place.folder)
+    options = {**memory.DEFAULTS, "model": models[0]}
+    options |= {"apart": "0", "batch": "2"} if place.tiny else {}
+    items[f"memory:{models[0]}"] = partial(told, memory.measure, options, TINY if place.tiny else ())
+    return items
+
+
+def told(measure: Callable[..., dict[str, Any]], options: dict[str, str], *more: Any) -> dict[str, Any]:
+    """A measurement without what its name says already."""
+    found = measure(options, *more)
+    return {key: value for key, value in found.items() if key not in options and key != "benchmark"}
+
+
+def has_invariant() -> bool:
+    """Whether this wheel of vLLM has batch-invariant kernels."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import envs
+
+    return "VLLM_BATCH_INVARIANT" in envs.environment_variables
