@@ -5,10 +5,9 @@
 A step's signal is D(eps) = L(x + eps z) - L(x - eps z) of its batch: the median of |D| over some directions. The noise
 is how much a loss differs for reasons that are none. Three are the engine's: the same batch scored again (`repeat`), in
 another order (`reorder`), beside other sequences (`mates`), as root mean squares of the difference of two scorings. The
-fourth is rounding: D(eps) / eps is the same for eps and 0.95 or 1.05 of it, but for the cube of eps; `rounding` is how
-much it is not, as a standard deviation of D. What an estimator sees is signal plus all of them, so an eps is sound
-where the signal is ten times the loudest. Models other than smollm2 have random weights, written to a file, since those
-of load_format=dummy are too small to round.
+fourth is `rounding`, as a standard deviation of D: how far D is from smooth between 0.9 and 1.1 of an eps. What an
+estimator sees is signal plus all of them, so an eps is sound where the signal is ten times the loudest. Models other
+than smollm2 have random weights, written to a file, since those of load_format=dummy are too small to round.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from benchmarks.shapes import vocabulary, with_weights
 from benchmarks.timing import spread
 from benchmarks.workload import random_workload
 from zoray.records import Probe
+from zoray.replica import NEAR, Replica, rounding
 from zoray.tiles import mean
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 EPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SOUND = 10.0  # how many times the noise a signal has to be
-NEAR = (0.95, 1.0, 1.05)  # of an eps: neighbours that have its slope
 REPEATS = 8  # of every reason for noise
 CENTRE = Probe(0, 0, 0.0)
 DEFAULTS = {"model": "smollm2", "dtype": "float32", "space": "lora", "batch": "16", "probes": "16", "invariant": ""}
@@ -55,8 +54,6 @@ def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) 
     """
     if options["invariant"]:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    from zoray.replica import Replica
-
     e, workload = weighted(options["model"], options["dtype"], folder, (f"space={options['space']}", *where))
     replica, batch = Replica(e.spec, workload), np.arange(int(options["batch"]))
     found = noise(replica, batch)
@@ -99,14 +96,12 @@ def noise(replica: Any, batch: np.ndarray) -> dict[str, float]:
 
 def signal(replica: Any, batch: np.ndarray, eps: float, probes: int) -> dict[str, float]:
     """Signal and rounding of a batch's (n,) mean loss under some directions."""
-    sizes = eps * np.array(NEAR)
-    slopes = np.zeros((probes, len(sizes)))
+    differences = np.zeros((len(NEAR), probes))
     for k in range(probes):
-        both = tuple(Probe(0, k, sign * size) for size in sizes.tolist() for sign in (1.0, -1.0))
+        both = tuple(Probe(0, k, sign * eps * near) for near in NEAR for sign in (1.0, -1.0))
         plus, minus = losses_of(replica, both, batch).mean(axis=1).reshape(-1, 2).T
-        slopes[k] = (plus - minus) / sizes
-    rounding = float(np.sqrt(slopes.var(axis=1, ddof=1).mean())) * eps
-    return {"signal": float(np.median(np.abs(slopes.mean(axis=1)))) * eps, "rounding": rounding}
+        differences[:, k] = plus - minus
+    return {"signal": float(np.median(np.abs(differences[NEAR.index(1.0)]))), "rounding": rounding(differences)}
 
 
 def weighted(model: str, dtype: str, folder: Path, settings: Sequence[str]) -> tuple[Any, Any]:

@@ -28,6 +28,7 @@ from zoray.engines.cuda_lora import (
     DenseLayer,
     Mask,
     fill_tables,
+    forget_addresses,
     prepare,
 )
 from zoray.engines.hf import Hf
@@ -121,15 +122,46 @@ def test_slots_laid_out_for_one_product_stay_what_they_are_for_whoever_writes_th
     assert torch.equal(b[1, 2:4, 24:32], module.lora_b_stacked[1][1, 0].t())
 
 
-def kernel_meta() -> Any:
-    """vLLM's own LoRAKernelMeta; its package imports Triton kernels, which this file itself does not need."""
-    path = Path(vllm.__file__).parent / "lora/ops/triton_ops/lora_kernel_metadata.py"
-    spec = importlib.util.spec_from_file_location("lora_kernel_metadata", path)
+def part_of_vllm(name: str) -> Any:
+    """A file of vLLM's package of Triton kernels, alone: the package imports all of them, which a CPU can't."""
+    path = Path(vllm.__file__).parent / f"lora/ops/triton_ops/{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.LoRAKernelMeta
+    return module
+
+
+def kernel_meta() -> Any:
+    """vLLM's own LoRAKernelMeta."""
+    return part_of_vllm("lora_kernel_metadata").LoRAKernelMeta
+
+
+def test_pointers_that_vllm_has_kept_of_earlier_slots_are_dropped_and_no_others(monkeypatch):
+    """Slots of another rank at the address of an engine's that is gone would be read with its strides."""
+    kernels = part_of_vllm("utils")
+    monkeypatch.setitem(sys.modules, "vllm.lora.ops.triton_ops.utils", kernels)
+    # its helper needs a GPU's pinned memory
+    monkeypatch.setattr(kernels, "async_tensor_h2d", lambda values, dtype, device: torch.tensor(values, dtype=dtype))
+    gone, alive, new = (layer((24, 24), seed) for seed in range(3))
+    memory = [torch.zeros(2 * part.numel()) for part in (*gone.lora_a_stacked, *gone.lora_b_stacked)]
+    for module, rank in ((gone, RANK), (new, 2 * RANK)):
+        a, b = memory[:2], memory[2:]
+        module.lora_a_stacked = tuple(part[: SLOTS * rank * WIDTH].view(SLOTS, 1, rank, WIDTH) for part in a)
+        module.lora_b_stacked = tuple(part[: SLOTS * 24 * rank].view(SLOTS, 1, 24, rank) for part in b)
+
+    def strides(module: Any) -> tuple[int, int]:
+        a = kernels._get_lora_a_ptr(list(module.lora_a_stacked), "cpu")
+        return a[1], kernels._get_lora_b_ptr(list(module.lora_b_stacked), 0, "cpu")[2]
+
+    before, others = strides(gone), strides(alive)
+    assert strides(new) == before != (2 * before[0], 2 * before[1])  # what goes wrong
+    kept = [dict(table) for table in (kernels._LORA_A_PTR_DICT, kernels._LORA_B_PTR_DICT)]
+    forget_addresses([new])
+    for table, earlier in zip((kernels._LORA_A_PTR_DICT, kernels._LORA_B_PTR_DICT), kept, strict=True):
+        assert len(table) == 1 and all(value is earlier[key] for key, value in table.items())
+    assert strides(new) == (2 * before[0], 2 * before[1]) and strides(alive) == others
 
 
 @pytest.mark.parametrize(

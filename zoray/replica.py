@@ -24,6 +24,19 @@ if TYPE_CHECKING:
     from zoray.records import Commit
 
 
+NEAR = (0.9, 0.95, 1.0, 1.05, 1.1)  # of a probe's scale
+
+
+def rounding(losses: np.ndarray) -> float:
+    """Standard deviation of the error of losses (5, n) that n smooth functions take at five equidistant points.
+
+    A fourth difference is zero for every cubic; that of independent errors has 1 + 16 + 36 + 16 + 1 times their
+    variance.
+    """
+    fourth = np.array([1.0, -4.0, 6.0, -4.0, 1.0]) @ losses
+    return math.sqrt(mean((fourth**2).tolist()) / 70)
+
+
 @dataclass(frozen=True)
 class ReplicaInfo:
     """What a replica says of itself once it can score."""
@@ -32,7 +45,7 @@ class ReplicaInfo:
     weights: str  # hash of the base weights
     engine: str
     dtype: str  # of the base weights as the engine holds them
-    noise: float  # standard deviation of an example's score between two packings of the same state, see score_noise
+    noise: float  # standard deviation of an example's loss for no reason of its own, see Replica.score_noise
     self_test: tuple[tuple[str, float], ...]
 
 
@@ -114,10 +127,14 @@ class Replica:
         return scores, self.engine.digest() if digest else None
 
     def score_noise(self, examples: int = 8) -> float:
-        """How much an example's loss depends on what it is scored with: its standard deviation.
+        """How much an example's loss differs where exact arithmetic has nothing to tell: its standard deviation.
 
-        The same state scores a few training examples alone and together; losses would be equal in exact arithmetic.
+        By what it is scored with, and by rounding. A difference of probes that is smaller is chance.
         """
+        return math.hypot(self._packing_noise(examples), self._rounding_noise(examples))
+
+    def _packing_noise(self, examples: int) -> float:
+        """The same state scores a few training examples alone and together."""
         centre, count = Probe(self.engine.step(), 0, 0.0), min(examples, len(self.workload.splits.train))
         (together, _), *alone = [
             self._outcomes("train", (centre,), np.zeros(len(chosen), np.int64), chosen)
@@ -125,6 +142,17 @@ class Replica:
         ]
         squares = (together - np.concatenate([losses for losses, _ in alone])) ** 2
         return math.sqrt(mean(squares.tolist()) / 2)  # the difference of two scores has twice the variance of one
+
+    def _rounding_noise(self, examples: int) -> float:
+        """Losses of a few training examples near a probe, at which a smooth loss is nearly a straight line."""
+        probe = next((probe for probe in self.spec.estimator.ask(self.engine.step()) if probe.scale), None)
+        if probe is None:
+            return 0.0
+        line = tuple(probe._replace(scale=probe.scale * near) for near in NEAR)
+        chosen = np.arange(min(examples, len(self.workload.splits.train)))
+        probe_of = np.repeat(np.arange(len(line)), len(chosen))
+        losses, _ = self._outcomes("train", line, probe_of, np.tile(chosen, len(line)))
+        return rounding(losses.reshape(len(line), -1))
 
     def reset(self) -> None:
         """Back to journal index 0."""

@@ -10,6 +10,7 @@ card yet: the products are tested on the CPU, inside vLLM, and the tables agains
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
 from zoray.engines.packing import slots_of_tokens
 from zoray.engines.slots import DENSE_COLUMNS, KERNELS
-from zoray.engines.vllm_layers import gives_logits, join_a, join_b, takes_tokens
+from zoray.engines.vllm_layers import gives_logits, join_a, join_b, slots_of, takes_tokens
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:
@@ -183,10 +184,26 @@ def prepare(manager: Any, dense: bool) -> None:
         manager.punica_wrapper_mapping[key] = wrapper
     for module in modules:
         module.set_mapping(wrapper)
+    forget_addresses(modules)
     if isinstance(wrapper, DenseCudaLora):
         wrapper.mask = Mask(manager.max_num_batched_tokens, config.max_loras, config.lora_dtype, manager.device)
         for module in linear:
             module.set_mapping(DenseLayer(wrapper.mask.values, join_a(module), join_b(module)))
+
+
+def forget_addresses(modules: Sequence[Any]) -> None:
+    """Drop what vLLM's kernels remember of earlier slots at the addresses of these modules' slots.
+
+    They keep strides and sizes by address for the life of a process, in which an engine may follow another one. What
+    they remember of other addresses stays: graphs that another engine has captured read it.
+    """
+    kernels = sys.modules.get("vllm.lora.ops.triton_ops.utils")  # imported where there are any
+    if kernels is None:
+        return
+    here = {tensor.data_ptr() for module in modules for pair in slots_of(module) for tensor in pair}
+    for table in (kernels._LORA_A_PTR_DICT, kernels._LORA_B_PTR_DICT):
+        for addresses in [key for key in table if here.intersection(key)]:
+            del table[addresses]
 
 
 def is_linear(module: Any) -> bool:
