@@ -30,7 +30,7 @@ from zoray.engines.vllm import slot_rank
 from zoray.records import Commit, Probe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 DEFAULTS = {"model": "opt-1.3b", "device": "cpu", "dtype": "auto", "tokens": "850", "rows": "32", "slots": "2"}
 DEFAULTS |= {"space": "lora", "batch": "16", "pairs": "1"}
@@ -99,15 +99,17 @@ class Layer:
 
     def times(self, rank: int) -> dict[str, float]:
         """Microseconds of the base product, of zoray's adapters and of vLLM's."""
-        theirs = self.vllm()  # first: zoray's own move the tensors
-        ours = self.dense() if self.device == "cuda" else self.by_runs(rank)
-        seconds = {"base": lambda: torch.nn.functional.linear(self.x, self.weight)}
-        named = {**seconds, "adapters": lambda: self._add(ours), "adapters by vLLM": lambda: self._add(theirs)}
+        named = {
+            "base": lambda: torch.nn.functional.linear(self.x, self.weight),
+            "adapters by vLLM": self.adding(self.vllm()),  # before zoray's own, which lay the tensors out anew
+            "adapters": self.adding(self.dense() if self.device == "cuda" else self.by_runs(rank)),
+        }
         return {f"{name} us": 1e6 * seconds_of(function, self.device) for name, function in named.items()}
 
-    def _add(self, adapters: Any) -> None:
+    def adding(self, adapters: Any) -> Callable[[], None]:
+        """A function that adds what adapters make of the slots as they are laid out now."""
         stacked = self.module.lora_a_stacked, self.module.lora_b_stacked
-        adapters.add_lora_linear(self.y, self.x, *stacked, 1.0, self.outs)
+        return lambda: adapters.add_lora_linear(self.y, self.x, *stacked, 1.0, self.outs)
 
     def dense(self) -> Any:
         """The dense products of CUDA; they need no card."""

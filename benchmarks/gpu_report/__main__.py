@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_report out=DIR --device cpu --tiny       the small form, which the tests run
 
 Parts: correctness, signal, speed, kernels, memory; the most telling items come first. Every item runs in a process of
-its own (all of the small form in one), those of correctness several at a time, and leaves DIR/items/NAME.json; what is
+its own (all of the small form in one), those without timings several at a time, and leaves DIR/items/NAME.json; what is
 there and holds is not run again, so a second call goes on where the first one stopped. After every item DIR gets
 report.json and report.md, and plots in the end. The exit code is 1 if something does not hold.
 """
@@ -19,15 +19,16 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_report.checks import Place
-from benchmarks.gpu_report.items import PARTS, all_items
+from benchmarks.gpu_report.items import PARTS, TOGETHER, all_items
 from benchmarks.gpu_report.plots import draw
 from benchmarks.gpu_report.report import machine, write
 
-AT_ONCE = 3  # items of correctness on a card together: they are mostly waiting for models to load
+AT_ONCE = 4  # items without timings on a card together: they are mostly waiting for models to load
 LEAST_SECONDS = {"cpu": 5, "cuda": 25}  # an item is not begun with less time left
 LEAST_FOR_SPEED = 100  # on a card: three copies of a model are loaded, two of them compiled
 
@@ -47,7 +48,6 @@ def main(arguments: list[str]) -> int:
         sys.exit(f"expected --only to be one of {', '.join(PARTS)}, or an item; got {options.only}")
     results = {name: found for name in names if (found := stored(items, name))}
     waiting = [name for name in chosen if not results.get(name, {"holds": False})["holds"]]
-    checks = [name for name in waiting if name.startswith("correctness:")]
 
     where, lock = machine(options.device), threading.Lock()
 
@@ -65,11 +65,9 @@ def main(arguments: list[str]) -> int:
             print(f"{name}: {'holds' if found['holds'] else 'FAILS: ' + found['why']}", flush=True)
             write(options.out, where, names, results)
 
-    with ThreadPoolExecutor(AT_ONCE if options.device == "cuda" and not options.tiny else 1) as pool:
-        list(pool.map(one, checks))
-    for name in waiting:
-        if name not in checks:
-            one(name)
+    for together, group in groupby(waiting, key=lambda name: name.partition(":")[0] in TOGETHER):
+        with ThreadPoolExecutor(AT_ONCE if together and options.device == "cuda" and not options.tiny else 1) as pool:
+            list(pool.map(one, group))
     write(options.out, where, names, results)
     draw(options.out, results)
     failed = [name for name, result in results.items() if not result["holds"]]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PARTS = ("correctness", "signal", "speed", "kernels", "memory")
+TOGETHER = ("correctness", "signal")  # parts in which no time is measured that matters
 TINY = ("engine.slots=2", "engine.kv_cache_gib=0.25", "engine.max_tokens=1024")
 
 
@@ -22,13 +23,12 @@ def all_items(place: Place) -> dict[str, Callable[[], dict[str, Any]]]:
     items = {f"correctness:{name}": check for name, check in all_checks(place).items()}
     where = TINY if place.tiny else ()
     items["speed:device"] = partial(device.rates, place.device, place.tiny)
-    first, *rest = cases(place)
-    last = [case for case in rest if case.model == "opt-13b" and case.pairs == 1]
-    for case in (first, *last, *(case for case in rest if case not in last)):
-        items[f"speed:{case.name}"] = partial(speed.measure, case, place.device, place.folder, where)
-        if case is first:
-            items |= signals(place) | parts(place)
-    return items
+    timed = {
+        f"speed:{case.name}": partial(speed.measure, case, place.device, place.folder, where) for case in cases(place)
+    }
+    for name in list(timed)[:2]:
+        items[name] = timed.pop(name)
+    return items | signals(place) | parts(place) | timed
 
 
 def cases(place: Place) -> list[speed.Case]:
