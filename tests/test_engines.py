@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from zoray.adapters import write_peft
 from zoray.engines.hf import Hf, HfEngine
@@ -289,7 +291,8 @@ def test_a_sequence_over_the_budget_is_refused(engines):
     ("kernel", "targets"),
     [("add_lora_linear", "all-linear"), ("add_lora_embedding", "embed_tokens"), ("add_lora_logits", "lm_head")],
 )
-def test_a_dead_adapter_fails_the_self_test(tiny_models, monkeypatch, kernel, targets):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dead_adapter_fails_the_self_test(tiny_models, monkeypatch, kernel, targets, dtype):
     """A LoRA kernel that does nothing, as when vLLM ignores an adapter, must not get past the start."""
     from zoray.engines.cpu_lora import SegmentedLora
 
@@ -297,8 +300,22 @@ def test_a_dead_adapter_fails_the_self_test(tiny_models, monkeypatch, kernel, ta
     folder = tiny_models["llama"]
     with pytest.raises(ConfigError, match="self-test failed"):
         Vllm(slots=2, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(
-            folder, "float32", linear_matrices(folder, targets), Lora(rank=2, alpha=4, targets=targets), seed=0
+            folder, dtype, linear_matrices(folder, targets), Lora(rank=2, alpha=4, targets=targets), seed=0
         )
+
+
+@pytest.mark.parametrize("space", [Lora(rank=2, alpha=4), Lozo(rank=2)], ids=lambda s: type(s).__name__)
+def test_outputs_far_larger_than_an_adapters_do_not_fail_the_self_test_in_16_bits(space, tiny_models, tmp_path):
+    """As those of some layers of trained models: their rounding alone is a tenth of what an adapter adds."""
+    folder = tmp_path / "large"
+    shutil.copytree(tiny_models["llama"], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 200
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    engine = Vllm(slots=2, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(
+        folder, "bfloat16", linear_matrices(folder), space, seed=0
+    )
+    assert engine.self_test["adapter_error"] < 0.1 and engine.self_test.get("fold_error", 0.0) < 0.1
 
 
 def test_every_slot_must_fit_the_check_at_the_start():
