@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from zoray import directions
 from zoray.directions import direction_numpy
 from zoray.records import Commit, ConfigError, JournalError, Probe
 from zoray.spaces import Lora, LowRank, Lozo, from_record
@@ -381,7 +382,9 @@ def test_any_single_element_of_the_momentum_changes_the_digest(space):
             view[position] ^= 1
     assert len(seen) == state.numel + 2
     there = state.digest()
-    state.flat, state.momentum = state.momentum, state.flat
+    kept = state.flat.clone()
+    state.flat.copy_(state.momentum)
+    state.momentum = kept
     assert state.digest() != there
 
 
@@ -588,3 +591,44 @@ def test_factors_of_many_probes_are_those_of_each(space):
     assert {matrix for matrix, of_b in moved if of_b} == set(MATRICES)
     for i, matrix in enumerate(MATRICES):  # what does not move is the same for all
         assert (matrix, False) in moved or all(torch.equal(factors[i][1], single[0][i][1]) for factors in single)
+
+
+LONG = [  # enough for several passes, with commits in between that can't wait
+    *(Commit(step, (0.01 * (step % 7) - 0.02, 1e-4 * step), decay=1 - 1e-4 * step) for step in range(50)),
+    Commit(50, (0.3,), anchor=0.9),
+    *(Commit(step, tuple(float(np.float32(1 / (step + k))) for k in range(3))) for step in range(51, 70)),
+    Commit(70, (0.0, 0.0), decay=0.5),
+    Commit(71, (0.2,), momentum=0.9, rate=-0.2),
+    *(Commit(step, (0.0, -0.1), decay=0.99) for step in range(72, 110)),
+]
+LONG_SPACES = [
+    *SPACES,
+    *(replace(lozo, interval=40) for lozo in (Lozo(rank=2), Lozo(rank=2, distribution="rademacher"))),
+]
+
+
+def opened(space):
+    random = torch.Generator().manual_seed(0)
+    return space.open(MATRICES, 5, "cpu", {n: torch.randn(shape, generator=random) for n, shape in MATRICES.items()})
+
+
+@pytest.mark.parametrize("loops", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("space", LONG_SPACES, ids=str)
+def test_a_long_journal_played_back_at_once_gives_the_bits_of_each_step(space, loops, monkeypatch):
+    space = replace(space, keep_base=True) if isinstance(space, Lozo) else space
+    compiled = dict(directions._compiled)
+    monkeypatch.setattr(directions, "_compiled", {})
+    looked, waited = opened(space), opened(space)
+    for commit in LONG:
+        looked.apply(commit)
+        looked.digest()
+    if loops:
+        monkeypatch.setattr(directions, "_compiled", compiled)
+        assert directions.compile_directions(space.distribution)
+    passes, move = [], directions.Layout.move
+    monkeypatch.setattr(directions.Layout, "move", lambda *a: passes.append(move(*a)) or passes[-1])
+    for commit in LONG:
+        waited.apply(commit)
+    assert waited.digest() == looked.digest() and torch.equal(waited.flat, looked.flat)
+    together = loops and space.distribution == "rademacher"
+    assert sum(passes) == ((144 if isinstance(space, Lozo) else 160) if together else 0)

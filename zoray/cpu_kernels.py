@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BLOCKS = 1 << 20  # of 128 bits, at a time; their words take 64 MiB meanwhile
+MOVES = 16  # directions that are added in one pass
 
 
 class Loops:
@@ -31,6 +32,7 @@ class Loops:
         how: dict[str, Any] = {"dynamic": True, "fullgraph": True, "options": {"cpp.threads": torch.get_num_threads()}}
         self._words = torch.compile(philox, **how)
         self._elements = torch.compile(quantiles if gaussian else signs, **how)
+        self._moved = None if gaussian else torch.compile(moved, **how)  # a table's look-ups gain nothing
 
     def __call__(
         self,
@@ -61,6 +63,34 @@ class Loops:
                 made.append(self._elements(torch.stack(words, dim=-1), table))
             return (made[0] if pieces == 1 else torch.cat(made)).view(count, -1)
 
+    def move(
+        self,
+        x: torch.Tensor,
+        blocks: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        seed: int,
+        addresses: Sequence[tuple[int, int]],
+        decays: Sequence[float],
+        coefficients: Sequence[float],
+    ) -> bool:
+        """x <- decay * x + coefficient * z for MOVES (step, probe) in turn, x (size,) in place; whether it can.
+
+        The rest as above. What is behind a tensor is moved as well.
+        """
+        if self._moved is None:
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            columns = (torch.tensor(column) for column in zip(*addresses, strict=True))
+            steps, probes = (column.repeat_interleave(len(blocks)) for column in columns)
+            c0, c3, k1 = (counter.repeat(MOVES) for counter in (blocks, high, low))
+            words = self._words(c0, probes, steps, c3, torch.tensor(seed), k1)
+            factors = (torch.tensor(column, dtype=torch.float32) for column in (decays, coefficients))
+            bits = torch.stack(words, dim=-1).view(MOVES, len(blocks), 4)
+            result = self._moved(x.clone().view(len(blocks), 4, 32), bits, *factors)
+        x.copy_(result.flatten())
+        return True
+
 
 def philox(
     c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor, k0: torch.Tensor, k1: torch.Tensor
@@ -82,3 +112,10 @@ def signs(words: torch.Tensor, _: Any) -> torch.Tensor:
 def quantiles(words: torch.Tensor, table: Any) -> torch.Tensor:
     """What `table` has for both halves of some words (m, 4), the lower first: (m, 4, 2)."""
     return table[(words[..., None] >> (16 * torch.arange(2))) & 0xFFFF]
+
+
+def moved(x: torch.Tensor, words: torch.Tensor, decays: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """x (n, 4, 32), decayed and moved along the signs of words (MOVES, n, 4), one after another."""
+    for k in range(MOVES):
+        x = x * decays[k] + signs(words[k], None) * coefficients[k]
+    return x

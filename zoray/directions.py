@@ -18,7 +18,7 @@ import math
 from functools import lru_cache
 from itertools import pairwise
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -206,6 +206,15 @@ def compile_directions(distribution: str) -> bool:
     return False
 
 
+class Move(NamedTuple):
+    """x <- decay * x + coefficient * z of a (step, probe)."""
+
+    step: int
+    probe: int
+    decay: float
+    coefficient: float
+
+
 class Layout:
     """Where the tensors of an adapter stand in one flat float32 vector, and how to fill that vector with a direction.
 
@@ -282,6 +291,26 @@ class Layout:
         if len(self._padding):
             flats.index_fill_(1, self._padding, 0.0)
         return flats
+
+    def move(self, x: torch.Tensor, seed: int, moves: Sequence[Move], distribution: str) -> int:
+        """x <- decay * x + coefficient * z for the first of some moves in turn, x (size,) in place; how many.
+
+        As many as compiled loops make in whole passes over x; the bits are those of one after another.
+        """
+        from zoray.cpu_kernels import MOVES
+
+        done, loops = 0, _compiled.get(distribution) if self.device.type == "cpu" else None
+        while loops is not None and len(moves) - done >= MOVES:
+            some = moves[done : done + MOVES]
+            for move in some:
+                _words(seed, move.step, move.probe)
+            addresses = [(move.step, move.probe) for move in some]
+            factors = [move.decay for move in some], [move.coefficient for move in some]
+            if not loops.move(x, *self._block_counters(distribution), seed, addresses, *factors):
+                break
+            x.index_fill_(0, self._padding, 0.0)
+            done += MOVES
+        return done
 
     def filler(self) -> Filler:
         """The kernel that fills vectors of this layout, see has_kernels."""

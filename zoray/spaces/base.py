@@ -10,7 +10,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from zoray.directions import Layout, check_distribution, direction_torch, has_kernels, name_hash
+from zoray.directions import Layout, Move, check_distribution, direction_torch, has_kernels, name_hash
 from zoray.records import Commit, ConfigError, JournalError, require
 
 if TYPE_CHECKING:
@@ -220,6 +220,39 @@ class Directions:
             self._alone[name] = Layout({name: self.layout.shapes[name]}, self.layout.device)
         alone = self._alone[name]
         return alone.view(alone.direction(self.seed, step, index, self.distribution), name)
+
+
+class Moved:
+    """A flat vector, zero at first, and the commits that it has taken but not been moved by yet.
+
+    They wait until somebody looks, so that a journal that is played back moves it many steps at a time.
+    """
+
+    def __init__(self, flat: torch.Tensor, direction: Directions) -> None:
+        self._flat, self.direction = flat, direction
+        self._waiting: list[Move] = []
+
+    def take(self, commit: Commit) -> bool:
+        """Take a commit, if it is one that can wait."""
+        chosen = [(k, c) for k, c in enumerate(commit.coefficients) if c != 0.0]
+        if commit.momentum is not None or commit.anchor != 1.0 or not chosen:
+            return False
+        decays = [commit.decay] + [1.0] * (len(chosen) - 1)
+        moves = (Move(commit.step, k, decay, c) for (k, c), decay in zip(chosen, decays, strict=True))
+        self._waiting.extend(moves)
+        return True
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """The vector, (size,), after all that it has taken."""
+        moves, self._waiting = self._waiting, []
+        layout, x = self.direction.layout, self._flat
+        done = layout.move(x, self.direction.seed, moves, self.direction.distribution)
+        for move in moves[done:]:
+            if move.decay != 1.0:
+                x.mul_(move.decay)
+            x.add_(self.direction(move.step, move.probe) * move.coefficient)
+        return x
 
 
 def fill(moving: Moving, probes: Sequence[Probe], out: torch.Tensor, name: str | None = None) -> None:

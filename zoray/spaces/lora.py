@@ -10,6 +10,7 @@ from zoray.directions import Layout
 from zoray.records import is_finite, require
 from zoray.spaces.base import (
     Directions,
+    Moved,
     Moving,
     advance,
     as_arrays,
@@ -97,10 +98,7 @@ class Lora:
 
 
 class LoraState:
-    """The adapter of one replica: float32 A and B, and how many steps they have seen.
-
-    `flat` holds the trained tensors (padded, see Layout).
-    """
+    """The adapter of one replica: float32 A and B, and how many steps they have seen."""
 
     def __init__(self, space: Lora, matrices: Mapping[str, tuple[int, int]], seed: int, device: torch.device | str):
         import torch
@@ -113,12 +111,18 @@ class LoraState:
         self._a_initial = Layout(a_shapes, device)
         self.layout = Layout({**b_shapes, **a_shapes} if space.train == "AB" else b_shapes, device)
         self._a_layout = self.layout if space.train == "AB" else self._a_initial
-        self.flat = torch.zeros(self.layout.size, dtype=torch.float32, device=self.layout.device)
-        self._a_flat = self.flat if space.train == "AB" else torch.zeros(self._a_layout.size, device=device)
+        self.direction = Directions(self.layout, seed, space.distribution)
+        flat = torch.zeros(self.layout.size, dtype=torch.float32, device=self.layout.device)
+        self._moved = Moved(flat, self.direction)
+        self._a_flat = flat if space.train == "AB" else torch.zeros(self._a_layout.size, device=device)
         self._write_initial_a(self._a_flat)
         self._initial: torch.Tensor | None = None
         self.momentum: torch.Tensor | None = None
-        self.direction = Directions(self.layout, seed, space.distribution)
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """The trained tensors, see Layout."""
+        return self._moved.flat
 
     def _write_initial_a(self, flat: torch.Tensor) -> None:
         normal = self._a_initial.direction(self.seed, _INIT_STEP, 0, "gaussian")
@@ -170,7 +174,8 @@ class LoraState:
     def apply(self, commit: Commit) -> None:
         """Take the commit of the next step."""
         expect(commit, self.step)
-        self.momentum = advance(self.flat, self.momentum, commit, self.direction, self.initial)
+        if not self._moved.take(commit):
+            self.momentum = advance(self.flat, self.momentum, commit, self.direction, self.initial)
         self.step += 1
 
     def digest(self) -> str:

@@ -16,6 +16,7 @@ from zoray.directions import Layout
 from zoray.records import require
 from zoray.spaces.base import (
     Directions,
+    Moved,
     Moving,
     advance,
     as_arrays,
@@ -115,13 +116,19 @@ class LozoState:
         self.base = {name: self.weights[name].clone() for name in self.matrices} if space.keep_base else None
         self.layout = Layout({f"{name}.lozo_U": (out, space.rank) for name, (out, _) in matrices.items()}, device)
         self._v_layout = Layout({f"{name}.lozo_V": (space.rank, into) for name, (_, into) in matrices.items()}, device)
-        self.flat = torch.zeros(self.layout.size, dtype=torch.float32, device=self.layout.device)  # B
         self.momentum: torch.Tensor | None = None
         self.direction = Directions(self.layout, seed, space.distribution)
+        flat = torch.zeros(self.layout.size, dtype=torch.float32, device=self.layout.device)
+        self._moved = Moved(flat, self.direction)
         self._draw_v = Directions(self._v_layout, seed, space.distribution)
         self._owed: list[tuple[float, float]] = []  # (decay, anchor) of the steps since the last fold, for the base
         self.on_fold: Callable[[fold.Factors], None] | None = None
         self._weights_digest: int | None = None
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """B, see Layout."""
+        return self._moved.flat
 
     @property
     def _v(self) -> torch.Tensor:
@@ -157,7 +164,8 @@ class LozoState:
     def apply(self, commit: Commit) -> None:
         """Take the commit of the next step; fold and redraw after the last one of an interval."""
         expect(commit, self.step)
-        self.momentum = advance(self.flat, self.momentum, commit, self.direction)
+        if not self._moved.take(commit):
+            self.momentum = advance(self.flat, self.momentum, commit, self.direction)
         self._owed.append((commit.decay, commit.anchor))
         if (self.step + 1) % self.space.interval == 0:
             self._fold()
