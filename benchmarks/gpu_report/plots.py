@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -44,6 +46,10 @@ def speed(path: Path, cases: Mapping[str, list[Mapping[str, Any]]]) -> None:
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks([row["batch"] for row in rows], [str(row["batch"]) for row in rows])
+        panel.minorticks_off()
+        low, high = (round(bound) for bound in np.log2(panel.get_ylim()))
+        ticks = [2.0**power for power in range(low, high + 1, max(1, (high - low) // 5))]
+        panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.set_title(name, fontsize=10)
         _plain(panel)
     for panel in list(figure.axes)[len(cases) :]:
