@@ -18,8 +18,11 @@ from zoray.estimators import TwoPoint
 from zoray.optimizers import Sgd
 from zoray.records import Probe
 from zoray.spaces import Lozo
+from zoray.spaces.base import Directions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zoray.records import Commit
 
 RANK, INTERVAL, STEPS, EPS, LR = 2, 5, 14, 1e-3, 0.05
@@ -57,6 +60,17 @@ class Script:
         return -LR * gradient
 
 
+class Drawn(Directions):
+    """Directions that somebody else makes."""
+
+    def __init__(self, of: Directions, make: Callable[[int, int], torch.Tensor]) -> None:
+        super().__init__(of.layout, of.seed, of.distribution)
+        self.make = make
+
+    def __call__(self, step: int, index: int) -> torch.Tensor:
+        return self.make(step, index)
+
+
 class Streamed(Quadratic):
     """Our LoZO, with the numbers of the official stream in place of those of the addresses.
 
@@ -66,12 +80,14 @@ class Streamed(Quadratic):
     def __init__(self, parity: str) -> None:
         super().__init__(Lozo(rank=RANK, interval=INTERVAL))
         self.parity, self.applying, state = parity, False, self.state
-        state.direction, state._draw_v = self.u, self.v  # type: ignore[assignment]
+        state.direction = state._moved.direction = Drawn(state.direction, self.u)
+        state._draw_v = Drawn(state._draw_v, self.v)
         apply = state.apply
 
         def mark(commit: Commit) -> None:
             self.applying = True
             apply(commit)
+            state.moving()  # until then it may wait
             self.applying = False
 
         state.apply = mark  # type: ignore[method-assign]
