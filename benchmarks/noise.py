@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 EPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SOUND = 10.0  # how many times the noise a signal has to be
 REPEATS = 8  # of every reason for noise
+GRAIN = float(np.finfo(np.float64).eps)  # of a mean loss: where no noise is seen, and maybe no signal either
 CENTRE = Probe(0, 0, 0.0)
 DEFAULTS = {"model": "smollm2", "dtype": "float32", "space": "lora", "batch": "16", "probes": "16", "invariant": ""}
 
@@ -59,31 +60,25 @@ def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) 
     found = noise(replica, batch)
     rows = [{"eps": eps} | signal(replica, batch, eps, int(options["probes"])) for eps in EPS]
     for row in rows:
-        row["over noise"] = row["signal"] / max(row["rounding"], *found.values())
+        row["over noise"] = row["signal"] / max(row["rounding"], GRAIN, *found.values())
     sound = [row["eps"] for row in rows if row["over noise"] >= SOUND]
     seconds = []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        losses_of(replica, (Probe(0, 0, 1e-3), Probe(0, 0, -1e-3)), batch)
+        replica.losses((Probe(0, 0, 1e-3), Probe(0, 0, -1e-3)), batch)
         seconds.append(time.perf_counter() - began)
     result = {"benchmark": "noise", **options, "dtype": replica.info.dtype}
-    result |= {"loss": float(losses_of(replica, (CENTRE,), batch).mean()), **found}
+    result |= {"loss": float(replica.losses((CENTRE,), batch).mean()), **found}
     return result | {"sound from eps": min(sound, default=None), "seconds": spread(seconds), "rows": rows}
-
-
-def losses_of(replica: Any, probes: tuple[Probe, ...], examples: np.ndarray) -> np.ndarray:
-    """Losses (P, n) of n examples under P probes, scored together."""
-    probe_of, tiled = np.repeat(np.arange(len(probes)), len(examples)), np.tile(examples, len(probes))
-    return replica._outcomes("train", probes, probe_of, tiled)[0].reshape(len(probes), -1)
 
 
 def noise(replica: Any, batch: np.ndarray) -> dict[str, float]:
     """Root mean squares of the difference of two scorings of a batch (n,) at the state itself, by reason."""
     random, others = np.random.default_rng(0), np.arange(len(batch), len(replica.workload.splits.train))
-    expected = mean(losses_of(replica, (CENTRE,), batch)[0].tolist())  # exact, so in any order
+    expected = mean(replica.losses((CENTRE,), batch)[0].tolist())  # exact, so in any order
 
     def mean_of(examples: np.ndarray) -> float:
-        return mean(losses_of(replica, (CENTRE,), examples)[0][np.isin(examples, batch)].tolist())
+        return mean(replica.losses((CENTRE,), examples)[0][np.isin(examples, batch)].tolist())
 
     def beside() -> np.ndarray:
         mates = random.choice(others, min(len(batch), len(others)), replace=False)
@@ -99,7 +94,7 @@ def signal(replica: Any, batch: np.ndarray, eps: float, probes: int) -> dict[str
     differences = np.zeros((len(NEAR), probes))
     for k in range(probes):
         both = tuple(Probe(0, k, sign * eps * near) for near in NEAR for sign in (1.0, -1.0))
-        plus, minus = losses_of(replica, both, batch).mean(axis=1).reshape(-1, 2).T
+        plus, minus = replica.losses(both, batch).mean(axis=1).reshape(-1, 2).T
         differences[:, k] = plus - minus
     return {"signal": float(np.median(np.abs(differences[NEAR.index(1.0)]))), "rounding": rounding(differences)}
 

@@ -14,7 +14,7 @@ from zoray.engines.hf import Hf
 from zoray.engines.packing import Plan
 from zoray.models import linear_matrices, weights_hash
 from zoray.objectives import ChoiceNLL
-from zoray.replica import EncodedSplit
+from zoray.replica import EncodedSplit, Replica
 from zoray.spaces import Lora
 from zoray.tasks.labelled_file import LabelledFile
 
@@ -141,6 +141,8 @@ class Shaky:
     class workload:
         class splits:
             train = range(20)
+
+    losses = Replica.losses
 
     def __init__(self, position: float, call: float) -> None:
         self.position, self.call, self.calls = position, call, 0

@@ -150,9 +150,12 @@ class Replica:
             return 0.0
         line = tuple(probe._replace(scale=probe.scale * near) for near in NEAR)
         chosen = np.arange(min(examples, len(self.workload.splits.train)))
-        probe_of = np.repeat(np.arange(len(line)), len(chosen))
-        losses, _ = self._outcomes("train", line, probe_of, np.tile(chosen, len(line)))
-        return rounding(losses.reshape(len(line), -1))
+        return rounding(self.losses(line, chosen))
+
+    def losses(self, probes: tuple[Probe, ...], examples: np.ndarray) -> np.ndarray:
+        """Losses (P, n) of n training examples under P probes, scored together."""
+        probe_of, tiled = np.repeat(np.arange(len(probes)), len(examples)), np.tile(examples, len(probes))
+        return self._outcomes("train", probes, probe_of, tiled)[0].reshape(len(probes), -1)
 
     def reset(self) -> None:
         """Back to journal index 0."""

@@ -21,7 +21,7 @@ TINY = ("engine.slots=2", "engine.kv_cache_gib=0.25", "engine.max_tokens=1024")
 def all_items(place: Place) -> dict[str, Callable[[], dict[str, Any]]]:
     """What can be measured in a place: "part:name" to a function that measures it."""
     items = {f"correctness:{name}": check for name, check in all_checks(place).items()}
-    where = TINY if place.tiny else ()
+    where = settings(place)
     items["speed:device"] = partial(device.rates, place.device, place.tiny)
     timed = {
         f"speed:{case.name}": partial(speed.measure, case, place.device, place.folder, where) for case in cases(place)
@@ -44,7 +44,7 @@ def cases(place: Place) -> list[speed.Case]:
 
 def signals(place: Place) -> dict[str, Callable[[], dict[str, Any]]]:
     """Noise against signal, in every dtype; and with batch-invariant kernels where the wheel has them."""
-    where = TINY if place.tiny else ()
+    where = settings(place)
     items: dict[str, Callable[[], dict[str, Any]]] = {}
     for model in place.models[-1:] if place.tiny else place.models:
         for dtype in place.dtypes[-1:] if place.tiny else place.dtypes:
@@ -70,8 +70,13 @@ def parts(place: Place) -> dict[str, Callable[[], dict[str, Any]]]:
             items[f"kernels:{model}-{slots}-slots"] = partial(told, kernels.measure, options, place.folder)
     options = {**memory.DEFAULTS, "model": models[0]}
     options |= {"apart": "0", "batch": "2"} if place.tiny else {}
-    items[f"memory:{models[0]}"] = partial(told, memory.measure, options, TINY if place.tiny else ())
+    items[f"memory:{models[0]}"] = partial(told, memory.measure, options, settings(place))
     return items
+
+
+def settings(place: Place) -> tuple[str, ...]:
+    """Of the experiments in a place, beside their own."""
+    return TINY if place.tiny else ()
 
 
 def told(measure: Callable[..., dict[str, Any]], options: dict[str, str], *more: Any) -> dict[str, Any]:

@@ -61,11 +61,14 @@ def measure(case: Case, device: str, folder: Path, where: tuple[str, ...] = ()) 
     dtype = "float32" if device == "cpu" else config_of(case.model)["torch_dtype"]
     options = {"model": case.model, "pairs": str(case.pairs), "space": case.space, "dtype": dtype, "device": device}
     e, workload = experiment({**options, "batch": str(max(case.batches))}, folder, where)
-    weights = weight_bytes(workload, dtype)
-    fits = contenders_that_fit(device, weights, case)
+    size = getattr(torch, dtype).itemsize
+    weights = size * (
+        linear_size(workload) + config_of(case.model)["vocab_size"] * config_of(case.model)["hidden_size"]
+    )
+    loops = bool(case.loops) and 3 * weights + SPARE < free_bytes(device)
     engine = e.spec.engine.start(workload.folder, dtype, workload.matrices, e.spec.space, e.spec.seed)
     bare = bare_engine(e, workload)
-    model = loop_model(workload, options) if "loop" in fits else None
+    model = loop_model(workload, options) if loops else None
     able, rows = rates(device, tiny=case.model.endswith("-tiny")), []
     for batch in case.batches:
         built = experiment({**options, "batch": str(batch)}, folder, where)
@@ -77,7 +80,7 @@ def measure(case: Case, device: str, folder: Path, where: tuple[str, ...] = ()) 
     told = ("zo_tax", "over request", "over lozo", "over mezo", "over compiled lozo", "busy", "gaps ms")
     told += ("of matmul rate", "of bandwidth")
     result = {"ms a step": first["zoray ms"], **{key: first[key] for key in told if key in first}}
-    if "loop" not in fits and case.loops:
+    if case.loops and not loops:
         result["left out"] = "the training loop: too little memory for it beside the engines"
     return {**result, "weights GB": weights / 1e9, "rows": rows}
 
@@ -113,19 +116,15 @@ def one_size(
         if name not in ("zoray", "bare")
     }
     median = row["zoray ms"] / 1000
-    parameters = sum(out * into for out, into in linear_matrices(workload.folder, "all-linear").values())
-    row |= {"TFLOP/s": 2 * parameters * tokens / median / 1e12, "GB/s": weights / median / 1e9}
+    row |= {"TFLOP/s": 2 * linear_size(workload) * tokens / median / 1e12, "GB/s": weights / median / 1e9}
     return row | busy(stepper.direct, options["device"])
 
 
-def weight_bytes(workload: Any, dtype: str) -> int:
-    """Bytes of a model's weights, its embedding once."""
-    config = config_of(Path(workload.folder).name)
-    linear = sum(out * into for out, into in linear_matrices(workload.folder, "all-linear").values())
-    return (linear + config["vocab_size"] * config["hidden_size"]) * getattr(torch, dtype).itemsize
+def linear_size(workload: Any) -> int:
+    """Parameters of the linear layers of a workload's model, without its embedding and head."""
+    return sum(out * into for out, into in linear_matrices(workload.folder, "all-linear").values())
 
 
-def contenders_that_fit(device: str, weights: int, case: Case) -> set[str]:
-    """Whether the training loop's copy of the model fits beside those of the two engines."""
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 1 << 60
-    return {"loop"} if case.loops and 3 * weights + SPARE < free else set()
+def free_bytes(device: str) -> int:
+    """Memory of a card that is free; a CPU's is not asked for."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else 1 << 60
