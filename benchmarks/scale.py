@@ -1,10 +1,12 @@
 """How many steps a second can the driver make with many replicas? Those score nothing, so the driver is the limit.
 
-    python -m benchmarks.scale [replicas=1,2,8,32,128] [steps=300]
+    python -m benchmarks.scale [replicas=1,2,8,32,128] [steps=300] [tile_ms=0]
 
 The whole loop of a run (driver.tune): estimate, optimizer, journal, metrics, a message to every replica and an answer;
 a step has a pair for each. Replicas are actors without torch (benchmarks/null.py). All share the cores of this machine,
 so with many of them it is the machine that is measured, and a driver with cores of its own would make more.
+With `tile_ms` a tile takes so long, which replicas sleep; each has one, so a step can't take less, and `lost_N` is the
+share of a step's time with N replicas that goes beyond it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from benchmarks.options import parse
 from benchmarks.timing import spread
 from zoray.records import Example, Splits
 
-DEFAULTS = {"replicas": "1,2,8,32,128", "steps": "300"}
+DEFAULTS = {"replicas": "1,2,8,32,128", "steps": "300", "tile_ms": "0"}
 DEV, WINDOWS = 64, 5
 
 
@@ -36,17 +38,20 @@ def main(arguments: list[str]) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # as in a run
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        result: dict[str, Any] = {"benchmark": "scale", "steps": int(options["steps"])}
+        ideal = float(options["tile_ms"]) / 1000
+        result: dict[str, Any] = {"benchmark": "scale", "steps": int(options["steps"]), "tile_seconds": ideal}
         for count in map(int, options["replicas"].split(",")):
             with tempfile.TemporaryDirectory() as folder:
-                result[f"steps_per_second_{count}"] = measure(count, int(options["steps"]), Path(folder))
+                found = result[f"steps_per_second_{count}"] = measure(count, int(options["steps"]), Path(folder), ideal)
+                if ideal:
+                    result[f"lost_{count}"] = {name: 1 - ideal * rate for name, rate in found.items()}
             print(json.dumps(result), file=sys.stderr, flush=True)
         print(json.dumps(result))
     finally:
         ray.shutdown()
 
 
-def measure(replicas: int, steps: int, folder: Path) -> dict[str, float]:
+def measure(replicas: int, steps: int, folder: Path, seconds: float = 0.0) -> dict[str, float]:
     """Steps a second of a run with so many replicas, over windows of its steps; the first tenth warms up."""
     from zoray.cli import build_experiment, compose
     from zoray.data import Workload
@@ -74,7 +79,7 @@ def measure(replicas: int, steps: int, folder: Path) -> dict[str, float]:
     examples = tuple(Example("", ("a", "b"), i % 2) for i in range(DEV))
     workload = Workload(folder, linear_matrices(folder, e.space.targets), Splits(examples, examples), {})
     times: list[float] = []
-    pool = start(replicas, {"dev": DEV}, weights_hash(folder))
+    pool = start(replicas, {"dev": DEV}, weights_hash(folder), seconds)
 
     def timed(*arguments: Any) -> Any:
         running = pool(*arguments)

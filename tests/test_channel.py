@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +21,25 @@ from zoray.records import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from multiprocessing.connection import Connection
 
 HOST = "127.0.0.1"
 
 
-def nothing() -> None:
-    """What `accept` calls while it waits."""
+def arrivals(listener: Listener, seconds: float = 20.0) -> list[tuple[Connection, bytes]]:
+    """Those who come within some seconds, at least one; none if nobody does."""
+    if not select.select([listener], [], [], seconds)[0]:
+        return []
+    return listener.arrivals()
+
+
+def pair(listener: Listener) -> tuple[Connection, Connection]:
+    """(driver's end, replica's end)."""
+    far = connect(listener.address, listener.key)
+    far.send_bytes(b"hello")
+    ((near, hello),) = arrivals(listener)
+    assert hello == b"hello"
+    return near, far
 
 
 @pytest.fixture
@@ -36,34 +52,41 @@ def listener() -> Iterator[Listener]:
 @pytest.mark.parametrize("size", [0, 1, 4 << 10, 40 << 10, 8 << 20])
 def test_messages_of_any_size_go_both_ways(size, listener):
     with ThreadPoolExecutor() as threads:
-        far = threads.submit(connect, listener.address, listener.key)
-        near = listener.accept(nothing, 10)
+        near, far = pair(listener)
         message = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
-        for sender, receiver in ((near, far.result()), (far.result(), near)):
+        for sender, receiver in ((near, far), (far, near)):
             sent = threads.submit(sender.send_bytes, message)
             assert receiver.recv_bytes() == message
             sent.result()
 
 
 def test_messages_are_sent_at_once_and_a_lost_node_is_noticed(listener):
-    with ThreadPoolExecutor() as threads:
-        far = threads.submit(connect, listener.address, listener.key)
-        for connection in (listener.accept(nothing, 10), far.result()):
-            same = socket.socket(fileno=connection.fileno())
-            assert same.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            assert same.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            assert same.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == channel.KEEPALIVE["TCP_KEEPIDLE"]
-            assert same.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 8) == bytes(8)  # an answer may take hours
-            same.detach()
+    near, far = pair(listener)
+    for connection, seconds in (
+        (near, channel.STUCK_SECONDS),
+        (far, 0),
+    ):  # the driver may have nothing to say for hours
+        same = socket.socket(fileno=connection.fileno())
+        assert same.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert same.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert same.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == channel.KEEPALIVE["TCP_KEEPIDLE"]
+        assert same.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 8)[0] == seconds
+        same.detach()
+
+
+def test_a_message_that_stops_in_the_middle_does_not_hold_the_driver(listener, monkeypatch):
+    monkeypatch.setattr(channel, "STUCK_SECONDS", 1)
+    near, far = pair(listener)
+    os.write(far.fileno(), struct.pack("!i", 1000) + b"the beginning")
+    with pytest.raises(OSError):
+        near.recv_bytes()
 
 
 def test_a_closed_end_is_noticed_at_once(listener):
-    with ThreadPoolExecutor() as threads:
-        far = threads.submit(connect, listener.address, listener.key)
-        near = listener.accept(nothing, 10)
-        far.result().close()
-        with pytest.raises(EOFError):
-            near.recv_bytes()
+    near, far = pair(listener)
+    far.close()
+    with pytest.raises(EOFError):
+        near.recv_bytes()
 
 
 def stranger(kind: str, address: tuple[str, int]) -> None:
@@ -87,29 +110,18 @@ def test_strangers_are_dropped_and_replicas_still_get_in(kind, listener, monkeyp
     for thread in threads:
         thread.start()
     time.sleep(0.2)
-    with ThreadPoolExecutor() as pool:
-        far = pool.submit(connect, listener.address, listener.key)
-        listener.accept(nothing, 20).send_bytes(b"welcome")
-        assert far.result().recv_bytes() == b"welcome"
+    began = time.monotonic()
+    near, far = pair(listener)
+    near.send_bytes(b"welcome")
+    assert far.recv_bytes() == b"welcome" and time.monotonic() - began < 0.9  # nobody waits for strangers
     for thread in threads:
         thread.join()
 
 
 def test_a_replica_with_another_key_is_told_so(listener):
-    with ThreadPoolExecutor() as threads:
-        refused = threads.submit(connect, listener.address, b"another run's")
-        with pytest.raises(TimeoutError, match="nobody has connected"):
-            listener.accept(nothing, 1.5)
-        with pytest.raises(ConfigError, match=rf"expected the driver at {HOST}:{listener.address[1]}.*cluster.port"):
-            refused.result()
-
-
-def test_waiting_can_be_given_up(listener):
-    def give_up() -> None:
-        raise InterruptedError("the actor is gone")
-
-    with pytest.raises(InterruptedError, match="gone"):
-        listener.accept(give_up, 60)
+    with pytest.raises(ConfigError, match=rf"expected the driver at {HOST}:{listener.address[1]}.*cluster.port"):
+        connect(listener.address, b"another run's")
+    assert arrivals(listener, 0.5) == []
 
 
 def test_a_driver_that_is_not_there(listener):

@@ -37,20 +37,29 @@ def main_job(arguments: tuple[str, ...]) -> None:
     """`zoray.launch` in this process, its pool being one replica in the same process."""
     import zoray.driver
     from zoray.launch import main
-    from zoray.pool import Pool
     from zoray.replica import Replica
 
-    class Inside(Pool):
+    class Inside:
         """A pool without actors; what it owes the driver is the same."""
 
-        @classmethod
-        def start(cls, spec: Any, *_: Any) -> Inside:
-            replica = Replica(spec)
-            pool = cls([], spec, replica.info, None, False)
-            pool.replica, pool.sent = replica, 0  # type: ignore[attr-defined]
-            return pool
+        size, lost, rebuilt, scored = 1, (), 0, {}
 
-        size = property(lambda self: 1)  # type: ignore[assignment]
+        def __init__(self, spec: Any, cluster: Any, name: str, say: Any, commits: Any, *_: Any) -> None:
+            self.spec, self.replica, self.sent, self.commits = spec, Replica(spec), 0, list(commits)
+            self.info = self.replica.info
+
+        def __enter__(self) -> Inside:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def commit(self, commit: Any) -> None:
+            self.commits.append(commit)
+
+        def keep_snapshot(self, path: Path) -> None: ...
+
+        def digest(self) -> str:
+            return self.adapter()[1]
 
         def evaluate(self, grid: Any, digest: bool = False) -> Any:
             first, self.sent = self.sent, len(self.commits)
@@ -66,10 +75,8 @@ def main_job(arguments: tuple[str, ...]) -> None:
             self.replica.apply(self.commits[first:])
             return self.replica.adapter(), self.replica.engine.digest()
 
-        def close(self) -> None:
-            pass
-
-    zoray.driver.tune = partial(zoray.driver.tune, start_pool=Inside.start)
+    start_pool: Any = Inside
+    zoray.driver.tune = partial(zoray.driver.tune, start_pool=start_pool)
     from zoray.cli import compose
 
     sys.argv = ["zoray.launch", *arguments]

@@ -17,7 +17,7 @@ FILES = {str(path.relative_to(SOURCES)): path for path in sorted(SOURCES.rglob("
 ORDER = [
     *("__init__", "records", "signatures", "kernels", "cpu_kernels", "directions", "tiles"),
     *("spaces.base", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces", "models"),
-    *("estimators", "optimizers", "journal", "objectives"),
+    *("estimators", "optimizers", "journal", "snapshots", "objectives"),
     *("tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
     *(
         "engines",
@@ -46,6 +46,10 @@ ORDER = [
         "channel",
         "cluster",
         "actor",
+        "placement",
+        "members",
+        "shares",
+        "guard",
         "pool",
         "plots",
         "history",
@@ -58,7 +62,7 @@ ORDER = [
     *("prepare", "replay", "evaluate", "export", "plan", "launch"),
 ]
 ALLOWED = {  # library -> the files that may import it
-    "ray": ["actor.py", "cluster.py", "pool.py", "serving/*"],
+    "ray": ["actor.py", "cluster.py", "placement.py", "serving/*"],
     "vllm": ["engines/vllm*.py", "engines/cpu_*.py", "engines/cuda_*.py"],
     "triton": ["kernels.py"],
     "hydra": ["cli.py"],

@@ -6,9 +6,9 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -37,6 +37,9 @@ from zoray.tiles import (
     scored,
     summed,
 )
+
+if TYPE_CHECKING:
+    from zoray.members import Member
 
 PAIR = (Probe(0, 0, 0.1), Probe(0, 0, -0.1))
 TWO_PAIRS = (*PAIR, Probe(0, 1, 0.1), Probe(0, 1, -0.1))
@@ -122,6 +125,9 @@ def test_means_are_free_of_order_and_say_when_they_are_not_finite():
         {"replicas": "many"},
         {"address": "ray://host:10001"},
         {"cpus_per_replica": 0},
+        {"min_replicas": 0},
+        {"late_factor": 0.5},
+        {"hang_timeout_s": 0},
     ],
 )
 def test_bad_cluster_settings(setting):
@@ -190,18 +196,33 @@ def run_steps(pool: Pool, steps: int, disturb=lambda step: None) -> tuple[list[l
     return losses, [*digests, pool.adapter()[1]]
 
 
+def finish(pool: Pool, steps: int, size: int) -> tuple[list[list[tuple[float, ...]]], list[str]]:
+    """Up to `steps` steps, when there are as many replicas as said."""
+    deadline = time.monotonic() + 120
+    while pool.size < size:
+        assert time.monotonic() < deadline, pool.members.lost
+        pool.members.pump(1.0)
+    return run_steps(pool, steps)
+
+
+def member(pool: Pool, index: int = 0) -> Member:
+    return pool.members.ready[index]
+
+
 @pytest.mark.ray
 def test_one_two_and_dying_replicas_give_the_same_bits(local_ray, spec):
     """hf scores every sequence alone, so nothing but the pool could make a difference."""
     with Pool.start(spec, Cluster(replicas=1), "one") as pool:
-        undisturbed = run_steps(pool, 4)
+        undisturbed = run_steps(pool, 6)
     with Pool.start(spec, Cluster(replicas=2), "two") as pool:
         assert run_steps(pool, 2) == (undisturbed[0][:2], undisturbed[1][:3])
         assert pool.size == 2 and not pool.lost
-        pid = pool.members[0].pid
+        pid = member(pool).pid
         end = run_steps(pool, 4, lambda step: os.kill(pid, signal.SIGKILL) if step == 3 else None)
-        assert end == (undisturbed[0][2:], undisturbed[1][2:])
-        assert pool.size == 1 and len(pool.lost) == 1
+        assert end == (undisturbed[0][2:4], undisturbed[1][2:5])
+        assert len(pool.lost) == 1 and f"process {pid}" in pool.lost[0]
+        assert finish(pool, 6, size=2) == (undisturbed[0][4:], undisturbed[1][4:])  # it came back, and replayed
+        assert member(pool).pid != pid and not pool.members.given_up
 
 
 @pytest.mark.ray
@@ -224,11 +245,11 @@ def test_rewind_takes_every_replica_back_and_it_goes_on_as_before(local_ray, spe
             assert pool.evaluate(Grid.of(spec, step), digest=True)[1] == expected[step]  # both replicas'
             assert pool.digest() == pool.adapter()[1] == expected[step]
             assert run_steps(pool, 5) == (losses[step:], expected[step:])
-        assert pool.size == 2 and not pool.lost
-        os.kill(pool.members[0].pid, signal.SIGKILL)
+        assert not pool.lost and pool.rebuilt == 0
+        os.kill(member(pool).pid, signal.SIGKILL)
         pool.rewind(4)
-        assert pool.size == 1 and len(pool.lost) == 1
         assert run_steps(pool, 5) == (losses[4:], expected[4:])
+        assert len(pool.lost) == 1
 
 
 @pytest.mark.ray
@@ -243,47 +264,103 @@ def test_deterministic_vllm_gives_the_same_bits_with_any_number_of_replicas(loca
 
 
 @pytest.mark.ray
-def test_losing_every_replica_ends_the_run_at_once(local_ray, spec):
-    with Pool.start(spec, Cluster(replicas=1), "last") as pool:
-        os.kill(pool.members[0].pid, signal.SIGKILL)
-        began = time.monotonic()
-        with pytest.raises(ReplicaLost, match="all replicas are lost"):
+def test_losing_every_replica_is_survived_and_too_many_times_in_a_row_is_not(local_ray, spec):
+    said: list[str] = []
+    with Pool.start(spec, Cluster(replicas=1), "last", said.append) as pool:
+        first = run_steps(pool, 2)
+        os.kill(member(pool).pid, signal.SIGKILL)
+        assert len(run_steps(pool, 4)[0]) == 2 and len(pool.lost) == 1
+        assert any("waiting at step 2: 0 of at least 1 replicas" in line for line in said)
+        assert any("has joined at step 2" in line for line in said) and first
+        pool.stopping = lambda: True
+        os.kill(member(pool).pid, signal.SIGKILL)
+        with pytest.raises(ReplicaLost, match=r"asked to stop while waiting .*0 of at least 1.* can be resumed"):
+            run_steps(pool, 6)
+        pool.stopping = lambda: False
+
+        def dies() -> None:  # whenever it is there
+            for found in pool.members.connected.values():
+                os.kill(found.pid, signal.SIGKILL)
+
+        with pytest.raises(ReplicaLost, match=r"all replicas are lost.*3 times without scoring anything"):
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline:
+                dies()
+                pool.members.pump(1.0)
+
+
+@pytest.mark.ray
+def test_the_run_waits_for_its_least_number_of_replicas(local_ray, spec):
+    with pytest.raises(ConfigError, match=r"cluster.min_replicas of at most cluster.replicas=2; got 3"):
+        Cluster(replicas=2, min_replicas=3)
+    with Pool.start(spec, Cluster(replicas=2, min_replicas=2, wait_timeout_s=0.5), "least") as pool:
+        os.kill(member(pool).pid, signal.SIGKILL)
+        pool.members.pump(1.0)
+        with pytest.raises(ReplicaLost, match=r"expected 2 replicas .*wait_timeout_s.*; got 1.* can be resumed"):
             run_steps(pool, 1)
-        assert time.monotonic() - began < 60
 
 
 @pytest.mark.ray
-def test_a_replica_that_dies_at_work_is_noticed_and_one_that_raises_says_what(local_ray, spec):
-    with Pool.start(spec, Cluster(replicas=1), "busy") as pool:
-        (member,) = pool.members
+def test_a_stopped_replica_is_late_and_its_tiles_go_to_another(local_ray, spec):
+    with Pool.start(spec, Cluster(replicas=1), "alone") as pool:
+        undisturbed = run_steps(pool, 8)
+    cluster = Cluster(replicas=2, late_floor_s=0.3, late_factor=2.0, hang_timeout_s=8.0)
+    with Pool.start(spec, cluster, "late") as pool:
+        assert run_steps(pool, 3) == (undisturbed[0][:3], undisturbed[1][:4])
+        stopped = member(pool)
+        os.kill(stopped.pid, signal.SIGSTOP)
+        assert run_steps(pool, 5) == (undisturbed[0][3:5], undisturbed[1][3:6])
+        assert stopped.late and not pool.lost
+        os.kill(stopped.pid, signal.SIGCONT)
+        deadline = time.monotonic() + 30
+        while stopped.late:  # its answers to what others have done meanwhile count for nothing
+            pool.members.pump(1.0)
+            assert time.monotonic() < deadline
+        assert run_steps(pool, 6) == (undisturbed[0][5:6], undisturbed[1][5:7])
+        os.kill(stopped.pid, signal.SIGSTOP)  # and now for good
+        assert run_steps(pool, 7) == (undisturbed[0][6:7], undisturbed[1][6:8])
+        deadline = time.monotonic() + 30
+        while not pool.lost:
+            pool.members.pump(1.0)
+            assert time.monotonic() < deadline
+        assert "no answer for 8 s" in pool.lost[0]
+        assert finish(pool, 8, size=2) == (undisturbed[0][7:], undisturbed[1][7:])
+
+
+@pytest.mark.ray
+def test_what_a_replica_raises_reaches_the_driver_unless_another_one_does_better(local_ray, spec):
+    def fail(found: Member) -> None:
+        pool.members.ask(found, "kill", then=lambda *_: None)
+
+    with Pool.start(spec, Cluster(replicas=1), "raises") as pool:
+        fail(member(pool))
         with pytest.raises(ValueError, match="expected one of load, evaluate") as raised:
-            member.answer(member.ask("kill"))
-        assert f"process {member.pid}" in raised.value.__notes__[0] and "Traceback" in raised.value.__notes__[0]
-        assert len(member.answer(member.ask("adapter", ()))[1]) == 16  # and it is still there
-        abandoned, number = member.ask("evaluate", (), 0, "train", ((0, 2),), True), member.ask("adapter", ())
-        assert len(member.answer(number)) == 2  # the answer to this call, not to the one before
-        with pytest.raises(RuntimeError, match="has been dropped"):
-            member.answer(abandoned)
-        number = member.ask("evaluate", (), 0, "train", ((0, 2),) * 5000, False)
-        threading.Timer(1.0, os.kill, (member.pid, signal.SIGKILL)).start()
-        with pytest.raises(ReplicaLost, match="died"):
-            member.answer(number)
-        for _ in range(2):  # whoever asks again is told again
-            with pytest.raises(ReplicaLost):
-                member.answer(member.ask("reset"))
+            pool.members.pump(30.0)
+        assert "raised in a replica (process" in raised.value.__notes__[0] and "Traceback" in raised.value.__notes__[0]
+        assert len(pool.adapter()[1]) == 16  # and it is still there
+    with Pool.start(spec, Cluster(replicas=2), "survives") as pool:
+        fail(member(pool))
+        while not pool.lost:
+            pool.members.pump(30.0)
+        assert "ValueError: expected one of load" in pool.lost[0] and pool.size == 1
+        assert len(run_steps(pool, 2)[0]) == 2
 
 
 @pytest.mark.ray
-def test_a_replica_that_drifts_is_noticed(local_ray, spec):
-
-    from zoray.records import JournalError
-
-    with Pool.start(spec, Cluster(replicas=2), "drift") as pool:
-        wrong = (Commit(0, (0.5,)),)
-        pool.members[1].answer(pool.members[1].ask("evaluate", wrong, 1, "train", (), False))  # behind its back
-        pool.commit(Commit(0, (0.25,)))
-        with pytest.raises(JournalError, match="disagree"):
-            pool.evaluate(Grid.of(spec, 1), digest=True)
+def test_a_replica_that_drifts_is_rebuilt_and_what_it_said_does_not_count(local_ray, spec):
+    with Pool.start(spec, Cluster(replicas=1), "sound") as pool:
+        undisturbed = run_steps(pool, 4)
+    said: list[str] = []
+    with Pool.start(spec, Cluster(replicas=2), "drift", said.append) as pool:
+        run_steps(pool, 1)
+        pool.digest()
+        wrong = (Commit(1, (0.5, 0.5)),)  # behind its back
+        pool.members.ask(member(pool, 1), "catch_up", wrong, False, then=lambda *_: None)
+        pool.members.pump(30.0)
+        rest = finish(pool, 4, size=2)
+        assert rest == (undisturbed[0][1:], undisturbed[1][1:])
+        assert pool.rebuilt >= 1 and not pool.lost
+        assert any("is not that of the others at step 1; it is rebuilt from the journal" in line for line in said)
 
 
 @pytest.mark.ray

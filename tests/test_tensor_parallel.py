@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from tiny import tiny_work
 
+from zoray.cluster import Cluster, size
+from zoray.data import ReplicaSpec
 from zoray.engines.vllm import Vllm
-from zoray.models import linear_matrices
+from zoray.estimators import TwoPoint
+from zoray.models import Model, linear_matrices
+from zoray.objectives import ChoiceNLL
+from zoray.pool import Pool
 from zoray.records import Commit, ConfigError
 from zoray.spaces import Lora, Lozo
+from zoray.tasks.labelled_file import LabelledFile
+from zoray.tiles import Grid, losses_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +45,29 @@ def test_two_processes_give_the_digest_and_the_scores_of_one(architecture, tiny_
     assert two[0] == one[0]
     assert np.abs(two[1] - one[1]).max() < 1e-4
     assert two[2]["adapter_error"] < 1e-3
+
+
+@pytest.mark.ray
+def test_a_replica_of_two_ranks_in_the_pool(local_ray, tiny_models, labelled_file):
+    """Placed in one bundle; the digest and the losses of a replica of one rank."""
+    task = LabelledFile(str(labelled_file), [" terrible", " great"])
+    model, engine = Model(str(tiny_models["llama"])), Vllm(slots=4, max_tokens=512, kv_cache_gib=0.1)
+    space, pairs = Lora(rank=2, alpha=4), TwoPoint(pairs=2, eps=0.1)
+    found = {}
+    for ranks in (1, 2):
+        parallel = replace(engine, tensor_parallel=ranks)
+        spec = ReplicaSpec(model, task, ChoiceNLL(), space, pairs, parallel, 1, 2, batch=4, tile_examples=2)
+        with Pool.start(spec, Cluster(replicas=1, cpus_per_replica=2), f"ranks-{ranks}") as pool:
+            pool.commit(Commit(0, (0.03, -0.02)))
+            scores, digest = pool.evaluate(Grid.of(spec, 1), digest=True)
+            found[ranks] = digest, np.array(losses_of(pairs.ask(1), Grid.of(spec, 1).tiles, scores)[0])
+    assert found[1][0] == found[2][0]
+    assert np.abs(found[1][1] - found[2][1]).max() < 1e-4
+
+
+def test_a_gpu_for_each_rank(local_ray):
+    with pytest.raises(ConfigError, match=r"expected cluster.gpus_per_replica=2, a GPU for each rank.*; got 1"):
+        size(Cluster(gpus_per_replica=1), ranks=2)
 
 
 def test_a_space_that_folds_is_refused(tiny_models):

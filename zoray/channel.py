@@ -8,26 +8,27 @@ own processes: the network between nodes has to be a private one.
 
 from __future__ import annotations
 
+import queue
 import secrets
 import socket
 import struct
-import time
+import threading
+from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
-from typing import TYPE_CHECKING
 
 from zoray.records import ConfigError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 PROOF_SECONDS = 10  # for the other end to show the key; a port scanner shows nothing
 CONNECT_SECONDS = 60
+STUCK_SECONDS = 60  # without a byte in the middle of a message: the other end has been stopped or cut off
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}  # seconds, seconds, count: a lost node in 11 s
 
 
 class Listener:
-    """The driver's end, where replicas connect.
+    """The driver's end, where replicas connect, at any time of the run.
+
+    Whoever connects proves itself in a thread of its own, so that nobody keeps the driver or others waiting.
 
     Args:
         host: to listen on; 127.0.0.1 where all replicas are on this machine.
@@ -44,37 +45,56 @@ class Listener:
             ) from error
         self.address: tuple[str, int] = (host, self._socket.getsockname()[1])
         self.key = secrets.token_bytes(32)
+        self._come: queue.SimpleQueue[tuple[Connection, bytes]] = queue.SimpleQueue()
+        self._bell, self._ringer = socket.socketpair()
+        self._bell.setblocking(False)
+        threading.Thread(target=self._accept, name="zoray-listener", daemon=True).start()
 
-    def accept(self, waiting: Callable[[], None], seconds: float) -> Connection:
-        """The next connection from a process that holds the key; others are dropped.
+    def fileno(self) -> int:
+        """Readable when somebody has connected, see `arrivals`."""
+        return self._bell.fileno()
 
-        `waiting` is called about once a second, to raise if nobody will come.
+    def arrivals(self) -> list[tuple[Connection, bytes]]:
+        """Those who have connected since the last call and hold the key: a connection, and its first message.
 
-        Raises:
-            TimeoutError: nobody has come in time.
+        A read or write on it fails where the other end stops in the middle of a message, after STUCK_SECONDS.
         """
-        deadline = time.monotonic() + seconds
-        self._socket.settimeout(1.0)
-        while time.monotonic() < deadline:
-            waiting()
-            try:
-                peer = self._socket.accept()[0]
-            except TimeoutError:
-                continue
-            connection = _open(peer)
-            try:
-                _limit(connection, PROOF_SECONDS)
-                deliver_challenge(connection, self.key)
-                answer_challenge(connection, self.key)
-                _limit(connection, 0)
-                return connection
-            except (AuthenticationError, EOFError, OSError, AssertionError):  # silent, gone, or another program
-                connection.close()
-        raise TimeoutError(f"nobody has connected to {self.address} in {seconds:g} s")
+        with suppress(BlockingIOError):
+            while self._bell.recv(1024):
+                pass
+        found = []
+        with suppress(queue.Empty):
+            while True:
+                found.append(self._come.get_nowait())
+        return found
 
     def close(self) -> None:
         """Take no more connections; those that there are stay."""
-        self._socket.close()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which a mere close does not
+        for end in (self._socket, self._bell, self._ringer):
+            end.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                peer = self._socket.accept()[0]
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._admit, args=(peer,), daemon=True).start()
+
+    def _admit(self, peer: socket.socket) -> None:
+        connection = _open(peer)
+        try:
+            _limit(connection, PROOF_SECONDS)
+            deliver_challenge(connection, self.key)
+            answer_challenge(connection, self.key)
+            first = connection.recv_bytes()
+            _limit(connection, STUCK_SECONDS)
+            self._come.put((connection, first))
+            self._ringer.send(b"!")
+        except (AuthenticationError, EOFError, OSError, AssertionError):  # silent, gone, or another program
+            connection.close()
 
 
 def connect(address: tuple[str, int], key: bytes) -> Connection:

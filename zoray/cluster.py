@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zoray.records import ConfigError, require
 
@@ -37,8 +37,15 @@ class Cluster:
         dashboard: serve Ray's dashboard on this machine (loopback only) when the cluster is started here.
         dashboard_port: its port; taken only if it is free.
         start_timeout_s: longest wait for the actors to be placed, and then for one after the other to connect.
-        port: of this process, where replicas connect while the run starts; 0 takes a free one. Only replicas on other
-            nodes make it listen on more than loopback.
+        port: of this process, where replicas connect, at any time of the run; 0 takes a free one. Only replicas on
+            other nodes make it listen on more than loopback.
+        min_replicas: below so many the run waits, at its start and later.
+        wait_timeout_s: for that long at most; then it ends, and can be resumed.
+        late_factor: a replica that takes so many times as long as it should is late: others score its tiles as well.
+        late_floor_s: but nobody is late before.
+        hang_timeout_s: a replica that does not answer for so long is ended and started anew.
+        snapshot_every: steps between snapshots of the state, from which a replica that comes late replays; 0 for none.
+        snapshot_mib: a larger state has none, and is replayed from the start.
     """
 
     replicas: int | str = 1
@@ -49,6 +56,13 @@ class Cluster:
     dashboard_port: int = 8265
     start_timeout_s: float = 300.0
     port: int = 0
+    min_replicas: int = 1
+    wait_timeout_s: float = 600.0
+    late_factor: float = 4.0
+    late_floor_s: float = 1.0
+    hang_timeout_s: float = 600.0
+    snapshot_every: int = 1000
+    snapshot_mib: float = 512.0
 
     def __post_init__(self) -> None:
         ok = self.replicas == "auto" or (isinstance(self.replicas, int) and self.replicas >= 1)
@@ -56,7 +70,15 @@ class Cluster:
         cpus = self.cpus_per_replica
         require(cpus is None or cpus >= 1, "cluster.cpus_per_replica to be at least 1, or null", cpus)
         require(0 <= self.port < 65536, "cluster.port to be from 0 (any free one) to 65535", self.port)
-        require(self.start_timeout_s > 0, "cluster.start_timeout_s to be positive", self.start_timeout_s)
+        for name in ("start_timeout_s", "wait_timeout_s", "late_floor_s", "hang_timeout_s"):
+            require(getattr(self, name) > 0, f"cluster.{name} to be positive", getattr(self, name))
+        for name in ("snapshot_every", "snapshot_mib"):
+            require(getattr(self, name) >= 0, f"cluster.{name} to be 0 or more", getattr(self, name))
+        require(self.late_factor >= 1, "cluster.late_factor to be at least 1", self.late_factor)
+        least = self.min_replicas
+        require(isinstance(least, int) and least >= 1, "cluster.min_replicas to be a whole number of at least 1", least)
+        if isinstance(self.replicas, int) and least > self.replicas:
+            raise ConfigError(f"expected cluster.min_replicas of at most cluster.replicas={self.replicas}; got {least}")
         if self.address is not None:
             check_address(self.address)
 
@@ -158,21 +180,29 @@ def _port_is_free(port: int) -> bool:
     return True
 
 
-def size(cluster: Cluster) -> tuple[int, int, float]:
-    """(replicas, cores of each, GPUs of each) for the cluster that is there."""
+def size(cluster: Cluster, ranks: int = 1) -> tuple[int, int, float]:
+    """(replicas, cores of each, GPUs of each) for the cluster that is there; `ranks` share a model out.
+
+    Raises:
+        ConfigError: a cluster that was started for this run is too small for it: no node will join that.
+    """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(node.get("GPU", 0) for node in nodes)
-    per_gpu = cluster.gpus_per_replica if cluster.gpus_per_replica is not None else (1 if gpus else 0)
+    per_gpu = cluster.gpus_per_replica if cluster.gpus_per_replica is not None else (ranks if gpus else 0)
+    if per_gpu and per_gpu < ranks > 1:
+        raise ConfigError(
+            f"expected cluster.gpus_per_replica={ranks}, a GPU for each rank of engine.tensor_parallel; got {per_gpu:g}"
+        )
     if cluster.replicas == "auto":
         count = int(gpus // per_gpu) if per_gpu else len([node for node in nodes if node.get("CPU", 0) >= 1])
     else:
         count = int(cluster.replicas)
-    per_node = -(-count // len(nodes))
-    fewest = min(node.get("CPU", 1) for node in nodes if node.get("CPU", 0) >= 1)
+    per_node = max(1, -(-count // len(nodes)))
+    fewest = min((node["CPU"] for node in nodes if node.get("CPU", 0) >= 1), default=1)
     cpus = cluster.cpus_per_replica or max(1, int(fewest // per_node))
-    if cpus * count > sum(node.get("CPU", 0) for node in nodes) or per_gpu * count > gpus:
+    if not cluster.joins and room({"CPU": cpus, "GPU": per_gpu}) < count:
         raise ConfigError(
             f"expected room for {count} replicas of {cpus} CPU and {per_gpu:g} GPU each; the cluster has {totals()}. "
             "Lower cluster.replicas, or join a larger cluster with cluster.address"
@@ -180,13 +210,26 @@ def size(cluster: Cluster) -> tuple[int, int, float]:
     return count, cpus, per_gpu
 
 
-def own_host() -> str:
-    """Where this process listens for its replicas: loopback, if no node of the cluster is another machine."""
+def room(bundle: Mapping[str, float]) -> int:
+    """How many replicas with these resources the nodes that are there could hold, were they empty."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    needed = {name: amount for name, amount in bundle.items() if amount}
+    return sum(int(min(node.get(name, 0) // amount for name, amount in needed.items())) for node in nodes)
+
+
+def own_host(elastic: bool = False) -> str:
+    """Where this process listens for its replicas: loopback, if no node of the cluster is another machine.
+
+    `elastic`: nodes are expected to join later, so that the other machines are not there yet.
+    """
     import ray
     from ray.util import get_node_ip_address
 
     own = get_node_ip_address()
-    return "127.0.0.1" if {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]} <= {own} else own
+    here = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]} <= {own}
+    return "127.0.0.1" if here and not elastic else own
 
 
 def totals(resources: Mapping[str, float] | None = None) -> str:
@@ -196,13 +239,10 @@ def totals(resources: Mapping[str, float] | None = None) -> str:
     return f"{found.get('CPU', 0):g} CPU, {found.get('GPU', 0):g} GPU"
 
 
-def leave(group: Any, owns_ray: bool) -> None:
-    """Give a placement group back, and end Ray if it was joined or started by this process."""
+def leave(owns_ray: bool) -> None:
+    """End Ray if it was joined or started by this process."""
     import ray
-    from ray.util.placement_group import remove_placement_group
 
-    if group is not None and ray.is_initialized():
-        remove_placement_group(group)
     if owns_ray:
         ray.shutdown()
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from zoray import journal
+from zoray import journal, snapshots
 from zoray.adapters import write_peft
 from zoray.history import best, stalled, summarise
 from zoray.models import weights_hash
@@ -57,11 +57,14 @@ def tune(
     with Monitor(folder, e.logging, folder.name, config, run.steps, len(done)) as monitor:
         trained = e.space.trained(workload.matrices)
         monitor.message(f"{folder}: {len(workload.splits.train)} training examples, {trained:,} numbers trained")
+        known = [(noted.commit.step, noted.digest) for noted in done if noted.digest is not None]
+        played, snapshot = [noted.commit for noted in done], snapshots.usable(folder / snapshots.FILE_NAME, done)
         with (
-            start_pool(e.spec, e.cluster, folder.name, monitor.message) as pool,
+            start_pool(e.spec, e.cluster, folder.name, monitor.message, played, known[-1:], snapshot) as pool,
             open_journal(folder / journal.FILE_NAME, header, earlier, pool.info.dtype, e.space.folds) as log,
             stop_requested() as stopping,
         ):
+            pool.stopping = stopping
             if pool.info.weights != header["weights"]:
                 raise ConfigError(
                     f"expected the replicas' model files to be those of this machine, {workload.folder} (hash "
@@ -83,10 +86,8 @@ def tune(
                     f"warning: batches of {run.batch} can't hold {len(labels)} labels equally often; make run.batch a "
                     "multiple of them, or set run.stratify=false"
                 )
-            for noted in done:
-                pool.commit(noted.commit)
             memory = done[-1].optimizer if done else e.optimizer.init()
-            early = False
+            early, last_snapshot = False, snapshot.step if snapshot else 0
 
             for step in range(log.next_step, run.steps):
                 if step == 0 or (run.eval_every and step % run.eval_every == 0):
@@ -107,6 +108,11 @@ def tune(
                 estimate = e.estimator.tell(probes, losses, pool.info.noise / math.sqrt(examples))
                 memory, commit = e.optimizer.update(memory, step, run.steps, estimate.weights)
                 log.append(journal.StepRecord(commit, tuple(map(mean, losses)), digest, memory))
+                every = e.cluster.snapshot_every
+                if digest is not None and every and step - last_snapshot >= every:
+                    log.sync()  # a snapshot is of no use to a journal that has lost its step
+                    pool.keep_snapshot(folder / snapshots.FILE_NAME)
+                    last_snapshot = step
                 pool.commit(commit)
                 monitor.step(
                     StepResult(
@@ -119,6 +125,7 @@ def tune(
                         dropped=estimate.dropped,
                         ties=estimate.ties,
                         buried=estimate.buried,
+                        replicas=pool.size,
                     )
                 )
 
@@ -158,6 +165,8 @@ def tune(
                 "digest": digest,
                 "replicas": pool.size,
                 "lost_replicas": len(pool.lost),
+                "rebuilt_replicas": pool.rebuilt,
+                "scored": pool.scored,
                 **{name: header[name] for name in ("model", "task", "space", "estimator", "optimizer")},
             }
             monitor.finish(summary)

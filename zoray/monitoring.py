@@ -309,7 +309,7 @@ class WandbRun(Sink):
     def step(self, result: StepResult) -> None:
         numbers = {"train/loss": result.loss, "train/accuracy": result.accuracy, "optim/lr": result.lr}
         numbers |= {f"probes/{name}": getattr(result, name) for name in ("ties", "buried", "dropped")}
-        numbers |= {"time/step_seconds": result.seconds, "time/tokens": result.tokens}
+        numbers |= {"time/step_seconds": result.seconds, "time/tokens": result.tokens, "replicas": result.replicas}
         self.run.log({"step": result.step, **numbers})
 
     def evaluation(self, evaluation: Evaluation) -> None:

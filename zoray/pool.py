@@ -1,91 +1,168 @@
-"""The replicas of a run as Ray actors: placement, tiles out and scores in, and what happens when one is lost.
+"""The replicas of a run: tiles out and scores in, and what happens when one is late, lost, new, or wrong.
 
-Guarantees: every tile of a call is counted exactly once, in the order of the grid, whoever scored it, so the pool's
-size and the loss of actors change a step's time and never which tiles make it up. Commits ride on the next `evaluate`.
-A lost actor's tiles go to the others at once; with no replica left the run stops and can be resumed.
+Guarantees: every tile of a call is counted exactly once, whoever scored it, so who is there changes a step's time and
+never which tiles make it up. Commits ride on the next `evaluate`. A lost replica's tiles go to the others at once, a
+late one's after its deadline; whoever comes, for the first time or again, replays the commits and joins between steps.
+A replica whose state or scores are not the others' is found, none of what it has said in that step counts, and it is
+rebuilt.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import time
 import uuid
-from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import ray
-from ray.util.placement_group import placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+import numpy as np
 
-from zoray.actor import Member, ReplicaActor, connect_all
+from zoray.actor import ReplicaActor
 from zoray.channel import Listener
-from zoray.cluster import Cluster, connect, leave, own_host, size, totals
+from zoray.cluster import Cluster, connect, leave, own_host, room, size, totals
+from zoray.guard import differing_digests, differing_scores
+from zoray.members import Members
+from zoray.placement import Placement
 from zoray.records import Commit, ConfigError, JournalError, ReplicaLost, Scores
-from zoray.tiles import Grid, as_ranges, contiguous, join_scores
+from zoray.shares import Shares
+from zoray.snapshots import Snapshot, write
+from zoray.tiles import NOT_FINITE, Grid, as_ranges, join_scores, scored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from zoray.data import ReplicaSpec
+    from zoray.members import Member
     from zoray.replica import ReplicaInfo
 
 log = logging.getLogger(__name__)
+REMIND_SECONDS = 60.0
 
 
 @dataclass
+class Evaluation:
+    """A call of `Pool.evaluate` under way. `weight`: examples that a tile stands for."""
+
+    grid: Grid
+    digest: bool
+    canary: bool
+    shares: Shares
+    weight: int
+    digests: dict[str, str] = field(default_factory=dict)
+    canaries: dict[str, float] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)  # who has been asked for those
+    changed: bool = True  # whether there may be something to hand out
+
+
 class Pool:
     """The replicas of a run. Use as a context manager; see `start`."""
 
-    members: list[Member]
-    spec: ReplicaSpec
-    info: ReplicaInfo
-    group: Any
-    owns_ray: bool
-    commits: list[Commit] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
+    def __init__(self, members: Members, owns_ray: bool) -> None:
+        self.members, self._owns_ray = members, owns_ray
+        self.spec, self.commits = members.spec, members.commits
+        self.stopping: Callable[[], bool] = lambda: False  # asked while the pool waits for replicas
+        self._work: Evaluation | None = None
+        members.on_lost, members.on_late = self._lost, self._late
 
     @classmethod
-    def start(cls, spec: ReplicaSpec, cluster: Cluster, run_name: str, say: Callable[[str], None] = log.info) -> Pool:
-        """Connect to Ray, place one named actor per replica, load them side by side.
+    def start(
+        cls,
+        spec: ReplicaSpec,
+        cluster: Cluster,
+        run_name: str,
+        say: Callable[[str], None] = log.info,
+        commits: Sequence[Commit] = (),
+        known: Sequence[tuple[int, str]] = (),
+        snapshot: Snapshot | None = None,
+    ) -> Pool:
+        """Connect to Ray, place one named actor per replica, load them side by side; they replay `commits`.
+
+        Returns when all that there is room for are ready, `cluster.min_replicas` at least. The others join later.
+        `known`: (step, digest of the state before it), which a replay is to come by; the last one counts. `snapshot`:
+        where they may begin.
 
         Raises:
             ConfigError: the cluster does not answer or is too small, or a replica refuses its config.
         """
         owns_ray = connect(cluster, say)
-        group = None
+        placement = None
         try:
-            count, cpus, gpus = size(cluster)
+            count, cpus, gpus = size(cluster, getattr(spec.engine, "tensor_parallel", 1))
             bundle: dict[str, float] = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-            group = placement_group([bundle] * count, strategy="SPREAD")
-            if not group.wait(cluster.start_timeout_s):
-                raise ConfigError(
-                    f"expected room for {count} replicas of {bundle}; the cluster has {totals()} of which "
-                    f"{totals(ray.available_resources())} is free. Lower cluster.replicas or cluster.cpus_per_replica"
-                )
+            here = room(bundle)
+            if here < count:
+                say(f"room for {here} replicas of {count} now; the others join when the cluster has grown")
             tag = uuid.uuid4().hex[:6]
-            actors = []
-            for i in range(count):
-                options = {
-                    "name": f"zoray-{run_name}-{tag}-replica-{i}",
-                    "num_cpus": cpus,
-                    "num_gpus": gpus,
-                    "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
-                }
-                actors.append((options["name"], ray.remote(ReplicaActor).options(**options).remote()))
-            with closing(Listener(own_host(), cluster.port)) as listener:
-                members = connect_all(actors, listener, cluster.start_timeout_s)
-            info = _load(members, spec, None if gpus else cpus)
-            return cls(members, spec, info, group, owns_ray)
+            names = [f"zoray-{run_name}-{tag}-replica-{i}" for i in range(count)]
+            placement = Placement(Listener(own_host(elastic=here < count), cluster.port))
+            placement.start(names, ReplicaActor, (), bundle)
+            members = Members(names, placement, spec, cluster, None if gpus else cpus, say)
+            members.commits += commits
+            members.known, members.snapshot = known[-1] if known else None, snapshot
+            pool = cls(members, owns_ray)
+            pool.gather()
+            return pool
         except BaseException:
-            leave(group, owns_ray)
+            if placement is not None:
+                placement.close()
+            leave(owns_ray)
             raise
 
     @property
+    def info(self) -> ReplicaInfo:
+        """What the replicas say of themselves; the same for all."""
+        assert self.members.info is not None
+        return self.members.info
+
+    @property
     def size(self) -> int:
-        """Replicas that are alive."""
-        return len(self.members)
+        """Replicas that can score."""
+        return len(self.members.ready)
+
+    @property
+    def lost(self) -> list[str]:
+        """Each loss of a replica: its name, and why."""
+        return self.members.lost
+
+    @property
+    def rebuilt(self) -> int:
+        """How often a replica had another state or other scores than the rest, and was rebuilt."""
+        return self.members.rebuilt
+
+    @property
+    def scored(self) -> dict[str, int]:
+        """How many examples each node has scored, over all probes."""
+        return dict(self.members.scored)
+
+    def gather(self) -> None:
+        """Wait for the replicas at the start of a run: for all that have room, `cluster.min_replicas` at least.
+
+        Raises:
+            ConfigError: they did not come in time.
+        """
+        members, cluster = self.members, self.members.cluster
+        least = min(cluster.min_replicas, len(members.names))
+        seen, progress = 0, time.monotonic()
+        while len(members.ready) < len(members.names) - len(members.given_up):
+            members.pump(1.0)
+            if len(members.connected) != seen or any(not m.ready for m in members.connected.values()):
+                seen, progress = len(members.connected), time.monotonic()
+            if len(members.ready) >= least and not members.loading():
+                break
+            if time.monotonic() - progress > cluster.start_timeout_s:
+                if len(members.ready) >= least:
+                    break
+                absent = members.host.without_room()
+                raise ConfigError(
+                    f"expected {least} replicas to start and connect to {members.host.listener.address}; "
+                    f"{len(members.ready)} have done so, and nothing has come for {cluster.start_timeout_s:g} s "
+                    f"(cluster.start_timeout_s). "
+                    + (f"The cluster has no room for {len(absent)} of them: it has {totals()}. " if absent else "")
+                    + "Lower cluster.replicas or cluster.cpus_per_replica, or see Ray's logs"
+                )
+        members.running = True
 
     def commit(self, commit: Commit) -> None:
         """Take a journalled commit; it is sent with each replica's next message."""
@@ -97,101 +174,237 @@ class Pool:
 
     def rewind(self, step: int) -> None:
         """Take all replicas to the state after `step` steps, by replay from the start."""
-        asked = [(member, member.ask("reset")) for member in self.members]
-        for member, number in asked:
-            self._result(member, number)
-            member.sent = 0
         del self.commits[step:]
+        members = self.members
+        if members.known is not None and members.known[0] > step:
+            members.known = None
+        if members.snapshot is not None and members.snapshot.step > step:
+            members.snapshot = None
+        for member in list(members.connected.values()):
+            members.rebuild(member)
+
+    def keep_snapshot(self, path: Path) -> None:
+        """Have a replica's state, before the next commit, written to a file, while the run goes on.
+
+        To be called after an evaluation with a digest; nothing is kept of a state over `cluster.snapshot_mib`.
+        """
+        members, step = self.members, len(self.commits)
+        member = next((member for member in members.idle if member.sent == step), None)
+        if member is None or members.known is None or members.known[0] != step:
+            return
+        expected = members.known[1]
+
+        def keep(_: Member, data: bytes | None) -> None:
+            if data is None or len(self.commits) < step:
+                return
+            try:
+                found = write(path, data)
+            except OSError as error:
+                members.say(f"{path} is not written: {error}")
+                return
+            members.snapshot = found if (found.step, found.digest) == (step, expected) else None
+
+        members.ask(member, "snapshot", int(members.cluster.snapshot_mib * 2**20), then=keep)
 
     def evaluate(self, grid: Grid, digest: bool = False) -> tuple[Scores, str | None]:
         """Scores of all tiles of a grid at the state after all commits; and the state's digest if asked for.
 
+        All replicas are asked for the digest, and in a step for the score of a tile that is the same for all.
+
         Raises:
-            ReplicaLost: no replica is left.
-            JournalError: replicas disagree about the state.
+            ReplicaLost: too few replicas are left, and none has come in time.
+            JournalError: most replicas disagree about the state, or about a score.
         """
-        answers: list[tuple[list[int], Scores]] = []
-        digests: dict[str, str] = {}
-        missing = list(range(len(grid)))
-        while missing or (digest and not digests):
-            pending = []
-            shares = contiguous(missing, self.size)
-            for member, share in zip(list(self.members), shares, strict=False):
-                if share or digest:
-                    work = (grid.step, grid.split, as_ranges(share), digest)
-                    number = member.ask("evaluate", tuple(self.commits[member.sent :]), *work)
-                    member.sent = len(self.commits)
-                    pending.append((member, share, number))
-            for member, share, number in pending:
-                answer = self._result(member, number)
-                if answer is None:
+        weight = scored([grid[0]]) if len(grid) else 1
+        canary = digest and grid.split == "train" and len(grid) > 0
+        work = self._work = Evaluation(grid, digest, canary, Shares(len(grid)), weight)
+        doubted = 0
+        try:
+            self._await_enough()
+            while True:
+                self._hand_out(work)
+                if work.shares.done and not self._awaited(work):
+                    suspects = self._suspects(work)
+                    if suspects and doubted:
+                        raise JournalError(
+                            f"replicas still disagree after they were rebuilt: {suspects}, at step {grid.step}. The "
+                            "journal is sound; look at the devices, and resume the run"
+                        )
+                    if not suspects and (not digest or work.digests):
+                        break
+                    doubted += bool(suspects)
+                    self._await_enough()
                     continue
-                answers += [(share, answer[0])] if share else []
-                if answer[1] is not None:
-                    digests[member.name] = answer[1]
-            missing = sorted(set(missing).difference(*(share for share, _ in answers)))
-        if len(set(digests.values())) > 1:
-            raise JournalError(
-                f"replicas disagree about the state after {len(self.commits)} steps: {digests}; "
-                "the journal is sound: resume the run"
-            )
-        scores = join_scores(grid.tiles, answers, grid.per_example)
-        return scores, next(iter(digests.values()), None)
+                self.members.pump(REMIND_SECONDS)
+                if not self.members.ready:
+                    self._await_enough()
+        finally:
+            self._work = None
+        self.members.evaluated()
+        found = next(iter(work.digests.values()), None)
+        if found is not None:
+            self.members.known = (len(self.commits), found)
+        answers = [(share, scores) for share, (_, scores) in work.shares.answers.items()]
+        return join_scores(grid.tiles, answers, grid.per_example), found
 
     def adapter(self) -> tuple[dict[str, np.ndarray], str]:
         """Adapter state and digest after all commits, from the first replica that answers."""
-        while True:
-            member = self.members[0]
-            answer = self._result(member, member.ask("adapter", tuple(self.commits[member.sent :])))
-            member.sent = len(self.commits)
-            if answer is not None:
-                return answer
-
-    def _result(self, member: Member, number: int) -> Any:
-        """An actor's answer, or None when the actor is gone: the one place where a failure is survived.
-
-        An exception inside the replica's own code is not survived: it would meet every replica alike.
-        """
-        try:
-            return member.answer(number)
-        except ReplicaLost as error:
-            self.members.remove(member)
-            member.kill()  # it may be there still, cut off
-            self.lost.append(member.name)
-            log.warning("lost %s (%s); %d replicas left", member.name, str(error).split("\n")[0], self.size)
-            if not self.members:
-                raise ReplicaLost(f"all replicas are lost, the last one: {error}") from error
-            return None
+        found: list[tuple[dict[str, np.ndarray], str]] = []
+        asked: Member | None = None
+        while not found:
+            self._await_enough()
+            if asked is None or asked.call is None or self.members.connected.get(asked.name) is not asked:
+                asked = next(iter(self.members.idle), None)
+                if asked is not None:
+                    commits = self._unsent(asked)
+                    self.members.ask(asked, "adapter", commits, then=lambda _, answer: found.append(answer))
+            self.members.pump(1.0)
+        return found[0]
 
     def close(self) -> None:
         """End the actors; end Ray too if this pool started it."""
         try:
-            for member in self.members:
-                member.kill()
+            self.members.close()
         finally:
-            self.members.clear()
-            leave(self.group, self.owns_ray)
+            leave(self._owns_ray)
+
+    def _await_enough(self) -> None:
+        """Wait until there are `cluster.min_replicas`.
+
+        Raises:
+            ReplicaLost: they have not come in time, or the run is to stop.
+        """
+        members, cluster = self.members, self.members.cluster
+        least = min(cluster.min_replicas, len(members.names))
+        if len(members.ready) >= least:
+            return
+        began, said = time.monotonic(), -math.inf
+        while len(members.ready) < least:
+            now = time.monotonic()
+            there = f"{len(members.ready)} of at least {least} replicas"
+            if self.stopping():
+                raise ReplicaLost(f"asked to stop while waiting for replicas ({there}); the run can be resumed")
+            if now - began > cluster.wait_timeout_s:
+                raise ReplicaLost(
+                    f"expected {least} replicas (cluster.min_replicas) again within {cluster.wait_timeout_s:g} s "
+                    f"(cluster.wait_timeout_s); got {len(members.ready)}. The last loss: {members.lost[-1:]}. The run "
+                    "can be resumed"
+                )
+            if now - said >= REMIND_SECONDS:
+                said = now
+                members.say(f"waiting at step {len(self.commits)}: {there}, for {cluster.wait_timeout_s:g} s at most")
+            members.pump(1.0)
+
+    def _hand_out(self, work: Evaluation) -> None:
+        """Give those who are idle what is missing; and ask them for what all are asked for."""
+        members = self.members
+        if work.changed and not work.shares.done:
+            idle = {member.name: member.speed for member in members.idle}
+            busy = [m.speed for m in members.ready if m.call is not None and not m.late]
+            for name, share in work.shares.hand_out(idle, busy):
+                self._ask(work, members.connected[name], share)
+            work.changed = bool(work.shares.missing())
+        if work.digest:
+            for member in members.idle:
+                if member.name not in work.asked:
+                    self._ask(work, member, ())
+
+    def _ask(self, work: Evaluation, member: Member, share: tuple[int, ...]) -> None:
+        vital = work.digest and member.name not in work.asked
+        if vital:
+            work.asked.add(member.name)
+        examples, began = len(share) * work.weight, time.monotonic()
+
+        def answered(member: Member, answer: tuple[Scores, str | None, float | None]) -> None:
+            member.took(examples, vital, time.monotonic() - began)
+            if examples:
+                self.members.has_scored(member, examples)
+            if work is self._work:
+                self._answered(work, member, bool(share), answer)
+
+        what = (work.grid.step, work.grid.split, as_ranges(share), vital, vital and work.canary)
+        seconds = self._allowed(member, examples, vital)
+        self.members.ask(member, "evaluate", self._unsent(member), *what, then=answered, seconds=seconds)
+
+    def _answered(
+        self, work: Evaluation, member: Member, shared: bool, answer: tuple[Scores, str | None, float | None]
+    ) -> None:
+        scores, digest, canary = answer
+        if digest is not None:
+            work.digests[member.name] = digest
+        if canary is not None:
+            work.canaries[member.name] = canary
+        if not shared:
+            return
+        if not work.shares.answer(member.name, scores):
+            work.changed = True
+        bad = scores.losses == NOT_FINITE if scores.losses.dtype == np.int64 else ~np.isfinite(scores.losses)
+        if bad.any() and work.grid.split == "train" and self.size > 1:
+            work.digest = work.canary = True  # is it the state, or this replica?
+
+    def _allowed(self, member: Member, examples: int, vital: bool) -> float:
+        """Seconds until a member is late, by how fast it was; before that is known, by the slowest of the others."""
+        cluster = self.members.cluster
+        speeds = [member.speed] if member.speed else [m.speed for m in self.members.ready if m.speed]
+        if not speeds or (vital and member.extra is None):
+            return math.inf
+        expected = examples / min(speeds) + (member.extra or 0.0) * vital
+        return max(cluster.late_floor_s, cluster.late_factor * expected)
+
+    def _unsent(self, member: Member) -> tuple[Commit, ...]:
+        unsent, member.sent = tuple(self.commits[member.sent :]), len(self.commits)
+        return unsent
+
+    def _awaited(self, work: Evaluation) -> bool:
+        """Whether somebody has yet to say what all are asked for."""
+        return work.digest and any(
+            m.call is not None and not m.late and m.name in work.asked and m.name not in work.digests
+            for m in self.members.ready
+        )
+
+    def _suspects(self, work: Evaluation) -> list[str]:
+        """Find those that differ from the rest, let nothing count that they have said, and rebuild them."""
+        members, found = self.members, []
+        wrong_state = differing_digests(work.digests)
+        sound = {name: score for name, score in work.canaries.items() if name not in wrong_state}
+        for name in sorted(wrong_state | differing_scores(sound, self.info.noise)):
+            state = name in wrong_state
+            what = (
+                f"state {work.digests[name]}" if state else f"loss {work.canaries[name]:.6f} of a tile that all score"
+            )
+            why = f"its {what} is not that of the others"
+            found.append(f"{name} ({what})")
+            members.rebuilt += 1
+            work.shares.reject(name)
+            self._forget(work, name)
+            if (member := members.connected.get(name)) is None:
+                continue
+            if state:
+                members.say(f"{name}: {why} at step {len(self.commits)}; it is rebuilt from the journal")
+                members.rebuild(member)
+            else:
+                members.lose(member, why, restart=True)
+        return found
+
+    def _forget(self, work: Evaluation, name: str) -> None:
+        work.digests.pop(name, None)
+        work.canaries.pop(name, None)
+        work.asked.discard(name)
+        work.changed = True
+
+    def _lost(self, member: Member) -> None:
+        if self._work is not None:
+            self._work.shares.drop(member.name)
+            self._forget(self._work, member.name)
+
+    def _late(self, member: Member) -> None:
+        log.info("%s is late; its tiles go to others as well", member.name)
+        if self._work is not None and member.name in self._work.shares.held:
+            self._work.shares.late.add(member.name)
+            self._work.changed = True
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _load(members: list[Member], spec: ReplicaSpec, cores: int | None) -> ReplicaInfo:
-    """Load all replicas side by side, each bound to cores of its own; weights and initial state must be the same."""
-    nodes = [member.node for member in members]
-    shares = [None if cores is None else (nodes[:i].count(node), cores) for i, node in enumerate(nodes)]
-    asked = [member.ask("load", spec, share) for member, share in zip(members, shares, strict=True)]
-    try:
-        infos = [member.answer(number) for member, number in zip(members, asked, strict=True)]
-    except ReplicaLost as error:
-        raise ReplicaLost(f"a replica died while it loaded the model (out of memory?): {error}") from error
-    for name in ("weights", "dtype", "digest"):
-        found = {getattr(info, name) for info in infos}
-        if len(found) > 1:
-            raise ConfigError(
-                f"expected the same {name} on every node; got {sorted(found)}: model files differ between nodes"
-            )
-    return infos[0]

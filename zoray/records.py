@@ -156,6 +156,7 @@ class StepResult:
     dropped: int = 0
     ties: int = 0
     buried: int = 0
+    replicas: int = 0  # that could score when it ended
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,15 @@ class Replica:
         chosen = np.arange(min(examples, len(self.workload.splits.train)))
         return rounding(self.losses(line, chosen))
 
+    def canary(self, examples: int = 2) -> float:
+        """Mean loss of the first few training examples under the step's first probe: what all replicas can compare.
+
+        It takes the way of every score: the state, a slot, the model, the head.
+        """
+        probe = self.spec.estimator.ask(self.engine.step())[0]
+        chosen = np.arange(min(examples, len(self.workload.splits.train)))
+        return mean(self.losses((probe,), chosen)[0].tolist())
+
     def losses(self, probes: tuple[Probe, ...], examples: np.ndarray) -> np.ndarray:
         """Losses (P, n) of n training examples under P probes, scored together."""
         probe_of, tiled = np.repeat(np.arange(len(probes)), len(examples)), np.tile(examples, len(probes))

@@ -44,6 +44,14 @@ class Engine(Protocol):
         """Digest of the trained tensors."""
         ...
 
+    def snapshot(self, limit: int) -> bytes | None:
+        """The state as snapshots.pack makes it; None if it takes more than `limit` bytes."""
+        ...
+
+    def restore(self, data: bytes, step: int) -> None:
+        """Take the state, before `step`, that a snapshot holds."""
+        ...
+
     def adapter(self) -> dict[str, np.ndarray]:
         """{`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)} float32, not scaled."""
         ...

@@ -14,6 +14,7 @@ import numpy as np
 from zoray.engines.base import Pairs
 from zoray.models import restore
 from zoray.records import require
+from zoray.snapshots import pack, unpack
 from zoray.spaces.base import is_embedding
 
 if TYPE_CHECKING:
@@ -140,6 +141,14 @@ class HfEngine(Pairs):
     def digest(self) -> str:
         """Digest of the trained tensors."""
         return self.state.digest()
+
+    def snapshot(self, limit: int) -> bytes | None:
+        """The state as snapshots.pack makes it; None if it takes more than `limit` bytes."""
+        return pack(self.state, limit)
+
+    def restore(self, data: bytes, step: int) -> None:
+        """Take the state, before `step`, that a snapshot holds."""
+        unpack(self.state, data, step)
 
     def adapter(self) -> dict[str, np.ndarray]:
         """The state as float32 arrays, see base.py."""

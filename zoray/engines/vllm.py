@@ -257,6 +257,14 @@ class VllmEngine(Worker):
         """Digest of the trained tensors."""
         return self._call("zoray_digest")
 
+    def snapshot(self, limit: int) -> bytes | None:
+        """The state as snapshots.pack makes it; None if it takes more than `limit` bytes."""
+        return self._call("zoray_snapshot", limit)
+
+    def restore(self, data: bytes, step: int) -> None:
+        """Take the state, before `step`, that a snapshot holds."""
+        self._call("zoray_restore", data, step)
+
     def adapter(self) -> dict[str, np.ndarray]:
         """The state as float32 arrays, see base.py."""
         return self._call("zoray_adapter")

@@ -23,6 +23,7 @@ from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits, ta
 from zoray.engines.vllm_selftest import prove_compiled, prove_live
 from zoray.models import restore
 from zoray.records import ConfigError
+from zoray.snapshots import pack, unpack
 
 if current_platform.is_cuda():  # when vLLM looks up its workers' extension, which is before it wraps a model's layers
     from zoray.engines import cuda_lora
@@ -80,6 +81,13 @@ class ZorayWorker:
 
     def zoray_digest(self) -> str:
         return self._zoray.state.digest()
+
+    def zoray_snapshot(self, limit: int) -> bytes | None:
+        return pack(self._zoray.state, limit)
+
+    def zoray_restore(self, data: bytes, step: int) -> None:
+        unpack(self._zoray.state, data, step)
+        self._zoray.contents.forget()
 
     def zoray_adapter(self) -> dict[str, np.ndarray]:
         return self._zoray.state.arrays()

@@ -73,6 +73,14 @@ class State(Protocol):
         """{`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)} float32 copies, B not scaled."""
         ...
 
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """All that a step can change, by name; not copies."""
+        ...
+
+    def restore(self, step: int, numbers: Mapping[str, torch.Tensor]) -> None:
+        """Be the state, before `step`, whose `numbers` these are; of the same space, matrices and seed."""
+        ...
+
 
 class Space(Protocol):
     """The config of a space."""

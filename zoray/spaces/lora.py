@@ -178,6 +178,16 @@ class LoraState:
             self.momentum = advance(self.flat, self.momentum, commit, self.direction, self.initial)
         self.step += 1
 
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """The trained tensors, and their momentum."""
+        return {"flat": self.flat, **({} if self.momentum is None else {"momentum": self.momentum})}
+
+    def restore(self, step: int, numbers: Mapping[str, torch.Tensor]) -> None:
+        """Be the state, before `step`, whose `numbers` these are."""
+        self.flat.copy_(numbers["flat"])
+        self.momentum = numbers["momentum"].to(self.flat.device) if "momentum" in numbers else None
+        self.step = step
+
     def digest(self) -> str:
         """Over the trained tensors, and the momentum where there is one."""
         parts = [(name, self.layout.view(self.flat, name)) for name in self.layout.shapes]

@@ -182,6 +182,16 @@ class LowRankState:
             )
         return stack
 
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """The base weights."""
+        return {f"{name}.weight": self.weights[name] for name in self.matrices}
+
+    def restore(self, step: int, numbers: Mapping[str, torch.Tensor]) -> None:
+        """Be the state, before `step`, whose `numbers` these are."""
+        for name in self.matrices:
+            self.weights[name].copy_(numbers[f"{name}.weight"])
+        self.step = step
+
     def digest(self) -> str:
         """Over the base weights."""
         return digest((f"{name}.weight", self.weights[name]) for name in self.matrices)

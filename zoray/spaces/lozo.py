@@ -194,6 +194,25 @@ class LozoState:
         """B and V^T of what has not been folded yet."""
         return {name: (b, a) for name, a, b in self.tensors(self.flat)}
 
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """B and its momentum, the base weights, and the decays that they wait for."""
+        import torch
+
+        owed = torch.tensor(self._owed, dtype=torch.float64).reshape(-1, 2)
+        momentum = {} if self.momentum is None else {"momentum": self.momentum}
+        weights = {f"{name}.weight": self.weights[name] for name in self.matrices}
+        return {"flat": self.flat, **momentum, "owed": owed, **weights}
+
+    def restore(self, step: int, numbers: Mapping[str, torch.Tensor]) -> None:
+        """Be the state, before `step`, whose `numbers` these are."""
+        self.flat.copy_(numbers["flat"])
+        self.momentum = numbers["momentum"].to(self.flat.device) if "momentum" in numbers else None
+        self._owed = [(float(decay), float(anchor)) for decay, anchor in numbers["owed"].tolist()]
+        for name in self.matrices:
+            self.weights[name].copy_(numbers[f"{name}.weight"])
+        self._weights_digest = None
+        self.step = step
+
     def digest(self) -> str:
         """Over B, the momentum, and the base weights."""
         if self._weights_digest is None:

@@ -1,0 +1,143 @@
+"""Replicas that are damaged while they run: in a number of the state, in a weight of the model, or in all scores."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from ray import cloudpickle
+
+import zoray.pool
+from zoray.actor import ReplicaActor
+from zoray.cluster import Cluster
+from zoray.data import ReplicaSpec
+from zoray.engines.hf import Hf
+from zoray.estimators import TwoPoint
+from zoray.models import Model
+from zoray.objectives import ChoiceNLL
+from zoray.pool import Pool
+from zoray.records import Commit, JournalError
+from zoray.spaces import Lora
+from zoray.tasks.labelled_file import LabelledFile
+from zoray.tiles import Grid, losses_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STEPS, INTERVAL = 9, 3
+
+
+class Fragile(ReplicaActor):
+    """A replica that can be damaged: by the commits that `catch_up` gets, which are a word."""
+
+    def catch_up(self, commits: Any, digest: bool) -> str | None:
+        import torch
+
+        if not isinstance(commits, str):
+            return super().catch_up(commits, digest)
+        assert self.replica is not None
+        engine: Any = self.replica.engine
+        with torch.no_grad():
+            if commits == "state":
+                engine.state.flat[17] += 2**-20
+            else:
+                weight = engine.model.model.layers[0].mlp.down_proj.weight
+                weight[3] = float("nan") if commits == "nan" else weight[3] + 0.5
+        return None
+
+
+@pytest.fixture
+def fragile(monkeypatch) -> Iterator[None]:
+    """Pools of such replicas."""
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)
+    monkeypatch.setattr(zoray.pool, "ReplicaActor", Fragile)
+    yield
+    cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_models, labelled_file) -> ReplicaSpec:
+    task = LabelledFile(str(labelled_file), [" terrible", " great"])
+    model, space, pairs = Model(str(tiny_models["llama"])), Lora(rank=2, alpha=4), TwoPoint(pairs=2, eps=0.1)
+    return ReplicaSpec(model, task, ChoiceNLL(), space, pairs, Hf(), seed=1, data_seed=2, batch=8, tile_examples=2)
+
+
+def steps(pool: Pool, disturb=lambda step: None) -> dict[int, tuple[list[tuple[float, ...]], str | None]]:
+    """Losses and digest of each step, with a digest every INTERVAL steps."""
+    found = {}
+    for step in range(len(pool.commits), STEPS):
+        disturb(step)
+        grid = Grid.of(pool.spec, step)
+        scores, digest = pool.evaluate(grid, digest=step % INTERVAL == 0)
+        found[step] = losses_of(pool.spec.estimator.ask(step), grid.tiles, scores)[0], digest
+        pool.commit(Commit(step, (0.01, -0.02)))
+    return found
+
+
+def damage(pool: Pool, index: int, kind: str) -> None:
+    member = pool.members.ready[index]
+    done: list[Any] = []
+    pool.members.ask(member, "catch_up", kind, False, then=lambda *_: done.append(1))
+    while not done:
+        pool.members.pump(1.0)
+
+
+def all_back(pool: Pool, replicas: int) -> None:
+    deadline = time.monotonic() + 120
+    while pool.size < replicas:
+        pool.members.pump(1.0)
+        assert time.monotonic() < deadline, pool.lost
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_damage_is_found_within_the_interval_and_mended(local_ray, spec, fragile):
+    with Pool.start(spec, Cluster(replicas=1), "sound") as pool:
+        sound = steps(pool)
+    said: list[str] = []
+    with Pool.start(spec, Cluster(replicas=2), "damaged", said.append) as pool:
+        damage_at = {1: "state"}
+        found = steps(pool, lambda step: damage(pool, 1, damage_at[step]) if step in damage_at else None)
+        assert {step: found[step][1] for step in found} == {step: sound[step][1] for step in sound}
+        assert [step for step in found if found[step][0] != sound[step][0]] in ([1, 2], [1], [2])  # and no longer
+        assert pool.rebuilt == 2 and not pool.lost  # of two that differ, either may be wrong
+        assert sum("is not that of the others at step 3; it is rebuilt from the journal" in line for line in said) == 2
+
+        all_back(pool, 2)
+        pool.rewind(0)
+        all_back(pool, 2)
+        damage(pool, 0, "weight")  # the state is as it was: only scores tell
+        found = steps(pool)
+        assert found[0] == sound[0] and pool.rebuilt == 4 and len(pool.lost) == 2  # at once: step 0 has a digest
+        assert "of a common tile is not that of the others" in pool.lost[0]
+        assert found == sound
+
+        all_back(pool, 2)
+        pool.rewind(1)
+        all_back(pool, 2)
+        damage(pool, 0, "nan")  # a step without a digest: losses that are not finite are looked into at once
+        assert steps(pool) == {step: sound[step] for step in range(1, STEPS)}
+        assert len(pool.lost) == 3 and pool.rebuilt == 5  # the other one is above suspicion
+        assert all(digest is None for step, (_, digest) in found.items() if step % INTERVAL)
+
+
+@pytest.mark.ray
+def test_disagreement_that_stays_ends_the_run_with_a_diagnosis(local_ray, spec, fragile):
+    """One is damaged anew whenever it is rebuilt."""
+    with Pool.start(spec, Cluster(replicas=2, min_replicas=2), "stays") as pool:
+        pool.commit(Commit(0, (0.01, -0.02)))
+        pool.digest()
+        ready = pool.members._advance
+
+        def advance(member: Any, *rest: Any, **named: Any) -> None:
+            ready(member, *rest, **named)
+            if member.ready and member.name.endswith("1"):
+                pool.members.ask(member, "catch_up", "state", False, then=lambda *_: None)
+
+        pool.members._advance = advance  # type: ignore[method-assign]
+        damage(pool, 1, "state")
+        with pytest.raises(JournalError, match=r"replicas still disagree after they were rebuilt: .*replica-1 \(state"):
+            pool.digest()

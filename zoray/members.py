@@ -1,0 +1,388 @@
+"""The replicas of a run as the driver sees them: who connects, loads, catches up, works, is late, hangs, or is gone.
+
+One thread, woken by sockets. A member has at most one call under way; what it answers goes to the function that came
+with the call. Guarantees: a member is ready only when its weights and its state at journal index 0 are the others', it
+has applied the commits so far, and its state has had the digest that is known; whoever fails goes the same way again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+import selectors
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from zoray.actor import BY_VALUE
+from zoray.records import ConfigError, ReplicaLost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
+    from zoray.channel import Listener
+    from zoray.cluster import Cluster
+    from zoray.data import ReplicaSpec
+    from zoray.records import Commit
+    from zoray.replica import ReplicaInfo
+    from zoray.snapshots import Snapshot
+
+log = logging.getLogger(__name__)
+
+CHUNK = 200  # commits of a message to a member that catches up; the others go on with their steps meanwhile
+NEAR = 16  # commits behind: few enough to come with the next tiles
+FAILURES = 3  # of a member in a row, without a share scored between them, until it is given up
+WATCH_SECONDS = 1.0  # between looks at what Ray says of those who are not there
+
+
+class Host(Protocol):
+    """What keeps the members' processes: placement.Placement, or a test's own."""
+
+    listener: Listener
+
+    def without_room(self) -> set[str]: ...
+
+    def ended(self, names: list[str]) -> dict[str, tuple[Exception | None, bool]]: ...
+
+    def serve(self, name: str) -> None: ...
+
+    def restart(self, node_id: str, pid: int) -> None: ...
+
+    def let_go(self, name: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Call:
+    """What a member has been asked and has not answered yet. Times are of time.monotonic()."""
+
+    number: int
+    method: str
+    then: Callable[[Member, Any], None]
+    began: float
+    deadline: float  # when it is late
+    hangs: float  # when it is taken for dead
+
+
+@dataclass(eq=False)
+class Member:
+    """A connected replica."""
+
+    name: str
+    connection: Connection
+    address: str  # of its node
+    node_id: str  # Ray's
+    pid: int
+    place: int = 0  # among the members of its node: which cores are its own
+    sent: int = 0  # commits that it has been sent
+    ready: bool = False  # to score
+    stale: bool = False  # to be rebuilt when its call is answered
+    call: Call | None = None
+    late: bool = False
+    speed: float = 0.0  # examples scored a second; 0 is not known
+    extra: float | None = None  # seconds that a digest and the tile that all score take
+    asked: int = 0
+    scored: int = 0  # examples
+
+    @property
+    def node(self) -> str:
+        """For people."""
+        return f"{self.address} ({self.node_id[:8]})"
+
+    def took(self, examples: int, vital: bool, seconds: float) -> None:
+        """Learn from a call how fast it is; `vital` is whether it was asked for a digest too."""
+        if examples and not (vital and self.speed):
+            speed = examples / max(seconds, 1e-9)
+            self.speed = 0.7 * self.speed + 0.3 * speed if self.speed else speed
+        elif vital:
+            extra = max(0.0, seconds - (examples / self.speed if examples else 0.0))
+            self.extra = extra if self.extra is None else 0.7 * self.extra + 0.3 * extra
+
+
+@dataclass
+class Members:
+    """All replicas of a run. `names` are those wished for; the other settings are the run's."""
+
+    names: list[str]
+    host: Host
+    spec: ReplicaSpec
+    cluster: Cluster
+    cores: int | None = None  # of each, bound to it; None binds none
+    say: Callable[[str], None] = log.info
+    on_lost: Callable[[Member], None] = lambda member: None
+    on_late: Callable[[Member], None] = lambda member: None
+    commits: list[Commit] = field(default_factory=list)
+    known: tuple[int, str] | None = None  # (step, digest of the state before it)
+    snapshot: Snapshot | None = None  # from where to replay
+    connected: dict[str, Member] = field(default_factory=dict)
+    info: ReplicaInfo | None = None  # of the first one
+    lost: list[str] = field(default_factory=list)  # name and reason, each time
+    rebuilt: int = 0
+    scored: Counter[str] = field(default_factory=Counter)  # examples, by node
+    given_up: dict[str, str] = field(default_factory=dict)  # name -> why
+
+    def __post_init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.host.listener, selectors.EVENT_READ, None)
+        self._failures: Counter[str] = Counter()
+        self._has_raised = False  # a replica, in the evaluation at hand
+        self._next_deadline = math.inf
+        self._next_watch = 0.0
+        self.running = False  # once the run goes on, a member's trouble is no longer the run's
+
+    @property
+    def ready(self) -> list[Member]:
+        """Those that can score, in the order of their names."""
+        return [member for name in self.names if (member := self.connected.get(name)) and member.ready]
+
+    @property
+    def idle(self) -> list[Member]:
+        """Those that can score now."""
+        return [member for member in self.ready if member.call is None]
+
+    def ask(
+        self,
+        member: Member,
+        method: str,
+        *arguments: Any,
+        then: Callable[[Member, Any], None],
+        seconds: float = math.inf,
+    ) -> None:
+        """Call a method of the actor; `then(member, result)` runs in `pump`. It is late after `seconds`."""
+        by_value: Any = BY_VALUE if method == "load" else pickle
+        member.asked += 1
+        began = time.monotonic()
+        hangs = math.inf if method == "load" else began + self.cluster.hang_timeout_s
+        member.call = Call(member.asked, method, then, began, min(began + seconds, hangs), hangs)
+        self._next_deadline = min(self._next_deadline, member.call.deadline)
+        message = by_value.dumps((member.asked, method, arguments), pickle.HIGHEST_PROTOCOL)
+        with suppress(OSError):  # the next read says so as well
+            member.connection.send_bytes(message)
+
+    def pump(self, seconds: float) -> None:
+        """Wait for events, at most so long, and deal with those that have come.
+
+        Raises:
+            ConfigError, ReplicaLost: the first replica does not start, or none is left that could come back.
+            Exception: what a call has raised, where that is not for `on_error` to survive.
+        """
+        now = time.monotonic()
+        until = min(now + seconds, self._next_deadline, self._next_watch if self._absent() else math.inf)
+        for key, _ in self._selector.select(max(0.0, until - now)):
+            if key.data is None:
+                self._admit()
+            elif self.connected.get(key.data.name) is key.data:
+                self._read(key.data)
+        now = time.monotonic()
+        if now >= self._next_deadline:
+            self._look_at_deadlines(now)
+        if now >= self._next_watch and self._absent():
+            self._next_watch = now + WATCH_SECONDS
+            self._watch()
+
+    def rebuild(self, member: Member) -> None:
+        """Take a member's state back to journal index 0, base weights included, and let it catch up again."""
+        member.ready = False
+        if member.call is not None:
+            member.stale = True
+            return
+        member.stale, member.sent = False, 0
+        self.ask(member, "reset", then=lambda member, _: self._advance(member))
+
+    def lose(self, member: Member, why: str, restart: bool = False) -> None:
+        """Strike a member off. `restart`: its process may be there still, and is ended."""
+        self._selector.unregister(member.connection)
+        member.connection.close()
+        del self.connected[member.name]
+        self.lost.append(f"{member.name}: {why}")
+        self._failures[member.name] += 1
+        self.on_lost(member)
+        if not self.running and self.info is None:
+            raise ReplicaLost(f"a replica died while it loaded the model (out of memory?): {member.name}, {why}")
+        left = f"{len(self.ready)} of {len(self.names)} replicas go on"
+        if self._failures[member.name] >= FAILURES:
+            self.give_up(member.name, f"{why}, {FAILURES} times without scoring anything in between")
+        else:
+            self.say(f"lost {member.name} ({why}); {left}, and it is started anew")
+            if restart:
+                self.host.restart(member.node_id, member.pid)
+
+    def give_up(self, name: str, why: str) -> None:
+        """Do without a replica from now on."""
+        self.given_up[name] = why
+        self.say(f"{name} is given up: {why}")
+        self.host.let_go(name)
+        if len(self.given_up) == len(self.names):
+            raise ReplicaLost(f"all replicas are lost; the last one, {name}: {why}. The run can be resumed")
+
+    def has_scored(self, member: Member, examples: int) -> None:
+        """A member works: its failures so far are forgiven."""
+        self._failures.pop(member.name, None)
+        member.scored += examples
+        self.scored[member.node] += examples
+
+    def loading(self) -> bool:
+        """Whether a member is on its way that has room: it starts, loads or catches up."""
+        waiting = [name for name in self._absent() if name not in self.given_up]
+        return any(not member.ready for member in self.connected.values()) or bool(
+            set(waiting) - (self.host.without_room() if waiting else set())
+        )
+
+    def close(self) -> None:
+        """End all of them."""
+        for member in self.connected.values():
+            member.connection.close()
+        self.connected.clear()
+        self._selector.close()
+        self.host.close()
+
+    def _absent(self) -> list[str]:
+        if len(self.connected) + len(self.given_up) == len(self.names):
+            return []
+        return [name for name in self.names if name not in self.connected and name not in self.given_up]
+
+    def _admit(self) -> None:
+        for connection, hello in self.host.listener.arrivals():
+            name, address, node_id, pid = pickle.loads(hello)
+            if name in self.given_up or name not in self.names:
+                connection.close()
+                continue
+            if name in self.connected:  # it has noticed before this end that the old connection is broken
+                self.lose(self.connected[name], "connected anew")
+            taken = {member.place for member in self.connected.values() if member.node_id == node_id}
+            place = next(i for i in range(len(taken) + 1) if i not in taken)
+            member = self.connected[name] = Member(name, connection, address, node_id, pid, place)
+            self._selector.register(connection, selectors.EVENT_READ, member)
+            cores = None if self.cores is None else (place, self.cores)
+            self.ask(member, "load", self.spec, cores, then=self._loaded)
+
+    def _read(self, member: Member) -> None:
+        try:
+            number, error, value = pickle.loads(member.connection.recv_bytes())
+        except (EOFError, OSError) as gone:
+            self.lose(
+                member,
+                f"process {member.pid} on {member.node} has died or is cut off{f': {gone}' if str(gone) else ''}",
+            )
+            return
+        call = member.call
+        if call is None or number != call.number:
+            return
+        member.call, member.late = None, False
+        if error is not None:
+            self._raised(member, call, error)
+        elif member.stale:
+            self.rebuild(member)
+        else:
+            call.then(member, value)
+
+    def _raised(self, member: Member, call: Call, error: Exception) -> None:
+        """A replica's own code has failed. Another one may fare better, where it is the device that has; once."""
+        others = [other for other in self.ready if other is not member]
+        if self.info is None or (call.method != "load" and (not others or self._has_raised)):
+            raise error
+        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if isinstance(error, ConfigError):  # it would say so each time
+            self.lose(member, text)
+            self.give_up(member.name, text)
+            return
+        self._has_raised |= call.method == "evaluate"
+        self.lose(member, text, restart=True)
+
+    def evaluated(self) -> None:
+        """An evaluation is complete: what one replica has failed at, others have not."""
+        self._has_raised = False
+
+    def _loaded(self, member: Member, info: ReplicaInfo) -> None:
+        first = self.info = self.info or info
+        for what in ("weights", "dtype", "digest"):
+            mine, theirs = getattr(info, what), getattr(first, what)
+            if mine != theirs:
+                found = sorted((mine, theirs))
+                why = f"expected the same {what} on every node; got {found}: model files differ between nodes"
+                if not self.running:
+                    raise ConfigError(why)
+                self.lose(member, why)
+                self.give_up(member.name, why)
+                return
+        found = self.snapshot
+        if found is None or not 0 < found.step <= len(self.commits):
+            self._advance(member)
+            return
+        try:
+            data = found.path.read_bytes()
+        except OSError as gone:
+            self.say(f"{found.path} can't be read ({gone.strerror}): {member.name} replays the journal from its start")
+            self._advance(member)
+            return
+        self.ask(member, "restore", data, found.step, then=partial(self._restored, snapshot=found))
+
+    def _restored(self, member: Member, digest: str, snapshot: Snapshot) -> None:
+        if digest == snapshot.digest:
+            member.sent = snapshot.step
+            self._advance(member)
+            return
+        self.say(
+            f"{snapshot.path} gives {member.name} the state {digest}, not {snapshot.digest}: it replays the journal"
+        )
+        self.snapshot = None
+        self.rebuild(member)
+
+    def _advance(self, member: Member, digest: str | None = None, expected: str | None = None) -> None:
+        """Let a member apply what it has not seen, some at a time, until it is close enough to join."""
+        if digest != expected:
+            why = f"replay of {member.sent} steps gives it the state {digest}; that of the others was {expected}"
+            self.lose(member, why, restart=True)
+            return
+        end = len(self.commits)
+        known = self.known[0] if self.known is not None and self.known[0] > member.sent else None
+        if known is None and end - member.sent <= NEAR:
+            member.ready = True
+            if self.running:
+                self.say(f"{member.name} has joined at step {end}: {len(self.ready)} of {len(self.names)} replicas")
+            return
+        stop = min(end, member.sent + CHUNK, known if known is not None else end)
+        some = tuple(self.commits[member.sent : stop])
+        member.sent = stop
+        expected = self.known[1] if self.known is not None and stop == known else None
+        self.ask(member, "catch_up", some, expected is not None, then=partial(self._advance, expected=expected))
+
+    def _look_at_deadlines(self, now: float) -> None:
+        self._next_deadline = math.inf
+        for member in list(self.connected.values()):
+            call = member.call
+            if call is None:
+                continue
+            if now >= call.hangs:
+                self.lose(
+                    member, f"no answer for {self.cluster.hang_timeout_s:g} s (cluster.hang_timeout_s)", restart=True
+                )
+                continue
+            if now >= call.deadline and not member.late and member.ready:
+                member.late = True
+                self.on_late(member)
+            self._next_deadline = min(self._next_deadline, call.hangs if member.late else call.deadline)
+
+    def _watch(self) -> None:
+        """What Ray says of those who are not connected."""
+        for name, (error, final) in self.host.ended(self._absent()).items():
+            if error is None:  # it has lost the connection, and has not found the way back
+                self.host.serve(name)
+                continue
+            if not self.running and self.info is None:
+                raise (
+                    error
+                    if isinstance(error, ConfigError)
+                    else ReplicaLost(f"a replica ended before it was connected: {error}")
+                ) from error
+            self._failures[name] += 1
+            if final or self._failures[name] >= FAILURES:
+                self.give_up(name, str(error).split("\n")[0])
+            else:
+                self.host.serve(name)

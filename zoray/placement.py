@@ -1,0 +1,108 @@
+"""A run's actors as Ray keeps them: one placement group and one named actor for each replica.
+
+Ray places an actor as soon as its group has room, which may be when a node joins, and starts it anew when its process
+or node is gone; either way it connects to the driver's listener by itself. The driver decides who is given up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayError
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zoray.channel import Listener
+
+
+@ray.remote
+def _kill(pid: int) -> None:
+    """kill -9 a process of this node, if it is an actor's still."""
+    with suppress(OSError):
+        if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+
+
+@dataclass
+class Placement:
+    """The actors of a run by name; `listener` is where they connect."""
+
+    listener: Listener
+    actors: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+    serving: dict[str, Any] = field(default_factory=dict)  # what Ray's call of `serve` returns, when that ends
+
+    def start(
+        self, names: Sequence[str], actor_class: type, arguments: Sequence[Any], bundle: dict[str, float]
+    ) -> None:
+        """Ask Ray for an actor of each name, in a placement group of its own; does not wait.
+
+        All resources of an actor are in one bundle: the ranks of a tensor-parallel replica share a node.
+        """
+        remote = ray.remote(actor_class)
+        for name in names:
+            options: dict[str, Any] = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0)}
+            if bundle:
+                group = self.groups[name] = placement_group([bundle], strategy="PACK", name=name)
+                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group)
+            options |= {"name": name, "max_restarts": -1, "max_task_retries": -1}
+            self.actors[name] = remote.options(**options).remote(*arguments)
+            self.serve(name)
+
+    def serve(self, name: str) -> None:
+        """Let an actor connect and do what it is asked for; Ray calls it again on an actor that it has restarted."""
+        self.serving[name] = self.actors[name].serve.remote(name, self.listener.address, self.listener.key)
+
+    def without_room(self) -> set[str]:
+        """Names whose group waits for room."""
+        table = placement_group_table()
+        states = {name: table.get(group.id.hex(), {}).get("state") for name, group in self.groups.items()}
+        return {name for name, state in states.items() if state != "CREATED"}
+
+    def ended(self, names: Sequence[str]) -> dict[str, tuple[Exception | None, bool]]:
+        """Of these, those whose `serve` has ended: the error, if any, and whether Ray has given the actor up."""
+        found: dict[str, tuple[Exception | None, bool]] = {}
+        by_reference = {self.serving[name]: name for name in names if name in self.serving}
+        if not by_reference:
+            return found
+        for reference in ray.wait(list(by_reference), num_returns=len(by_reference), timeout=0)[0]:
+            name = by_reference[reference]
+            try:
+                ray.get(reference)
+                found[name] = (None, False)
+            except RayError as error:
+                cause = getattr(error, "cause", None)
+                found[name] = (cause if isinstance(cause, Exception) else error, isinstance(error, ActorDiedError))
+        return found
+
+    def restart(self, node_id: str, pid: int) -> None:
+        """End an actor's process, whatever it is doing, and let Ray start it anew; does not wait.
+
+        By a task on its node: `ray.kill` asks the process itself, and one that hangs or is stopped does not listen.
+        """
+        where = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        _kill.options(scheduling_strategy=where, num_cpus=0, max_retries=0).remote(pid)
+
+    def let_go(self, name: str) -> None:
+        """End an actor for good, and give its place back."""
+        self.serving.pop(name, None)
+        if name in self.actors:
+            ray.kill(self.actors.pop(name))
+        if name in self.groups:
+            remove_placement_group(self.groups.pop(name))
+
+    def close(self) -> None:
+        """End all of them."""
+        self.listener.close()
+        if ray.is_initialized():
+            for name in list(self.actors):
+                self.let_go(name)

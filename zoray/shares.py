@@ -1,0 +1,109 @@
+"""Who scores which tiles of a call: shares by speed, what nobody has in hand, and whose answer counts.
+
+Guarantees: the answers that count cover every tile exactly once, whoever gave them and however often a tile was handed
+out. Nothing here knows of sockets, clocks or Ray.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from zoray.tiles import contiguous
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from zoray.records import Scores
+
+ALIKE = 1.25  # speeds within this factor are called equal: a measured speed differs by as much from call to call
+
+
+def cut(tiles: Sequence[int], speeds: Sequence[float]) -> list[list[int]]:
+    """Runs of tiles, one for each speed, so that all are done at about the same time.
+
+    A speed that is not known yet (0) counts as the mean of the others. A slow worker may be left out.
+    """
+    known = [speed for speed in speeds if speed > 0]
+    if not known or max(known) <= ALIKE * min(known):
+        return contiguous(list(tiles), len(speeds))
+    mean = sum(known) / len(known)
+    rates = [speed or mean for speed in speeds]
+    counts = [0] * len(rates)
+    ends = [(1 / rate, k) for k, rate in enumerate(rates)]  # when each would be done with one tile more
+    heapq.heapify(ends)
+    for _ in tiles:
+        _, k = ends[0]
+        counts[k] += 1
+        heapq.heapreplace(ends, ((counts[k] + 1) / rates[k], k))
+    runs, start = [], 0
+    for count in counts:
+        runs.append(list(tiles[start : start + count]))
+        start += count
+    return runs
+
+
+@dataclass
+class Shares:
+    """The tiles of one call, numbered from 0. Workers are known by name."""
+
+    count: int
+    held: dict[str, tuple[int, ...]] = field(default_factory=dict)  # what each works on
+    late: set[str] = field(default_factory=set)  # whose tiles are handed out once more
+    answers: dict[tuple[int, ...], tuple[str, Scores]] = field(default_factory=dict)  # those that count
+    covered: int = 0  # tiles that have one
+
+    @property
+    def done(self) -> bool:
+        """Whether every tile has an answer."""
+        return self.covered == self.count
+
+    def missing(self) -> list[int]:
+        """Tiles without an answer that nobody has in hand, but for those who are late."""
+        if not self.held and not self.answers:
+            return list(range(self.count))
+        spoken = {tile for share in self.answers for tile in share}
+        spoken.update(tile for name, share in self.held.items() if name not in self.late for tile in share)
+        return [tile for tile in range(self.count) if tile not in spoken]
+
+    def hand_out(self, idle: Mapping[str, float], busy: Sequence[float] = ()) -> list[tuple[str, tuple[int, ...]]]:
+        """(worker, tiles) for those who are idle, {name: speed}; some is left for the busy ones, who will be soon."""
+        if not idle or self.done or not (missing := self.missing()):
+            return []
+        runs = cut(missing, [*idle.values(), *busy])
+        given = [(name, tuple(run)) for name, run in zip(idle, runs, strict=False) if run]
+        if not given:  # so few that all would be left to faster ones, who are busy
+            given = [(max(idle, key=lambda name: idle[name]), tuple(missing))]
+        self.held.update(given)
+        return given
+
+    def answer(self, name: str, scores: Scores) -> bool:
+        """Take a worker's answer to what it holds; whether it counts. The first for a tile does.
+
+        Where others have answered parts of a late worker's share meanwhile, its own takes their place: sums of a share
+        can't be divided. Where it overlaps with an answer otherwise it is dropped, and what is missing is handed out.
+        """
+        share = self.held.pop(name)
+        self.late.discard(name)
+        mine = set(share)
+        touched = [other for other in self.answers if not mine.isdisjoint(other)]
+        covered = sum(len(mine.intersection(other)) for other in touched)
+        if covered == len(mine) or any(not mine.issuperset(other) for other in touched):
+            return False
+        for other in touched:
+            del self.answers[other]
+        self.answers[share] = (name, scores)
+        self.covered += len(mine) - covered
+        return True
+
+    def drop(self, name: str) -> None:
+        """A worker is gone: what it holds is missing again."""
+        self.held.pop(name, None)
+        self.late.discard(name)
+
+    def reject(self, name: str) -> None:
+        """Nothing that a worker has said or will say counts."""
+        self.drop(name)
+        self.answers = {share: answer for share, answer in self.answers.items() if answer[0] != name}
+        self.covered = sum(map(len, self.answers))
