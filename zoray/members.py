@@ -132,6 +132,7 @@ class Members:
         self._selector.register(self.host.listener, selectors.EVENT_READ, None)
         self._failures: Counter[str] = Counter()
         self._has_raised = False  # a replica, in the evaluation at hand
+        self._condemned: dict[tuple[str, int], Connection | None] = {}  # processes to be ended, and what they come with
         self._next_deadline = math.inf
         self._next_watch = 0.0
         self.running = False  # once the run goes on, a member's trouble is no longer the run's
@@ -190,7 +191,7 @@ class Members:
         """Take a member's state back to journal index 0, base weights included, and let it catch up again."""
         member.ready = False
         if member.call is not None:
-            member.stale = True
+            member.stale = member.call.method != "load"  # which ends at index 0 anyway
             return
         member.stale, member.sent = False, 0
         self.ask(member, "reset", then=lambda member, _: self._advance(member))
@@ -211,6 +212,7 @@ class Members:
         else:
             self.say(f"lost {member.name} ({why}); {left}, and it is started anew")
             if restart:
+                self._condemned[member.node_id, member.pid] = None
                 self.host.restart(member.node_id, member.pid)
 
     def give_up(self, name: str, why: str) -> None:
@@ -252,6 +254,9 @@ class Members:
             name, address, node_id, pid = pickle.loads(hello)
             if name in self.given_up or name not in self.names:
                 connection.close()
+                continue
+            if (node_id, pid) in self._condemned:  # its end is on the way; let it wait for that
+                self._condemned[node_id, pid] = connection
                 continue
             if name in self.connected:  # it has noticed before this end that the old connection is broken
                 self.lose(self.connected[name], "connected anew")

@@ -218,7 +218,7 @@ class Pool:
         weight = scored([grid[0]]) if len(grid) else 1
         canary = digest and grid.split == "train" and len(grid) > 0
         work = self._work = Evaluation(grid, digest, canary, Shares(len(grid)), weight)
-        doubted = 0
+        doubted = False
         try:
             self._await_enough()
             while True:
@@ -230,11 +230,12 @@ class Pool:
                             f"replicas still disagree after they were rebuilt: {suspects}, at step {grid.step}. The "
                             "journal is sound; look at the devices, and resume the run"
                         )
-                    if not suspects and (not digest or work.digests):
+                    if suspects:
+                        doubted = True
+                        self._await_enough()
+                        continue
+                    if not digest or work.digests:
                         break
-                    doubted += bool(suspects)
-                    self._await_enough()
-                    continue
                 self.members.pump(REMIND_SECONDS)
                 if not self.members.ready:
                     self._await_enough()
@@ -245,7 +246,7 @@ class Pool:
         if found is not None:
             self.members.known = (len(self.commits), found)
         answers = [(share, scores) for share, (_, scores) in work.shares.answers.items()]
-        return join_scores(grid.tiles, answers, grid.per_example), found
+        return join_scores(grid.tiles, answers, grid.per_example), found if digest else None
 
     def adapter(self) -> tuple[dict[str, np.ndarray], str]:
         """Adapter state and digest after all commits, from the first replica that answers."""
