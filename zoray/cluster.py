@@ -40,6 +40,8 @@ class Cluster:
         dashboard: serve Ray's dashboard on this machine (loopback only) when the cluster is started here.
         dashboard_port: its port; taken only if it is free.
         start_timeout_s: longest wait for the actors to be placed, and then for one after the other to connect.
+        grows: ask a cluster with an autoscaler for room that is not there yet, and wait start_timeout_s for it; needs
+            replicas, cpus_per_replica and gpus_per_replica as numbers.
         ship: send this zoray to the nodes of a cluster that is joined, where it goes before an installed one.
         port: of this process, where replicas connect while the run starts; 0 takes a free one. Only replicas on other
             nodes make it listen on more than loopback.
@@ -52,6 +54,7 @@ class Cluster:
     dashboard: bool = True
     dashboard_port: int = 8265
     start_timeout_s: float = 300.0
+    grows: bool = False
     ship: bool = True
     port: int = 0
 
@@ -60,6 +63,13 @@ class Cluster:
         require(ok, "cluster.replicas to be auto or a whole number of at least 1", self.replicas)
         cpus = self.cpus_per_replica
         require(cpus is None or cpus >= 1, "cluster.cpus_per_replica to be at least 1, or null", cpus)
+        counted = (self.replicas != "auto", cpus is not None, self.gpus_per_replica is not None)
+        require(
+            not self.grows or all(counted),
+            "cluster.replicas, cluster.cpus_per_replica and cluster.gpus_per_replica as numbers with cluster.grows=true, "
+            "since nodes that are not there yet can't be counted",
+            (self.replicas, cpus, self.gpus_per_replica),
+        )
         require(0 <= self.port < 65536, "cluster.port to be from 0 (any free one) to 65535", self.port)
         require(self.start_timeout_s > 0, "cluster.start_timeout_s to be positive", self.start_timeout_s)
         if self.address is not None:
@@ -193,9 +203,11 @@ def _port_is_free(port: int) -> bool:
 
 
 def size(cluster: Cluster) -> tuple[int, int, float]:
-    """(replicas, cores of each, GPUs of each) for the cluster that is there."""
+    """(replicas, cores of each, GPUs of each) for the cluster that is there; as they are asked for, if it grows."""
     import ray
 
+    if cluster.grows:
+        return int(cluster.replicas), cluster.cpus_per_replica or 1, cluster.gpus_per_replica or 0
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(node.get("GPU", 0) for node in nodes)
     per_gpu = cluster.gpus_per_replica if cluster.gpus_per_replica is not None else (1 if gpus else 0)
@@ -204,12 +216,13 @@ def size(cluster: Cluster) -> tuple[int, int, float]:
     else:
         count = int(cluster.replicas)
     per_node = -(-count // len(nodes))
-    fewest = min(node.get("CPU", 1) for node in nodes if node.get("CPU", 0) >= 1)
+    fewest = min((node.get("CPU", 1) for node in nodes if node.get("CPU", 0) >= 1), default=0)
     cpus = cluster.cpus_per_replica or max(1, int(fewest // per_node))
     if cpus * count > sum(node.get("CPU", 0) for node in nodes) or per_gpu * count > gpus:
         raise ConfigError(
             f"expected room for {count} replicas of {cpus} CPU and {per_gpu:g} GPU each; the cluster has {totals()}. "
-            "Lower cluster.replicas, or join a larger cluster with cluster.address"
+            "Lower cluster.replicas, or join a larger cluster with cluster.address; one that has an autoscaler is asked "
+            "for more with cluster.grows=true"
         )
     return count, cpus, per_gpu
 
