@@ -1,4 +1,4 @@
-"""What is shipped for Ray's cluster launcher and for KubeRay, against their own schemas, in which no field is unknown."""
+"""What is shipped for Ray's cluster launcher and for KubeRay, against their own schemas; unknown fields are errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import lzma
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,7 @@ def test_a_mistake_in_a_manifest_is_found(where, value, says):
 
 
 def test_every_volume_of_the_manifests_is_there():
-    resource, *others = documents(JOB)
+    _, *others = documents(JOB)
     names = {(other["kind"], other["metadata"]["name"]) for other in others}
     for path in (JOB, SERVICE):
         cluster = group(documents(path)[0])
@@ -116,8 +118,7 @@ def test_the_jobs_commands_are_settings_that_launch_takes(tmp_path):
     commands = re.findall(r"exec python -m zoray.launch (.*?)(?<!\\)\n", script, re.S)
     assert run and len(commands) == 2
     resumed, new = (
-        shlex.split(text.replace("\\\n", " ").replace("$cluster", cluster).replace("$run", run[1]))
-        for text in commands
+        shlex.split(text.replace("\\\n", " ").replace("$cluster", cluster).replace("$run", run[1])) for text in commands
     )
     assert all(_may_resume_with(argument) for argument in resumed) and f"run.resume={run[1]}" in resumed
     experiment = build_experiment(compose("config", new))
@@ -153,9 +154,6 @@ def test_rays_launcher_takes_the_cluster_file(path):
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
 def test_what_the_cluster_file_copies_is_all_that_an_installation_needs(path, tmp_path):
-    import subprocess
-    import sys
-
     for remote, local in documents(path)[0]["file_mounts"].items():
         if not local.startswith("~"):
             assert remote == f"~/zoray/{local}" and (ROOT / local).exists()

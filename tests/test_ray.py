@@ -56,16 +56,17 @@ class Head:
         command = [RAY, "start", "--head", "--block", f"--port={gcs}", "--dashboard-host=127.0.0.1", "--num-cpus=2"]
         command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
         command += [f"--ray-client-server-port={client}", f"--temp-dir={self.folder}", "--disable-usage-stats"]
-        self.log = open(Path(self.folder) / "head.log", "w+")
-        self.process = subprocess.Popen(
-            command, env=self.environment, cwd=self.folder, stdout=self.log, stderr=subprocess.STDOUT
-        )
+        self.log = Path(self.folder) / "head.log"
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                command, env=self.environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT
+            )
 
     def ready(self) -> None:
         """Wait until jobs can be submitted."""
         deadline = time.monotonic() + 120
         while self.run(RAY, "job", "list", "--address", self.dashboard, check=False).returncode:
-            assert self.process.poll() is None and time.monotonic() < deadline, Path(self.log.name).read_text()
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(2)
 
     def run(self, *command: str, cwd: Path | None = None, check: bool = True, **more: str):
@@ -81,7 +82,6 @@ class Head:
         _, alive = psutil.wait_procs([*family, psutil.Process(self.process.pid)], timeout=20)
         for process in alive:
             process.kill()
-        self.log.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -190,5 +190,5 @@ def test_a_cluster_that_grows_is_asked_for_what_it_does_not_have_yet():
     assert size(Cluster(replicas=64, cpus_per_replica=6, gpus_per_replica=1, grows=True)) == (64, 6, 1)
     for missing in ({"replicas": "auto"}, {"cpus_per_replica": None}, {"gpus_per_replica": None}):
         numbers = {"replicas": 2, "cpus_per_replica": 1, "gpus_per_replica": 0} | missing
-        with pytest.raises(ConfigError, match=r"as numbers with cluster.grows=true"):
+        with pytest.raises(ConfigError, match=r"numbers for cluster.replicas, .* with cluster.grows=true"):
             Cluster(**numbers, grows=True)

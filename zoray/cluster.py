@@ -66,8 +66,8 @@ class Cluster:
         counted = (self.replicas != "auto", cpus is not None, self.gpus_per_replica is not None)
         require(
             not self.grows or all(counted),
-            "cluster.replicas, cluster.cpus_per_replica and cluster.gpus_per_replica as numbers with cluster.grows=true, "
-            "since nodes that are not there yet can't be counted",
+            "numbers for cluster.replicas, cluster.cpus_per_replica and cluster.gpus_per_replica with "
+            "cluster.grows=true, since nodes that are not there yet can't be counted",
             (self.replicas, cpus, self.gpus_per_replica),
         )
         require(0 <= self.port < 65536, "cluster.port to be from 0 (any free one) to 65535", self.port)
@@ -221,8 +221,8 @@ def size(cluster: Cluster) -> tuple[int, int, float]:
     if cpus * count > sum(node.get("CPU", 0) for node in nodes) or per_gpu * count > gpus:
         raise ConfigError(
             f"expected room for {count} replicas of {cpus} CPU and {per_gpu:g} GPU each; the cluster has {totals()}. "
-            "Lower cluster.replicas, or join a larger cluster with cluster.address; one that has an autoscaler is asked "
-            "for more with cluster.grows=true"
+            "Lower cluster.replicas, or join a larger cluster with cluster.address; one with an autoscaler is asked for "
+            "more by cluster.grows=true"
         )
     return count, cpus, per_gpu
 
