@@ -221,7 +221,7 @@ def size(cluster: Cluster) -> tuple[int, int, float]:
     if cpus * count > sum(node.get("CPU", 0) for node in nodes) or per_gpu * count > gpus:
         raise ConfigError(
             f"expected room for {count} replicas of {cpus} CPU and {per_gpu:g} GPU each; the cluster has {totals()}. "
-            "Lower cluster.replicas, or join a larger cluster with cluster.address; one with an autoscaler is asked for "
+            "Lower cluster.replicas, or join a larger cluster with cluster.address; an autoscaler is asked for "
             "more by cluster.grows=true"
         )
     return count, cpus, per_gpu
