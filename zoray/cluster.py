@@ -120,7 +120,7 @@ def connect(cluster: Cluster, say: Callable[[str], None]) -> bool:
 
 
 def _own_code() -> dict[str, Any]:
-    """A runtime_env with this zoray (0.3 MB, a few seconds), merged with that of the job that this process may be.
+    """A runtime_env with this zoray (0.5 MB, three seconds), merged with that of the job that this process may be.
 
     Ray refuses one field in both, so what the job says wins. Settings are composed by the driver: conf/ stays here.
     """
