@@ -1,24 +1,27 @@
 """Which Ray cluster a run uses: join or start one, see how many replicas it has room for, share out a node's cores.
 
-Guarantees: what can't be reached is said within CONNECT_SECONDS; a cluster that was started here ends with the run; the
-dashboard is served on loopback only.
+Guarantees: what can't be reached is said within CONNECT_SECONDS; a cluster that was started here ends with the run, and
+listens on loopback only; a cluster that is joined runs this process's zoray, whatever its nodes have installed.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 CONNECT_SECONDS = 30
 _answered: set[str] = set()  # addresses that have answered this process; asking takes seconds
@@ -29,7 +32,8 @@ class Cluster:
     """Where replicas run.
 
     Args:
-        replicas: how many, or "auto": one per GPU, or one per node where there are none.
+        replicas: how many, or "auto": one per GPU, or one per node where there are none. In a cluster that is joined a
+            wish: those without room wait for it, which lets an autoscaler add nodes, and join the run then.
         address: of a Ray cluster to join ("host:port", or "auto" for the one on this machine); null starts a local one,
             unless RAY_ADDRESS is set (as `ray job submit` does).
         cpus_per_replica: cores that each replica reserves and binds to; null shares each node's cores out evenly.
@@ -39,6 +43,7 @@ class Cluster:
         start_timeout_s: longest wait for the actors to be placed, and then for one after the other to connect.
         port: of this process, where replicas connect, at any time of the run; 0 takes a free one. Only replicas on
             other nodes make it listen on more than loopback.
+        ship: send this zoray to the nodes of a cluster that is joined, where it goes before an installed one.
         min_replicas: below so many the run waits, at its start and later.
         wait_timeout_s: for that long at most; then it ends, and can be resumed.
         late_factor: a replica that takes so many times as long as it should is late: others score its tiles as well.
@@ -55,6 +60,7 @@ class Cluster:
     dashboard: bool = True
     dashboard_port: int = 8265
     start_timeout_s: float = 300.0
+    ship: bool = True
     port: int = 0
     min_replicas: int = 1
     wait_timeout_s: float = 600.0
@@ -102,19 +108,20 @@ def connect(cluster: Cluster, say: Callable[[str], None]) -> bool:
     if address:
         check_reachable(address)
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, runtime_env=_own_code() if cluster.ship else None, **quiet)
         except ConnectionError as error:
             raise ConfigError(f"expected a Ray cluster at cluster.address={address}; {error}") from error
         say(f"joined the Ray cluster at {address}: {totals()}")
         return True
     port = cluster.dashboard_port if cluster.dashboard and _port_is_free(cluster.dashboard_port) else None
-    context = ray.init(
-        address="local",
-        include_dashboard=port is not None,
-        dashboard_host="127.0.0.1",
-        dashboard_port=port,
-        **quiet,
-    )
+    with _on_loopback():
+        context = ray.init(
+            address="local",
+            include_dashboard=port is not None,
+            dashboard_host="127.0.0.1",
+            dashboard_port=port,
+            **quiet,
+        )
     if context.dashboard_url:
         token = (
             "" if os.environ.get("RAY_AUTH_MODE") == "disabled" else " (it asks for what `ray get-auth-token` prints)"
@@ -123,6 +130,34 @@ def connect(cluster: Cluster, say: Callable[[str], None]) -> bool:
     elif cluster.dashboard:
         say(f"Ray dashboard: off, port {cluster.dashboard_port} is taken (cluster.dashboard_port=... for another)")
     return True
+
+
+def _own_code() -> dict[str, Any]:
+    """A runtime_env with this zoray (0.5 MB, three seconds), merged with that of the job that this process may be.
+
+    Ray refuses one field in both, so what the job says wins. Settings are composed by the driver: conf/ stays here.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    own = {"py_modules": [str(Path(__file__).parent)], "excludes": ["__pycache__"]}
+    return {} if "py_modules" in job else {key: value for key, value in own.items() if key not in job}
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a Ray that starts here listen on 127.0.0.1 only: all of its servers, which else are open to the network.
+
+    Ray binds to loopback where a node's own address is loopback, as it is on macOS and Windows; it turns the
+    `_node_ip_address="127.0.0.1"` of `ray.init` into an address that others can reach. Its switch between the two is
+    read when ray is imported.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def check_reachable(address: str | None) -> None:
@@ -206,6 +241,12 @@ def size(cluster: Cluster, ranks: int = 1) -> tuple[int, int, float]:
         raise ConfigError(
             f"expected room for {count} replicas of {cpus} CPU and {per_gpu:g} GPU each; the cluster has {totals()}. "
             "Lower cluster.replicas, or join a larger cluster with cluster.address"
+        )
+    if not count:
+        raise ConfigError(
+            f"expected nodes with room for a replica, to count them for cluster.replicas=auto; the cluster has "
+            f"{totals()}. Where an autoscaler starts nodes only when they are asked for, set cluster.replicas, "
+            "cluster.cpus_per_replica and cluster.gpus_per_replica to numbers"
         )
     return count, cpus, per_gpu
 

@@ -24,6 +24,7 @@ def main(config: Any) -> int:
     experiment = build_experiment(config)
     experiment.logging.check()
     path = experiment.run.path
+    _check_kept(path)
     if resume is None and path.exists():
         raise ConfigError(
             f"expected run folder {path} not to exist yet (runs are never overwritten); "
@@ -45,6 +46,15 @@ def main(config: Any) -> int:
             shutil.rmtree(path, ignore_errors=True)
         raise
     return 0 if summary["finished"] else 3
+
+
+def _check_kept(path: Path) -> None:
+    """Raise ConfigError if a run would be in the copy of a working directory that Ray makes for a job, and deletes."""
+    if "working_dir_files" in path.absolute().parts:
+        raise ConfigError(
+            f"expected run.folder outside the job's working directory, which Ray deletes after the job; got {path}. "
+            "Take a folder of the head node, or one that all nodes share: run.folder=/data/runs"
+        )
 
 
 def _measured(path: Path) -> bool:

@@ -282,6 +282,9 @@ def in_this_process() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the pool binds the process itself
+    # A replica lies within one node, but torch's gloo listens on the address that the host's name stands for.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 
 
 @contextmanager
