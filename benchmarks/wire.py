@@ -82,7 +82,7 @@ def step_bytes(estimator: Any) -> tuple[int, int, int]:
     """(probes, bytes to the replica, bytes back) of a step that carries the commit of the one before."""
     spec = SimpleNamespace(estimator=estimator, batch=BATCH, tile_examples=4)
     with start(1, {})(spec) as pool:
-        pool.members[0].connection = scale = Scale(pool.members[0].connection)  # type: ignore[assignment]
+        pool.members.ready[0].connection = scale = Scale(pool.members.ready[0].connection)  # type: ignore[assignment]
         values = np.random.default_rng(0).normal(size=estimator.directions).tolist()
         pool.commit(Commit(1000, tuple(map(to_float32, values))))
         pool.evaluate(Grid.of(spec, 1001), digest=True)

@@ -112,7 +112,7 @@ def test_damage_is_found_within_the_interval_and_mended(local_ray, spec, fragile
         damage(pool, 0, "weight")  # the state is as it was: only scores tell
         found = steps(pool)
         assert found[0] == sound[0] and pool.rebuilt == 4 and len(pool.lost) == 2  # at once: step 0 has a digest
-        assert "of a common tile is not that of the others" in pool.lost[0]
+        assert "of a tile that all score is not that of the others" in pool.lost[0]
         assert found == sound
 
         all_back(pool, 2)
