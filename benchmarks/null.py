@@ -64,6 +64,16 @@ class NullActor(ReplicaActor):
         return Scores(losses if grid.per_example else summed(tiles, losses), 0.0, 26 * scored(tiles))
 
 
+class Alike(Pool):
+    """Replicas of equal speed: by measured ones, tiles that cost nothing would all go to whoever was fastest once."""
+
+    def evaluate(self, grid: Grid, digest: bool = False) -> tuple[Scores, str | None]:
+        """As it is, with nothing learnt."""
+        for member in self.members.connected.values():
+            member.speed = 0.0
+        return super().evaluate(grid, digest)
+
+
 def start(
     replicas: int, counts: dict[str, int], weights: str = "", seconds: float = 0.0, cluster: Cluster | None = None
 ) -> Callable[..., Pool]:
@@ -78,7 +88,9 @@ def start(
         names = [f"null-{i}" for i in range(replicas)]
         placement = Placement(Listener(own_host(), 0))
         placement.start(names, NullActor, (light, counts, weights, seconds), {})
-        pool = Pool(Members(names, placement, light, cluster or Cluster(replicas=replicas)), False)
+        pool = (Pool if seconds else Alike)(
+            Members(names, placement, light, cluster or Cluster(replicas=replicas)), False
+        )
         pool.gather()
         pool.spec = spec
         return pool

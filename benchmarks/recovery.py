@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     """Measure and print one JSON object."""
     options = parse(arguments, DEFAULTS)
     os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         result: dict[str, Any] = {"benchmark": "recovery"}
         replicas, seconds = int(options["replicas"]), float(options["tile_ms"]) / 1000

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments, DEFAULTS)
     counts = [int(count) for count in options["replicas"].split(",")]
     os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(num_cpus=sum(counts), include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=sum(counts), include_dashboard=False, log_to_driver=False)
     try:
         print(json.dumps(measure(counts, options)))
     finally:

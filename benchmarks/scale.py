@@ -6,7 +6,7 @@ The whole loop of a run (driver.tune): estimate, optimizer, journal, metrics, a 
 a step has a pair for each. Replicas are actors without torch (benchmarks/null.py). All share the cores of this machine,
 so with many of them it is the machine that is measured, and a driver with cores of its own would make more.
 With `tile_ms` a tile takes so long, which replicas sleep; each has one, so a step can't take less, and `lost_N` is the
-share of a step's time with N replicas that goes beyond it.
+share of a step's time with N replicas that goes beyond it. `driver_ms_N` is what a step takes of the driver's core.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ def main(arguments: list[str]) -> None:
     """Measure and print one JSON object."""
     options = parse(arguments, DEFAULTS)
     os.environ.setdefault("RAY_worker_niceness", "0")  # as in a run
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         ideal = float(options["tile_ms"]) / 1000
         result: dict[str, Any] = {"benchmark": "scale", "steps": int(options["steps"]), "tile_seconds": ideal}
         for count in map(int, options["replicas"].split(",")):
             with tempfile.TemporaryDirectory() as folder:
-                found = result[f"steps_per_second_{count}"] = measure(count, int(options["steps"]), Path(folder), ideal)
+                found, cpu = measure(count, int(options["steps"]), Path(folder), ideal)
+                result[f"steps_per_second_{count}"], result[f"driver_ms_{count}"] = found, cpu
                 if ideal:
                     result[f"lost_{count}"] = {name: 1 - ideal * rate for name, rate in found.items()}
             print(json.dumps(result), file=sys.stderr, flush=True)
@@ -51,8 +52,11 @@ def main(arguments: list[str]) -> None:
         ray.shutdown()
 
 
-def measure(replicas: int, steps: int, folder: Path, seconds: float = 0.0) -> dict[str, float]:
-    """Steps a second of a run with so many replicas, over windows of its steps; the first tenth warms up."""
+def measure(replicas: int, steps: int, folder: Path, seconds: float = 0.0) -> tuple[dict[str, float], dict[str, float]]:
+    """Of a run with so many replicas, over windows of its steps; the first tenth warms up.
+
+    Steps a second, and milliseconds of a core that the driver's thread takes for a step.
+    """
     from zoray.cli import build_experiment, compose
     from zoray.data import Workload
     from zoray.driver import tune
@@ -78,7 +82,7 @@ def measure(replicas: int, steps: int, folder: Path, seconds: float = 0.0) -> di
     e.run.path.mkdir()
     examples = tuple(Example("", ("a", "b"), i % 2) for i in range(DEV))
     workload = Workload(folder, linear_matrices(folder, e.space.targets), Splits(examples, examples), {})
-    times: list[float] = []
+    times, cpu = [], []
     pool = start(replicas, {"dev": DEV}, weights_hash(folder), seconds)
 
     def timed(*arguments: Any) -> Any:
@@ -87,15 +91,17 @@ def measure(replicas: int, steps: int, folder: Path, seconds: float = 0.0) -> di
 
         def note(grid: Any, digest: bool = False) -> Any:
             times.append(time.monotonic())
+            cpu.append(time.thread_time())
             return evaluate(grid, digest)
 
         running.evaluate = note  # type: ignore[method-assign]
         return running
 
     tune(e, workload, {}, timed)
-    times = times[1 + steps // 10 : 1 + steps]  # without the evaluations before and after
-    cuts = [round(i * (len(times) - 1) / WINDOWS) for i in range(WINDOWS + 1)]
-    return spread([(b - a) / (times[b] - times[a]) for a, b in pairwise(cuts)])
+    times, cpu = (found[1 + steps // 10 : 1 + steps] for found in (times, cpu))  # without evaluations before and after
+    cuts = list(pairwise(round(i * (len(times) - 1) / WINDOWS) for i in range(WINDOWS + 1)))
+    rates = [(b - a) / (times[b] - times[a]) for a, b in cuts]
+    return spread(rates), spread([1000 * (cpu[b] - cpu[a]) / (b - a) for a, b in cuts])
 
 
 if __name__ == "__main__":

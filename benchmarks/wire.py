@@ -56,7 +56,7 @@ class Scale:
 def main(arguments: list[str]) -> None:
     """Measure and print one JSON object."""
     parse(arguments, {})
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         print(json.dumps(measure()))
     finally:

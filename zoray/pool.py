@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REMIND_SECONDS = 60.0
+FORGIVEN = 1.1  # factor of a speed each time that it gave no tiles: it may have been a bad moment
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Pool:
         self.spec, self.commits = members.spec, members.commits
         self.stopping: Callable[[], bool] = lambda: False  # asked while the pool waits for replicas
         self._work: Evaluation | None = None
+        self._slowest = 0.0  # of those whose speed is known
         members.on_lost, members.on_late = self._lost, self._late
 
     @classmethod
@@ -301,8 +303,12 @@ class Pool:
         members = self.members
         if work.changed and not work.shares.done:
             idle = {member.name: member.speed for member in members.idle}
+            self._slowest = min((m.speed for m in members.ready if m.speed), default=0.0)
             busy = [m.speed for m in members.ready if m.call is not None and not m.late]
-            for name, share in work.shares.hand_out(idle, busy):
+            given = work.shares.hand_out(idle, busy)
+            for name in idle.keys() - {name for name, _ in given}:  # too slow for so few tiles, as it was
+                members.connected[name].speed *= FORGIVEN
+            for name, share in given:
                 self._ask(work, members.connected[name], share)
             work.changed = bool(work.shares.missing())
         if work.digest:
@@ -345,11 +351,10 @@ class Pool:
 
     def _allowed(self, member: Member, examples: int, vital: bool) -> float:
         """Seconds until a member is late, by how fast it was; before that is known, by the slowest of the others."""
-        cluster = self.members.cluster
-        speeds = [member.speed] if member.speed else [m.speed for m in self.members.ready if m.speed]
-        if not speeds or (vital and member.extra is None):
+        cluster, speed = self.members.cluster, member.speed or self._slowest
+        if not speed or (vital and member.extra is None):
             return math.inf
-        expected = examples / min(speeds) + (member.extra or 0.0) * vital
+        expected = examples / speed + (member.extra or 0.0) * vital
         return max(cluster.late_floor_s, cluster.late_factor * expected)
 
     def _unsent(self, member: Member) -> tuple[Commit, ...]:

@@ -53,6 +53,7 @@ class Shares:
     late: set[str] = field(default_factory=set)  # whose tiles are handed out once more
     answers: dict[tuple[int, ...], tuple[str, Scores]] = field(default_factory=dict)  # those that count
     covered: int = 0  # tiles that have one
+    doubled: bool = False  # whether a tile has been handed out while somebody late had it
 
     @property
     def done(self) -> bool:
@@ -76,6 +77,7 @@ class Shares:
         if not given:  # so few that all would be left to faster ones, who are busy
             given = [(max(idle, key=lambda name: idle[name]), tuple(missing))]
         self.held.update(given)
+        self.doubled |= bool(self.late)
         return given
 
     def answer(self, name: str, scores: Scores) -> bool:
@@ -87,7 +89,7 @@ class Shares:
         share = self.held.pop(name)
         self.late.discard(name)
         mine = set(share)
-        touched = [other for other in self.answers if not mine.isdisjoint(other)]
+        touched = [other for other in self.answers if not mine.isdisjoint(other)] if self.doubled else []
         covered = sum(len(mine.intersection(other)) for other in touched)
         if covered == len(mine) or any(not mine.issuperset(other) for other in touched):
             return False
