@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +72,8 @@ class SlurmCluster:
     """Use as a context manager. `scratch` is a folder that each node has for itself."""
 
     def __init__(self, root: Path, cpus: int = 1) -> None:
-        self.root, self.cpus, self.scratch = root, cpus, root / "scratch"
+        self.root, self.cpus = root, cpus
+        self.scratch = Path(tempfile.mkdtemp(prefix="zs"))  # Ray's sockets need a short path
         self.processes: list[subprocess.Popen[bytes]] = []
         self.holders: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -84,7 +86,6 @@ class SlurmCluster:
         return self
 
     def _start(self) -> None:
-        self.scratch.mkdir(parents=True)
         (self.root / "state").mkdir()
         os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         host = socket.gethostname().split(".")[0]
@@ -104,8 +105,10 @@ class SlurmCluster:
             self._hold(name, name)
         self._wire()
         self._daemon("controller", "slurmctld", "-D", "-i", "-f", str(self.root / "slurm.conf"))
-        for name in NODES:
-            self._daemon(name, "slurmd", "-D", "-N", name, "-f", str(self.root / "slurm.conf"))
+        cores = sorted(os.sched_getaffinity(0))
+        for i, name in enumerate(NODES):  # each with cores of its own, as far as there are
+            core = str(cores[i % len(cores)]) if self.cpus == 1 else ",".join(map(str, cores))
+            self._daemon(name, "taskset", "-c", core, "slurmd", "-D", "-N", name, "-f", str(self.root / "slurm.conf"))
         wait("two idle nodes", lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == "2", 30)
 
     def _munge(self) -> None:
@@ -156,7 +159,7 @@ class SlurmCluster:
             ip(name, "link", "set", "eth0", "up")
 
     def _daemon(self, node: str, *command: str) -> None:
-        log = (self.root / f"{command[0]}-{node}.out").open("wb")
+        log = (self.root / f"daemon-{node}.out").open("wb")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "RAY"))}
         self.processes.append(subprocess.Popen([*self.enter(node), *command], stdout=log, stderr=log, env=environment))
 
@@ -212,6 +215,7 @@ class SlurmCluster:
             process.wait(timeout=20)
         self.holders.clear()
         self.processes.clear()
+        self.scratch.rmdir()  # what was mounted on it went with the nodes
 
     def __exit__(self, *exception: object) -> None:
         self.close()

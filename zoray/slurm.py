@@ -105,17 +105,14 @@ class Slurm(Cluster):
         )
         for name in ("partition", "account", "qos", "memory"):
             value = getattr(self, name)
-            require(
-                value is None or re.fullmatch(r"[\w.,+@:-]+", value) is not None, f"cluster.{name} as a name", value
-            )
+            ok = value is None or re.fullmatch(r"[\w.,+@:-]+", value) is not None
+            require(ok, f"cluster.{name} as sbatch takes it, without spaces", value)
         for option in self.extra:
             self._check_extra(option)
 
     def _check_extra(self, option: str) -> None:
         name = re.fullmatch(r"--([a-z][a-z0-9-]*)(=.*)?", option)
-        require(
-            name is not None, "each item of cluster.extra to be an option of sbatch, --name or --name=value", option
-        )
+        require(name is not None, "each item of cluster.extra to be --name or --name=value, as for sbatch", option)
         if name is not None and name[1] in OWN:
             setting = OWN[name[1]]
             raise ConfigError(
