@@ -20,7 +20,7 @@ from zoray.launch import main
 from zoray.records import ConfigError
 from zoray.slurm import Slurm, command, script_path, seconds
 
-STEPS = 100  # a few seconds of steps, to kill and stop a driver in
+STEPS = 150  # a few seconds of steps, to kill and stop a driver in
 LACKS = missing()
 real = pytest.mark.skipif(bool(LACKS), reason=f"two nodes of SLURM: this machine {LACKS}")
 
@@ -263,6 +263,13 @@ def pids(nodes: SlurmCluster, node: str, words: str) -> list[int]:
     return [int(line.split()[0]) for line in nodes.processes_on(node) if words in line]
 
 
+def driver_of(nodes: SlurmCluster) -> int:
+    """The driver's process; its words also stand in the command lines of what has started it."""
+    lines = [line.split(maxsplit=1) for line in nodes.processes_on("n1")]
+    (found,) = [int(pid) for pid, words in lines if words.startswith(f"{sys.executable} -m zoray.launch")]
+    return found
+
+
 def replica_times(nodes: SlurmCluster) -> dict[str, list[float]]:
     """Seconds of processor time that the replicas on each node have used."""
     return {name: [nodes.cpu_seconds(name, pid) for pid in pids(nodes, name, "ray::ReplicaActor")] for name in NODES}
@@ -340,7 +347,7 @@ def test_a_killed_driver_gives_the_nodes_back_and_the_run_can_be_resumed(
     assert done.returncode == 0, done.stderr
     job, folder = done.stdout.strip(), tmp_path / "killed"
     await_steps(nodes, job, folder, 5)
-    (driver,) = pids(nodes, "n1", f"{sys.executable} -m zoray.launch")
+    driver = driver_of(nodes)
     nodes.run("kill", "-KILL", str(driver), node="n1")
     check_free(nodes, set())
     assert steps_of(folder) < STEPS, "killed too late to prove anything: raise STEPS"
@@ -362,7 +369,7 @@ def test_a_job_at_its_time_limit_is_requeued_and_goes_on_to_the_same_digest(node
     job, folder = submit("limit", *more)
     log = folder / "slurm" / f"{job}.log"
     await_steps(nodes, job, folder, 5)
-    (driver,) = pids(nodes, "n1", f"{sys.executable} -m zoray.launch")
+    driver = driver_of(nodes)
     nodes.run("kill", "-STOP", str(driver), node="n1")  # a long step, so that the limit comes in the middle of the run
     nodes.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # SLURM looks every 30 s
     wait("SLURM's signal", lambda: "asked to stop" in log.read_text(), 120)
