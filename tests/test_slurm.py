@@ -101,8 +101,8 @@ def test_time_limits_are_read_as_sbatch_reads_them(time, expected):
         ("time=1-2-3", ["got '1-2-3'"]),
         ("partition='a b'", ["cluster.partition as sbatch takes it, without spaces; got 'a b'"]),
         ("extra=[-C h100]", ["cluster.extra to be --name or --name=value, as for sbatch; got '-C h100'"]),
-        ("extra=[--nodes=3]", ["cluster.extra without --nodes=3: that is cluster.nodes"]),
-        ("extra=[--output=x]", ["cluster.extra without --output=x: cluster/slurm/zoray.sbatch has its own"]),
+        ('extra=["--nodes=3"]', ["cluster.extra without --nodes=3: that is cluster.nodes"]),
+        ('extra=["--output=x"]', ["cluster.extra without --output=x: cluster/slurm/zoray.sbatch has its own"]),
         ("address=a:1", ["unknown config key 'cluster.address'"]),
         ("replicas=0", ["cluster.replicas to be auto or a whole number"]),
         ("node=2", ["unknown config key 'cluster.node'", "Did you mean nodes?"]),
@@ -189,7 +189,7 @@ def test_a_submitted_run_has_its_config_and_a_resumed_one_the_changes(
         launch_here(monkeypatch, *arguments, "cluster=slurm")
     launch_here(monkeypatch, f"run.resume={folder}")
     assert json.loads(said.read_text())[0] == line
-    changes = ["cluster=slurm", "cluster.nodes=2", "engine.device=cpu"]
+    changes = ["cluster=slurm", "cluster.nodes=2", "engine=hf"]
     launch_here(monkeypatch, f"run.resume={folder}", *changes)
     assert json.loads(said.read_text())[0][-3:] == changes
     assert "--nodes=2" in json.loads(said.read_text())[0]
