@@ -174,9 +174,12 @@ def test_conf_is_found_in_a_wheel(tmp_path):
     done = subprocess.run(show, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "rank: 3" in done.stdout and "stanfordnlp/sst2" in done.stdout
-    where = [sys.executable, "-c", "import zoray.cli; print(zoray.cli.conf_dir())"]
+    script = site / "zoray" / "jobs" / "slurm" / "zoray.sbatch"
+    assert script.read_bytes() == (ROOT / "cluster" / "slurm" / "zoray.sbatch").read_bytes()
+    code = "from zoray import cli, slurm; print(cli.conf_dir()); print(slurm.script_path())"
+    where = [sys.executable, "-c", code]
     done = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert Path(done.stdout.strip()) == site / "zoray" / "conf"
+    assert [Path(line) for line in done.stdout.splitlines()] == [site / "zoray" / "conf", script]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ ORDER = [
         "replica",
         "channel",
         "cluster",
+        "slurm",
         "actor",
         "placement",
         "members",

@@ -93,6 +93,15 @@ class Cluster:
         """The address of the running cluster to join; None if one is started here."""
         return self.address or os.environ.get("RAY_ADDRESS")
 
+    @property
+    def submits(self) -> bool:
+        """Whether a run is handed over to a job scheduler rather than run here."""
+        return False
+
+    def check(self) -> None:
+        """Raise ConfigError unless the cluster to join answers."""
+        check_reachable(self.joins)
+
 
 def connect(cluster: Cluster, say: Callable[[str], None]) -> bool:
     """Join or start a Ray cluster; whether this process connected, and so has to disconnect."""

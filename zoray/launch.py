@@ -31,15 +31,20 @@ def main(config: Any) -> int:
             f"go on with it: run.resume={path}, or choose another run.name"
         )
 
-    from zoray.cluster import check_reachable
     from zoray.data import load_workload
     from zoray.driver import tune
 
-    check_reachable(experiment.cluster.joins)
+    experiment.cluster.check()
     workload = load_workload(experiment.spec)  # every mistake in model and data shows before a folder is made
-    if resume is None:
+    submits = experiment.cluster.submits
+    if resume is None and not (submits and experiment.cluster.dry_run):
         _create(path, OmegaConf.to_yaml(config, resolve=True))
     try:
+        if submits:
+            from zoray.slurm import submit
+
+            submit(experiment.cluster, path, [] if resume is None else _changes())
+            return 0
         summary = tune(experiment, workload, OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     except BaseException:
         if resume is None and not _measured(path):  # nothing to lose, and the next try may have this name
@@ -81,6 +86,12 @@ def _resumed(config: Any, folder: Path) -> Any:
     return stored
 
 
+def _changes() -> list[str]:
+    """What of this command line a job that goes on with a run has to know as well."""
+    keys = {argument: argument.split("=", 1)[0].lstrip("+") for argument in sys.argv[1:]}
+    return [a for a, key in keys.items() if key.split(".")[0] in MAY_CHANGE and key != "cluster.dry_run"]
+
+
 def _may_resume_with(argument: str) -> bool:
     key = argument.split("=", 1)[0].lstrip("+")
     return argument.startswith("-") or key == "run.resume" or key.split(".")[0] in MAY_CHANGE
@@ -101,4 +112,5 @@ def _create(path: Path, config: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv = [f"cluster.{argument}" if argument.startswith("dry_run=") else argument for argument in sys.argv]
     run_main("config", main)
