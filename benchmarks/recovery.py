@@ -64,7 +64,7 @@ def disturbed(number: int, events: int, replicas: int, seconds: float) -> dict[s
     spec: Any = SimpleNamespace(estimator=TwoPoint(pairs=tiles), batch=1, tile_examples=1)
     cluster = Cluster(replicas=replicas, late_floor_s=FLOOR, late_factor=FACTOR)
     dice, quiet, waits = random.Random(0), [], []
-    with start(replicas, {}, seconds=seconds, cluster=cluster)(spec) as pool:
+    with start(replicas, {}, seconds=seconds, cluster=cluster, each=1)(spec) as pool:
         step = steps_of(pool)
         for _ in range(20):
             step()

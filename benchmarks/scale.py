@@ -3,8 +3,8 @@
     python -m benchmarks.scale [replicas=1,2,8,32,128] [steps=300] [tile_ms=0]
 
 The whole loop of a run (driver.tune): estimate, optimizer, journal, metrics, a message to every replica and an answer;
-a step has a pair for each. Replicas are actors without torch (benchmarks/null.py). All share the cores of this machine,
-so with many of them it is the machine that is measured, and a driver with cores of its own would make more.
+a step has a pair for each. All replicas are one process without torch or Ray (benchmarks/null.py), on a core of its own
+where there are two, so what is measured is the driver.
 With `tile_ms` a tile takes so long, which replicas sleep; each has one, so a step can't take less, and `lost_N` is the
 share of a step's time with N replicas that goes beyond it. `driver_ms_N` is what a step takes of the driver's core.
 """
@@ -20,8 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from benchmarks.host import toy
 from benchmarks.null import start
 from benchmarks.options import parse
@@ -35,21 +33,18 @@ DEV, WINDOWS = 64, 5
 def main(arguments: list[str]) -> None:
     """Measure and print one JSON object."""
     options = parse(arguments, DEFAULTS)
-    os.environ.setdefault("RAY_worker_niceness", "0")  # as in a run
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        ideal = float(options["tile_ms"]) / 1000
-        result: dict[str, Any] = {"benchmark": "scale", "steps": int(options["steps"]), "tile_seconds": ideal}
-        for count in map(int, options["replicas"].split(",")):
-            with tempfile.TemporaryDirectory() as folder:
-                found, cpu = measure(count, int(options["steps"]), Path(folder), ideal)
-                result[f"steps_per_second_{count}"], result[f"driver_ms_{count}"] = found, cpu
-                if ideal:
-                    result[f"lost_{count}"] = {name: 1 - ideal * rate for name, rate in found.items()}
-            print(json.dumps(result), file=sys.stderr, flush=True)
-        print(json.dumps(result))
-    finally:
-        ray.shutdown()
+    if (cores := sorted(os.sched_getaffinity(0)))[1:]:
+        os.sched_setaffinity(0, cores[:-1])  # the last one is the replicas'
+    ideal = float(options["tile_ms"]) / 1000
+    result: dict[str, Any] = {"benchmark": "scale", "steps": int(options["steps"]), "tile_seconds": ideal}
+    for count in map(int, options["replicas"].split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            found, cpu = measure(count, int(options["steps"]), Path(folder), ideal)
+            result[f"steps_per_second_{count}"], result[f"driver_ms_{count}"] = found, cpu
+            if ideal:
+                result[f"lost_{count}"] = {name: 1 - ideal * rate for name, rate in found.items()}
+        print(json.dumps(result), file=sys.stderr, flush=True)
+    print(json.dumps(result))
 
 
 def measure(replicas: int, steps: int, folder: Path, seconds: float = 0.0) -> tuple[dict[str, float], dict[str, float]]:

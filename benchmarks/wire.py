@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import ray
 
 from benchmarks.null import start
 from benchmarks.options import parse
@@ -56,11 +55,7 @@ class Scale:
 def main(arguments: list[str]) -> None:
     """Measure and print one JSON object."""
     parse(arguments, {})
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        print(json.dumps(measure()))
-    finally:
-        ray.shutdown()
+    print(json.dumps(measure()))
 
 
 def measure() -> dict[str, Any]:

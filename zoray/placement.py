@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from zoray.channel import Listener
 
 
+CLOSE_SECONDS = 2.0
+
+
 @ray.remote
 def _kill(pid: int) -> None:
     """kill -9 a process of this node, if it is an actor's still."""
@@ -101,8 +104,10 @@ class Placement:
             remove_placement_group(self.groups.pop(name))
 
     def close(self) -> None:
-        """End all of them."""
+        """End all of them; those that are idle end by themselves, when nobody listens any more."""
         self.listener.close()
         if ray.is_initialized():
+            if serving := list(self.serving.values()):
+                ray.wait(serving, num_returns=len(serving), timeout=CLOSE_SECONDS)
             for name in list(self.actors):
                 self.let_go(name)

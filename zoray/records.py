@@ -72,6 +72,7 @@ def _packed(coefficients: tuple[float, ...]) -> bytes | tuple[float, ...]:
     return packed if _unpacked(packed) == coefficients else coefficients
 
 
+@lru_cache(maxsize=4)
 def _unpacked(packed: bytes) -> tuple[float, ...]:
     """Each float32 as the journal writes it, and as optimizers make it: its shortest decimal."""
     return tuple(float(str(value)) for value in np.frombuffer(packed, np.float32))
