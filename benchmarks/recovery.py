@@ -116,7 +116,7 @@ def catch_up(steps: int, threads: int) -> dict[str, float]:
     from zoray.models import linear_matrices
 
     with tempfile.TemporaryDirectory() as folder:
-        e = build_experiment(compose("config", ["engine=hf", "space.rank=8", "estimator=two_point"]))
+        e = build_experiment(compose("config", ["space.rank=8", "estimator=two_point"]))
         commits = [Commit(step, (1e-4 * (-1) ** step,)) for step in range(steps)]
         cluster = Cluster(replicas=1, cpus_per_replica=threads)
         seconds = {}

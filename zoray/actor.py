@@ -101,9 +101,13 @@ class ReplicaActor:
         self.replica.reset()
 
     def catch_up(self, commits: tuple[Commit, ...], digest: bool) -> str | None:
-        """Apply commits, scoring nothing; the digest of the state after them, if it is asked for."""
+        """Apply commits, scoring nothing; the digest of the state after them, if it is asked for.
+
+        All is computed when this returns, so that a replica that is ready for tiles is ready at once.
+        """
         assert self.replica is not None
         self.replica.apply(commits)
+        self.replica.engine.settle()
         return self.replica.engine.digest() if digest else None
 
     def snapshot(self, limit: int) -> bytes | None:

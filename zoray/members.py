@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHUNK = 200  # commits of a message to a member that catches up; the others go on with their steps meanwhile
+CHUNK = 256  # commits of a message to a member that catches up; the others go on with their steps meanwhile
 NEAR = 16  # commits behind: few enough to come with the next tiles
 FAILURES = 3  # of a member in a row, without a share scored between them, until it is given up
 WATCH_SECONDS = 1.0  # between looks at what Ray says of those who are not there

@@ -32,6 +32,10 @@ class Engine(Protocol):
         """Sums of log-probabilities of all outputs of a plan, in its order, float64; any number of tokens."""
         ...
 
+    def settle(self) -> None:
+        """Compute now what `apply` may leave until the state is looked at."""
+        ...
+
     def reset(self) -> None:
         """Back to journal index 0, base weights included."""
         ...

@@ -128,6 +128,10 @@ class HfEngine(Pairs):
         picked = logps[sequence.rows.astype(np.int64), sequence.targets.astype(np.int64)].double().cpu().numpy()
         return np.bincount(sequence.outputs, weights=picked, minlength=sequence.n_outputs)
 
+    def settle(self) -> None:
+        """Compute now what `apply` has left."""
+        self.state.settle()
+
     def reset(self) -> None:
         """Back to journal index 0; folded base weights are read from the model's folder again."""
         if self.space.folds:

@@ -245,6 +245,10 @@ class VllmEngine(Worker):
 
         return plan.gather(slots, part)
 
+    def settle(self) -> None:
+        """Compute now what `apply` has left."""
+        self._call("zoray_settle")
+
     def reset(self) -> None:
         """Back to journal index 0; folded base weights are read from the model's folder again."""
         self._call("zoray_reset", self._folder)

@@ -67,6 +67,9 @@ class ZorayWorker:
         for commit in commits:
             self._zoray.state.apply(commit)
 
+    def zoray_settle(self) -> None:
+        self._zoray.state.settle()
+
     def zoray_score(self, plan: Plan) -> np.ndarray:
         return self._zoray.score(plan)
 

@@ -65,6 +65,10 @@ class State(Protocol):
         """Take the commit of the next step; JournalError for any other."""
         ...
 
+    def settle(self) -> None:
+        """Compute what waits until somebody looks, see Moved."""
+        ...
+
     def digest(self) -> str:
         """16 hex digits over the bits of all numbers that a step can change."""
         ...
@@ -253,6 +257,11 @@ class Moved:
     @property
     def flat(self) -> torch.Tensor:
         """The vector, (size,), after all that it has taken."""
+        self.settle()
+        return self._flat
+
+    def settle(self) -> None:
+        """Move it by what waits."""
         moves, self._waiting = self._waiting, []
         layout, x = self.direction.layout, self._flat
         done = layout.move(x, self.direction.seed, moves, self.direction.distribution)
@@ -260,7 +269,6 @@ class Moved:
             if move.decay != 1.0:
                 x.mul_(move.decay)
             x.add_(self.direction(move.step, move.probe) * move.coefficient)
-        return x
 
 
 def fill(moving: Moving, probes: Sequence[Probe], out: torch.Tensor, name: str | None = None) -> None:

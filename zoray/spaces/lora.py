@@ -188,6 +188,10 @@ class LoraState:
         self.momentum = numbers["momentum"].to(self.flat.device) if "momentum" in numbers else None
         self.step = step
 
+    def settle(self) -> None:
+        """Compute what waits until somebody looks."""
+        self._moved.settle()
+
     def digest(self) -> str:
         """Over the trained tensors, and the momentum where there is one."""
         parts = [(name, self.layout.view(self.flat, name)) for name in self.layout.shapes]

@@ -192,6 +192,9 @@ class LowRankState:
             self.weights[name].copy_(numbers[f"{name}.weight"])
         self.step = step
 
+    def settle(self) -> None:
+        """Nothing waits."""
+
     def digest(self) -> str:
         """Over the base weights."""
         return digest((f"{name}.weight", self.weights[name]) for name in self.matrices)

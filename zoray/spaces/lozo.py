@@ -213,6 +213,10 @@ class LozoState:
         self._weights_digest = None
         self.step = step
 
+    def settle(self) -> None:
+        """Compute what waits until somebody looks."""
+        self._moved.settle()
+
     def digest(self) -> str:
         """Over B, the momentum, and the base weights."""
         if self._weights_digest is None:
