@@ -175,9 +175,14 @@ class SlurmCluster:
         )
 
     def job(self, number: int | str) -> dict[str, str]:
-        """What the controller knows of a job."""
-        said = self.run("scontrol", "show", "job", "-o", str(number)).stdout
-        return dict(item.split("=", 1) for item in said.split() if "=" in item)
+        """What the controller knows of a job; it is asked again where it is too busy to answer."""
+        for _ in range(10):
+            said = self.run("scontrol", "show", "job", "-o", str(number))
+            found = dict(item.split("=", 1) for item in said.stdout.split() if "=" in item)
+            if "JobState" in found:
+                return found
+            time.sleep(1.0)
+        raise AssertionError(f"scontrol says nothing of job {number}: {said.stdout}{said.stderr}")
 
     def idle(self) -> bool:
         """Whether every node is free."""

@@ -274,8 +274,9 @@ def test_losing_every_replica_is_survived_and_too_many_times_in_a_row_is_not(loc
         assert any("has joined at step 2" in line for line in said) and first
         pool.stopping = lambda: True
         os.kill(member(pool).pid, signal.SIGKILL)
-        with pytest.raises(ReplicaLost, match=r"asked to stop while waiting .*0 of at least 1.* can be resumed"):
+        with pytest.raises(KeyboardInterrupt):
             run_steps(pool, 6)
+        assert "stopped while waiting for replicas (0 of at least 1 replicas); the run can be resumed" in said
         pool.stopping = lambda: False
 
         def dies() -> None:  # whenever it is there
@@ -323,7 +324,7 @@ def test_a_stopped_replica_is_late_and_its_tiles_go_to_another(local_ray, spec):
         while not pool.lost:
             pool.members.pump(1.0)
             assert time.monotonic() < deadline
-        assert "no answer for 8 s" in pool.lost[0]
+        assert "no answer for 8 s (cluster.hang_timeout_s)" in pool.lost[0]
         assert finish(pool, 8, size=2) == (undisturbed[0][7:], undisturbed[1][7:])
 
 

@@ -48,7 +48,8 @@ class Cluster:
         wait_timeout_s: for that long at most; then it ends, and can be resumed.
         late_factor: a replica that takes so many times as long as it should is late: others score its tiles as well.
         late_floor_s: but nobody is late before.
-        hang_timeout_s: a replica that does not answer for so long is ended and started anew.
+        hang_timeout_s: a replica that does not answer for so long, and for ten times what it should take (for ten times
+            this, where that is not known), is ended and started anew.
         snapshot_every: steps between snapshots of the state, from which a replica that comes late replays; 0 for none.
         snapshot_mib: a larger state has none, and is replayed from the start.
     """

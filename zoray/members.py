@@ -13,11 +13,11 @@ import pickle
 import selectors
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from zoray import channel
 from zoray.actor import BY_VALUE
 from zoray.records import ConfigError, ReplicaLost
 
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 CHUNK = 256  # commits of a message to a member that catches up; the others go on with their steps meanwhile
 NEAR = 16  # commits behind: few enough to come with the next tiles
 FAILURES = 3  # of a member in a row, without a share scored between them, until it is given up
+PATIENCE = 10.0  # what takes so many times as long as it may, or as it usually does, is taken for dead
 WATCH_SECONDS = 1.0  # between looks at what Ray says of those who are not there
 
 
@@ -159,19 +160,24 @@ class Members:
         by_value: Any = BY_VALUE if method == "load" else pickle
         member.asked += 1
         began = time.monotonic()
-        hangs = math.inf if method == "load" else began + self.cluster.hang_timeout_s
+        limit = self.cluster.hang_timeout_s
+        known = max(limit, PATIENCE * seconds) if math.isfinite(seconds) else PATIENCE * limit
+        hangs = math.inf if method == "load" else began + known
         member.call = Call(member.asked, method, then, began, min(began + seconds, hangs), hangs)
         self._next_deadline = min(self._next_deadline, member.call.deadline)
         message = by_value.dumps((member.asked, method, arguments), pickle.HIGHEST_PROTOCOL)
-        with suppress(OSError):  # the next read says so as well
+        try:
             member.connection.send_bytes(message)
+        except OSError:  # gone, as the next read will say; or stopped, with half a message
+            member.call.hangs = self._next_deadline = began + channel.STUCK_SECONDS
+            member.call.deadline = min(member.call.deadline, member.call.hangs)
 
     def pump(self, seconds: float) -> None:
         """Wait for events, at most so long, and deal with those that have come.
 
         Raises:
             ConfigError, ReplicaLost: the first replica does not start, or none is left that could come back.
-            Exception: what a call has raised, where that is not for `on_error` to survive.
+            Exception: what a replica's own code has raised, see `_raised`.
         """
         now = time.monotonic()
         until = min(now + seconds, self._next_deadline, self._next_watch if self._absent() else math.inf)

@@ -272,10 +272,11 @@ class Pool:
             leave(self._owns_ray)
 
     def _await_enough(self) -> None:
-        """Wait until there are `cluster.min_replicas`.
+        """Wait until there are `cluster.min_replicas`; as long as it takes, while one of them loads or replays.
 
         Raises:
-            ReplicaLost: they have not come in time, or the run is to stop.
+            ReplicaLost: nobody has come in time.
+            KeyboardInterrupt: the run is to stop.
         """
         members, cluster = self.members, self.members.cluster
         least = min(cluster.min_replicas, len(members.names))
@@ -286,16 +287,19 @@ class Pool:
             now = time.monotonic()
             there = f"{len(members.ready)} of at least {least} replicas"
             if self.stopping():
-                raise ReplicaLost(f"asked to stop while waiting for replicas ({there}); the run can be resumed")
+                members.say(f"stopped while waiting for replicas ({there}); the run can be resumed")
+                raise KeyboardInterrupt
+            if any(not member.ready for member in members.connected.values()):
+                began = now
+            elif now - said >= REMIND_SECONDS:
+                said = now
+                members.say(f"waiting at step {len(self.commits)}: {there}, for {cluster.wait_timeout_s:g} s at most")
             if now - began > cluster.wait_timeout_s:
                 raise ReplicaLost(
                     f"expected {least} replicas (cluster.min_replicas) again within {cluster.wait_timeout_s:g} s "
                     f"(cluster.wait_timeout_s); got {len(members.ready)}. The last loss: {members.lost[-1:]}. The run "
                     "can be resumed"
                 )
-            if now - said >= REMIND_SECONDS:
-                said = now
-                members.say(f"waiting at step {len(self.commits)}: {there}, for {cluster.wait_timeout_s:g} s at most")
             members.pump(1.0)
 
     def _hand_out(self, work: Evaluation) -> None:
