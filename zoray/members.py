@@ -371,9 +371,7 @@ class Members:
             if call is None:
                 continue
             if now >= call.hangs:
-                self.lose(
-                    member, f"no answer for {self.cluster.hang_timeout_s:g} s (cluster.hang_timeout_s)", restart=True
-                )
+                self.lose(member, f"no answer for {now - call.began:.0f} s (cluster.hang_timeout_s)", restart=True)
                 continue
             if now >= call.deadline and not member.late and member.ready:
                 member.late = True

@@ -13,6 +13,7 @@ import logging
 import math
 import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REMIND_SECONDS = 60.0
+STRIKES = 3  # times that a replica may differ from a majority: it is not bad luck
 FORGIVEN = 1.1  # factor of a speed each time that it gave no tiles: it may have been a bad moment
 
 
@@ -65,6 +67,7 @@ class Pool:
         self.spec, self.commits = members.spec, members.commits
         self.stopping: Callable[[], bool] = lambda: False  # asked while the pool waits for replicas
         self._work: Evaluation | None = None
+        self._strikes: Counter[str] = Counter()  # how often each was not like the majority
         self._slowest = 0.0  # of those whose speed is known
         members.on_lost, members.on_late = self._lost, self._late
 
@@ -226,14 +229,14 @@ class Pool:
             while True:
                 self._hand_out(work)
                 if work.shares.done and not self._awaited(work):
-                    suspects = self._suspects(work)
-                    if suspects and doubted:
-                        raise JournalError(
-                            f"replicas still disagree after they were rebuilt: {suspects}, at step {grid.step}. The "
-                            "journal is sound; look at the devices, and resume the run"
-                        )
-                    if suspects:
-                        doubted = True
+                    clear = len(work.digests) > 2  # else either of two may be wrong
+                    if suspects := self._suspects(work, clear):
+                        if doubted:
+                            raise JournalError(
+                                f"replicas still disagree after they were rebuilt: {suspects}, at step {grid.step}. "
+                                "The journal is sound; look at the devices, and resume the run"
+                            )
+                        doubted = not clear
                         self._await_enough()
                         continue
                     if not digest or work.digests:
@@ -372,7 +375,7 @@ class Pool:
             for m in self.members.ready
         )
 
-    def _suspects(self, work: Evaluation) -> list[str]:
+    def _suspects(self, work: Evaluation, clear: bool) -> list[str]:
         """Find those that differ from the rest, let nothing count that they have said, and rebuild them."""
         members, found = self.members, []
         wrong_state = differing_digests(work.digests)
@@ -385,11 +388,15 @@ class Pool:
             why = f"its {what} is not that of the others"
             found.append(f"{name} ({what})")
             members.rebuilt += 1
+            self._strikes[name] += clear
             work.shares.reject(name)
             self._forget(work, name)
             if (member := members.connected.get(name)) is None:
                 continue
-            if state:
+            if self._strikes[name] >= STRIKES:
+                members.lose(member, why)
+                members.give_up(name, f"{why}, for the {STRIKES}rd time: look at {member.node}")
+            elif state:
                 members.say(f"{name}: {why} at step {len(self.commits)}; it is rebuilt from the journal")
                 members.rebuild(member)
             else:
