@@ -30,9 +30,10 @@ class Fake:
     """A replica: its state is the number of its steps, a loss the number of its example. Settings are of its kind."""
 
     def __init__(
-        self, wrong: int = 0, poison: float = 0.0, seconds: float = 0.0, hangs: bool = False, info=INFO
+        self, wrong: int = 0, drifts: int = 0, poison: float = 0.0, seconds: float = 0.0, info: ReplicaInfo = INFO
     ) -> None:
-        self.wrong, self.poison, self.seconds, self.hangs, self.info = wrong, poison, seconds, hangs, info
+        self.wrong, self.drifts, self.poison, self.seconds, self.info = wrong, drifts, poison, seconds, info
+        self.hangs = False
         self.step, self.calls = 0, []
 
     def digest(self) -> str:
