@@ -14,6 +14,15 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 from tiny import tiny_llama, tiny_opt, tiny_qwen2
 
 
+FIRST = ("slurm", "launch", "chaos", "pool", "crash", "ray", "gpu_report", "ports", "damage", "tensor_parallel")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take minutes come first, so that two workers end at about the same time."""
+    place = {f"test_{name}": k for k, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of the tiny models, by architecture."""

@@ -220,9 +220,9 @@ def test_a_probe_takes_at_most_sixteen_bytes_on_the_wire(name, local_ray):
 
 
 @pytest.mark.ray
-def test_the_driver_is_timed_with_null_replicas(local_ray, tmp_path):
-    result = scale.measure(3, 20, tmp_path)
-    assert 0 < result["low"] <= result["median"] <= result["high"]
+def test_the_driver_is_timed_with_null_replicas(tmp_path):
+    for result in scale.measure(3, 20, tmp_path):  # steps a second, and the driver's milliseconds
+        assert 0 < result["low"] <= result["median"] <= result["high"]
     (journal,) = tmp_path.glob("*/journal.jsonl")
     assert journal.read_bytes().count(b"\n") == 21  # header and steps: the whole loop ran
 

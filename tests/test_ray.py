@@ -139,7 +139,7 @@ def where():
     folder = Path(zoray.__file__).parent
     return str(folder), getattr(zoray, "MARK", None), len(list(folder.rglob("__pycache__/*.pyc")))
 print(*ray.get(where.remote()))
-leave(None, True)
+leave(True)
 """
 
 

@@ -296,6 +296,8 @@ def test_a_job_tunes_on_both_nodes_and_gives_them_back(nodes, submit, whole):
     other = nodes.start_other("n2", "raylet")  # `ray stop` takes it for Ray's, by its name
     job, folder = submit("both")
     await_steps(nodes, job, folder, 5)
+    driver = driver_of(nodes)
+    nodes.run("kill", "-STOP", str(driver), node="n1")  # what is looked at meanwhile takes longer than the steps
     before = replica_times(nodes)
     (url,) = re.findall(r"Ray dashboard: (http://127.0.0.1:\d+) on n1", (folder / "slurm" / f"{job}.log").read_text())
     ask = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=20).status)"
@@ -307,6 +309,7 @@ def test_a_job_tunes_on_both_nodes_and_gives_them_back(nodes, submit, whole):
     keys = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": nodes.run("cat", str(token), node="n1").stdout.strip()}
     friend = nodes.run(*health, node="n2", **keys)
     stranger = nodes.run(*health, node="n2", **{**keys, "RAY_AUTH_TOKEN": "0" * 64})
+    nodes.run("kill", "-CONT", str(driver), node="n1")
     wait("most steps", lambda: steps_of(folder) >= 60, 120, every=0.05)
     after = replica_times(nodes)
     wait("the run's end", (folder / "summary.json").exists, 120)

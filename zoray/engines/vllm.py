@@ -162,6 +162,8 @@ class Vllm:
             max_num_seqs=min(max(256, 4 * self.resident), self.max_tokens),  # the self-test has 3 rows a slot
             enforce_eager=eager,
             tensor_parallel_size=self.tensor_parallel,
+            # Within a Ray actor vLLM would take Ray for its ranks, on a GPU each in an actor of its own.
+            **({"distributed_executor_backend": "mp"} if self.tensor_parallel > 1 else {}),
             **({} if eager else {"compilation_config": compilation(self.max_tokens)}),
             **({} if _on_cpu() else {"gpu_memory_utilization": 0.05}),  # else all of it has to be free at start
             enable_prefix_caching=False,
