@@ -13,7 +13,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from tiny import tiny_llama, tiny_opt, tiny_qwen2
 
-
 FIRST = ("slurm", "launch", "chaos", "pool", "crash", "ray", "gpu_report", "ports", "damage", "tensor_parallel")
 
 
