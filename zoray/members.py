@@ -83,6 +83,7 @@ class Member:
     place: int = 0  # among the members of its node: which cores are its own
     sent: int = 0  # commits that it has been sent
     ready: bool = False  # to score
+    joined: bool = False  # whether it has been, before it was rebuilt
     stale: bool = False  # to be rebuilt when its call is answered
     call: Call | None = None
     late: bool = False
@@ -355,8 +356,9 @@ class Members:
         known = self.known[0] if self.known is not None and self.known[0] > member.sent else None
         if known is None and end - member.sent <= NEAR:
             member.ready = True
-            if self.running:
+            if self.running and not member.joined:
                 self.say(f"{member.name} has joined at step {end}: {len(self.ready)} of {len(self.names)} replicas")
+            member.joined = True
             return
         stop = min(end, member.sent + CHUNK, known if known is not None else end)
         some = tuple(self.commits[member.sent : stop])
