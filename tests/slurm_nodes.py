@@ -190,7 +190,7 @@ class SlurmCluster:
 
     def processes_on(self, node: str) -> list[str]:
         """Command lines of what runs on a node."""
-        lines = self.run("ps", "-e", "-o", "pid=,args=", node=node).stdout.splitlines()
+        lines = self.run("ps", "-e", "-ww", "-o", "pid=,args=", node=node).stdout.splitlines()
         return [line.strip() for line in lines]
 
     def cpu_seconds(self, node: str, pid: int) -> float:

@@ -288,12 +288,19 @@ def check_outsiders() -> None:
     assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42
 
 
+@pytest.fixture
+def other(nodes):
+    """Something that runs on the second node, and that `ray stop` takes for Ray's by its name."""
+    pid = nodes.start_other("n2", "raylet")
+    yield pid
+    nodes.run("kill", str(pid), node="n2")
+
+
 @real
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_job_tunes_on_both_nodes_and_gives_them_back(nodes, submit, whole):
-    other = nodes.start_other("n2", "raylet")  # `ray stop` takes it for Ray's, by its name
+def test_a_job_tunes_on_both_nodes_and_gives_them_back(nodes, submit, whole, other):
     job, folder = submit("both")
     await_steps(nodes, job, folder, 5)
     driver = driver_of(nodes)
@@ -331,7 +338,6 @@ def test_a_job_tunes_on_both_nodes_and_gives_them_back(nodes, submit, whole):
     assert "ssh -N -L" in log and "2 replica(s) ready" in log and "the driver ended with exit code 0" in log
     assert {path.name for path in (folder / "slurm").iterdir()} == {"submit.sh", "zoray.sbatch", f"{job}.log"}
     assert other in pids(nodes, "n2", "raylet")
-    nodes.run("kill", str(other), node="n2")
     check_outsiders()
 
 
