@@ -60,7 +60,7 @@ def tune(
         known = [(noted.commit.step, noted.digest) for noted in done if noted.digest is not None]
         played, snapshot = [noted.commit for noted in done], snapshots.usable(folder / snapshots.FILE_NAME, done)
         with (
-            start_pool(e.spec, e.cluster, folder.name, monitor.message, played, known[-1:], snapshot) as pool,
+            start_pool(e.spec, e.cluster, folder.name, monitor.message, played, known, snapshot) as pool,
             open_journal(folder / journal.FILE_NAME, header, earlier, pool.info.dtype, e.space.folds) as log,
             stop_requested() as stopping,
         ):

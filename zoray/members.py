@@ -238,7 +238,7 @@ class Members:
 
     def loading(self) -> bool:
         """Whether a member is on its way that has room: it starts, loads or catches up."""
-        waiting = [name for name in self._absent() if name not in self.given_up]
+        waiting = self._absent()
         return any(not member.ready for member in self.connected.values()) or bool(
             set(waiting) - (self.host.without_room() if waiting else set())
         )

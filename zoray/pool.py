@@ -283,8 +283,6 @@ class Pool:
         """
         members, cluster = self.members, self.members.cluster
         least = min(cluster.min_replicas, len(members.names))
-        if len(members.ready) >= least:
-            return
         began, said = time.monotonic(), -math.inf
         while len(members.ready) < least:
             now = time.monotonic()
