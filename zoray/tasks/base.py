@@ -10,15 +10,20 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Protocol, TypeVar
 
-from zoray.records import ConfigError, Example, Splits
+from zoray.records import ConfigError, Example, Sampling, Splits
 
 Row = TypeVar("Row")
 
 
 class Task(Protocol):
-    """A dataset with its template. `metric` names the number that decides which state is best."""
+    """A dataset with its template.
 
-    metric: ClassVar[str]
+    `metric` names the number that decides which state is best, the higher the better; without one the loss does.
+    `sampling` is how answers are written, where the model writes them.
+    """
+
+    metric: ClassVar[str | None] = "accuracy"
+    sampling: ClassVar[Sampling] = Sampling()
 
     def load(self) -> Splits:
         """Read, check and split the data; raises ConfigError before a model loads."""
@@ -43,7 +48,7 @@ def seeded_split(rows: Sequence[Row], sizes: Sequence[int], seed: int, source: s
 
 def distinct(examples: Iterable[Example]) -> list[Example]:
     """The examples without those whose prompt came before, so that no prompt is in two splits."""
-    first: dict[str, Example] = {}
+    first: dict[object, Example] = {}
     for example in examples:
         first.setdefault(example.prompt, example)
     return list(first.values())

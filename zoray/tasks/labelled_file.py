@@ -12,16 +12,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from zoray.records import ConfigError, Example, Splits
-from zoray.tasks.base import check_sizes, check_template, check_words, distinct, fill, seeded_split
+from zoray.tasks.base import Task, check_sizes, check_template, check_words, distinct, fill, seeded_split
 
 SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
-class LabelledFile:
+class LabelledFile(Task):
     """Text classification on a file of yours.
 
     `words` maps each label of the file to its label word, `{negative: " terrible", positive: " great"}`; a plain list
@@ -38,8 +38,6 @@ class LabelledFile:
     dev: int | None = None
     test: int | None = None
     seed: int = 0
-
-    metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or Path(self.path).suffix not in SUFFIXES:

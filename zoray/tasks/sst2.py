@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from zoray.records import ConfigError, Example, Splits
-from zoray.tasks.base import check_sizes, check_template, check_words, distinct, fill, seeded_split
+from zoray.tasks.base import Task, check_sizes, check_template, check_words, distinct, fill, seeded_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,7 +22,7 @@ LOCAL = (
 
 
 @dataclass(frozen=True)
-class SST2:
+class SST2(Task):
     """Is a sentence negative (0) or positive (1)? `path` is a Hub id or a local copy of the Hub's folder."""
 
     train: int = 1000
@@ -32,8 +32,6 @@ class SST2:
     path: str = "stanfordnlp/sst2"
     template: str = "{text} It was"
     words: tuple[str, ...] = (" terrible", " great")
-
-    metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
         check_sizes(self.train, self.dev, self.test, self.seed)

@@ -1,0 +1,1 @@
+"""What a step minimises: how an example becomes a number. One objective a file."""
