@@ -115,7 +115,13 @@ def load_workload(spec: ReplicaSpec) -> Workload:
                     f"{split} example {index} ({str(splits[split][index].prompt)[:50]!r}...). Shorten it, raise the "
                     "limit, or set run.too_long=cut, which takes away the beginning"
                 )
-    return Workload(folder, matrices, splits, encoded, parts, encoder)
+    workload = Workload(folder, matrices, splits, encoded, parts, encoder)
+    if workload.pooled and (len(parts) > 1 or spec.estimator.per_example):
+        raise ConfigError(
+            "expected an F1 score as objective only of a single task, with estimator.centring=batch: it is of a batch, "
+            "not of an example. Take objective.name=accuracy"
+        )
+    return workload
 
 
 def order_of(spec: ReplicaSpec, workload: Workload) -> Order:

@@ -32,7 +32,7 @@ def rounding(losses: np.ndarray) -> float:
 
 
 def score_noise(scorer: Scorer, probes: Sequence[Probe], examples: int = 8) -> tuple[float, float]:
-    """Standard deviations of the loss of a training example, and of its surprise (see Scorer), for no reason of its own.
+    """Standard deviations of a training example's loss, and of its surprise (see Scorer), for no reason of its own.
 
     An objective that is not smooth has no noise to tell apart from its steps: 0.
 

@@ -57,6 +57,11 @@ class Order:
         self._members = [np.flatnonzero(parts == part) for part in range(len(weights))]
         self._strata = [_strata(labels[own]) if spec.stratify else None for own in self._members]
 
+    @property
+    def labels(self) -> int:
+        """How many labels batches are balanced by; 1 if they are not."""
+        return max(1 if strata is None else len(strata) for strata in self._strata)
+
     def step(self, step: int) -> np.ndarray:
         """The examples that a step sees, (batch,)."""
         positions = np.arange(step * self._batch, (step + 1) * self._batch)

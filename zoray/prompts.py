@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray.records import ConfigError, TokenSequence
+from zoray.records import ConfigError, Message, TokenSequence
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    from zoray.records import Message
 
     Prompt = str | tuple[Message, ...]
 
@@ -48,8 +46,6 @@ class Encoder:
         """What follows the prompt: the text itself; in a chat with the end of turn that its template has."""
         if isinstance(prompt, str):
             return text
-        from zoray.records import Message
-
         before, whole = self.text(prompt), self._render((*prompt, Message("assistant", text.strip())))
         if not whole.startswith(before):
             raise ConfigError(
@@ -75,6 +71,18 @@ class Encoder:
         if shared == 0:
             raise ConfigError(f"expected a prompt of at least one token; got {before!r}")
         return shared, whole
+
+    def answer(self, prompt: Prompt, text: str, eos: bool | None) -> TokenSequence:
+        """A prompt with an answer whose tokens are asked for.
+
+        `eos`: whether the model's end of text follows a plain answer; None: unless the answer ends in a line break.
+        """
+        shared, (tokens,) = self.continued(prompt, (text,))
+        end = self.tokenizer.eos_token_id
+        ends = eos if eos is not None else not text.endswith("\n")
+        if isinstance(prompt, str) and ends and end is not None and tokens[-1] != end:
+            tokens = [*tokens, end]
+        return self.sequence(tokens, range(shared, len(tokens)))
 
     def sequence(self, tokens: Sequence[int], targets: Iterable[int]) -> TokenSequence:
         """Tokens of which those at the positions `targets` (ascending, from 1) are asked for, summed in one output."""
@@ -114,6 +122,23 @@ class Encoder:
             if end > start and any(first <= start < last for first, last in spans)
         ]
         return encoded["input_ids"], inside
+
+    def stop_ids(self, stops: Sequence[str]) -> frozenset[int]:
+        """Tokens that end a completion: the model's own ends, and all whose text holds one of `stops`."""
+        ends = {self.tokenizer.eos_token_id} - {None}
+        if self.tokenizer.chat_template:
+            turn = self.tokenizer(self.continuation((Message("user", "a"),), "b"), add_special_tokens=False)
+            ends |= {turn["input_ids"][-1]} & set(self.tokenizer.all_special_ids)
+        if stops:
+            texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+            ends |= {i for i, text in enumerate(texts) if any(stop in text for stop in stops)}
+        return frozenset(ends)
+
+    def written(self, tokens: Sequence[int], stops: Sequence[str]) -> tuple[str, bool]:
+        """A completion as text, up to the first of `stops`, and whether one of them is in it."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        cuts = [place for stop in stops if (place := text.find(stop)) >= 0]
+        return (text[: min(cuts)], True) if cuts else (text, False)
 
     def _ids(self, text: str, prompt: Prompt) -> list[int]:
         """A chat template writes special tokens itself."""

@@ -106,12 +106,13 @@ class Scores:
     score: float  # the metric, summed over all probes and examples
     tokens: int  # of the sequences scored, over all probes; what sequences share counts for each
     columns: Mapping[str, np.ndarray] | None = None  # of an evaluation: what is known of each example, (n,) each
-    failed: int = 0  # rewards that could not be had
+    written: int = 0  # completions that were judged
+    failed: int = 0  # of them those whose reward could not be had
     failure: str = ""  # the first one's traceback
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The bare numbers, which costs a fraction of what pickling an array does."""
-        rest = (self.columns, self.failed, self.failure) if self.columns or self.failed else ()
+        rest = (self.columns, self.written, self.failed, self.failure) if self.columns or self.written else ()
         return _scores, (self.losses.tobytes(), self.losses.dtype.char, self.score, self.tokens, *rest)
 
 

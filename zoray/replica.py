@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoray.data import ReplicaSpec, Workload, load_workload
+from zoray.data import ReplicaSpec, Workload, load_workload, order_of
+from zoray.noise import score_noise
 from zoray.records import Probe, Scores, Tile
+from zoray.scorer import Scorer
 from zoray.tiles import LARGEST, Grid, join_scores, mean, summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zoray.engines.base import Engine
+    from zoray.objectives.base import Outcomes
     from zoray.records import Commit
 
 
@@ -135,6 +138,7 @@ class Replica:
             math.fsum(found.scores),
             found.tokens,
             {"score": found.scores, **found.columns} if measured else None,
+            found.written,
             found.failed,
             found.failure,
         )

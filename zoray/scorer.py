@@ -31,7 +31,7 @@ class Scorer:
         self.parts = workload.parts or (Part(spec.task, spec.objective, spec.objective),)
         self._part_of: dict[str, np.ndarray] = {}
         self._tables: dict[tuple[str, int | None], EncodedSplit] = {}
-        self._writers: dict[Objective, Writer] = {}
+        self._writers: dict[int, Writer] = {}  # by the identity of their objective
 
     def outcomes(
         self,
@@ -62,6 +62,13 @@ class Scorer:
             own = part_of == part
             found[part] = self._of_part(part, split, probes, probe_of[own], examples[own], step, measured)
         return _merged(part_of, found)
+
+    def writer(self, objective: Objective) -> Writer:
+        """What writes and judges completions for an objective of this run."""
+        if id(objective) not in self._writers:
+            assert self.workload.encoder is not None
+            self._writers[id(objective)] = Writer(objective, self._engine, self.workload.encoder, self._seed)
+        return self._writers[id(objective)]
 
     def surprise(self, probes: tuple[Probe, ...], probe_of: np.ndarray, examples: np.ndarray) -> np.ndarray:
         """Mean negative log-probability of all that is scored of training examples (n,): smooth, whatever the loss."""
@@ -95,7 +102,7 @@ class Scorer:
         if not measured or part.evaluator is part.objective:
             return own
         found = self._by(part.evaluator, number, split, probes, probe_of, examples, step)
-        return replace(found, losses=own.losses, tokens=own.tokens + found.tokens)
+        return replace(found, losses=own.losses, tokens=own.tokens + found.tokens)  # an own that writes has no other
 
     def _by(
         self,
@@ -108,10 +115,7 @@ class Scorer:
         step: int,
     ) -> Outcomes:
         if objective.sampling is not None:
-            if objective not in self._writers:
-                assert self.workload.encoder is not None
-                self._writers[objective] = Writer(objective, self._engine, self.workload.encoder, self._seed)
-            writer, drawn = self._writers[objective], step if split == "train" else 0  # dev is the same each time
+            writer, drawn = self.writer(objective), step if split == "train" else 0  # dev is the same each time
             return writer.outcomes(self.workload.splits[split], probes, probe_of, examples, drawn)
         sums, tokens = self._sums(split, evaluated, probes, probe_of, examples, objective.reference)
         return replace(objective.reduce(sums), tokens=tokens)
@@ -180,7 +184,6 @@ def _merged(part_of: np.ndarray, found: dict[int, Outcomes]) -> Outcomes:
         losses,
         scores,
         columns,
-        sum(outcomes.tokens for outcomes in found.values()),
-        sum(outcomes.failed for outcomes in found.values()),
+        *(sum(getattr(outcomes, name) for outcomes in found.values()) for name in ("tokens", "written", "failed")),
         next((outcomes.failure for outcomes in found.values() if outcomes.failure), ""),
     )

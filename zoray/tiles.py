@@ -132,9 +132,9 @@ def join_scores(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], Sc
                 for probe, total in zip(probes_of([tiles[i] for i in numbers]), scores.losses.tolist(), strict=True)
             ),
         )
-    tokens, failed = sum(part.tokens for part in parts), sum(part.failed for part in parts)
+    tokens, written, failed = (sum(getattr(part, name) for part in parts) for name in ("tokens", "written", "failed"))
     failure = next((part.failure for part in parts if part.failure), "")
-    return Scores(joined, math.fsum(part.score for part in parts), tokens, columns, failed, failure)
+    return Scores(joined, math.fsum(part.score for part in parts), tokens, columns, written, failed, failure)
 
 
 def _in_order(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], np.ndarray]]) -> np.ndarray:

@@ -45,6 +45,7 @@ class Outcomes:
     scores: np.ndarray  # (E,) the metric, example by example: higher is better; nan where there is none
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # what else is known of each, (E,) each
     tokens: int = 0  # that it took
+    written: int = 0  # completions among them
     failed: int = 0  # rewards that could not be had
     failure: str = ""  # the first one's traceback
 
@@ -60,11 +61,17 @@ class Objective(Protocol):
     pooled: whether the loss of a batch is not the mean over its examples; `losses` then are what `pool` takes.
     """
 
-    metric: ClassVar[str | None] = "accuracy"
     columns: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[bool] = False
     smooth: ClassVar[bool] = True
-    pooled: ClassVar[bool] = False
+
+    @property
+    def metric(self) -> str | None:
+        return "accuracy"
+
+    @property
+    def pooled(self) -> bool:
+        return False
 
     @property
     def sampling(self) -> Sampling | None:
