@@ -63,10 +63,10 @@ def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) 
 
 def one_batch(e: Any, workload: Any) -> Any:
     """The workload with the examples of the first step only: every step of every contender has the same tokens."""
-    from zoray.data import step_indices
+    from zoray.data import order_of
 
     train = workload.splits.train
-    first = step_indices(e.spec, 0, tuple(example.label for example in train)).tolist()
+    first = order_of(e.spec, workload).step(0).tolist()
     encoded = {**workload.encoded, "train": tuple(workload.encoded["train"][i] for i in first)}
     return replace(workload, splits=replace(workload.splits, train=tuple(train[i] for i in first)), encoded=encoded)
 
@@ -114,13 +114,12 @@ def loop_model(workload: Any, options: dict[str, str]) -> Any:
 
 def loop_step(e: Any, workload: Any, loop: TrainingLoop) -> Any:
     """A function that takes the next step of the training loop on the same examples."""
-    from zoray.data import step_indices
+    from zoray.data import order_of
 
-    train = workload.splits.train
-    labels = tuple(example.label for example in train)
+    train, order = workload.splits.train, order_of(e.spec, workload)
 
     def step() -> None:
-        indices = step_indices(e.spec, loop.steps, labels)
+        indices = order.step(loop.steps)
         loop.step([option_batch(workload.encoded["train"][i], train[i].label) for i in indices])
 
     return step

@@ -10,11 +10,12 @@ from benchmarks import device, host, kernels, learn, memory, noise, scale, shape
 from benchmarks.methods import METHODS, run, table
 from benchmarks.training_loop import TrainingLoop, option_batch
 from zoray.cli import build_experiment, compose
+from zoray.encoded import Encoded
 from zoray.engines.hf import Hf
-from zoray.engines.packing import Plan
 from zoray.models import linear_matrices, weights_hash
 from zoray.objectives import ChoiceNLL
-from zoray.replica import EncodedSplit, Replica
+from zoray.prompts import Encoder
+from zoray.replica import Replica
 from zoray.spaces import Lora
 from zoray.tasks.labelled_file import LabelledFile
 
@@ -70,17 +71,16 @@ def test_the_training_loop_takes_the_steps_of_the_official_one(tiny_models, labe
     task = LabelledFile(str(labelled_file), {0: " terrible", 1: " wonderful thing"}, train=8, dev=2, test=2)
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["opt"])
     examples = task.load().train[:3]
-    encoded = [ChoiceNLL().encode(example, tokenizer) for example in examples]
+    encoded = [ChoiceNLL().encode(example, Encoder(tokenizer)) for example in examples]
     batch = [option_batch(sequences, example.label) for sequences, example in zip(encoded, examples, strict=True)]
     model = AutoModelForCausalLM.from_pretrained(tiny_models["opt"], dtype=torch.float32).eval()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     loop = TrainingLoop(model, "lozo", lr=1e-4, eps=1e-3, interval=2)
     start = loop.loss(batch)
     engine = Hf().start(tiny_models["opt"], "float32", linear_matrices(tiny_models["opt"]), Lora(), 0)
-    split = EncodedSplit.of(encoded, [example.label for example in examples])
-    plan = Plan(split.table, (), np.full(len(split.table), -1), np.arange(len(split.table)))
-    losses, _ = ChoiceNLL().reduce(engine.score_plan(plan), split.counts, split.n_outputs, split.labels)
-    assert start == pytest.approx(losses.mean(), rel=1e-4)
+    table, each = Encoded.of(encoded, examples), np.arange(3)
+    sums = engine.score_plan(table.plan((), np.full(3, -1), each))
+    assert start == pytest.approx(ChoiceNLL().reduce(table.sums(sums, each)).losses.mean(), rel=1e-4)
     for _ in range(3):
         loop.step(batch)
     assert loop.loss(batch) < start

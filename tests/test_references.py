@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from loop import drive
+from orders import batch_indices, stratified_indices
 
-from zoray.data import ReplicaSpec, batch_indices, stratified_indices
+from zoray.data import ReplicaSpec
 from zoray.directions import direction_numpy
 from zoray.engines.hf import Hf
 from zoray.estimators import Evolution, OneSided, TwoPoint

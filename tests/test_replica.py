@@ -11,8 +11,9 @@ from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.estimators import Evolution, OneSided, TwoPoint
 from zoray.models import Model
+from zoray.noise import NEAR, rounding
 from zoray.objectives import ChoiceNLL
-from zoray.replica import NEAR, Replica, rounding
+from zoray.replica import Replica
 from zoray.spaces import Lora
 from zoray.tasks.labelled_file import LabelledFile
 

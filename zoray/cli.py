@@ -88,9 +88,47 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
             for key, _ in settings:
                 if not key.startswith("hydra."):
                     check_key(key, config)
-            return hydra_compose(config_name, options + [override for _, override in settings]) if settings else config
+            if settings:
+                config = hydra_compose(config_name, options + [override for _, override in settings])
+            return expand_mixture(config)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(f"{error} {error.__cause__ or ''}".split())) from None
+
+
+def expand_mixture(config: Any) -> Any:
+    """A config whose task is a mixture of options by name, with those options' settings written out."""
+    from omegaconf import DictConfig, OmegaConf, open_dict
+
+    task = config.get("task")
+    if not isinstance(task, DictConfig) or not str(task.get("_target_", "")).endswith(".Mixture"):
+        return config
+    if OmegaConf.is_missing(task, "parts") or not isinstance(task.parts, DictConfig):
+        return config
+    with open_dict(config):
+        named: Any = OmegaConf.to_container(task.parts)
+        for name, given in named.items():
+            given = given if isinstance(given, dict) else {"weight": given}
+            if "_target_" not in given:
+                task.parts[name] = _mixture_part(str(name), given)
+    return config
+
+
+def _mixture_part(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a part: {task: OPTION, weight: 1, objective: OPTION, KEY: VALUE of the task}."""
+    from omegaconf import OmegaConf
+
+    where, chosen, part = f"task.parts.{name}", {}, dict(given)
+    for group in ("task", "objective"):
+        option = part.pop(group, name if group == "task" else None)
+        if option is not None:
+            check_option(group, str(option), where)
+            chosen[group] = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
+    weight = part.pop("weight", 1.0)
+    for key, value in part.items():
+        if key not in chosen["task"]:
+            raise unknown_key(f"{where}.{key}", key, where, [str(k) for k in chosen["task"] if k != "_target_"])
+        chosen["task"][key] = value
+    return {"_target_": "zoray.tasks.mixture.Part", "weight": weight, **chosen}
 
 
 def _check_experiment(options: Sequence[str]) -> None:
@@ -127,12 +165,13 @@ def _split(override: str) -> tuple[str, str]:
     return key.lstrip("+"), value
 
 
-def check_option(group: str, option: str) -> None:
+def check_option(group: str, option: str, where: str = "") -> None:
     """Raise ConfigError, with the options that exist, unless the group has this one."""
     options = group_options(group)
     if option not in options:
         advice = did_you_mean(option, options) or f". Settings of the chosen one are {group}.KEY=VALUE"
-        raise ConfigError(f"expected {group} to be one of {', '.join(options)}; got {option!r}{advice}")
+        name = f"{where}.{group}" if where else group
+        raise ConfigError(f"expected {name} to be one of {', '.join(options)}; got {option!r}{advice}")
 
 
 def check_key(key: str, config: Any) -> None:

@@ -209,7 +209,10 @@ def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:
         "objective": record(e.objective),
         "estimator": record(e.estimator),
         "optimizer": record(e.optimizer),
-        "run": {k: getattr(e.run, k) for k in ("seed", "data_seed", "batch", "stratify", "steps", "tile_examples")},
+        "run": {
+            name: getattr(e.run, name)
+            for name in ("seed", "data_seed", "batch", "stratify", "steps", "tile_examples", "too_long")
+        },
         "versions": dict(_versions()),
     }
 

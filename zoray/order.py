@@ -88,11 +88,6 @@ class Order:
         return members[chosen]
 
 
-def batch_indices(data_seed: int, step: int, batch: int, n: int) -> np.ndarray:
-    """Which of n training examples step `step` sees, (batch,): epoch after epoch, each in an order of its own."""
-    return _at(data_seed, np.arange(step * batch, (step + 1) * batch), n)
-
-
 def _at(seed: int, places: np.ndarray, n: int) -> np.ndarray:
     """What stands at places of the endless order of n examples."""
     chosen = np.zeros(len(places), np.int64)

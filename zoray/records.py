@@ -150,7 +150,7 @@ class Example:
     also: tuple[int, ...] = ()
     answers: tuple[str, ...] = ()
     calibration: str | None = None
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict, hash=False)
     part: int = 0
 
     def __post_init__(self) -> None:
@@ -241,7 +241,7 @@ class Evaluation:
     seconds: float
     digest: str = ""
     metric: str | None = "accuracy"
-    others: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -277,4 +277,6 @@ def record(component: Any) -> Any:
     if is_dataclass(component) and not isinstance(component, type):
         inner = {field.name: record(getattr(component, field.name)) for field in fields(component)}
         return {"name": type(component).__name__, **inner}
+    if isinstance(component, Mapping):
+        return {str(key): record(value) for key, value in component.items()}
     return [record(item) for item in component] if isinstance(component, (list, tuple)) else component

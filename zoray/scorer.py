@@ -180,10 +180,8 @@ def _merged(part_of: np.ndarray, found: dict[int, Outcomes]) -> Outcomes:
         losses[own], scores[own] = outcomes.losses, outcomes.scores
         for name, values in outcomes.columns.items():
             columns[name][own] = values
-    return Outcomes(
-        losses,
-        scores,
-        columns,
-        *(sum(getattr(outcomes, name) for outcomes in found.values()) for name in ("tokens", "written", "failed")),
-        next((outcomes.failure for outcomes in found.values() if outcomes.failure), ""),
-    )
+    counts = {
+        name: sum(getattr(outcomes, name) for outcomes in found.values()) for name in ("tokens", "written", "failed")
+    }
+    failure = next((outcomes.failure for outcomes in found.values() if outcomes.failure), "")
+    return Outcomes(losses, scores, columns, **counts, failure=failure)

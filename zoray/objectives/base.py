@@ -94,8 +94,8 @@ class Objective(Protocol):
         ...
 
     def pool(self, losses: Sequence[float], labels: np.ndarray) -> float:
-        """The loss of a batch of examples with these labels, for who is `pooled`."""
-        raise NotImplementedError
+        """The loss of a batch of examples with these labels."""
+        return mean(losses)
 
     def metrics(self, scores: np.ndarray, columns: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
         """All that is to be said of a split, by name, beside its loss; `scores` and columns (E,) each."""

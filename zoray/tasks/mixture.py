@@ -1,4 +1,4 @@
-"""Several tasks in one run, each with its share of the training examples and an objective of its own if it needs one."""
+"""Several tasks in one run, each with its share of the training examples, and an objective of its own if need be."""
 
 from __future__ import annotations
 
