@@ -18,7 +18,9 @@ ORDER = [
     *("__init__", "records", "signatures", "kernels", "cpu_kernels", "directions", "tiles"),
     *("spaces.base", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces", "models"),
     *("estimators", "optimizers", "journal", "snapshots", "objectives"),
-    *("tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
+    *("tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.hub", "tasks.sst2", "tasks.rte"),
+    *("tasks.cb", "tasks.boolq", "tasks.wsc", "tasks.wic", "tasks.multirc", "tasks.copa", "tasks.record"),
+    *("tasks.squad", "tasks.drop", "tasks.gsm8k", "data"),
     *(
         "engines",
         "engines.prefixes",

@@ -229,9 +229,10 @@ def test_sst2_follows_mezo(sst2):
     assert {e.prompt for e in splits.test} == {f"held out {i} It was" for i in range(8)}
     assert all(e.prompt.startswith("sentence ") for e in splits.train + splits.dev)
     held_out = next(e for e in splits.test if e.prompt == "held out 1 It was")
-    assert held_out == Example("held out 1 It was", (" terrible", " great"), 0)
+    assert held_out == Example("held out 1 It was", (" terrible", " great"), 0, calibration="It was")
     number = int(splits.train[0].prompt.split()[1])
-    assert splits.train[0] == Example(f"sentence {number} It was", (" terrible", " great"), number % 2)
+    expected = Example(f"sentence {number} It was", (" terrible", " great"), number % 2, calibration="It was")
+    assert splits.train[0] == expected
 
 
 @pytest.mark.parametrize(

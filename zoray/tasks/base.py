@@ -36,14 +36,23 @@ def seeded_split(rows: Sequence[Row], sizes: Sequence[int], seed: int, source: s
     An earlier sample does not change when a later size does. `source` names the data in the error.
     """
     if sum(sizes) > len(rows):
-        asked = " + ".join(str(size) for size in sizes)
-        raise ConfigError(f"{source} has {len(rows)} usable rows; asked for {asked} = {sum(sizes)}. Ask for fewer")
-    order = sorted(range(len(rows)), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
-    parts, start = [], 0
+        raise too_few(len(rows), sizes, source)
+    order, parts, start = seeded_order(len(rows), seed), [], 0
     for size in sizes:
         parts.append(tuple(rows[i] for i in order[start : start + size]))
         start += size
     return parts
+
+
+def seeded_order(count: int, seed: int) -> list[int]:
+    """The numbers below `count` in order of SHA-256 of "seed:number"."""
+    return sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+
+
+def too_few(usable: int, sizes: Sequence[int], source: str) -> ConfigError:
+    """The error of a source that has fewer usable rows than all sizes together."""
+    asked = " + ".join(str(size) for size in sizes)
+    return ConfigError(f"{source} has {usable} usable rows; asked for {asked} = {sum(sizes)}. Ask for fewer")
 
 
 def distinct(examples: Iterable[Example]) -> list[Example]:
@@ -57,6 +66,16 @@ def distinct(examples: Iterable[Example]) -> list[Example]:
 def fill(template: str, text: str) -> str:
     """The template with `{text}` replaced; other braces, in template or text, stay as they are."""
     return template.replace("{text}", text)
+
+
+def parted(prompt: str, texts: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+    """A prompt and what may follow it, with the spaces between the two at the beginning of what follows.
+
+    MeZO's code takes spaces from both ends of the prompt, and of the prompt with an option behind it, before it
+    tokenises them; what is in front of the prompt goes altogether.
+    """
+    bare = prompt.rstrip(" ")
+    return bare.lstrip(), tuple((prompt[len(bare) :] + text).rstrip(" ") for text in texts)
 
 
 def check_template(template: object) -> None:
