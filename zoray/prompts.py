@@ -54,8 +54,10 @@ class Encoder:
             )
         return whole[len(before) :].rstrip("\n")
 
-    def continued(self, prompt: Prompt, texts: Sequence[str]) -> tuple[int, list[list[int]]]:
+    def continued(self, prompt: Prompt, texts: Sequence[str], start: bool = False) -> tuple[int, list[list[int]]]:
         """Tokens of the prompt with each of some texts behind it, and how many tokens all have in common with it.
+
+        With `start`, a prompt of no tokens is the mark of a beginning, or else the model's end of text.
 
         Raises:
             ConfigError: a text adds no token, or there is nothing before it.
@@ -63,6 +65,10 @@ class Encoder:
         before = self.text(prompt)
         begun = self._ids(before, prompt)
         whole = [self._ids(before + self.continuation(prompt, text), prompt) for text in texts]
+        if start and not begun:
+            bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+            mark = eos if bos is None else bos
+            begun, whole = [mark], [[mark, *tokens] for tokens in whole]
         # A tokenizer may merge across the border (or end a text with a special token): keep what all have in common.
         shared = min(_common_prefix(begun, tokens) for tokens in whole)
         for text, tokens in zip(texts, whole, strict=True):

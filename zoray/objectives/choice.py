@@ -67,10 +67,12 @@ class ChoiceNLL(Objective):
         if self.calibration == "none":
             return sequences
         assert example.calibration is not None  # see bind
-        return (*sequences, *self._sequences(example.calibration, example.options, encoder))
+        return (*sequences, *self._sequences(example.calibration, example.options, encoder, start=True))
 
-    def _sequences(self, prompt: Any, options: tuple[str, ...], encoder: Encoder) -> tuple[TokenSequence, ...]:
-        shared, full = encoder.continued(prompt, options)
+    def _sequences(
+        self, prompt: Any, options: tuple[str, ...], encoder: Encoder, start: bool = False
+    ) -> tuple[TokenSequence, ...]:
+        shared, full = encoder.continued(prompt, options, start)
         for option, tokens in zip(options, full, strict=True):
             if self.single_token and len(tokens) != shared + 1:
                 raise ConfigError(
