@@ -17,8 +17,11 @@ FILES = {str(path.relative_to(SOURCES)): path for path in sorted(SOURCES.rglob("
 ORDER = [
     *("__init__", "records", "signatures", "kernels", "cpu_kernels", "directions", "tiles"),
     *("spaces.base", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces", "models"),
+    *("rewards.base", "rewards.answers", "rewards.numbers", "rewards.shape", "rewards.countdown"),
+    *("rewards.json_object", "rewards", "rewards.functions", "rewards.worker", "rewards.judge"),
     *("estimators", "optimizers", "journal", "snapshots", "objectives"),
-    *("tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
+    *("tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2"),
+    *("tasks.countdown", "tasks.structured", "tasks.questions", "data"),
     *(
         "engines",
         "engines.prefixes",
@@ -75,6 +78,8 @@ LIGHT = [
     "estimators",
     "optimizers",
     "objectives",
+    "rewards.judge",
+    "tasks.countdown",
     "journal",
     "experiment",
     "history",
