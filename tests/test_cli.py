@@ -100,7 +100,11 @@ def test_what_has_no_default_must_be_given():
 @pytest.mark.parametrize(
     ("main", "override", "known"),
     [
-        ("evaluate", "space=lozo", "run, step, split, engine, task"),
+        (
+            "evaluate",
+            "space=lozo",
+            "run, step, adapter, split, shots, shots_seed, predictions, model, engine, task, objective",
+        ),
         ("replay", "task=sst2", "run, step"),
         ("export", "engine=hf", "run, out, step, format, rank"),
     ],
@@ -180,7 +184,7 @@ def test_an_experiment_goes_with_hydras_flags(arguments, tmp_path):
     ("module", "key", "usage", "more"),
     [
         ("zoray.replay", "step", "expected the folder of a run", []),
-        ("zoray.evaluate", "split", "expected the folder of a run", []),
+        ("zoray.evaluate", "split", "expected a run, or a model and a task", []),
         ("zoray.export", "format", "expected python -m zoray.export run=runs/<name> out=DIR", ["out=there"]),
     ],
 )

@@ -26,6 +26,8 @@ OPTIONS = [name.removesuffix(".yaml") for name in FILES if "/" in name and not n
 REQUIRED = {  # what has no default
     "model/hf": ["model.path=org/name"],
     "task/file": ["task.path=mail.csv", "task.words={no: ' private', yes: ' urgent'}"],
+    "task/mixture": ["task.parts={movie_reviews: 2, sst2: {weight: 1, objective: answer_nll, train: 100}}"],
+    "objective/reward": ["objective.function=zoray.rewards:exact_match"],
 }
 
 
@@ -133,7 +135,8 @@ def test_evaluate_takes_the_runs_engine_and_task_or_others():
 
 
 def test_the_other_mains_have_the_settings_that_they_need():
-    assert set(compose("evaluate", [])) == {"run", "step", "split", "engine", "task"}
+    bare, shown = {"model", "adapter"}, {"shots", "shots_seed", "predictions"}
+    assert set(compose("evaluate", [])) == {"run", "step", "split", "engine", "task", "objective", *bare, *shown}
     assert set(compose("replay", [])) == {"run", "step"}
     assert set(compose("export", [])) == {"run", "out", "step", "format", "rank"}
     assert [compose(name, []).step for name in ("evaluate", "replay", "export")] == [None, None, "best"]

@@ -188,7 +188,7 @@ def check_key(key: str, config: Any) -> None:
 
 
 def group_options(group: str) -> list[str]:
-    """The configs of a group, e.g. `task` -> [file, movie_reviews, sst2]; none if there is no such group."""
+    """The configs of a group, e.g. `engine` -> [hf, vllm]; none if there is no such group."""
     return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml")) if group else []
 
 
