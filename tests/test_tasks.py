@@ -10,7 +10,7 @@ import pytest
 
 from zoray.records import ConfigError, Example, Splits
 from zoray.tasks import movie_reviews
-from zoray.tasks.base import distinct, fill, seeded_split
+from zoray.tasks.base import distinct, fill, seeded_order, seeded_split
 from zoray.tasks.labelled_file import LabelledFile
 from zoray.tasks.movie_reviews import MovieReviews
 from zoray.tasks.sst2 import SST2
@@ -40,6 +40,12 @@ def test_seeded_split_is_pinned():
     assert seeded_split(range(10), (3, 2), 0, "x") == PINNED_0
     assert seeded_split(range(10), (3, 2), 1, "x") == PINNED_1
     assert seeded_split(range(10), (3, 5), 0, "x")[0] == PINNED_0[0]  # a later size does not move an earlier sample
+
+
+@pytest.mark.parametrize(("count", "seed"), [(0, 0), (1, 3), (1000, 0), (70_001, 2**31)])
+def test_the_order_is_that_of_the_digests(count, seed):
+    slow = sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+    assert seeded_order(count, seed).tolist() == slow
 
 
 def test_seeded_split_says_how_many_rows_there_are():
