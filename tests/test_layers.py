@@ -18,7 +18,8 @@ ORDER = [
     *("__init__", "records", "signatures", "kernels", "cpu_kernels", "directions", "tiles"),
     *("spaces.base", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces", "models"),
     *("estimators", "optimizers", "journal", "snapshots", "objectives"),
-    *("tasks", "tasks.base", "tasks.labelled_file", "tasks.movie_reviews", "tasks.sst2", "data"),
+    *("tasks", "tasks.base", "tasks.files", "tasks.parquet", "tasks.hub", "tasks.columns", "tasks.cells"),
+    *("tasks.stream", "tasks.file", "tasks.movie_reviews", "tasks.sst2", "data"),
     *(
         "engines",
         "engines.prefixes",
