@@ -19,7 +19,7 @@ ORDER = [
     *("spaces.base", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces", "models"),
     *("estimators", "optimizers", "journal", "snapshots", "objectives"),
     *("tasks", "tasks.base", "tasks.files", "tasks.parquet", "tasks.hub", "tasks.columns", "tasks.cells"),
-    *("tasks.stream", "tasks.file", "tasks.movie_reviews", "tasks.sst2", "data"),
+    *("tasks.stream", "tasks.file", "tasks.movie_reviews", "tasks.sst2", "data", "preview"),
     *(
         "engines",
         "engines.prefixes",
