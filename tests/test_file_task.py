@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import pickle
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from zoray.tasks.columns import infer
 from zoray.tasks.file import File
 
 PINNED_FILE = "9544fc7aa8436845"  # must never change: a run's journal names examples by their position in a split
+ROOT = Path(__file__).parent.parent
 
 Write = Callable[[str, Any], str]
 
@@ -326,3 +328,22 @@ def test_a_data_set_of_the_hub(monkeypatch):
     del hub["train"]
     with pytest.raises(ConfigError, match=r"org/name must have a split train; got \[\]"):
         File("org/name").load()
+
+
+# examples/
+
+
+def test_the_examples_are_what_their_script_writes_and_load(tmp_path):
+    spec = importlib.util.spec_from_file_location("make", ROOT / "examples" / "make.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(tmp_path)
+    for name in ("mail.csv", "preferences.jsonl"):
+        assert (ROOT / "examples" / name).read_bytes() == (tmp_path / name).read_bytes()
+    mails, pairs = (File(str(tmp_path / name)).load() for name in ("mail.csv", "preferences.jsonl"))
+    assert [len(mails[name]) for name in ("train", "dev", "test")] == [160, 20, 20]
+    assert mails.train[0].options == (" private", " urgent")
+    assert 0.4 < sum(e.label for e in mails.train) / 160 < 0.6
+    assert [len(pairs[name]) for name in ("train", "dev", "test")] == [96, 12, 12]
+    assert all(len(e.options[0]) < len(e.options[1]) for e in every(pairs))
