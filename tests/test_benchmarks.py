@@ -17,7 +17,7 @@ from zoray.objectives import ChoiceNLL
 from zoray.prompts import Encoder
 from zoray.replica import Replica
 from zoray.spaces import Lora
-from zoray.tasks.labelled_file import LabelledFile
+from zoray.tasks.file import File
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -68,7 +68,7 @@ def test_the_training_loop_takes_the_steps_of_the_official_one(tiny_models, labe
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    task = LabelledFile(str(labelled_file), {0: " terrible", 1: " wonderful thing"}, train=8, dev=2, test=2)
+    task = File(str(labelled_file), {0: " terrible", 1: " wonderful thing"}, train=8, dev=2, test=2)
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["opt"])
     examples = task.load().train[:3]
     encoded = [ChoiceNLL().encode(example, Encoder(tokenizer)) for example in examples]

@@ -93,7 +93,7 @@ def test_settings_inside_a_nested_component_are_checked_like_those_of_its_parent
 
 def test_what_has_no_default_must_be_given():
     assert message("task=file", "model=hf") == (
-        "these settings have no default and must be given: model.path=..., task.path=..., task.words=..."
+        "these settings have no default and must be given: model.path=..., task.path=..."
     )
 
 

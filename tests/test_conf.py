@@ -25,7 +25,7 @@ EXPERIMENTS = [name.removesuffix(".yaml") for name in FILES if name.startswith("
 OPTIONS = [name.removesuffix(".yaml") for name in FILES if "/" in name and not name.startswith("experiment/")]
 REQUIRED = {  # what has no default
     "model/hf": ["model.path=org/name"],
-    "task/file": ["task.path=mail.csv", "task.words={no: ' private', yes: ' urgent'}"],
+    "task/file": ["task.path=mail.csv"],
     "task/mixture": ["task.parts={movie_reviews: 2, sst2: {weight: 1, objective: answer_nll, train: 100}}"],
     "objective/reward": ["objective.function=zoray.rewards:exact_match"],
 }

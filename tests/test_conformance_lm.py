@@ -20,7 +20,7 @@ from zoray.models import Model, load_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.records import Probe, record
 from zoray.replica import Replica
-from zoray.tasks.labelled_file import LabelledFile
+from zoray.tasks.file import File
 from zoray.tiles import mean
 
 LM_COMBINATIONS = combinations(LM_SPACES)
@@ -38,7 +38,7 @@ LM_UNITS = {
 @pytest.fixture(scope="module")
 def language_models(tiny_models, labelled_file):
     """Three replicas of a space on the tiny Llama, loaded once and reset for each test."""
-    task = LabelledFile(str(labelled_file), {0: " terrible", 1: " great"}, train=60, dev=20, test=20)
+    task = File(str(labelled_file), {0: " terrible", 1: " great"}, train=60, dev=20, test=20)
     loaded: dict[str, list[Replica]] = {}
 
     def fresh(space: str) -> list[Replica]:

@@ -26,7 +26,7 @@ from zoray.pool import Pool
 from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Scores, Tile
 from zoray.replica import Replica
 from zoray.spaces import Lora, Lozo
-from zoray.tasks.labelled_file import LabelledFile
+from zoray.tasks.file import File
 from zoray.tiles import (
     LARGEST,
     MAX_TILE,
@@ -152,7 +152,7 @@ def test_cores_are_shared_out_without_overlap(index):
 
 @pytest.fixture(scope="module")
 def spec(tiny_models, labelled_file) -> ReplicaSpec:
-    task = LabelledFile(str(labelled_file), [" terrible", " great"])
+    task = File(str(labelled_file), [" terrible", " great"])
     model, space = Model(str(tiny_models["llama"])), Lora(rank=2, alpha=4)
     pairs = TwoPoint(pairs=2, eps=0.1)
     return ReplicaSpec(model, task, ChoiceNLL(), space, pairs, Hf(), seed=1, data_seed=2, batch=8, tile_examples=2)

@@ -17,7 +17,7 @@ import numpy as np
 from zoray.models import linear_matrices, load_tokenizer, max_length, quantisation
 from zoray.order import Order, labels_of, part_numbers
 from zoray.prompts import Encoder
-from zoray.records import ConfigError, Example, Splits, TokenSequence
+from zoray.records import WHOLE, ConfigError, Example, Splits, TokenSequence
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from zoray.objectives.base import Objective
 
 SPLITS = ("train", "dev", "test")
-WHOLE = 20_000  # examples of a split up to which all of it is tokenised at start
 RECENT = 4_096  # examples whose tokens are kept, of a larger one
 CHECKED = 256  # examples of a larger one that are tokenised at start, to find mistakes in the settings
 

@@ -33,9 +33,12 @@ def main(config: Any) -> int:
 
     from zoray.data import load_workload
     from zoray.driver import tune
+    from zoray.preview import preview
 
     experiment.cluster.check()
     workload = load_workload(experiment.spec)  # every mistake in model and data shows before a folder is made
+    if resume is None and workload.encoder is not None:
+        print("\n".join(preview(experiment.task, workload.splits, workload.encoder)))
     submits = experiment.cluster.submits
     if resume is None and not (submits and experiment.cluster.dry_run):
         _create(path, OmegaConf.to_yaml(config, resolve=True))

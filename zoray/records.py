@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+WHOLE = 20_000  # examples of a split up to which it is in memory, and tokenised at start
+
 
 class ConfigError(ValueError):
     """The user asked for something that can't be done: what was expected, what came, what to do instead."""

@@ -39,7 +39,7 @@ class Metric(Objective):
 
     def bind(self, task: Any, example: Example) -> Objective:
         """The objective that this metric is on a task."""
-        name = self.name or task.metric
+        name = self.name or task.metric or ("accuracy" if example.options else None)
         if name is None:
             raise ConfigError("expected a metric for a task without one of its own. Set objective.name")
         if example.answers:

@@ -10,9 +10,12 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Protocol, TypeVar
 
+import numpy as np
+
 from zoray.records import ConfigError, Example, Sampling, Splits
 
 Row = TypeVar("Row")
+CHUNK = 1 << 16  # digests that are made at a time
 
 
 class Task(Protocol):
@@ -35,18 +38,25 @@ def seeded_split(rows: Sequence[Row], sizes: Sequence[int], seed: int, source: s
 
     An earlier sample does not change when a later size does. `source` names the data in the error.
     """
-    if sum(sizes) > len(rows):
-        raise too_few(len(rows), sizes, source)
-    order, parts, start = seeded_order(len(rows), seed), [], 0
-    for size in sizes:
-        parts.append(tuple(rows[i] for i in order[start : start + size]))
-        start += size
-    return parts
+    return [tuple(rows[i] for i in part.tolist()) for part in seeded_parts(len(rows), sizes, seed, source)]
 
 
-def seeded_order(count: int, seed: int) -> list[int]:
-    """The numbers below `count` in order of SHA-256 of "seed:number"."""
-    return sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+def seeded_parts(count: int, sizes: Sequence[int], seed: int, source: str) -> list[np.ndarray]:
+    """Which of `count` rows are in each sample of `seeded_split`."""
+    if sum(sizes) > count:
+        raise too_few(count, sizes, source)
+    ends = np.cumsum(sizes)
+    return np.split(seeded_order(count, seed)[: ends[-1]], ends[:-1])
+
+
+def seeded_order(count: int, seed: int) -> np.ndarray:
+    """The numbers below `count` in order of SHA-256 of "seed:number", (count,) int64."""
+    words = np.empty((4, count), np.uint64)
+    for first in range(0, count, CHUNK):
+        numbers = range(first, min(first + CHUNK, count))
+        digests = b"".join([hashlib.sha256(b"%d:%d" % (seed, i)).digest() for i in numbers])
+        words[:, first : numbers.stop] = np.frombuffer(digests, ">u8").reshape(-1, 4).T
+    return np.lexsort(words[::-1])  # by the first word, then by the next
 
 
 def too_few(usable: int, sizes: Sequence[int], source: str) -> ConfigError:

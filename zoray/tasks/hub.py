@@ -108,7 +108,7 @@ class HubTask(Task):
         return parts
 
     def _unseen(self, rows: Dataset, split: str, seen: set[object]) -> Iterator[Example]:
-        for number in seeded_order(len(rows), self.seed):
+        for number in seeded_order(len(rows), self.seed).tolist():
             example = self.made(rows[number], split, number)
             question = (example.prompt, example.options)  # of ReCoRD and COPA the options are part of it
             if question not in seen:
