@@ -64,12 +64,11 @@ def main(config: Any) -> None:
     if config.predictions is not None:
         _write(Path(str(config.predictions)), replica, config.split, outcomes)
     shown = f"{metric} {score:.4f}, " if metric else ""
-    rest = "".join(f", {name} {value:.4f}" for name, value in others.items())
     at = "" if contents is None else f"step {last}: "
     loss, count = mean(outcomes.losses.tolist()), len(outcomes.losses)
-    print(
-        f"{at}{config.split} {shown}loss {loss:.6f}{rest} ({count} examples), digest {replica.engine.digest()}",
-    )
+    print(f"{at}{config.split} {shown}loss {loss:.6f} ({count} examples), digest {replica.engine.digest()}")
+    if others:
+        print("also " + ", ".join(f"{name} {value:.4f}" for name, value in others.items()))
     if outcomes.failed:
         print(f"{outcomes.failed} of {outcomes.written} rewards could not be had; the first: {outcomes.failure}")
 

@@ -99,7 +99,7 @@ class Objective(Protocol):
 
     def metrics(self, scores: np.ndarray, columns: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
         """All that is to be said of a split, by name, beside its loss; `scores` and columns (E,) each."""
-        means = {name: mean(values.tolist()) for name, values in columns.items()}
+        means = {name: mean(values.tolist()) for name, values in columns.items() if name != "predicted"}
         return {self.metric: mean(scores.tolist()), **means} if self.metric else means
 
 

@@ -11,8 +11,6 @@ from zoray.objectives.base import Objective, Outcomes, Sums, need_options
 from zoray.records import ConfigError, Example, TokenSequence, require
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from zoray.prompts import Encoder
 
 CALIBRATIONS = ("none", "sfc")
@@ -103,10 +101,6 @@ class ChoiceNLL(Objective):
         found = np.where(predicted < len(logits), predicted, first)  # a loss that is not finite has no likeliest option
         correct = right[found] & (predicted < len(logits))
         return Outcomes(losses, correct.astype(np.float64), {"predicted": (found - first).astype(np.float64)})
-
-    def metrics(self, scores: np.ndarray, columns: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
-        """Accuracy, and F1 as the mean over classes."""
-        return {"accuracy": float(np.mean(scores)), "f1": macro_f1(columns["predicted"], labels)}
 
 
 def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from zoray.objectives.reward import text_metric
 from zoray.records import ConfigError, Example, TokenSequence
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from zoray.prompts import Encoder
 
@@ -79,6 +79,10 @@ class ChoiceMetric(ChoiceNLL):
         finite = np.isfinite(outcomes.losses)
         losses = outcomes.columns["predicted"] if self.pooled else 1.0 - outcomes.scores
         return replace(outcomes, losses=np.where(finite, losses, np.nan))
+
+    def metrics(self, scores: np.ndarray, columns: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
+        """Accuracy, and F1 as the mean over classes."""
+        return {"accuracy": float(np.mean(scores)), "f1": macro_f1(columns["predicted"], labels)}
 
     def pool(self, losses: Sequence[float], labels: np.ndarray) -> float:
         """1 - F1 of a batch, from its predicted options."""
