@@ -88,7 +88,6 @@ def test_a_run_of_several_tasks_reports_each(tmp_path):
     first = evaluations[0]
     assert first.metric == "score" and {
         "films/accuracy",
-        "films/f1",
         "films/loss",
         "answers/f1",
         "answers/loss",

@@ -35,8 +35,8 @@ class ReplicaInfo:
     engine: str
     dtype: str  # of the base weights as the engine holds them
     noise: float  # standard deviation of an example's loss for no reason of its own, see noise.py
-    canary_noise: float  # the same of a canary's examples
     self_test: tuple[tuple[str, float], ...]
+    canary_noise: float = 0.0  # the same of a canary's examples
 
 
 class Replica:
@@ -60,8 +60,8 @@ class Replica:
             engine=type(self.engine).__name__,
             dtype=self.engine.dtype,
             noise=noise,
-            canary_noise=canary_noise,
             self_test=tuple(self.engine.self_test.items()),
+            canary_noise=canary_noise,
         )
 
     def grid(self, step: int, split: str) -> Grid:
