@@ -21,6 +21,7 @@ from zoray.optimizers import GlobalAdaptive, Sign
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml"))
 MAINS = {"config.yaml": "launch", "evaluate.yaml": "evaluate", "export.yaml": "export", "replay.yaml": "replay"}
+MAINS["lm_eval.yaml"] = "lm_eval"
 EXPERIMENTS = [name.removesuffix(".yaml") for name in FILES if name.startswith("experiment/")]  # whole runs, as presets
 OPTIONS = [name.removesuffix(".yaml") for name in FILES if "/" in name and not name.startswith("experiment/")]
 REQUIRED = {  # what has no default

@@ -73,7 +73,7 @@ ORDER = [
         "driver",
         "cli",
     ),
-    *("prepare", "replay", "evaluate", "export", "plan", "launch"),
+    *("prepare", "replay", "evaluate", "export", "lm_eval", "plan", "launch"),
 ]
 ALLOWED = {  # library -> the files that may import it
     "ray": ["actor.py", "cluster.py", "placement.py", "serving/*"],

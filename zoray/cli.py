@@ -6,7 +6,7 @@ Used by the mains only. Nothing here imports torch, vLLM or Ray, so a mistake in
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,21 +114,26 @@ def expand_mixture(config: Any) -> Any:
 
 
 def _mixture_part(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a part: {task: OPTION, weight: 1, objective: OPTION, KEY: VALUE of the task}."""
+    """The settings of a part: {task: OPTION, weight: 1, objective: OPTION or {OPTION: {KEY: VALUE}}, KEY: VALUE}."""
+    part, where = dict(given), f"task.parts.{name}"
+    objective, weight = part.pop("objective", None), part.pop("weight", 1.0)
+    option, own = next(iter(objective.items())) if isinstance(objective, dict) else (objective, {})
+    task = _option("task", part.pop("task", name), part, where, where)
+    extra = {} if option is None else {"objective": _option("objective", option, own, where, f"{where}.objective")}
+    return {"_target_": "zoray.tasks.mixture.Part", "weight": weight, "task": task, **extra}
+
+
+def _option(group: str, option: object, settings: Mapping[str, Any], where: str, keys: str) -> Any:
+    """An option of a group with some of its settings changed."""
     from omegaconf import OmegaConf
 
-    where, chosen, part = f"task.parts.{name}", {}, dict(given)
-    for group in ("task", "objective"):
-        option = part.pop(group, name if group == "task" else None)
-        if option is not None:
-            check_option(group, str(option), where)
-            chosen[group] = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
-    weight = part.pop("weight", 1.0)
-    for key, value in part.items():
-        if key not in chosen["task"]:
-            raise unknown_key(f"{where}.{key}", key, where, [str(k) for k in chosen["task"] if k != "_target_"])
-        chosen["task"][key] = value
-    return {"_target_": "zoray.tasks.mixture.Part", "weight": weight, **chosen}
+    check_option(group, str(option), where)
+    config = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
+    for key, value in settings.items():
+        if key not in config:
+            raise unknown_key(f"{keys}.{key}", key, keys, [str(name) for name in config if name != "_target_"])
+        config[key] = value
+    return config
 
 
 def _check_experiment(options: Sequence[str]) -> None:

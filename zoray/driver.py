@@ -92,7 +92,7 @@ def tune(
             if workload.encoder is not None and workload.encoder.shortened:
                 monitor.message(f"{workload.encoder.shortened} sequences were too long and have lost their beginning")
             memory = done[-1].optimizer if done else e.optimizer.init()
-            early, last_snapshot = False, snapshot.step if snapshot else 0
+            early, failed, last_snapshot = False, 0, snapshot.step if snapshot else 0
 
             for step in range(log.next_step, run.steps):
                 if step == 0 or (run.eval_every and step % run.eval_every == 0):
@@ -110,6 +110,13 @@ def tune(
                 grid = Grid.of(e.spec, step, pooled=workload.pooled)
                 scores, digest = pool.evaluate(grid, digest=step % run.digest_every == 0)
                 check_rewards(scores, workload, f"step {step + 1}")
+                if scores.failed and not failed:
+                    reason = scores.failure.strip().splitlines()[-1]
+                    monitor.message(
+                        f"warning: step {step + 1}: {scores.failed} of {scores.written} completions have no reward "
+                        f"and count as objective.failed; the first: {reason}"
+                    )
+                failed += scores.failed
                 losses, examples = losses_of(probes, grid, scores)
                 estimate = e.estimator.tell(probes, losses, pool.info.noise / math.sqrt(examples))
                 memory, commit = e.optimizer.update(memory, step, run.steps, estimate.weights)
@@ -169,6 +176,7 @@ def tune(
                     name: sum(getattr(s, name) for s in steps) for name in ("dropped", "ties", "buried")
                 },
                 "score_noise": pool.info.noise,
+                "failed_rewards": sum(s.failed for s in steps),
                 "digest": digest,
                 "replicas": pool.size,
                 "lost_replicas": len(pool.lost),
@@ -183,6 +191,8 @@ def tune(
                     f"warning: {silent} of {directions} directions said nothing (equal losses, or a difference below "
                     "the score noise): raise the perturbation (estimator.eps or sigma), or the batch"
                 )
+            if failed:
+                monitor.message(f"warning: {failed} completions had no reward, see `failed` in metrics.jsonl")
             if not finished:
                 monitor.message(f"stopped after step {last} of {run.steps}; go on with run.resume={folder}")
             elif e.space.folds:
