@@ -146,7 +146,8 @@ def test_the_other_mains_have_the_settings_that_they_need():
 
 
 def test_experiments_have_the_published_numbers():
-    assert {f"experiment/{name}" for name in (*PUBLISHED, "movie_reviews")} == set(EXPERIMENTS)
+    ours = ("movie_reviews", "concise", "json_object")
+    assert {f"experiment/{name}" for name in (*PUBLISHED, *ours)} == set(EXPERIMENTS)
     for name, (lr, size, rank, batch, steps, probes) in PUBLISHED.items():
         e = build_experiment(compose("config", [f"experiment={name}"]))
         asked = e.estimator.ask(0)

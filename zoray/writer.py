@@ -13,6 +13,7 @@ import numpy as np
 
 from zoray.directions import name_hash, philox_numpy
 from zoray.objectives.base import Outcomes
+from zoray.objectives.reward import facts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +47,7 @@ class Writer:
         asked = {int(i): examples[int(i)] for i in np.unique(chosen)}
         prompts = {i: self._encoder.tokens(example.prompt, sampling.max_tokens) for i, example in asked.items()}
         shown = {i: self._encoder.text(example.prompt) for i, example in asked.items()}
-        facts = {i: {"answers": list(e.answers), **e.data, "prompt": shown[i]} for i, e in asked.items()}
+        told = {i: facts(example, shown[i]) for i, example in asked.items()}
         numbers = [int(i) for i in chosen]
         self.texts = [""] * len(numbers)
         judged: list[Any] = [None] * len(numbers)
@@ -58,7 +59,7 @@ class Writer:
             text, cut = self._encoder.written(tokens, sampling.stop)
             lengths[at], ended[at] = len(written), len(written) < len(tokens) or cut
             self.texts[at] = text
-            judged[at] = self._judge.submit(shown[numbers[at]], text, facts[numbers[at]])
+            judged[at] = self._judge.submit(shown[numbers[at]], text, told[numbers[at]])
         results = [future.result() for future in judged]
         rewards = np.array([result.value for result in results])
         failures = [result.failure for result in results if result.failure]

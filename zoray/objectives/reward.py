@@ -10,12 +10,13 @@ import numpy as np
 
 from zoray.objectives.base import Objective, Outcomes, Sums
 from zoray.records import ConfigError, Example, Sampling, TokenSequence, is_finite, require
-from zoray.rewards.functions import load_function
+from zoray.rewards.functions import absolute, load_function
 from zoray.rewards.judge import Judge
 
 if TYPE_CHECKING:
     from zoray.prompts import Encoder
 
+BUILT_IN = "zoray.rewards:"
 PROOF = 8  # last tokens of a prompt that stand for it where replicas are compared
 
 
@@ -58,6 +59,7 @@ class Reward(Objective):
 
     def __post_init__(self) -> None:
         require(is_finite(self.failed), "objective.failed to be a number", self.failed)
+        object.__setattr__(self, "function", absolute(self.function))  # a replica may have another working directory
         ok = is_finite(self.max_failed) and 0 <= self.max_failed <= 1
         require(ok, "objective.max_failed to be a share in [0, 1]", self.max_failed)
         require(is_finite(self.timeout_s) and self.timeout_s > 0, "objective.timeout_s to be positive", self.timeout_s)
@@ -81,6 +83,11 @@ class Reward(Objective):
     def bind(self, task: Any, example: Example) -> Objective:
         """With the task's way to write completions, where it is not set; the function is there."""
         load_function(self.function, self.arguments)
+        if self.function.startswith(BUILT_IN):  # they take any completion, and say what they miss in an example
+            with self.judge() as judge:
+                failure = judge.submit("", "", facts(example, "")).result().failure
+            if failure:
+                raise ConfigError(f"objective.function={self.function}: {failure.strip().splitlines()[-1]}")
         sampling = self._sampling(task.sampling)
         return replace(
             self,
@@ -108,6 +115,11 @@ class Reward(Objective):
         """Losses and scores of completions (n,) from their rewards (n,), nan for one that could not be had."""
         scores = np.where(np.isnan(rewards), self.failed, rewards)
         return Outcomes(-scores, scores, columns)
+
+
+def facts(example: Example, prompt: str) -> dict[str, Any]:
+    """What a reward function is told of an example."""
+    return {"answers": list(example.answers), **example.data, "prompt": prompt}
 
 
 def text_metric(name: str, task: Any, example: Example) -> Objective:
