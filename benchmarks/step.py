@@ -80,18 +80,20 @@ def bare_forward(e: Any, replica: Any, engine: Any) -> tuple[Any, int]:
     """A function that scores the sequences of a step on an engine without adapters; tokens of a step."""
     import numpy as np
 
-    from zoray.engines.packing import Plan, ranges
+    from zoray.encoded import EncodedSplit
     from zoray.records import Probe, Tile
 
-    split, number, count = replica._encoded("train"), {"step": 0}, len(e.estimator.ask(0))
+    workload = replica.workload
+    split = EncodedSplit(workload.splits.train, workload.encoded["train"])
+    number, count = {"step": 0}, len(e.estimator.ask(0))
     tokens = []
 
     def forward() -> None:
         tile = Tile((Probe(number["step"], 0, 0.0),), 0, e.run.batch)
         examples = np.tile(replica._indices(tile), count)
-        chosen = ranges(split.first_sequence[examples], split.n_sequences[examples])
-        engine.score_plan(Plan(split.table, (), np.full(len(chosen), -1), chosen))
-        tokens.append(int(split.tokens[examples].sum()))
+        encoded, chosen = split.take(examples)
+        engine.score_plan(encoded.plan((), np.full(len(chosen), -1), chosen))
+        tokens.append(int(encoded.tokens[chosen].sum()))
         number["step"] += 1
 
     forward()

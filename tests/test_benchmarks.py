@@ -13,7 +13,7 @@ from zoray.cli import build_experiment, compose
 from zoray.encoded import Encoded
 from zoray.engines.hf import Hf
 from zoray.models import linear_matrices, weights_hash
-from zoray.objectives import ChoiceNLL
+from zoray.objectives import ChoiceNLL, Outcomes
 from zoray.prompts import Encoder
 from zoray.replica import Replica
 from zoray.spaces import Lora
@@ -147,10 +147,14 @@ class Shaky:
     def __init__(self, position: float, call: float) -> None:
         self.position, self.call, self.calls = position, call, 0
 
-    def _outcomes(self, split, probes, probe_of, examples):
+    @property
+    def scorer(self):
+        return self
+
+    def outcomes(self, split, probes, probe_of, examples) -> Outcomes:
         self.calls += 1
         losses = np.ones(len(examples)) + self.position * np.arange(len(examples)) * (examples < 4)
-        return losses + self.call * self.calls, None
+        return Outcomes(losses + self.call * self.calls, losses)
 
 
 def test_each_reason_for_noise_is_told_apart():

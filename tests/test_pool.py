@@ -169,7 +169,7 @@ def test_a_replica_scores_the_examples_of_the_step(stratify, spec):
     tiles = tile_grid([centre], 8, 3)
     scores, _ = replica.evaluate((Commit(0, (0.0,)),), tiles, per_example=True)
     (losses,), _ = losses_of([centre], tiles, scores, per_example=True)
-    assert list(losses) == [outcomes[i][0] for i in chosen]
+    assert list(losses) == outcomes.losses[chosen].tolist()
     assert scores.score == sum(outcomes.scores[chosen])
     scores, _ = replica.evaluate((), tiles)
     ((mean_loss,),), examples = losses_of([centre], tiles, scores)

@@ -92,7 +92,7 @@ def test_a_label_without_an_option_is_refused(label):
 
 
 def test_an_example_without_options_is_refused():
-    with pytest.raises(ConfigError, match="label must be in"):
+    with pytest.raises(ConfigError, match="label must be 0 without options, got 1"):
         Example("It was", (), 1)
 
 

@@ -128,9 +128,9 @@ def _option(group: str, option: object, settings: Mapping[str, Any], where: str,
     from omegaconf import OmegaConf
 
     check_option(group, str(option), where)
-    config = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
+    config: Any = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
     for key, value in settings.items():
-        if key not in config:
+        if key not in list(config.keys()):  # `in` says no for what is to be given
             raise unknown_key(f"{keys}.{key}", key, keys, [str(name) for name in config if name != "_target_"])
         config[key] = value
     return config

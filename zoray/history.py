@@ -68,7 +68,8 @@ def _record(kind: type, line: dict) -> Any:
     """A record from its line; null is a number that was not finite, and keys of another version are left out."""
     line = {"score": line.get("accuracy"), **line}  # its name until it was not always that
     names = [f.name for f in dataclasses.fields(kind) if f.name in line]
-    return kind(**{name: math.nan if line[name] is None else line[name] for name in names})
+    absent = {name: math.nan for name in names if line[name] is None and name != "metric"}
+    return kind(**{name: line[name] for name in names} | absent)
 
 
 def summarise(evaluations: Iterable[Evaluation], selected: int | None = None) -> dict[str, dict]:

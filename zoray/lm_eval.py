@@ -6,6 +6,7 @@ with its own Hugging Face or vLLM backend: nothing of zoray takes part in the sc
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -68,8 +69,10 @@ def _step(config: Any, folder: Path) -> dict[str, str]:
 
 def _evaluated(config: Any, arguments: dict[str, str]) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from lm_eval import simple_evaluate
+    import torch
     from lm_eval.tasks import TaskManager
+
+    harness: Any = importlib.import_module("lm_eval")
 
     include = None if config.include_path is None else str(config.include_path)
     manager = TaskManager(include_path=include)
@@ -77,13 +80,14 @@ def _evaluated(config: Any, arguments: dict[str, str]) -> Any:
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(f"expected tasks that lm_eval knows; got {unknown}. Its own list: lm_eval --tasks list")
-    return simple_evaluate(
+    return harness.simple_evaluate(
         model=config.backend,
-        model_args=arguments | {str(key): value for key, value in config.model_args.items()},
+        model_args=arguments | {str(key): value for key, value in (config.model_args or {}).items()},
         tasks=names,
         num_fewshot=config.shots,
         limit=config.limit,
         batch_size=config.batch_size,
+        device="cuda" if torch.cuda.is_available() else "cpu",
         task_manager=manager,
     )
 

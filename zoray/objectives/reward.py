@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -46,7 +46,7 @@ class Reward(Objective):
     smooth: ClassVar[bool] = False
 
     function: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -64,6 +64,7 @@ class Reward(Objective):
         require(ok, "objective.max_failed to be a share in [0, 1]", self.max_failed)
         require(is_finite(self.timeout_s) and self.timeout_s > 0, "objective.timeout_s to be positive", self.timeout_s)
         require(isinstance(self.workers, int) and self.workers >= 1, "objective.workers of at least 1", self.workers)
+        object.__setattr__(self, "arguments", dict(self.arguments or {}))
         object.__setattr__(self, "stop", None if self.stop is None else tuple(self.stop))
         self._sampling(Sampling())  # to refuse what is wrong with it
 
