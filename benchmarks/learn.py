@@ -83,8 +83,9 @@ class Tuned:
         from zoray.records import Probe
         from zoray.tiles import mean
 
-        losses, correct = zip(*self.replica.outcomes("dev", Probe(self.stepper.step, 0, 0.0)), strict=True)
-        return _point(self.stepper.step, self.seconds, self.stepper.tokens, mean(correct), mean(losses))
+        found = self.replica.outcomes("dev", Probe(self.stepper.step, 0, 0.0))
+        accuracy, loss = mean(found.scores.tolist()), mean(found.losses.tolist())
+        return _point(self.stepper.step, self.seconds, self.stepper.tokens, accuracy, loss)
 
 
 class Looped:
@@ -94,17 +95,16 @@ class Looped:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from zoray.data import order_of
+
         model = AutoModelForCausalLM.from_pretrained(workload.folder, dtype=torch.float32).eval()
         settings = {"lr": e.optimizer.lr, "eps": e.estimator.eps, "rank": e.space.rank, "interval": e.space.interval}
         self.loop = TrainingLoop(model, "lozo", **settings)
-        self.e, self.workload, self.seconds, self.tokens = e, workload, 0.0, 0
+        self.order, self.workload, self.seconds, self.tokens = order_of(e.spec, workload), workload, 0.0, 0
 
     def step(self, seen: bool) -> None:
         """The next one."""
-        from zoray.data import step_indices
-
-        train = self.workload.splits.train
-        chosen = step_indices(self.e.spec, self.loop.steps, tuple(example.label for example in train))
+        train, chosen = self.workload.splits.train, self.order.step(self.loop.steps)
         batch = [option_batch(self.workload.encoded["train"][i], train[i].label) for i in chosen]
         self.tokens += 2 * sum(len(sequence) for sequences, _, _ in batch for sequence in sequences)
         self.loop.step(batch)

@@ -133,8 +133,8 @@ def run(
         "digest": replica.engine.digest(),
     }
     for split in ("dev", "test") if test else ("dev",):
-        outcomes = replica.outcomes(split, Probe(steps, 0, 0.0))
-        loss, accuracy = (mean(column) for column in zip(*outcomes, strict=True))
+        found = replica.outcomes(split, Probe(steps, 0, 0.0))
+        loss, accuracy = mean(found.losses.tolist()), mean(found.scores.tolist())
         result |= {f"{split}_accuracy": accuracy, f"{split}_loss": loss}
     return result
 

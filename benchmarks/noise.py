@@ -26,8 +26,9 @@ from benchmarks.options import parse
 from benchmarks.shapes import vocabulary, with_weights
 from benchmarks.timing import spread
 from benchmarks.workload import random_workload
+from zoray.noise import NEAR, rounding
 from zoray.records import Probe
-from zoray.replica import NEAR, Replica, rounding
+from zoray.replica import Replica
 from zoray.tiles import mean
 
 if TYPE_CHECKING:

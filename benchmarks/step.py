@@ -63,10 +63,10 @@ def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) 
 
 def one_batch(e: Any, workload: Any) -> Any:
     """The workload with the examples of the first step only: every step of every contender has the same tokens."""
-    from zoray.data import step_indices
+    from zoray.data import order_of
 
     train = workload.splits.train
-    first = step_indices(e.spec, 0, tuple(example.label for example in train)).tolist()
+    first = order_of(e.spec, workload).step(0).tolist()
     encoded = {**workload.encoded, "train": tuple(workload.encoded["train"][i] for i in first)}
     return replace(workload, splits=replace(workload.splits, train=tuple(train[i] for i in first)), encoded=encoded)
 
@@ -80,18 +80,20 @@ def bare_forward(e: Any, replica: Any, engine: Any) -> tuple[Any, int]:
     """A function that scores the sequences of a step on an engine without adapters; tokens of a step."""
     import numpy as np
 
-    from zoray.engines.packing import Plan, ranges
+    from zoray.encoded import EncodedSplit
     from zoray.records import Probe, Tile
 
-    split, number, count = replica._encoded("train"), {"step": 0}, len(e.estimator.ask(0))
+    workload = replica.workload
+    split = EncodedSplit(workload.splits.train, workload.encoded["train"])
+    number, count = {"step": 0}, len(e.estimator.ask(0))
     tokens = []
 
     def forward() -> None:
         tile = Tile((Probe(number["step"], 0, 0.0),), 0, e.run.batch)
         examples = np.tile(replica._indices(tile), count)
-        chosen = ranges(split.first_sequence[examples], split.n_sequences[examples])
-        engine.score_plan(Plan(split.table, (), np.full(len(chosen), -1), chosen))
-        tokens.append(int(split.tokens[examples].sum()))
+        encoded, chosen = split.take(examples)
+        engine.score_plan(encoded.plan((), np.full(len(chosen), -1), chosen))
+        tokens.append(int(encoded.tokens[chosen].sum()))
         number["step"] += 1
 
     forward()
@@ -114,13 +116,12 @@ def loop_model(workload: Any, options: dict[str, str]) -> Any:
 
 def loop_step(e: Any, workload: Any, loop: TrainingLoop) -> Any:
     """A function that takes the next step of the training loop on the same examples."""
-    from zoray.data import step_indices
+    from zoray.data import order_of
 
-    train = workload.splits.train
-    labels = tuple(example.label for example in train)
+    train, order = workload.splits.train, order_of(e.spec, workload)
 
     def step() -> None:
-        indices = step_indices(e.spec, loop.steps, labels)
+        indices = order.step(loop.steps)
         loop.step([option_batch(workload.encoded["train"][i], train[i].label) for i in indices])
 
     return step

@@ -182,7 +182,7 @@ def test_a_text_that_is_longer_than_the_model(tmp_path, usual, refused):
         ("torn.jsonl", '{"text": "a", "label": 0}\n\n{"text": "b", "la\n', "torn.jsonl, line 3: not JSON"),
         ("cells.csv", "text,label\na,0\nb, c,1\n", "cells.csv, line 3: expected 2 cells (['text', 'label']); got 3"),
         ("label.jsonl", '{"text": "a", "label": 7}\n', "label.jsonl, line 1: label '7' has no word"),
-        ("columns.tsv", "body\tlabel\na\t0\n", "columns.tsv, line 2: no value for column 'text'"),
+        ("columns.tsv", "body\tlabel\na\t0\n", "columns.tsv, line 1: no column 'text'"),
         ("mail.txt", "a\t0\n", "task.path must end in .jsonl, .csv, .tsv"),
     ],
 )

@@ -10,13 +10,14 @@ from benchmarks import device, host, kernels, learn, memory, noise, scale, shape
 from benchmarks.methods import METHODS, run, table
 from benchmarks.training_loop import TrainingLoop, option_batch
 from zoray.cli import build_experiment, compose
+from zoray.encoded import Encoded
 from zoray.engines.hf import Hf
-from zoray.engines.packing import Plan
 from zoray.models import linear_matrices, weights_hash
-from zoray.objectives import ChoiceNLL
-from zoray.replica import EncodedSplit, Replica
+from zoray.objectives import ChoiceNLL, Outcomes
+from zoray.prompts import Encoder
+from zoray.replica import Replica
 from zoray.spaces import Lora
-from zoray.tasks.labelled_file import LabelledFile
+from zoray.tasks.file import File
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,20 +68,19 @@ def test_the_training_loop_takes_the_steps_of_the_official_one(tiny_models, labe
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    task = LabelledFile(str(labelled_file), {0: " terrible", 1: " wonderful thing"}, train=8, dev=2, test=2)
+    task = File(str(labelled_file), {0: " terrible", 1: " wonderful thing"}, train=8, dev=2, test=2)
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["opt"])
     examples = task.load().train[:3]
-    encoded = [ChoiceNLL().encode(example, tokenizer) for example in examples]
+    encoded = [ChoiceNLL().encode(example, Encoder(tokenizer)) for example in examples]
     batch = [option_batch(sequences, example.label) for sequences, example in zip(encoded, examples, strict=True)]
     model = AutoModelForCausalLM.from_pretrained(tiny_models["opt"], dtype=torch.float32).eval()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     loop = TrainingLoop(model, "lozo", lr=1e-4, eps=1e-3, interval=2)
     start = loop.loss(batch)
     engine = Hf().start(tiny_models["opt"], "float32", linear_matrices(tiny_models["opt"]), Lora(), 0)
-    split = EncodedSplit.of(encoded, [example.label for example in examples])
-    plan = Plan(split.table, (), np.full(len(split.table), -1), np.arange(len(split.table)))
-    losses, _ = ChoiceNLL().reduce(engine.score_plan(plan), split.counts, split.n_outputs, split.labels)
-    assert start == pytest.approx(losses.mean(), rel=1e-4)
+    table, each = Encoded.of(encoded, examples), np.arange(3)
+    sums = engine.score_plan(table.plan((), np.full(3, -1), each))
+    assert start == pytest.approx(ChoiceNLL().reduce(table.sums(sums, each)).losses.mean(), rel=1e-4)
     for _ in range(3):
         loop.step(batch)
     assert loop.loss(batch) < start
@@ -147,10 +147,14 @@ class Shaky:
     def __init__(self, position: float, call: float) -> None:
         self.position, self.call, self.calls = position, call, 0
 
-    def _outcomes(self, split, probes, probe_of, examples):
+    @property
+    def scorer(self):
+        return self
+
+    def outcomes(self, split, probes, probe_of, examples) -> Outcomes:
         self.calls += 1
         losses = np.ones(len(examples)) + self.position * np.arange(len(examples)) * (examples < 4)
-        return losses + self.call * self.calls, None
+        return Outcomes(losses + self.call * self.calls, losses)
 
 
 def test_each_reason_for_noise_is_told_apart():

@@ -41,7 +41,7 @@ def message(*overrides: str, config: str = "config") -> str:
         ("foo=1", ["unknown config key 'foo'; the keys are model, task, objective"]),
         ("+foo.bar=1", ["unknown config key 'foo.bar'; the keys are model"]),
         ("estimater=two_point", ["unknown config key 'estimater'", "Did you mean estimator?"]),
-        ("task=moviereviews", ["task to be one of file, movie_reviews, sst2; got 'moviereviews'. Did you mean movie_"]),
+        ("task=moviereviews", ["task to be one of boolq, cb, ", "got 'moviereviews'. Did you mean movie_reviews?"]),
         ("model=org/name", ["model to be one of hf, smollm2-135m; got 'org/name'", "model.KEY=VALUE"]),
         ("engine=null", ["engine to be one of hf, vllm; got 'null'"]),
         ("steps", ["arguments of the form key=value; got 'steps'", "--help"]),
@@ -93,14 +93,18 @@ def test_settings_inside_a_nested_component_are_checked_like_those_of_its_parent
 
 def test_what_has_no_default_must_be_given():
     assert message("task=file", "model=hf") == (
-        "these settings have no default and must be given: model.path=..., task.path=..., task.words=..."
+        "these settings have no default and must be given: model.path=..., task.path=..."
     )
 
 
 @pytest.mark.parametrize(
     ("main", "override", "known"),
     [
-        ("evaluate", "space=lozo", "run, step, split, engine, task"),
+        (
+            "evaluate",
+            "space=lozo",
+            "run, step, adapter, split, shots, shots_seed, predictions, model, engine, task, objective",
+        ),
         ("replay", "task=sst2", "run, step"),
         ("export", "engine=hf", "run, out, step, format, rank"),
     ],
@@ -180,7 +184,7 @@ def test_an_experiment_goes_with_hydras_flags(arguments, tmp_path):
     ("module", "key", "usage", "more"),
     [
         ("zoray.replay", "step", "expected the folder of a run", []),
-        ("zoray.evaluate", "split", "expected the folder of a run", []),
+        ("zoray.evaluate", "split", "expected a run, or a model and a task", []),
         ("zoray.export", "format", "expected python -m zoray.export run=runs/<name> out=DIR", ["out=there"]),
     ],
 )
@@ -207,7 +211,7 @@ def test_help_and_mistakes_are_quick_and_import_nothing_heavy(arguments, tmp_pat
     assert seconds < 3
     if arguments == ["--help"]:
         assert done.returncode == 0 and done.stdout.startswith("python -m zoray.launch: tune a model.")
-        assert "task: file, movie_reviews, sst2" in done.stdout
+        assert "task: boolq, cb, " in done.stdout
         assert "rank: 2" in done.stdout and not done.stderr
     elif arguments[0] == "--cfg":
         assert done.returncode == 0 and "_target_: zoray.spaces.Lora" in done.stdout

@@ -21,11 +21,14 @@ from zoray.optimizers import GlobalAdaptive, Sign
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml"))
 MAINS = {"config.yaml": "launch", "evaluate.yaml": "evaluate", "export.yaml": "export", "replay.yaml": "replay"}
+MAINS["lm_eval.yaml"] = "lm_eval"
 EXPERIMENTS = [name.removesuffix(".yaml") for name in FILES if name.startswith("experiment/")]  # whole runs, as presets
 OPTIONS = [name.removesuffix(".yaml") for name in FILES if "/" in name and not name.startswith("experiment/")]
 REQUIRED = {  # what has no default
     "model/hf": ["model.path=org/name"],
-    "task/file": ["task.path=mail.csv", "task.words={no: ' private', yes: ' urgent'}"],
+    "task/file": ["task.path=mail.csv"],
+    "task/mixture": ["task.parts={movie_reviews: 2, sst2: {weight: 1, objective: answer_nll, train: 100}}"],
+    "objective/reward": ["objective.function=zoray.rewards:exact_match"],
 }
 
 
@@ -133,7 +136,8 @@ def test_evaluate_takes_the_runs_engine_and_task_or_others():
 
 
 def test_the_other_mains_have_the_settings_that_they_need():
-    assert set(compose("evaluate", [])) == {"run", "step", "split", "engine", "task"}
+    bare, shown = {"model", "adapter"}, {"shots", "shots_seed", "predictions"}
+    assert set(compose("evaluate", [])) == {"run", "step", "split", "engine", "task", "objective", *bare, *shown}
     assert set(compose("replay", [])) == {"run", "step"}
     assert set(compose("export", [])) == {"run", "out", "step", "format", "rank"}
     assert [compose(name, []).step for name in ("evaluate", "replay", "export")] == [None, None, "best"]
@@ -142,7 +146,8 @@ def test_the_other_mains_have_the_settings_that_they_need():
 
 
 def test_experiments_have_the_published_numbers():
-    assert {f"experiment/{name}" for name in (*PUBLISHED, "movie_reviews")} == set(EXPERIMENTS)
+    ours = ("movie_reviews", "concise", "json_object")
+    assert {f"experiment/{name}" for name in (*PUBLISHED, *ours)} == set(EXPERIMENTS)
     for name, (lr, size, rank, batch, steps, probes) in PUBLISHED.items():
         e = build_experiment(compose("config", [f"experiment={name}"]))
         asked = e.estimator.ask(0)

@@ -20,7 +20,7 @@ from zoray.models import Model, load_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.records import Probe, record
 from zoray.replica import Replica
-from zoray.tasks.labelled_file import LabelledFile
+from zoray.tasks.file import File
 from zoray.tiles import mean
 
 LM_COMBINATIONS = combinations(LM_SPACES)
@@ -38,7 +38,7 @@ LM_UNITS = {
 @pytest.fixture(scope="module")
 def language_models(tiny_models, labelled_file):
     """Three replicas of a space on the tiny Llama, loaded once and reset for each test."""
-    task = LabelledFile(str(labelled_file), {0: " terrible", 1: " great"}, train=60, dev=20, test=20)
+    task = File(str(labelled_file), {0: " terrible", 1: " great"}, train=60, dev=20, test=20)
     loaded: dict[str, list[Replica]] = {}
 
     def fresh(space: str) -> list[Replica]:
@@ -94,11 +94,11 @@ SIZES = {"fzoo": 0.3, "es-zscore": 0.3, "es-rank": 1.0, "es-prompt": 0.8}
 @pytest.mark.parametrize(("space", "estimator", "optimizer"), FALLING)
 def test_the_loss_of_a_tiny_language_model_falls(space, estimator, optimizer, language_models):
     replica = language_models(space)[0]
-    before = mean([loss for loss, _ in replica.outcomes("train", Probe(0, 0, 0.0))])
+    before = mean(replica.outcomes("train", Probe(0, 0, 0.0)).losses.tolist())
     size = SIZES.get(estimator, 2.0) if optimizer not in ("sign", "adaptive") else 0.3
     method = (ESTIMATORS[estimator], replace(OPTIMIZERS[optimizer], lr=LM_UNITS[space] * size))
     steps = 80 if estimator == "two_point" else 40  # one direction each
     records = drive([replica], *method, steps)
     replica.apply([noted.commit for noted in records])
-    after = mean([loss for loss, _ in replica.outcomes("train", Probe(steps, 0, 0.0))])
+    after = mean(replica.outcomes("train", Probe(steps, 0, 0.0)).losses.tolist())
     assert after < 0.9 * before, f"{before:.4f} -> {after:.4f}"

@@ -20,7 +20,7 @@ from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, JournalError
 from zoray.spaces import Lora
-from zoray.tasks.labelled_file import LabelledFile
+from zoray.tasks.file import File
 from zoray.tiles import Grid, losses_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def fragile(monkeypatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def spec(tiny_models, labelled_file) -> ReplicaSpec:
-    task = LabelledFile(str(labelled_file), [" terrible", " great"])
+    task = File(str(labelled_file), [" terrible", " great"])
     model, space, pairs = Model(str(tiny_models["llama"])), Lora(rank=2, alpha=4), TwoPoint(pairs=2, eps=0.1)
     return ReplicaSpec(model, task, ChoiceNLL(), space, pairs, Hf(), seed=1, data_seed=2, batch=8, tile_examples=2)
 

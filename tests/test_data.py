@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from orders import batch_indices, stratified_indices
 
-from zoray.data import ReplicaSpec, batch_indices, load_workload, stratified_indices
+from zoray.data import ReplicaSpec, load_workload
 from zoray.estimators import TwoPoint
 from zoray.models import Model
 from zoray.objectives import ChoiceNLL

@@ -14,11 +14,11 @@ from zoray.records import ConfigError, Evaluation, JournalError, StepResult
 
 
 def an_evaluation(step: int, split: str = "dev", accuracy: float = 0.7, loss: float = 0.6) -> Evaluation:
-    return Evaluation(step, split, loss=loss, accuracy=accuracy, count=500, tokens=9000, seconds=1.5, digest="ab")
+    return Evaluation(step, split, loss=loss, score=accuracy, count=500, tokens=9000, seconds=1.5, digest="ab")
 
 
 def a_step(step: int, loss: float = 0.5) -> StepResult:
-    return StepResult(step=step, loss=loss, accuracy=0.6, lr=1e-4, tokens=100, seconds=0.1)
+    return StepResult(step=step, loss=loss, score=0.6, lr=1e-4, tokens=100, seconds=0.1)
 
 
 def write(folder: Path, *records: dict) -> Path:
@@ -55,7 +55,7 @@ def test_records_come_in_order_and_a_later_one_of_a_step_replaces_the_earlier() 
     for evaluation in (*reversed(RUN), an_evaluation(100, accuracy=0.1)):
         history.evaluation(evaluation)
     assert [(s.step, s.loss) for s in history.steps] == [(1, 0.9), (2, 0.2), (3, 0.3)]
-    assert [(e.step, e.split, e.accuracy) for e in history.evaluations] == [
+    assert [(e.step, e.split, e.score) for e in history.evaluations] == [
         *((0, "dev", 0.552), (100, "dev", 0.1), (200, "dev", 0.728), (200, "test", 0.722)),
     ]
 

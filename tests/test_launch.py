@@ -125,7 +125,7 @@ def test_evaluating_a_replayed_step_gives_what_the_run_measured_there(vllm_run):
         )
         assert done.returncode == 0, done.stderr
         line = next(line for line in done.stdout.splitlines() if line.startswith("step 8:"))
-        assert f"dev accuracy {measured[8].accuracy:.4f}" in line and measured[8].digest in line
+        assert f"dev accuracy {measured[8].score:.4f}" in line and measured[8].digest in line
         assert abs(float(line.split("loss ")[1].split()[0]) - measured[8].loss) < 1e-4
 
 
@@ -203,9 +203,7 @@ def test_a_run_that_was_cut_short_resumes_to_the_same_digest(
     assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS
     whole, cut = (journal.read(path / "journal.jsonl") for path in (hf_run, folder))
     assert [s.commit for s in cut.steps] == [s.commit for s in whole.steps]
-    assert [e.accuracy for e in read_metrics(folder)[1]] == [
-        e.accuracy for e in read_metrics(hf_run)[1] if e.split == "dev"
-    ]
+    assert [e.score for e in read_metrics(folder)[1]] == [e.score for e in read_metrics(hf_run)[1] if e.split == "dev"]
 
 
 # other spaces, estimators and optimizers; the reference engine, on the shared Ray
@@ -323,7 +321,7 @@ def test_every_kind_of_run_resumes_to_the_same_end(kind, start, tmp_path, monkey
         assert after[key] == before[key], key
     measured = [read_metrics(path) for path in (whole, folder)]
     steps, evaluations = zip(*measured, strict=True)
-    assert len({tuple((s.step, s.loss, s.accuracy, s.lr) for s in some) for some in steps}) == 1
+    assert len({tuple((s.step, s.loss, s.score, s.lr) for s in some) for some in steps}) == 1
     assert len({tuple((e.step, e.split, e.loss, e.digest) for e in some) for some in evaluations}) == 1
 
 
@@ -348,13 +346,13 @@ def test_a_folding_run_does_not_resume_on_weights_of_another_dtype(kind, start, 
 def test_patience_ends_a_run_early_and_a_resume_of_it_at_once(start, tmp_path, monkeypatch, capsys):
     whole = start("adaptive")
     summary = summary_of(whole)
-    top = max((e for e in read_metrics(whole)[1] if e.split == "dev"), key=lambda e: (e.accuracy, -e.loss, -e.step))
+    top = max((e for e in read_metrics(whole)[1] if e.split == "dev"), key=lambda e: (e.score, -e.loss, -e.step))
     assert top.step > 0 and summary["steps"] == top.step + PATIENCE < 30
     folder = shutil.copytree(whole, tmp_path / "ended")
     (folder / "summary.json").unlink()
     before = (folder / "journal.jsonl").read_bytes()
     launch_here(monkeypatch, f"run.resume={folder}")
-    assert f"no better dev accuracy in {PATIENCE} evaluations: the run ends early" in capsys.readouterr().out
+    assert f"nothing better on dev in {PATIENCE} evaluations: the run ends early" in capsys.readouterr().out
     assert (folder / "journal.jsonl").read_bytes() == before
     again = summary_of(folder)
     for key in ("digest", "steps", "selected", "initial", "final", "best", "finished", "forward_tokens"):

@@ -24,11 +24,11 @@ QUIET = Logging(progress=False, curve=False)
 
 def a_step(step: int, loss: float = 0.5, seconds: float = 0.1) -> StepResult:
     silent = {"dropped": 1, "ties": 2, "buried": 3}
-    return StepResult(step=step, loss=loss, accuracy=0.6, lr=1e-4, tokens=100, seconds=seconds, **silent)
+    return StepResult(step=step, loss=loss, score=0.6, lr=1e-4, tokens=100, seconds=seconds, **silent)
 
 
 def an_evaluation(step: int, split: str = "dev", accuracy: float = 0.7, loss: float = 0.6) -> Evaluation:
-    return Evaluation(step, split, loss=loss, accuracy=accuracy, count=500, tokens=9000, seconds=1.5, digest="ab")
+    return Evaluation(step, split, loss=loss, score=accuracy, count=500, tokens=9000, seconds=1.5, digest="ab")
 
 
 def lines_of(folder: Path) -> list[dict]:

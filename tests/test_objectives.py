@@ -5,7 +5,8 @@ import pytest
 import torch
 from tiny import VOCAB, tiny_tokenizer
 
-from zoray.objectives import ChoiceNLL
+from zoray.objectives import ChoiceNLL, Sums
+from zoray.prompts import Encoder
 from zoray.records import ConfigError, Example, TokenSequence
 
 WORDS = (" terrible", " great")
@@ -46,9 +47,17 @@ def option_logit(tokenizer, prompt: str, option: str, shared: int) -> torch.Tens
     return torch.stack([logps[i - 1, tokens[i]] for i in range(shared, len(tokens))]).mean()
 
 
+def batch(summed, counts, options, labels) -> Sums:
+    """Of examples each of which has one right option."""
+    options, labels = np.asarray(options), np.asarray(labels)
+    right = np.zeros(len(summed), bool)
+    right[np.cumsum(options) - options + labels] = True
+    return Sums(np.asarray(summed), np.asarray(counts), options, labels, right)
+
+
 def test_single_token_options_share_one_sequence(tokenizer):
     example = Example("the film is It was", (*WORDS, " wonderful"), 1)
-    (sequence,) = ChoiceNLL(single_token=True).encode(example, tokenizer)
+    (sequence,) = ChoiceNLL(single_token=True).encode(example, Encoder(tokenizer))
     prompt = ids(tokenizer, example.prompt)
     assert sequence.tokens.tolist() == prompt
     assert sequence.rows.tolist() == [len(prompt) - 1] * 3
@@ -61,7 +70,7 @@ def test_single_token_options_share_one_sequence(tokenizer):
 @pytest.mark.parametrize("options", [(" great", " wonderful thing"), (" wonderful thing", " dull and lifeless")])
 def test_options_of_several_tokens_are_a_sequence_each(tokenizer, options):
     example = Example("It was", options, 0)
-    sequences = ChoiceNLL().encode(example, tokenizer)
+    sequences = ChoiceNLL().encode(example, Encoder(tokenizer))
     prompt = ids(tokenizer, example.prompt)
     assert len(sequences) == 2
     for option, sequence in zip(options, sequences, strict=True):
@@ -83,19 +92,21 @@ def test_reduce_is_the_cross_entropy_over_the_options(tokenizer, options):
         shared = len(ids(tokenizer, example.prompt))
         logits = torch.stack([option_logit(tokenizer, example.prompt, option, shared) for option in options])
         expected = torch.nn.functional.cross_entropy(logits[None], torch.tensor([label]))
-        sequences = ChoiceNLL().encode(example, tokenizer)
+        sequences = ChoiceNLL().encode(example, Encoder(tokenizer))
         counts = np.concatenate([np.bincount(sequence.outputs) for sequence in sequences])
         summed, n = np.concatenate([sums(sequence) for sequence in sequences]), np.array([len(options)])
-        (loss,), (correct,) = ChoiceNLL().reduce(summed, counts, n, np.array([label]))
-        assert loss == pytest.approx(float(expected), rel=1e-9)
-        assert correct == float(int(logits.argmax()) == label)
+        outcomes = ChoiceNLL().reduce(batch(summed, counts, n, [label]))
+        assert outcomes.losses[0] == pytest.approx(float(expected), rel=1e-9)
+        assert outcomes.scores[0] == float(int(logits.argmax()) == label)
+        assert outcomes.columns["predicted"][0] == int(logits.argmax())
 
 
 def test_examples_with_different_numbers_of_options_are_reduced_together():
     """Also: an option of several tokens counts with their mean, and of equal options the first is the answer."""
     sums = np.array([-1.5, -2.0, -3.0, -1.0, -4.0, -1.0, -1.0, -0.1])
     counts, options, labels = np.array([1, 2, 1, 1, 2, 1, 1, 1]), np.array([2, 3, 2, 1]), np.array([1, 2, 1, 0])
-    losses, correct = ChoiceNLL().reduce(sums, counts, options, labels)
+    outcomes = ChoiceNLL().reduce(batch(sums, counts, options, labels))
+    losses, correct = outcomes.losses, outcomes.scores
     rows = [np.array([-1.5, -1.0]), np.array([-3.0, -1.0, -2.0]), np.array([-1.0, -1.0]), np.array([-0.1])]
     expected = [np.log(np.exp(row).sum()) - row[label] for row, label in zip(rows, labels, strict=True)]
     assert losses.tolist() == pytest.approx(expected, rel=1e-12)
@@ -105,7 +116,8 @@ def test_examples_with_different_numbers_of_options_are_reduced_together():
 
 def test_reduce_of_extreme_scores_is_finite_and_of_nan_is_nan():
     two, one = np.array([2, 2]), np.ones(4)
-    losses, correct = ChoiceNLL().reduce(np.array([-1e6, -1.0, np.nan, -1.0]), one, two, np.array([0, 1]))
+    outcomes = ChoiceNLL().reduce(batch(np.array([-1e6, -1.0, np.nan, -1.0]), one, two, [0, 1]))
+    losses, correct = outcomes.losses, outcomes.scores
     assert losses[0] == 999999.0 and np.isnan(losses[1]) and correct.tolist() == [0.0, 0.0]
 
 
@@ -116,23 +128,23 @@ def test_single_token_refuses_a_longer_word_and_names_it(tokenizer):
         r"\['Ġwonderful', 'Ġthing'\]\. Choose another word in task\.words, or set objective\.single_token=false"
     )
     with pytest.raises(ConfigError, match=says):
-        ChoiceNLL(single_token=True).encode(example, tokenizer)
+        ChoiceNLL(single_token=True).encode(example, Encoder(tokenizer))
 
 
 @pytest.mark.parametrize("single_token", [False, True])
 def test_an_empty_option_is_refused(tokenizer, single_token):
     with pytest.raises(ConfigError, match="option '' adds no token to the prompt 'It was'"):
-        ChoiceNLL(single_token).encode(Example("It was", (" great", ""), 0), tokenizer)
+        ChoiceNLL(single_token).encode(Example("It was", (" great", ""), 0), Encoder(tokenizer))
 
 
 def test_a_prompt_without_tokens_is_refused_unless_the_tokenizer_adds_one(tokenizer):
     example = Example("", WORDS, 0)
     if ids(tokenizer, ""):
-        (sequence,) = ChoiceNLL().encode(example, tokenizer)
+        (sequence,) = ChoiceNLL().encode(example, Encoder(tokenizer))
         assert sequence.tokens.tolist() == [1] and sequence.rows.tolist() == [0, 0]
     else:
         with pytest.raises(ConfigError, match="expected a prompt of at least one token; got ''"):
-            ChoiceNLL().encode(example, tokenizer)
+            ChoiceNLL().encode(example, Encoder(tokenizer))
 
 
 def test_a_merge_across_the_border_keeps_the_common_prefix(tokenizer):
@@ -140,8 +152,8 @@ def test_a_merge_across_the_border_keeps_the_common_prefix(tokenizer):
     example = Example("It was ", ("terrible", "great"), 0)
     prompt = ids(tokenizer, "It was")
     assert ids(tokenizer, example.prompt) == [*prompt, *word_ids(tokenizer, " ")]
-    (merged,) = ChoiceNLL(single_token=True).encode(example, tokenizer)
-    (plain,) = ChoiceNLL(single_token=True).encode(Example("It was", WORDS, 0), tokenizer)
+    (merged,) = ChoiceNLL(single_token=True).encode(example, Encoder(tokenizer))
+    (plain,) = ChoiceNLL(single_token=True).encode(Example("It was", WORDS, 0), Encoder(tokenizer))
     for name in ("tokens", "rows", "targets", "outputs"):
         assert getattr(merged, name).tolist() == getattr(plain, name).tolist()
 
@@ -149,7 +161,7 @@ def test_a_merge_across_the_border_keeps_the_common_prefix(tokenizer):
 def test_one_option_that_merges_shortens_the_prefix_of_all(tokenizer):
     example = Example("It wa", ("s great", " film"), 1)
     shared = ids(tokenizer, "It")
-    great, film = ChoiceNLL().encode(example, tokenizer)
+    great, film = ChoiceNLL().encode(example, Encoder(tokenizer))
     assert [*great.tokens.tolist(), great.targets[-1]] == ids(tokenizer, "It was great")
     assert [*film.tokens.tolist(), film.targets[-1]] == ids(tokenizer, "It wa film")
     for sequence in (great, film):
@@ -164,10 +176,10 @@ def test_a_special_token_at_the_end_is_scored_with_every_option():
     class Ended:
         inner = tiny_tokenizer()
 
-        def __call__(self, text: str) -> dict[str, list[int]]:
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
             return {"input_ids": [*ids(self.inner, text), 2]}
 
     prompt = ids(Ended.inner, "It was")
-    for word, sequence in zip(WORDS, ChoiceNLL().encode(Example("It was", WORDS, 0), Ended()), strict=True):
+    for word, sequence in zip(WORDS, ChoiceNLL().encode(Example("It was", WORDS, 0), Encoder(Ended())), strict=True):
         assert sequence.tokens.tolist() == prompt + word_ids(Ended.inner, word)
         assert sequence.targets.tolist() == [*word_ids(Ended.inner, word), 2]

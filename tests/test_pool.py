@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from loop import tile_grid
+from orders import batch_indices, stratified_indices
 
 from zoray.cluster import Cluster, bind_cores
-from zoray.data import ReplicaSpec, batch_indices, stratified_indices
+from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
 from zoray.estimators import TwoPoint
@@ -25,7 +26,7 @@ from zoray.pool import Pool
 from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Scores, Tile
 from zoray.replica import Replica
 from zoray.spaces import Lora, Lozo
-from zoray.tasks.labelled_file import LabelledFile
+from zoray.tasks.file import File
 from zoray.tiles import (
     LARGEST,
     MAX_TILE,
@@ -58,7 +59,7 @@ def test_joined_tiles_give_every_probe_its_examples_in_order_whoever_answers_fir
     flat = [np.array([3.0, 1.0, 2.0, 6.0, 0.0, 0.0]), np.array([5.0, 2.0])]
     answers = [((i,), Scores(flat[i], 3.0 - i, 10 - 6 * i)) for i in order]
     scores = join_scores(tiles, answers, per_example=True)
-    assert (scores.correct, scores.tokens, scored(tiles)) == (5.0, 14, 8)
+    assert (scores.score, scores.tokens, scored(tiles)) == (5.0, 14, 8)
     assert losses_of(PAIR, tiles, scores, per_example=True) == ([(3.0, 1.0, 2.0, 5.0), (6.0, 0.0, 0.0, 2.0)], 1)
     answers = [((i,), Scores(summed(tiles[i : i + 1], flat[i]), 0.0, 0)) for i in order]
     assert losses_of(PAIR, tiles, join_scores(tiles, answers, per_example=False)) == ([(2.75,), (2.0,)], 4)
@@ -151,7 +152,7 @@ def test_cores_are_shared_out_without_overlap(index):
 
 @pytest.fixture(scope="module")
 def spec(tiny_models, labelled_file) -> ReplicaSpec:
-    task = LabelledFile(str(labelled_file), [" terrible", " great"])
+    task = File(str(labelled_file), [" terrible", " great"])
     model, space = Model(str(tiny_models["llama"])), Lora(rank=2, alpha=4)
     pairs = TwoPoint(pairs=2, eps=0.1)
     return ReplicaSpec(model, task, ChoiceNLL(), space, pairs, Hf(), seed=1, data_seed=2, batch=8, tile_examples=2)
@@ -168,8 +169,8 @@ def test_a_replica_scores_the_examples_of_the_step(stratify, spec):
     tiles = tile_grid([centre], 8, 3)
     scores, _ = replica.evaluate((Commit(0, (0.0,)),), tiles, per_example=True)
     (losses,), _ = losses_of([centre], tiles, scores, per_example=True)
-    assert list(losses) == [outcomes[i][0] for i in chosen]
-    assert scores.correct == sum(outcomes[i][1] for i in chosen)
+    assert list(losses) == outcomes.losses[chosen].tolist()
+    assert scores.score == sum(outcomes.scores[chosen])
     scores, _ = replica.evaluate((), tiles)
     ((mean_loss,),), examples = losses_of([centre], tiles, scores)
     assert mean_loss == pytest.approx(mean(losses), abs=2**-40) and examples == 8

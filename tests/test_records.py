@@ -14,8 +14,10 @@ from zoray.records import (
     Evaluation,
     Example,
     JournalError,
+    Message,
     Probe,
     ReplicaLost,
+    Sampling,
     Scores,
     Splits,
     StepResult,
@@ -32,10 +34,14 @@ RECORDS = [
     Commit(3, (1 / 3, 0.1), momentum=0.5, rate=-0.25),
     Tile((Probe(3, 0, 0.01), Probe(3, 0, -0.01)), 4, 8, "dev"),
     Scores(np.array([3 << 40, -(2**63)], np.int64), 1.0, 512),
+    Scores(np.array([0.5, -1.0]), 1.0, 512, {}, written=2, failed=1, failure="Traceback"),
     EXAMPLE,
+    Message("user", "a"),
+    Example((Message("user", "a"),), answers=("b",), data={"row": [1]}, calibration="", part=1),
+    Sampling(8, 0.7, 0.9, ("\n",)),
     TokenSequence(*(np.arange(4, dtype=np.int32) for _ in range(4)), n_outputs=4),
-    StepResult(step=3, loss=0.7, accuracy=0.5, lr=1e-2, tokens=4096, seconds=0.25, dropped=1, ties=2),
-    Evaluation(step=3, split="dev", loss=0.7, accuracy=0.5, count=100, tokens=4096, seconds=0.25, digest="00ff"),
+    StepResult(step=3, loss=0.7, score=0.5, lr=1e-2, tokens=4096, seconds=0.25, dropped=1, ties=2),
+    Evaluation(step=3, split="dev", loss=0.7, score=0.5, count=100, tokens=4096, seconds=0.25, digest="00ff"),
     Splits((EXAMPLE,), (EXAMPLE, EXAMPLE)),
 ]
 each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
@@ -86,8 +92,8 @@ def test_a_label_without_an_option_is_refused(label):
 
 
 def test_an_example_without_options_is_refused():
-    with pytest.raises(ConfigError, match="label must be in"):
-        Example("It was", (), 0)
+    with pytest.raises(ConfigError, match="label must be 0 without options, got 1"):
+        Example("It was", (), 1)
 
 
 def test_splits_are_found_by_name():

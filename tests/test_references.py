@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from loop import drive
+from orders import batch_indices, stratified_indices
 
-from zoray.data import ReplicaSpec, batch_indices, stratified_indices
+from zoray.data import ReplicaSpec
 from zoray.directions import direction_numpy
 from zoray.engines.hf import Hf
 from zoray.estimators import Evolution, OneSided, TwoPoint
@@ -24,7 +25,7 @@ from zoray.objectives import ChoiceNLL
 from zoray.optimizers import GlobalAdaptive, Sgd, Sign
 from zoray.replica import Replica
 from zoray.spaces import Lora, LowRank, Lozo
-from zoray.tasks.labelled_file import LabelledFile
+from zoray.tasks.file import File
 
 SEED, DATA_SEED, BATCH, STEPS = 3, 5, 2, 20
 EMBEDDING = "model.embed_tokens"
@@ -35,7 +36,7 @@ TOLERANCE = 1e-6  # of a step's largest coefficient, or of a typical one where t
 class Reference:
     """A float64 model with explicit weights, and the loss of a step's batch under any weights."""
 
-    def __init__(self, folder: str, task: LabelledFile, vocabulary: bool = False, stratify: bool = False) -> None:
+    def __init__(self, folder: str, task: File, vocabulary: bool = False, stratify: bool = False) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
@@ -363,7 +364,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_twenty_steps_are_those_of_the_paper(case, tiny_models, labelled_file):
     space, estimator, optimizer, method = CASES[case]
-    task = LabelledFile(str(labelled_file), {0: " terrible", 1: " great"}, train=60, dev=20, test=20)
+    task = File(str(labelled_file), {0: " terrible", 1: " great"}, train=60, dev=20, test=20)
     vocabulary, stratify = space is VOCABULARY, case == "mezo-stratified"
     model = Model(str(tiny_models["llama" if vocabulary else "opt"]), dtype="float64")
     replica = Replica(ReplicaSpec(model, task, ChoiceNLL(), space, TwoPoint(), Hf(), SEED, DATA_SEED, BATCH, stratify))

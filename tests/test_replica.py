@@ -11,10 +11,11 @@ from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.estimators import Evolution, OneSided, TwoPoint
 from zoray.models import Model
+from zoray.noise import NEAR, rounding
 from zoray.objectives import ChoiceNLL
-from zoray.replica import NEAR, Replica, rounding
+from zoray.replica import Replica
 from zoray.spaces import Lora
-from zoray.tasks.labelled_file import LabelledFile
+from zoray.tasks.file import File
 
 X = np.array(NEAR)[:, None]
 
@@ -41,7 +42,7 @@ def test_independent_errors_are_measured(size):
 @pytest.mark.parametrize("estimator", [TwoPoint(eps=1e-2), OneSided(eps=1e-2), Evolution(4, 1e-2)], ids=str)
 def test_noise_is_that_of_the_dtype(estimator, tiny_models, labelled_file):
     """The reference scores each sequence alone, so rounding is all there is: a thousand times in bfloat16."""
-    task = LabelledFile(str(labelled_file), {0: " terrible", 1: " great"}, train=20, dev=4, test=4)
+    task = File(str(labelled_file), {0: " terrible", 1: " great"}, train=20, dev=4, test=4)
     found = {}
     for dtype in ("float32", "bfloat16"):
         model = Model(str(tiny_models["llama"]), dtype=dtype)

@@ -10,16 +10,13 @@ import pytest
 
 from zoray.records import ConfigError, Example, Splits
 from zoray.tasks import movie_reviews
-from zoray.tasks.base import distinct, fill, seeded_split
-from zoray.tasks.labelled_file import LabelledFile
+from zoray.tasks.base import distinct, fill, seeded_order, seeded_split
 from zoray.tasks.movie_reviews import MovieReviews
 from zoray.tasks.sst2 import SST2
 
 # Splits that must never change: a run's journal names examples by their position in them.
 PINNED_0, PINNED_1 = [(7, 4, 9), (3, 8)], [(7, 4, 8), (6, 5)]
-PINNED_MOVIES, PINNED_SST2, PINNED_FILE = "27cca23199c5cbbc", "0c88546a8e3db66c", "9544fc7aa8436845"
-
-WORDS = {"negative": " terrible", "positive": " great"}
+PINNED_MOVIES, PINNED_SST2 = "27cca23199c5cbbc", "0c88546a8e3db66c"
 
 
 def digest(splits: Splits) -> str:
@@ -40,6 +37,12 @@ def test_seeded_split_is_pinned():
     assert seeded_split(range(10), (3, 2), 0, "x") == PINNED_0
     assert seeded_split(range(10), (3, 2), 1, "x") == PINNED_1
     assert seeded_split(range(10), (3, 5), 0, "x")[0] == PINNED_0[0]  # a later size does not move an earlier sample
+
+
+@pytest.mark.parametrize(("count", "seed"), [(0, 0), (1, 3), (1000, 0), (70_001, 2**31)])
+def test_the_order_is_that_of_the_digests(count, seed):
+    slow = sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+    assert seeded_order(count, seed).tolist() == slow
 
 
 def test_seeded_split_says_how_many_rows_there_are():
@@ -229,9 +232,10 @@ def test_sst2_follows_mezo(sst2):
     assert {e.prompt for e in splits.test} == {f"held out {i} It was" for i in range(8)}
     assert all(e.prompt.startswith("sentence ") for e in splits.train + splits.dev)
     held_out = next(e for e in splits.test if e.prompt == "held out 1 It was")
-    assert held_out == Example("held out 1 It was", (" terrible", " great"), 0)
+    assert held_out == Example("held out 1 It was", (" terrible", " great"), 0, calibration="It was")
     number = int(splits.train[0].prompt.split()[1])
-    assert splits.train[0] == Example(f"sentence {number} It was", (" terrible", " great"), number % 2)
+    expected = Example(f"sentence {number} It was", (" terrible", " great"), number % 2, calibration="It was")
+    assert splits.train[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -290,151 +294,3 @@ def test_sst2_from_the_hub(sst2, monkeypatch):
     del splits["validation"]
     with pytest.raises(ConfigError, match=r"must have the splits train and validation; got \['train'\]"):
         SST2(20, 10, 8).load()
-
-
-# your own data
-
-
-def labelled(folder: Path, name: str, content: str | bytes) -> str:
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
-
-
-JSONL = "".join(json.dumps({"text": f"text {i}", "label": ["negative", "positive"][i % 2]}) + "\n" for i in range(50))
-
-
-def test_labelled_file_splits_80_10_10(tmp_path):
-    path = labelled(tmp_path, "a.jsonl", JSONL)
-    splits = LabelledFile(path, WORDS).load()
-    assert [len(splits[name]) for name in ("train", "dev", "test")] == [40, 5, 5]
-    assert_disjoint(splits)
-    assert digest(splits) == PINNED_FILE
-    example = splits.train[0]
-    number = int(example.prompt.split()[1])
-    assert example == Example(f"text {number} It was", (" terrible", " great"), number % 2)
-    sizes = LabelledFile(path, WORDS, train=7, test=0).load()
-    assert [len(sizes[name]) for name in ("train", "dev", "test")] == [7, 5, 0]
-    with pytest.raises(ConfigError, match=r"a\.jsonl has 50 usable rows; asked for 5 \+ 5 \+ 45 = 55"):
-        LabelledFile(path, WORDS, train=45).load()
-    assert pickle.loads(pickle.dumps(LabelledFile(path, WORDS))) == LabelledFile(path, WORDS)
-
-
-def test_labelled_file_formats_agree(tmp_path):
-    rows = [("a, b", "0"), ('say "hi"', "1"), ("two\nlines", "0"), ("tab\there", "1"), ("übel", "0"), ("last", "1")]
-    jsonl = "".join(json.dumps({"t": text, "l": int(label)}) + "\n\n" for text, label in rows)
-    quoted = [(text.replace('"', '""'), label) for text, label in rows]
-    csv = "\ufeffid,t,l\r\n" + "".join(f'{i},"{text}",{label}\r\n' for i, (text, label) in enumerate(quoted))
-    tsv = "t\tl\n" + "".join(f'"{text}"\t{label}\n' for text, label in quoted)
-    loaded = [
-        LabelledFile(labelled(tmp_path, name, content), [" no", " yes"], "t", "l", "{text}:").load()
-        for name, content in (("a.jsonl", jsonl), ("a.csv", csv), ("a.tsv", tsv))
-    ]
-    assert loaded[0] == loaded[1] == loaded[2]
-    prompts = {e.prompt for name in ("train", "dev", "test") for e in loaded[0][name]}
-    assert prompts == {f"{text}:" for text, _ in rows}
-
-
-def test_labels_may_be_numbers_or_truth_values(tmp_path):
-    rows = [{"text": "a", "label": True}, {"text": "b", "label": False}, {"text": "c", "label": True}]
-    path = labelled(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
-    splits = LabelledFile(path, {False: " no", "true": " yes"}).load()  # type: ignore
-    assert {e.prompt[0]: e.label for name in ("train", "dev", "test") for e in splits[name]} == {"a": 1, "b": 0, "c": 1}
-
-
-def test_repeated_texts_are_used_once(tmp_path):
-    path = labelled(tmp_path, "a.jsonl", JSONL + JSONL)
-    splits = LabelledFile(path, WORDS).load()
-    assert sum(len(splits[name]) for name in ("train", "dev", "test")) == 50
-    assert_disjoint(splits)
-
-
-GOOD = '{"text": "a", "label": "positive"}\n'
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("a.jsonl", GOOD + "{no\n", r"a\.jsonl, line 2: not JSON"),
-        ("a.jsonl", GOOD + "[1]\n", r"a\.jsonl, line 2: expected a JSON object; got list"),
-        (
-            "a.jsonl",
-            GOOD + '\n{"text": "b"}\n',
-            r"a\.jsonl, line 3: no value for column 'label'; the row has \['text'\]",
-        ),
-        ("a.jsonl", '{"text": "b", "label": null}\n', r"a\.jsonl, line 1: no value for column 'label'"),
-        ("a.jsonl", GOOD + '{"text": "b", "label": "meh"}', r"line 2: label 'meh' has no word; words has \['negative'"),
-        ("a.jsonl", GOOD + '{"text": " ", "label": "positive"}', r"a\.jsonl, line 2: column 'text' must hold text"),
-        (
-            "a.jsonl",
-            GOOD + '{"text": 3, "label": "positive"}',
-            r"a\.jsonl, line 2: column 'text' must hold text; got 3",
-        ),
-        ("a.jsonl", GOOD.encode() + b'{"text": "\xe9"}', r"a\.jsonl, line 2: not UTF-8"),
-        ("a.jsonl", "", r"a\.jsonl has no rows"),
-        ("a.csv", "", r"a\.csv has no rows"),
-        ("a.csv", "text,label\n", r"a\.csv has no rows"),
-        (
-            "a.csv",
-            "text,sentiment\na,positive\n",
-            r"a\.csv, line 2: no value for column 'label'; .*\['text', 'sentiment'\]",
-        ),
-        ("a.csv", "text,label\na,positive\nb\n", r"a\.csv, line 3: expected 2 cells .*; got 1"),
-        ("a.csv", "text,label\na, b,positive\n", r"a\.csv, line 2: expected 2 cells .*; got 3"),
-        ("a.csv", 'text,label\n"a\nb",positive\nc,meh\n', r"a\.csv, line 4: label 'meh'"),
-        ("a.csv", 'text,label\na,positive\n"b,positive\nc,positive\n', r"a\.csv, line 3: unexpected end of data"),
-        ("a.csv", "text,label\n ,positive\n", r"a\.csv, line 2: column 'text' must hold text"),
-        ("a.tsv", "text\tlabel\na\tpositive\nb\tmeh\n", r"a\.tsv, line 3: label 'meh'"),
-        ("a.tsv", b"text\tlabel\na\tpositive\n\xff\tpositive\n", r"a\.tsv, line 3: not UTF-8"),
-    ],
-)
-def test_malformed_files_name_file_and_line(tmp_path, name, content, says):
-    with pytest.raises(ConfigError, match=says):
-        LabelledFile(labelled(tmp_path, name, content), WORDS).load()
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "says"),
-    [
-        ({"path": "a.txt"}, r"must end in \.jsonl, \.csv, \.tsv"),
-        ({"words": " great"}, "words must map labels"),
-        ({"words": {"a": " great"}}, "words must be two or more"),
-        ({"words": {"a": " great", "b": " great"}}, "words must be two or more different"),
-        ({"words": [" great", 3]}, "words must be two or more"),
-        ({"template": "x"}, "template must be"),
-        ({"train": 0}, "train must be"),
-        ({"text_column": ""}, "text_column must be"),
-    ],
-)
-def test_bad_file_settings_are_refused(kwargs, says):
-    with pytest.raises(ConfigError, match=says):
-        LabelledFile(**({"path": "a.csv", "words": WORDS} | kwargs))
-
-
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"can't read .*gone\.csv: No such file"):
-        LabelledFile(str(tmp_path / "gone.csv"), WORDS).load()
-
-
-# conf/
-
-
-@pytest.mark.parametrize("file", ["model/smollm2-135m", "model/hf", "task/movie_reviews", "task/sst2", "task/file"])
-def test_config_files_spell_out_every_default(file):
-    """conf/ repeats no number that differs from the dataclass, and leaves no parameter out."""
-    import dataclasses
-
-    from hydra.utils import get_class, instantiate
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.load(Path(__file__).parents[1] / "conf" / f"{file}.yaml")
-    component = get_class(config._target_)
-    fields = {f.name: f.default for f in dataclasses.fields(component)}  # type: ignore
-    assert list(fields) == [key for key in config if key != "_target_"]
-    given = {"path": "x.csv" if file == "task/file" else "org/name", "words": [" no", " yes"]}
-    for key, default in fields.items():
-        if OmegaConf.is_missing(config, key):
-            config[key] = given[key]
-        elif default is not dataclasses.MISSING:
-            assert OmegaConf.to_container(config)[key] == (list(default) if isinstance(default, tuple) else default)  # type: ignore
-    assert isinstance(instantiate(config, _convert_="all"), component)

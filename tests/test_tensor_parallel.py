@@ -18,7 +18,7 @@ from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError
 from zoray.spaces import Lora, Lozo
-from zoray.tasks.labelled_file import LabelledFile
+from zoray.tasks.file import File
 from zoray.tiles import Grid, losses_of
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def test_two_processes_give_the_digest_and_the_scores_of_one(architecture, tiny_
 @pytest.mark.ray
 def test_a_replica_of_two_ranks_in_the_pool(local_ray, tiny_models, labelled_file):
     """Placed in one bundle; the digest and the losses of a replica of one rank."""
-    task = LabelledFile(str(labelled_file), [" terrible", " great"])
+    task = File(str(labelled_file), [" terrible", " great"])
     model, engine = Model(str(tiny_models["llama"])), Vllm(slots=4, max_tokens=512, kv_cache_gib=0.1)
     space, pairs = Lora(rank=2, alpha=4), TwoPoint(pairs=2, eps=0.1)
     found = {}

@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from zoray.records import ConfigError
+from zoray.snapshots import pack
+from zoray.spaces import Lora
 from zoray.spaces.base import MAX_RANK, is_embedding
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from zoray.spaces.fold import Factors
 
+FOREIGN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")  # of PEFT's LoRA
 EXACT_SVD = 2048  # smaller side of a matrix up to which the full SVD is taken
 
 
@@ -71,6 +74,48 @@ def _peft_key(name: str) -> str:
     if is_embedding(matrix):
         return f"base_model.model.{matrix}.{part.replace('lora_', 'lora_embedding_')}"
     return f"base_model.model.{name}.weight"
+
+
+def peft_space(folder: Path) -> Any:
+    """The space (spaces.Lora) that a PEFT adapter of a folder is a state of.
+
+    Raises:
+        ConfigError: there is no LoRA adapter, or one with parts that zoray does not have.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"expected a PEFT adapter's folder (adapter_config.json); got {folder}: {error}") from None
+    found = [name for name in FOREIGN if config.get(name)] or config.get("peft_type")
+    if found != "LORA" or config.get("bias", "none") != "none":
+        raise ConfigError(f"expected a plain LoRA adapter without biases; {path} has {found}")
+    targets = config["target_modules"]
+    return Lora(config["r"], float(config["lora_alpha"]), targets if isinstance(targets, str) else tuple(targets), "AB")
+
+
+def read_peft(folder: Path, space: Any, matrices: Mapping[str, tuple[int, int]]) -> bytes:
+    """A PEFT adapter as a snapshot of its space's state, for Engine.restore; {canonical name: (out, in)} of the model.
+
+    Raises:
+        ConfigError: it is of another model.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    tensors, state = load_file(folder / "adapter_model.safetensors"), space.open(matrices, 0)
+    for name, a, b in state.tensors(state.flat):
+        for part, own in (("lora_A", a), ("lora_B", b)):
+            found = tensors.pop(_peft_key(f"{name}.{part}"), torch.zeros(0))
+            if found.shape != own.shape:
+                shapes = f"shape {tuple(own.shape)} in {folder}; got {tuple(found.shape)}"
+                raise ConfigError(f"expected {name}.{part} of {shapes}. Take the adapter's own model")
+            own.copy_(found)
+    if tensors:
+        raise ConfigError(f"{folder} has adapters for {sorted(tensors)[:3]}, which the model lacks. Take its own model")
+    data = pack(state, 1 << 62)
+    assert data is not None
+    return data
 
 
 class Stack:

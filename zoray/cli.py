@@ -6,7 +6,7 @@ Used by the mains only. Nothing here imports torch, vLLM or Ray, so a mistake in
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,9 +88,52 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
             for key, _ in settings:
                 if not key.startswith("hydra."):
                     check_key(key, config)
-            return hydra_compose(config_name, options + [override for _, override in settings]) if settings else config
+            if settings:
+                config = hydra_compose(config_name, options + [override for _, override in settings])
+            return expand_mixture(config)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(f"{error} {error.__cause__ or ''}".split())) from None
+
+
+def expand_mixture(config: Any) -> Any:
+    """A config whose task is a mixture of options by name, with those options' settings written out."""
+    from omegaconf import DictConfig, OmegaConf, open_dict
+
+    task = config.get("task")
+    if not isinstance(task, DictConfig) or not str(task.get("_target_", "")).endswith(".Mixture"):
+        return config
+    if OmegaConf.is_missing(task, "parts") or not isinstance(task.parts, DictConfig):
+        return config
+    with open_dict(config):
+        named: Any = OmegaConf.to_container(task.parts)
+        for name, given in named.items():
+            given = given if isinstance(given, dict) else {"weight": given}
+            if "_target_" not in given:
+                task.parts[name] = _mixture_part(str(name), given)
+    return config
+
+
+def _mixture_part(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a part: {task: OPTION, weight: 1, objective: OPTION or {OPTION: {KEY: VALUE}}, KEY: VALUE}."""
+    part, where = dict(given), f"task.parts.{name}"
+    objective, weight = part.pop("objective", None), part.pop("weight", 1.0)
+    option, own = next(iter(objective.items())) if isinstance(objective, dict) else (objective, {})
+    task = _option("task", part.pop("task", name), part, where, where)
+    extra = {} if option is None else {"objective": _option("objective", option, own, where, f"{where}.objective")}
+    return {"_target_": "zoray.tasks.mixture.Part", "weight": weight, "task": task, **extra}
+
+
+def _option(group: str, option: object, settings: Mapping[str, Any], where: str, keys: str) -> Any:
+    """An option of a group with some of its settings changed."""
+    from omegaconf import OmegaConf
+
+    check_option(group, str(option), where)
+    config: Any = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
+    for key, value in settings.items():
+        if key not in list(config.keys()):  # `in` says no for what is to be given
+            raise unknown_key(f"{keys}.{key}", key, keys, [str(name) for name in config if name != "_target_"])
+        config[key] = value
+    return config
 
 
 def _check_experiment(options: Sequence[str]) -> None:
@@ -127,12 +170,13 @@ def _split(override: str) -> tuple[str, str]:
     return key.lstrip("+"), value
 
 
-def check_option(group: str, option: str) -> None:
+def check_option(group: str, option: str, where: str = "") -> None:
     """Raise ConfigError, with the options that exist, unless the group has this one."""
     options = group_options(group)
     if option not in options:
         advice = did_you_mean(option, options) or f". Settings of the chosen one are {group}.KEY=VALUE"
-        raise ConfigError(f"expected {group} to be one of {', '.join(options)}; got {option!r}{advice}")
+        name = f"{where}.{group}" if where else group
+        raise ConfigError(f"expected {name} to be one of {', '.join(options)}; got {option!r}{advice}")
 
 
 def check_key(key: str, config: Any) -> None:
@@ -149,7 +193,7 @@ def check_key(key: str, config: Any) -> None:
 
 
 def group_options(group: str) -> list[str]:
-    """The configs of a group, e.g. `task` -> [file, movie_reviews, sst2]; none if there is no such group."""
+    """The configs of a group, e.g. `engine` -> [hf, vllm]; none if there is no such group."""
     return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml")) if group else []
 
 

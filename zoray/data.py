@@ -1,27 +1,32 @@
-"""From a task's text to token sequences, and which examples a step sees.
+"""From a run's tasks to token sequences.
 
 No tokens travel: every replica does all of this itself.
-Guarantees: the examples of a step depend on (data seed, step, batch size, number of examples) alone; every example is
-tokenised once; a text that is too long is an error before any model loads.
+Guarantees: an example of a split in memory is tokenised once, and a text that is too long is an error before any model
+loads; a split that is read as it goes (a file of a million lines) is tokenised as it goes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray.directions import name_hash, philox_numpy
 from zoray.models import linear_matrices, load_tokenizer, max_length, quantisation
-from zoray.records import ConfigError, Example, Splits, TokenSequence
+from zoray.order import Order, labels_of, part_numbers
+from zoray.prompts import Encoder
+from zoray.records import WHOLE, ConfigError, Example, Splits, TokenSequence
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
-_SHUFFLE = name_hash("zoray.data.shuffle")
+    from zoray.objectives.base import Objective
+
+SPLITS = ("train", "dev", "test")
+RECENT = 4_096  # examples whose tokens are kept, of a larger one
+CHECKED = 256  # examples of a larger one that are tokenised at start, to find mistakes in the settings
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,18 @@ class ReplicaSpec:
     batch: int
     stratify: bool = False
     tile_examples: int = 4
+    too_long: str | None = None  # "refuse" or "cut" sequences over the limit; None: cut only what is read as it goes
+
+
+@dataclass(frozen=True)
+class Part:
+    """A task of a run with its objective; most runs have one. Of a mixture, examples say which they are of."""
+
+    task: Any
+    objective: Objective
+    evaluator: Objective  # what measures the task's metric on dev and test
+    name: str = ""
+    weight: float = 1.0  # share of the training examples
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,14 @@ class Workload:
     folder: Path
     matrices: dict[str, tuple[int, int]]
     splits: Splits
-    encoded: dict[str, tuple[tuple[TokenSequence, ...], ...]]  # split -> example -> its sequences
+    encoded: dict[str, Sequence[tuple[TokenSequence, ...]]]  # split -> example -> its sequences, for its objective
+    parts: tuple[Part, ...] = ()
+    encoder: Encoder | None = None
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the loss of a batch is not the mean over its examples."""
+        return any(part.objective.pooled for part in self.parts)
 
     def example(self, split: str, index: int) -> tuple[Example, tuple[TokenSequence, ...]]:
         """An example of a split and its sequences."""
@@ -62,76 +86,104 @@ def load_workload(spec: ReplicaSpec) -> Workload:
         ConfigError: as the model, task, objective and space say; or an example is too long for model and engine.
     """
     splits = spec.task.load()
+    if not len(splits.train):
+        raise ConfigError("expected at least one training example; got none. Raise task.train")
+    parts = _bound(spec, splits)
     folder = spec.model.resolve()
     matrices = linear_matrices(folder, spec.space.targets)
     chosen = spec.space.select(matrices)
-    if spec.space.folds and (vocabulary := chosen.keys() - linear_matrices(folder).keys()):
-        raise ConfigError(
-            f"expected space.targets among the inner layers for space={type(spec.space).__name__.lower()}; got "
-            f"{', '.join(sorted(vocabulary))}: many models share one weight between embedding and LM head, and a fold "
-            "into one would move both. Take space=lora, or leave it out"
-        )
-    method = quantisation(folder)
-    if spec.space.folds and method is not None:
-        raise ConfigError(
-            f"space={type(spec.space).__name__.lower()} folds its steps into the base weights, and those of "
-            f"{spec.model.path} are quantised ({method}): each step would be rounded away. Take space=lora, which "
-            "never writes the base weights, or the unquantised model"
-        )
-    tokenizer = load_tokenizer(folder)
+    if spec.space.folds:
+        _check_fold(spec, folder, [name for name in chosen if name not in linear_matrices(folder)], parts)
     model_limit = max_length(folder)
     limit = spec.engine.length_limit(model_limit)
-    encoded = {}
-    for split in ("train", "dev", "test"):
-        encoded[split] = tuple(spec.objective.encode(example, tokenizer) for example in splits[split])
-        for index, sequences in enumerate(encoded[split]):
+    streamed = any(len(splits[split]) > WHOLE for split in SPLITS)
+    encoder = Encoder(load_tokenizer(folder), limit, spec.too_long == "cut" or (spec.too_long is None and streamed))
+    encoded = {
+        split: encode_split(splits[split], lambda example: parts[example.part].objective.encode(example, encoder))
+        for split in SPLITS
+    }
+    for split in SPLITS:
+        for index, sequences in zip(range(len(splits[split])), encoded[split], strict=False):
+            if index == CHECKED and not isinstance(encoded[split], tuple):
+                break
             longest = max(len(sequence.tokens) for sequence in sequences)
             if longest > limit:
                 whose = "the model" if limit == model_limit else "the engine (engine.max_length, engine.max_tokens)"
                 raise ConfigError(
                     f"expected sequences of at most {limit} tokens, the limit of {whose}; got {longest} tokens in "
-                    f"{split} example {index} ({splits[split][index].prompt[:50]!r}...). Shorten it, or raise the limit"
+                    f"{split} example {index} ({str(splits[split][index].prompt)[:50]!r}...). Shorten it, raise the "
+                    "limit, or set run.too_long=cut, which takes away the beginning"
                 )
-    if not splits.train:
-        raise ConfigError("expected at least one training example; got none. Raise task.train")
-    return Workload(folder, matrices, splits, encoded)
+    workload = Workload(folder, matrices, splits, encoded, parts, encoder)
+    if workload.pooled and (len(parts) > 1 or spec.estimator.per_example):
+        raise ConfigError(
+            "expected an F1 score as objective only of a single task, with estimator.centring=batch: it is of a batch, "
+            "not of an example. Take objective.name=accuracy"
+        )
+    return workload
 
 
-def batch_indices(data_seed: int, step: int, batch: int, n: int) -> np.ndarray:
-    """Which of n training examples step `step` sees, (batch,): epoch after epoch, each in an order of its own."""
-    positions = np.arange(step * batch, (step + 1) * batch)
-    order = {epoch: _permutation(data_seed, int(epoch), n) for epoch in np.unique(positions // n)}
-    return np.array([order[p // n][p % n] for p in positions])
+def order_of(spec: ReplicaSpec, workload: Workload) -> Order:
+    """Which training examples each step sees."""
+    train = workload.splits.train
+    return Order(spec, labels_of(train), part_numbers(train), [part.weight for part in workload.parts] or [1.0])
 
 
-def stratified_indices(data_seed: int, step: int, batch: int, labels: Sequence[int]) -> np.ndarray:
-    """The same with labels in turn, (batch,): batches of a multiple of the number of labels have equally many of each.
-
-    Each label's examples come epoch after epoch on their own, so a rare label comes round more often.
-    """
-    strata = _strata(tuple(labels))
-    chosen = []
-    for position in range(step * batch, (step + 1) * batch):
-        own, place = strata[position % len(strata)], position // len(strata)
-        seed = (data_seed + position % len(strata)) % 2**32  # labels of equal counts get orders of their own
-        chosen.append(own[batch_indices(seed, place, 1, len(own))[0]])
-    return np.array(chosen)
-
-
-def step_indices(spec: Any, step: int, labels: Sequence[int]) -> np.ndarray:
-    """Which training examples a step sees, (batch,), by a spec; `labels` are those of all examples."""
-    address = (spec.data_seed, step, spec.batch)
-    return stratified_indices(*address, labels) if spec.stratify else batch_indices(*address, len(labels))
+def _bound(spec: ReplicaSpec, splits: Splits) -> tuple[Part, ...]:
+    """A spec's parts, each with its objective bound to its task."""
+    numbers, parts = part_numbers(splits.train), []
+    for k, part in enumerate(getattr(spec.task, "mixed", (spec.task,))):
+        task = getattr(part, "task", part)
+        objective = getattr(part, "objective", None) or spec.objective
+        first = splits.train[int(np.argmax(numbers == k))]
+        own = objective.bind(task, first)
+        name, weight = getattr(part, "name", ""), getattr(part, "weight", 1.0)
+        parts.append(Part(task, own, own.evaluator(task, first), name, weight))
+    return tuple(parts)
 
 
-@lru_cache(maxsize=4)
-def _strata(labels: tuple[int, ...]) -> list[np.ndarray]:
-    """The positions of each label, labels in ascending order."""
-    return [np.flatnonzero(np.asarray(labels) == label) for label in sorted(set(labels))]
+def _check_fold(spec: ReplicaSpec, folder: Path, vocabulary: Sequence[str], parts: Sequence[Part]) -> None:
+    """Raise ConfigError where steps can't be folded into this model's weights."""
+    space, method = type(spec.space).__name__.lower(), quantisation(folder)
+    if vocabulary:
+        raise ConfigError(
+            f"expected space.targets among the inner layers for space={space}; got {', '.join(sorted(vocabulary))}: "
+            "many models share one weight between embedding and LM head, and a fold into one would move both. Take "
+            "space=lora, or leave it out"
+        )
+    if method is not None:
+        raise ConfigError(
+            f"space={space} folds its steps into the base weights, and those of {spec.model.path} are quantised "
+            f"({method}): each step would be rounded away. Take space=lora, which never writes the base weights, or "
+            "the unquantised model"
+        )
+    if any(part.objective.reference for part in parts):
+        raise ConfigError(
+            f"space={space} folds its steps into the base weights, and this objective compares with the model as it "
+            "was. Take space=lora, which never writes the base weights"
+        )
 
 
-@lru_cache(maxsize=64)
-def _permutation(data_seed: int, epoch: int, n: int) -> np.ndarray:
-    """An order of n examples: they are sorted by 64 random bits each, so that it is the same on every machine."""
-    words = philox_numpy((np.arange(n), epoch, 0, _SHUFFLE >> 32), (data_seed, _SHUFFLE & 0xFFFFFFFF)).astype(np.uint64)
-    return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")
+def encode_split(
+    examples: Sequence[Example], encode: Callable[[Example], tuple[TokenSequence, ...]]
+) -> Sequence[tuple[TokenSequence, ...]]:
+    """The sequences of each example of a split; made now, or when they are asked for if there are very many."""
+    return EncodedAsAsked(examples, encode) if len(examples) > WHOLE else tuple(map(encode, examples))
+
+
+class EncodedAsAsked(Sequence[tuple[TokenSequence, ...]]):
+    """The sequences of many examples, made when they are asked for; those of the most recent ones are kept."""
+
+    def __init__(self, examples: Sequence[Example], encode: Callable[[Example], tuple[TokenSequence, ...]]) -> None:
+        self._count = len(examples)
+        self._encode = lru_cache(RECENT)(lambda index: encode(examples[index]))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(self._count)))
+        if not 0 <= index < self._count:
+            raise IndexError(f"expected an example from 0 to {self._count - 1}; got {index}")
+        return self._encode(int(index))

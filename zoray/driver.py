@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from zoray import journal, snapshots
 from zoray.adapters import write_peft
+from zoray.data import order_of
 from zoray.history import best, stalled, summarise
+from zoray.measure import Losses, check_rewards, evaluate
 from zoray.models import weights_hash
 from zoray.monitoring import Monitor
 from zoray.pool import Pool
-from zoray.records import ConfigError, Evaluation, JournalError, StepResult, record, require
-from zoray.tiles import Grid, losses_of, mean, scored
+from zoray.records import ConfigError, JournalError, StepResult, record, require
+from zoray.tiles import Grid, mean, scored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,6 +49,8 @@ def tune(
         ConfigError, JournalError, ReplicaLost, FloatingPointError: as the parts say; what is journalled is kept.
     """
     e, run, folder = experiment, experiment.run, experiment.run.path
+    order = order_of(e.spec, workload)
+    losses_of = Losses(workload, order).of
     for split in ("dev", "test") if run.test else ("dev",):
         require(len(workload.splits[split]) > 0, f"examples in the {split} split", 0, f"Raise task.{split}")
     header = make_header(e, workload)
@@ -75,19 +79,20 @@ def tune(
                 f"{pool.size} replica(s) ready after {time.monotonic() - started:.0f} s; adapters live: {check}; "
                 f"score noise {pool.info.noise:.1e}"
             )
-            tile_count = len(Grid.of(e.spec, 0))
+            tile_count = len(Grid.of(e.spec, 0, pooled=workload.pooled))
             if pool.size > tile_count:
                 monitor.message(
                     f"warning: a step has {tile_count} tiles for {pool.size} replicas; lower run.tile_examples"
                 )
-            labels = {example.label for example in workload.splits.train}
-            if run.stratify and run.batch % len(labels):
+            if run.stratify and run.batch % order.labels:
                 monitor.message(
-                    f"warning: batches of {run.batch} can't hold {len(labels)} labels equally often; make run.batch a "
+                    f"warning: batches of {run.batch} can't hold {order.labels} labels equally often; make run.batch a "
                     "multiple of them, or set run.stratify=false"
                 )
+            if workload.encoder is not None and workload.encoder.shortened:
+                monitor.message(f"{workload.encoder.shortened} sequences were too long and have lost their beginning")
             memory = done[-1].optimizer if done else e.optimizer.init()
-            early, last_snapshot = False, snapshot.step if snapshot else 0
+            early, failed, last_snapshot = False, 0, snapshot.step if snapshot else 0
 
             for step in range(log.next_step, run.steps):
                 if step == 0 or (run.eval_every and step % run.eval_every == 0):
@@ -96,15 +101,23 @@ def tune(
                     if step == 0 and run.test:
                         measure(pool, workload, monitor, "test")
                     if early := stalled(monitor.history.evaluations, run.patience):
-                        monitor.message(f"no better dev accuracy in {run.patience} evaluations: the run ends early")
+                        monitor.message(f"nothing better on dev in {run.patience} evaluations: the run ends early")
                         break
                 if stopping():
                     break
                 began = time.monotonic()
                 probes = e.estimator.ask(step)
-                grid = Grid.of(e.spec, step)
+                grid = Grid.of(e.spec, step, pooled=workload.pooled)
                 scores, digest = pool.evaluate(grid, digest=step % run.digest_every == 0)
-                losses, examples = losses_of(probes, grid.tiles, scores, grid.per_example)
+                check_rewards(scores, workload, f"step {step + 1}")
+                if scores.failed and not failed:
+                    reason = scores.failure.strip().splitlines()[-1]
+                    monitor.message(
+                        f"warning: step {step + 1}: {scores.failed} of {scores.written} completions have no reward "
+                        f"and count as objective.failed; the first: {reason}"
+                    )
+                failed += scores.failed
+                losses, examples = losses_of(probes, grid, scores)
                 estimate = e.estimator.tell(probes, losses, pool.info.noise / math.sqrt(examples))
                 memory, commit = e.optimizer.update(memory, step, run.steps, estimate.weights)
                 log.append(journal.StepRecord(commit, tuple(map(mean, losses)), digest, memory))
@@ -118,7 +131,7 @@ def tune(
                     StepResult(
                         step=step + 1,
                         loss=estimate.loss,
-                        accuracy=scores.correct / scored(grid.tiles),
+                        score=scores.score / scored(grid.tiles),
                         lr=e.optimizer.lr_at(step, run.steps),
                         tokens=scores.tokens,
                         seconds=time.monotonic() - began,
@@ -126,6 +139,7 @@ def tune(
                         ties=estimate.ties,
                         buried=estimate.buried,
                         replicas=pool.size,
+                        failed=scores.failed,
                     )
                 )
 
@@ -162,6 +176,7 @@ def tune(
                     name: sum(getattr(s, name) for s in steps) for name in ("dropped", "ties", "buried")
                 },
                 "score_noise": pool.info.noise,
+                "failed_rewards": sum(s.failed for s in steps),
                 "digest": digest,
                 "replicas": pool.size,
                 "lost_replicas": len(pool.lost),
@@ -176,6 +191,8 @@ def tune(
                     f"warning: {silent} of {directions} directions said nothing (equal losses, or a difference below "
                     "the score noise): raise the perturbation (estimator.eps or sigma), or the batch"
                 )
+            if failed:
+                monitor.message(f"warning: {failed} completions had no reward, see `failed` in metrics.jsonl")
             if not finished:
                 monitor.message(f"stopped after step {last} of {run.steps}; go on with run.resume={folder}")
             elif e.space.folds:
@@ -190,16 +207,6 @@ def measure(pool: Pool, workload: Workload, monitor: Monitor, split: str) -> Non
         monitor.evaluation(evaluate(pool, workload, split))
 
 
-def evaluate(pool: Pool, workload: Workload, split: str) -> Evaluation:
-    """Loss and accuracy of the current state on a whole split, shared out over the replicas."""
-    began, step, count = time.monotonic(), len(pool.commits), len(workload.splits[split])
-    grid = Grid.of(pool.spec, step, split, count)
-    scores, digest = pool.evaluate(grid, digest=True)
-    ((loss,),), _ = losses_of(grid.tiles[0].probes, grid.tiles, scores)
-    seconds = time.monotonic() - began
-    return Evaluation(step, split, loss, scores.correct / count, count, scores.tokens, seconds, digest or "")
-
-
 def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:
     """What the journal pins: everything that replay and resume need besides the steps."""
     return {
@@ -212,7 +219,10 @@ def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:
         "objective": record(e.objective),
         "estimator": record(e.estimator),
         "optimizer": record(e.optimizer),
-        "run": {k: getattr(e.run, k) for k in ("seed", "data_seed", "batch", "stratify", "steps", "tile_examples")},
+        "run": {
+            name: getattr(e.run, name)
+            for name in ("seed", "data_seed", "batch", "stratify", "steps", "tile_examples", "too_long")
+        },
         "versions": dict(_versions()),
     }
 

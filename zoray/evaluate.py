@@ -1,65 +1,175 @@
-"""`python -m zoray.evaluate run=DIR [step=K|best] [split=dev] [task=NAME]`: score any step, without Ray."""
+"""`python -m zoray.evaluate`: score any state on any task, without Ray.
+
+run=DIR [step=K|best] [split=dev] [task=NAME]     a step of a run, on its own task or on another
+task=NAME model=NAME [adapter=DIR]                a bare model, with a PEFT adapter or without
+shots=K                                           the same with K solved examples before each prompt (ICL)
+predictions=FILE.jsonl                            what the model made of each example
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from zoray import journal
+from zoray.adapters import peft_space, read_peft
 from zoray.cli import build, build_experiment, load_run_config, run_main
+from zoray.data import ReplicaSpec, load_workload
+from zoray.estimators import TwoPoint
 from zoray.history import resolve_step
+from zoray.measure import metrics
+from zoray.objectives import AnswerNLL, ChoiceNLL
 from zoray.records import ConfigError, JournalError, Probe
-from zoray.spaces import from_record
+from zoray.spaces import Lora, from_record
+from zoray.tasks.few_shot import FewShot
+from zoray.tiles import mean
+
+if TYPE_CHECKING:
+    from zoray.objectives.base import Outcomes
+    from zoray.replica import Replica
 
 
 def main(config: Any) -> None:
-    """Print loss, accuracy and digest."""
-    if config.run is None:
+    """Print metric, loss and digest."""
+    if config.run is None and (config.task is None or config.model is None):
         raise ConfigError(
-            "expected the folder of a run: python -m zoray.evaluate run=runs/<name> [step=K|best] [split=dev]"
+            "expected a run, or a model and a task: python -m zoray.evaluate run=runs/<name> [step=K|best] "
+            "[split=dev] [task=NAME], or model=smollm2-135m task=NAME [adapter=DIR]"
         )
+    if config.run is not None and (config.adapter is not None or config.model is not None):
+        raise ConfigError("expected either run=..., which has its model and adapter, or model=... and adapter=...")
     if config.split not in ("train", "dev", "test"):
         raise ConfigError(f"expected split to be train, dev or test; got {config.split!r}")
+    if config.predictions is not None and Path(str(config.predictions)).exists():
+        raise ConfigError(f"expected {config.predictions} not to exist yet; it does. Choose another file")
+
+    from zoray.replica import Replica
+
+    spec, contents, last = _of_run(config) if config.run is not None else _of_model(config)
+    workload = load_workload(spec)
+    if not len(workload.splits[config.split]):
+        raise ConfigError(f"the {config.split} split is empty")
+    replica = Replica(spec, workload)
+    if contents is not None:
+        _replay(replica, contents, last)
+    elif config.adapter is not None:
+        replica.engine.restore(read_peft(Path(str(config.adapter)), spec.space, workload.matrices), 0)
+    outcomes = replica.outcomes(config.split, Probe(last, 0, 0.0))
+    columns = {"score": outcomes.scores, **outcomes.columns}
+    score, metric, others = metrics(workload, config.split, outcomes.losses, columns)
+    if config.predictions is not None:
+        _write(Path(str(config.predictions)), replica, config.split, outcomes)
+    shown = f"{metric} {score:.4f}, " if metric else ""
+    at = "" if contents is None else f"step {last}: "
+    loss, count = mean(outcomes.losses.tolist()), len(outcomes.losses)
+    print(f"{at}{config.split} {shown}loss {loss:.6f} ({count} examples), digest {replica.engine.digest()}")
+    if others:
+        print("also " + ", ".join(f"{name} {value:.4f}" for name, value in others.items()))
+    if outcomes.failed:
+        print(f"{outcomes.failed} of {outcomes.written} rewards could not be had; the first: {outcomes.failure}")
+
+
+def _of_run(config: Any) -> tuple[ReplicaSpec, journal.Contents, int]:
     folder = Path(str(config.run))
     contents = journal.read(folder / journal.FILE_NAME)
     experiment = build_experiment(load_run_config(folder))
     if config.engine is not None:
         experiment = replace(experiment, engine=build(config.engine, "engine"))
-    if config.task is not None:
-        experiment = replace(experiment, task=build(config.task, "task"))
     pinned = (from_record(contents.header["space"]), contents.header["run"]["seed"])
     if pinned != (experiment.space, experiment.run.seed):
         raise JournalError(
             f"the journal was made with {pinned[0]} and run.seed={pinned[1]}; {folder / 'config.yaml'} says "
             f"{experiment.space} and {experiment.run.seed}. Undo the change of that file"
         )
-    last = resolve_step(config.step, folder, len(contents.steps))
+    task, objective = _task(config, experiment.task), experiment.objective
+    if config.objective is not None:
+        objective = build(config.objective, "objective")
+    elif config.task is not None:
+        objective = _natural(task, objective)
+    spec = replace(experiment.spec, task=task, objective=objective)
+    return spec, contents, resolve_step(config.step, folder, len(contents.steps))
 
-    from zoray.replica import Replica
 
-    replica = Replica(experiment.spec)
-    if replica.info.weights != contents.header["weights"]:
+def _of_model(config: Any) -> tuple[ReplicaSpec, None, int]:
+    """The spec of a model as it is, which an adapter without numbers leaves as it is to the bit."""
+    from zoray.engines.vllm import Vllm
+
+    space: Any = Lora(rank=1, alpha=1.0)
+    task = _task(config, None)
+    if config.adapter is not None:
+        space = peft_space(Path(str(config.adapter)))
+    objective = _natural(task, None) if config.objective is None else build(config.objective, "objective")
+    engine = Vllm() if config.engine is None else build(config.engine, "engine")
+    engine.check(space)
+    estimator = TwoPoint()
+    model = build(config.model, "model")
+    spec = ReplicaSpec(model, task, objective, space, estimator, engine.for_probes(2), 0, 0, batch=1)
+    return spec, None, 0
+
+
+def _task(config: Any, own: Any) -> Any:
+    task = own if config.task is None else build(config.task, "task")
+    if config.shots and hasattr(task, "mixed"):
+        raise ConfigError("expected a single task for shots=...; got a mixture. Take its parts one by one")
+    return FewShot(task, config.shots, config.shots_seed) if config.shots else task
+
+
+def _natural(task: Any, own: Any) -> Any:
+    """The objective that a task is evaluated by, where none is named."""
+    example = task.load().train[0]
+    if example.answers:
+        return AnswerNLL()
+    if len(example.options) >= 2:
+        return ChoiceNLL()
+    if own is None:
+        raise ConfigError("expected an objective for a task with neither options nor answers: objective=reward ...")
+    return own
+
+
+def _replay(replica: Replica, contents: journal.Contents, last: int) -> None:
+    """Bring a replica to a step of a run, and compare all digests on the way."""
+    header = contents.header
+    if replica.info.weights != header["weights"]:
         raise JournalError(
-            f"the journal was made with base weights {contents.header['weights']}; {experiment.model.path} has "
+            f"the journal was made with base weights {header['weights']}; {replica.spec.model.path} has "
             f"{replica.info.weights}"
         )
-    if experiment.space.folds and replica.info.dtype != contents.header["dtype"]:
+    if replica.spec.space.folds and replica.info.dtype != header["dtype"]:
         raise JournalError(
-            f"the run folded into base weights of {contents.header['dtype']}; this engine holds {replica.info.dtype}. "
+            f"the run folded into base weights of {header['dtype']}; this engine holds {replica.info.dtype}. "
             "Take the run's own engine and kind of device"
         )
     for noted in contents.steps[:last]:
         if noted.digest is not None and noted.digest != replica.engine.digest():
             raise JournalError(f"the state before step {noted.commit.step} differs from the run's, {noted.digest}")
         replica.apply([noted.commit])
-    outcomes = replica.outcomes(config.split, Probe(last, 0, 0.0))
-    if not outcomes:
-        raise ConfigError(f"the {config.split} split is empty")
-    loss, accuracy = (sum(column) / len(outcomes) for column in zip(*outcomes, strict=True))
-    digest = replica.engine.digest()
-    scores = f"{config.split} accuracy {accuracy:.4f}, loss {loss:.6f} ({len(outcomes)} examples)"
-    print(f"step {last}: {scores}, digest {digest}")
+
+
+def _write(path: Path, replica: Replica, split: str, outcomes: Outcomes) -> None:
+    """A line for each example: what it was asked, what is right, what the model said, and what that is worth."""
+    workload, places = replica.workload, {}
+    for part in workload.parts:
+        if part.evaluator.sampling is not None:
+            places[id(part.evaluator)] = iter(replica.scorer.writer(part.evaluator).texts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for i, example in enumerate(workload.splits[split]):
+            evaluator = workload.parts[example.part].evaluator
+            line: dict[str, Any] = {"example": i, "prompt": example.prompt}
+            line |= {"options": example.options, "label": example.label} if example.options else {}
+            line |= {"answers": example.answers} if example.answers else {}
+            if id(evaluator) in places:
+                line["completion"] = next(places[id(evaluator)])
+            line |= {"score": outcomes.scores[i], "loss": outcomes.losses[i]}
+            line |= {name: values[i] for name, values in outcomes.columns.items()}
+            if "predicted" in outcomes.columns and np.isfinite(line["predicted"]):
+                line["predicted"] = example.options[int(line["predicted"])]
+            numbers = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in line.items()}
+            file.write(json.dumps(numbers, ensure_ascii=False, default=float) + "\n")
 
 
 if __name__ == "__main__":

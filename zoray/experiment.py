@@ -32,6 +32,8 @@ class Run:
         digest_every: steps between comparisons of the replicas' states.
         patience: end the run when that many evaluations on dev in a row brought no new best one; 0 for never.
         select: which state is the result, "best" on dev or "last".
+        too_long: "refuse" sequences over the model's or the engine's limit, or "cut" their beginning, as MeZO does;
+            null refuses, but cuts those of a file so large that it is read as it goes.
         test: evaluate on test, before the first step and at the selected one.
     """
 
@@ -48,6 +50,7 @@ class Run:
     digest_every: int = 10
     patience: int = 0
     select: str = "best"
+    too_long: str | None = None
     test: bool = True
 
     def __post_init__(self) -> None:
@@ -69,6 +72,7 @@ class Run:
         )
         require(isinstance(self.stratify, bool), "run.stratify to be true or false", self.stratify)
         require(self.select in ("best", "last"), "run.select to be best or last", self.select)
+        require(self.too_long in ("refuse", "cut", None), "run.too_long to be refuse, cut or null", self.too_long)
         for field in ("seed", "data_seed"):
             value = getattr(self, field)
             require(isinstance(value, int) and 0 <= value < 2**32, f"run.{field} to be in 0..2**32-1", value)
@@ -129,4 +133,5 @@ class Experiment:
             self.run.batch,
             self.run.stratify,
             self.run.tile_examples,
+            self.run.too_long,
         )

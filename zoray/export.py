@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("peft", "merged")
+RANK = 64  # of an adapter that a change of weights is cut to
 
 
 def main(config: Any) -> None:
@@ -36,10 +37,15 @@ def main(config: Any) -> None:
     folder, out = Path(str(config.run)), Path(str(config.out))
     if out.exists():
         raise ConfigError(f"expected {out} not to exist yet; it does. Choose another folder with out=DIR")
+    print(write(folder, out, config.step, config.format, config.rank))
+
+
+def write(folder: Path, out: Path, step: object, kind: str, rank: int = RANK) -> str:
+    """Write a step of the run in a folder as `kind`, one of FORMATS; says what was written, and how exact it is."""
     contents = journal.read(folder / journal.FILE_NAME)
-    step = resolve_step(config.step, folder, len(contents.steps))
-    write = _folded if from_record(contents.header["space"]).folds else _lora
-    print(f"step {step} of {len(contents.steps)}, {write(contents, step, config.format, config.rank, out)}: {out}")
+    last = resolve_step(step, folder, len(contents.steps))
+    made = _folded if from_record(contents.header["space"]).folds else _lora
+    return f"step {last} of {len(contents.steps)}, {made(contents, last, kind, rank, out)}: {out}"
 
 
 def _lora(contents: journal.Contents, step: int, kind: str, rank: int, out: Path) -> str:

@@ -66,32 +66,40 @@ def read_metrics(folder: Path) -> tuple[list[StepResult], list[Evaluation]]:
 
 def _record(kind: type, line: dict) -> Any:
     """A record from its line; null is a number that was not finite, and keys of another version are left out."""
+    line = {"score": line.get("accuracy"), **line}  # its name until it was not always that
     names = [f.name for f in dataclasses.fields(kind) if f.name in line]
-    return kind(**{name: math.nan if line[name] is None else line[name] for name in names})
+    absent = {name: math.nan for name in names if line[name] is None and name != "metric"}
+    return kind(**{name: line[name] for name in names} | absent)
 
 
 def summarise(evaluations: Iterable[Evaluation], selected: int | None = None) -> dict[str, dict]:
     """What was measured before step 1, at the selected step (None: the last one), and best on dev.
 
-    A block has step, accuracy, loss and count on dev; `initial` and `final` hold the same of the test split as "test".
+    A block has step, the metric by its name, loss and count on dev; `initial` and `final` hold the same of the test
+    split as "test".
     A block is empty if it was not measured.
     """
     summary: dict[str, dict] = {"initial": {}, "final": {}, "best": {}}
     ordered = sorted(evaluations, key=lambda e: e.step)
     for e in ordered:  # in order, so the last one stays in `final`
         block = "initial" if e.step == 0 else "final" if selected in (None, e.step) else None
-        numbers = {"step": e.step, "accuracy": e.accuracy, "loss": e.loss, "count": e.count}
+        numbers = _block(e)
         for name in (block, "final" if e.step == selected == 0 else None):
             if name:
                 summary[name].update(numbers if e.split == "dev" else {e.split: numbers})
     top = best(ordered)
     if top is not None:
-        summary["best"] = {"step": top.step, "accuracy": top.accuracy, "loss": top.loss, "count": top.count}
+        summary["best"] = _block(top)
     return summary
 
 
+def _block(e: Evaluation) -> dict[str, Any]:
+    metric = {} if e.metric is None else {e.metric: e.score}
+    return {"step": e.step, **metric, "loss": e.loss, "count": e.count, **e.others}
+
+
 def best(evaluations: Iterable[Evaluation]) -> Evaluation | None:
-    """The evaluation on dev with the highest accuracy, then the lowest loss, then the fewest steps."""
+    """The evaluation on dev with the highest score, then the lowest loss, then the fewest steps."""
     dev = sorted((e for e in evaluations if e.split == "dev"), key=lambda e: e.step)
     return max(dev, key=_rank, default=None)
 
@@ -104,10 +112,11 @@ def stalled(evaluations: Iterable[Evaluation], patience: int) -> bool:
 
 
 def table(evaluations: Iterable[Evaluation], selected: int | None = None) -> str:
-    """Accuracy and loss before and after as plain text; what was not measured is a dash."""
-    summary = summarise(evaluations, selected)
+    """Metric and loss before and after as plain text; what was not measured is a dash."""
+    evaluations = list(evaluations)
+    summary, metric = summarise(evaluations, selected), next((e.metric for e in evaluations if e.metric), None)
     lines = [
-        "         accuracy                           loss",
+        f"         {metric or 'metric':<35}loss",
         "         before     after    change     before     after",
     ]
     for split in ("dev", "test"):
@@ -115,19 +124,20 @@ def table(evaluations: Iterable[Evaluation], selected: int | None = None) -> str
         if split == "test":
             before, after = before.get("test", {}), after.get("test", {})
         if "step" in before or "step" in after:
-            old, new = before.get("accuracy"), after.get("accuracy")
+            old, new = before.get(metric), after.get(metric)
             change = None if old is None or new is None else new - old
             cells = [_cell(old, ".3f"), _cell(new, ".3f"), _cell(change, "+.3f")]
             cells += [_cell(before.get("loss"), ".4f", 11), _cell(after.get("loss"), ".4f")]
             lines.append(f"{split:<5}" + "".join(cells))
     top = summary["best"]
-    lines.append(f"best dev accuracy {top['accuracy']:.3f} at step {top['step']}" if top else "no evaluation on dev")
+    name = f"{metric} {top[metric]:.3f}" if metric and metric in top else f"loss {top.get('loss', math.nan):.4f}"
+    lines.append(f"best dev {name} at step {top['step']}" if top else "no evaluation on dev")
     return "\n".join(lines if len(lines) > 3 else lines[-1:])
 
 
 def _rank(e: Evaluation) -> tuple[float, float]:
-    """Higher is better: accuracy first, then a low loss; a number that is not finite loses to every other."""
-    return e.accuracy if math.isfinite(e.accuracy) else -1.0, -e.loss if math.isfinite(e.loss) else -1e300
+    """Higher is better: the score first, then a low loss; a number that is not finite loses to every other."""
+    return e.score if math.isfinite(e.score) else -math.inf, -e.loss if math.isfinite(e.loss) else -math.inf
 
 
 def _cell(value: float | None, layout: str, width: int = 10) -> str:

@@ -33,11 +33,16 @@ def main(config: Any) -> int:
 
     from zoray.data import load_workload
     from zoray.driver import tune
+    from zoray.preview import preview
 
     experiment.cluster.check()
     workload = load_workload(experiment.spec)  # every mistake in model and data shows before a folder is made
     submits = experiment.cluster.submits
-    if resume is None and not (submits and experiment.cluster.dry_run):
+    shows_only = submits and experiment.cluster.dry_run  # the command and the script, and nothing else
+    if resume is None and not shows_only:
+        assert workload.encoder is not None
+        print("\n".join(preview(experiment.task, workload.splits, workload.encoder)))
+    if resume is None and not shows_only:
         _create(path, OmegaConf.to_yaml(config, resolve=True))
     try:
         if submits:

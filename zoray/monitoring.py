@@ -167,7 +167,7 @@ class Console(Sink):
         self.stream = stream or sys.stderr
         self.progress, self.steps, self.start, self.done = progress, steps, start_step, start_step
         self.clock = time.monotonic
-        self.loss, self.weight, self.dev = 0.0, 0.0, math.nan
+        self.loss, self.weight, self.dev, self.metric = 0.0, 0.0, math.nan, None
         self.seconds, self.began, self.printed = math.nan, 0.0, (start_step, -math.inf)  # printed: (step, time)
         self.bar: tqdm | None = None
 
@@ -198,10 +198,12 @@ class Console(Sink):
 
     def evaluation(self, evaluation: Evaluation) -> None:
         if evaluation.split == "dev":
-            self.dev = evaluation.accuracy
+            self.dev, self.metric = evaluation.score, evaluation.metric
         if self.progress:
             e = evaluation
-            self.message(f"step {e.step}: {e.split} accuracy {e.accuracy:.3f}, loss {e.loss:.4f} ({e.count} examples)")
+            score = f"{e.metric} {e.score:.3f}, " if e.metric else ""
+            others = "".join(f", {name} {value:.3g}" for name, value in e.others.items())
+            self.message(f"step {e.step}: {e.split} {score}loss {e.loss:.4f}{others} ({e.count} examples)")
 
     def message(self, text: str) -> None:
         if self.bar is not None:
@@ -221,7 +223,7 @@ class Console(Sink):
 
     def _numbers(self) -> str:
         loss = f"loss {self.loss / self.weight:.4f}" if self.weight else "loss nan"
-        return loss if math.isnan(self.dev) else f"{loss}, dev accuracy {self.dev:.3f}"
+        return loss if math.isnan(self.dev) else f"{loss}, dev {self.metric} {self.dev:.3f}"
 
 
 class MetricsFile(Sink):
@@ -307,14 +309,14 @@ class WandbRun(Sink):
         self.finished = False
 
     def step(self, result: StepResult) -> None:
-        numbers = {"train/loss": result.loss, "train/accuracy": result.accuracy, "optim/lr": result.lr}
-        numbers |= {f"probes/{name}": getattr(result, name) for name in ("ties", "buried", "dropped")}
+        numbers = {"train/loss": result.loss, "train/score": result.score, "optim/lr": result.lr}
+        numbers |= {f"probes/{name}": getattr(result, name) for name in ("ties", "buried", "dropped", "failed")}
         numbers |= {"time/step_seconds": result.seconds, "time/tokens": result.tokens, "replicas": result.replicas}
         self.run.log({"step": result.step, **numbers})
 
     def evaluation(self, evaluation: Evaluation) -> None:
         e = evaluation
-        numbers = {"accuracy": e.accuracy, "loss": e.loss, "seconds": e.seconds}
+        numbers = {"loss": e.loss, "seconds": e.seconds, **e.others} | ({e.metric: e.score} if e.metric else {})
         self.run.log({"step": e.step, **{f"{e.split}/{key}": value for key, value in numbers.items()}})
 
     def finish(self, summary: dict) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.cli import build_experiment, run_main
-from zoray.data import load_workload, step_indices
+from zoray.data import load_workload, order_of
 from zoray.engines.packing import LOGITS_ELEMENTS
 from zoray.engines.slots import STAGED_ELEMENTS
 from zoray.models import parameters
@@ -156,15 +156,20 @@ def lines(plan: Plan, e: Experiment, device: str, limit: int, replicas: int) -> 
 
 
 def step_tokens(e: Experiment, workload: Workload) -> list[int]:
-    """Forward tokens of each of the first steps."""
-    labels = tuple(example.label for example in workload.splits.train)
-    lengths = np.array([sum(len(s.tokens) for s in sequences) for sequences in workload.encoded["train"]])
-    tokens = []
+    """Forward tokens of each of the first steps; completions count as if each were as long as it may be."""
+    order, tokens = order_of(e.spec, workload), []
     for step in range(min(SAMPLED_STEPS, e.run.steps)):
-        chosen = step_indices(e.spec, step, labels)
+        lengths = np.array([_length(workload, int(i)) for i in order.step(step)])
         tiles = Grid.of(e.spec, step).tiles
-        tokens.append(sum(int(lengths[chosen[t.start : t.stop]].sum()) * len(t.probes) for t in tiles))
+        tokens.append(sum(int(lengths[t.start : t.stop].sum()) * len(t.probes) for t in tiles))
     return tokens
+
+
+def _length(workload: Workload, index: int) -> int:
+    """Tokens of a training example under one probe, at most."""
+    example, sequences = workload.example("train", index)
+    sampling = workload.parts[example.part].objective.sampling
+    return sum(len(sequence.tokens) for sequence in sequences) + (0 if sampling is None else 1 + sampling.max_tokens)
 
 
 def slot_elements(

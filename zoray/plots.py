@@ -37,7 +37,7 @@ def draw_curve(
     figure.text(0.095, 0.918, _short(subtitle, 110), fontsize=9, color="#666666", va="center")
 
     _losses(top, steps, evaluations)
-    _accuracies(bottom, evaluations)
+    _scores(bottom, evaluations)
     last = max([0, *(s.step for s in steps), *(e.step for e in evaluations)])
     bottom.set_xlim(-0.02 * max(last, 1), 1.04 * max(last, 1))
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -107,30 +107,31 @@ def _losses(axes: Axes, steps: Sequence[StepResult], evaluations: Sequence[Evalu
         axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.8, loc=side, ncols=2)
 
 
-def _accuracies(axes: Axes, evaluations: Sequence[Evaluation]) -> None:
-    """Dev accuracy with its start and best named, and the test accuracy as diamonds."""
-    axes.set_ylabel("accuracy", color=INK)
-    shown = [e for e in evaluations if math.isfinite(e.accuracy)]
+def _scores(axes: Axes, evaluations: Sequence[Evaluation]) -> None:
+    """The dev metric with its start and best named, and the test metric as diamonds."""
+    metric = next((e.metric for e in evaluations if e.metric), None)
+    axes.set_ylabel(metric or "score", color=INK)
+    shown = [e for e in evaluations if math.isfinite(e.score)]
     dev = sorted((e for e in shown if e.split == "dev"), key=lambda e: e.step)
     test = sorted((e for e in shown if e.split == "test"), key=lambda e: e.step)
     if not dev and not test:
-        _say(axes, "no evaluations")
+        _say(axes, "no metric but the loss" if evaluations else "no evaluations")
         return
-    values = [e.accuracy for e in dev + test]
+    values = [e.score for e in dev + test]
     pad = max(0.28 * (max(values) - min(values)), 0.02)
     low, high = min(values) - pad, max(values) + pad
     axes.set_ylim(low, high)
     if dev:
-        axes.plot([e.step for e in dev], [e.accuracy for e in dev], "o-", color=DEV, linewidth=1.6, label="dev")
-        start, best = dev[0], max(dev, key=lambda e: (e.accuracy, -e.step))
-        rising = len(dev) == 1 or dev[1].accuracy >= start.accuracy
-        _name(axes, start, f"{'start' if start.step == 0 else 'first'} {start.accuracy:.3f}", DEV, below=rising)
+        axes.plot([e.step for e in dev], [e.score for e in dev], "o-", color=DEV, linewidth=1.6, label="dev")
+        start, best = dev[0], max(dev, key=lambda e: (e.score, -e.step))
+        rising = len(dev) == 1 or dev[1].score >= start.score
+        _name(axes, start, f"{'start' if start.step == 0 else 'first'} {start.score:.3f}", DEV, below=rising)
         if best is not start:
-            _name(axes, best, f"best {best.accuracy:.3f} at step {best.step}", DEV, below=False)
+            _name(axes, best, f"best {best.score:.3f} at step {best.step}", DEV, below=False)
     if test:
-        axes.plot([e.step for e in test], [e.accuracy for e in test], "D", color=TEST, markersize=7, label="test")
-        below = bool(dev) and dev[-1].accuracy >= test[-1].accuracy  # away from the dev line
-        _name(axes, test[-1], f"test {test[-1].accuracy:.3f}", TEST, below=below)
+        axes.plot([e.step for e in test], [e.score for e in test], "D", color=TEST, markersize=7, label="test")
+        below = bool(dev) and dev[-1].score >= test[-1].score  # away from the dev line
+        _name(axes, test[-1], f"test {test[-1].score:.3f}", TEST, below=below)
     axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.8, loc="lower right", ncols=2)
 
 
@@ -141,7 +142,7 @@ def _name(axes: Axes, evaluation: Evaluation, text: str, color: str, below: bool
     align = "left" if share < 0.2 else "right" if share > 0.8 else "center"
     axes.annotate(
         text,
-        (evaluation.step, evaluation.accuracy),
+        (evaluation.step, evaluation.score),
         xytext=(0, -9 if below else 9),
         textcoords="offset points",
         ha=align,

@@ -378,7 +378,7 @@ class Pool:
         members, found = self.members, []
         wrong_state = differing_digests(work.digests)
         sound = {name: score for name, score in work.canaries.items() if name not in wrong_state}
-        for name in sorted(wrong_state | differing_scores(sound, self.info.noise)):
+        for name in sorted(wrong_state | differing_scores(sound, self.info.canary_noise)):
             state = name in wrong_state
             what = (
                 f"state {work.digests[name]}" if state else f"loss {work.canaries[name]:.6f} of a tile that all score"

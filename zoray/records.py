@@ -7,12 +7,15 @@ Shapes: T tokens of a sequence, M scored positions of a sequence.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
+
+WHOLE = 20_000  # examples of a split up to which it is in memory, and tokenised at start
 
 
 class ConfigError(ValueError):
@@ -102,31 +105,90 @@ class Scores:
     """
 
     losses: np.ndarray  # int64: a sum for each probe, in order of appearance; or float64: each example's, tile by tile
-    correct: float  # sum over all probes and examples
+    score: float  # the metric, summed over all probes and examples
     tokens: int  # of the sequences scored, over all probes; what sequences share counts for each
+    columns: Mapping[str, np.ndarray] | None = None  # of an evaluation: what is known of each example, (n,) each
+    written: int = 0  # completions that were judged
+    failed: int = 0  # of them those whose reward could not be had
+    failure: str = ""  # the first one's traceback
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The bare numbers, which costs a fraction of what pickling an array does."""
-        return _scores, (self.losses.tobytes(), self.losses.dtype.char, self.correct, self.tokens)
+        rest = (self.columns, self.written, self.failed, self.failure) if self.columns or self.written else ()
+        return _scores, (self.losses.tobytes(), self.losses.dtype.char, self.score, self.tokens, *rest)
 
 
-def _scores(losses: bytes, dtype: str, correct: float, tokens: int) -> Scores:
-    return Scores(np.frombuffer(losses, dtype), correct, tokens)
+def _scores(losses: bytes, dtype: str, *rest: Any) -> Scores:
+    return Scores(np.frombuffer(losses, dtype), *rest)
+
+
+class Message(NamedTuple):
+    """A message of a chat."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
 
 
 @dataclass(frozen=True)
 class Example:
-    """A labelled example. `options` are the continuations to choose from, `label` the index of the right one."""
+    """What a model is asked, and what is right. Which of the fields an example has is its task's business.
 
-    prompt: str
-    options: tuple[str, ...]
-    label: int
+    A continuation begins with the space or line break that parts it from the prompt.
+
+    Args:
+        prompt: text; or the messages of a chat, which the model's own template renders.
+        options: continuations to choose from; of a preference (chosen, rejected).
+        label: the index of the right option.
+        also: indices of further options that are as right; training takes `label`.
+        answers: continuations that are right where the model writes one itself; training takes the first.
+        calibration: what stands for the prompt without its input, to learn how likely an option is anyhow.
+        data: whatever a reward wants to know, as plain JSON values.
+        part: which part of a mixture it belongs to.
+    """
+
+    prompt: str | tuple[Message, ...]
+    options: tuple[str, ...] = ()
+    label: int = 0
+    also: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
+    calibration: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    part: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label < len(self.options):
-            raise ConfigError(
-                f"label must be in 0..{len(self.options) - 1}, got {self.label} for prompt {self.prompt[:60]!r}"
-            )
+        for label in (self.label, *self.also) if self.options else ():
+            if not 0 <= label < len(self.options):
+                raise ConfigError(
+                    f"label must be in 0..{len(self.options) - 1}, got {label} for prompt {self.prompt[:60]!r}"
+                )
+        if not self.options and (self.label or self.also):
+            raise ConfigError(f"label must be 0 without options, got {self.label} for prompt {self.prompt[:60]!r}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are written.
+
+    Args:
+        max_tokens: longest completion.
+        temperature: 0 takes the likeliest token each time.
+        top_p: sample among the likeliest tokens that have this much probability together.
+        stop: a completion ends before the first of these texts; the model's own end of text always ends it.
+    """
+
+    max_tokens: int = 50
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        tokens, heat = self.max_tokens, self.temperature
+        require(isinstance(tokens, int) and tokens >= 1, "max_tokens to be a whole number of at least 1", tokens)
+        require(is_finite(heat) and heat >= 0, "temperature to be a number of 0 or more", heat)
+        require(is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p to be above 0 and at most 1", self.top_p)
+        ok = not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop)
+        require(ok, "stop to be a list of texts", self.stop)
+        object.__setattr__(self, "stop", tuple(self.stop))
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +208,14 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the driver knows of a finished step; one line of metrics.jsonl. `step` counts finished steps, from 1."""
+    """What the driver knows of a finished step; one line of metrics.jsonl. `step` counts finished steps, from 1.
+
+    `score` is the objective's metric (accuracy, a reward, ...), the mean over all probes; nan where it has none.
+    """
 
     step: int
     loss: float
-    accuracy: float
+    score: float
     lr: float
     tokens: int
     seconds: float
@@ -158,31 +223,41 @@ class StepResult:
     ties: int = 0
     buried: int = 0
     replicas: int = 0  # that could score when it ended
+    failed: int = 0  # completions whose reward could not be had
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss and accuracy of the state after `step` steps on `count` examples of a split."""
+    """Mean loss and metric of the state after `step` steps on `count` examples of a split.
+
+    `score` is what `metric` names, and decides which state is best; nan where there is no metric but the loss.
+    `others` are further numbers by name; those of a part of a mixture are called part/name.
+    """
 
     step: int
     split: str
     loss: float
-    accuracy: float
+    score: float
     count: int
     tokens: int
     seconds: float
     digest: str = ""
+    metric: str | None = "accuracy"
+    others: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A task's examples. The same config gives the same splits on every machine."""
+    """A task's examples. The same config gives the same splits on every machine.
 
-    train: tuple[Example, ...]
-    dev: tuple[Example, ...]
-    test: tuple[Example, ...] = field(default=())
+    A split that is no tuple reads its examples when they are asked for; it has their labels as `labels`, (n,) int64.
+    """
 
-    def __getitem__(self, split: str) -> tuple[Example, ...]:
+    train: Sequence[Example]
+    dev: Sequence[Example]
+    test: Sequence[Example] = field(default=())
+
+    def __getitem__(self, split: str) -> Sequence[Example]:
         if split not in ("train", "dev", "test"):
             raise ConfigError(f"split must be train, dev or test, got {split!r}")
         return getattr(self, split)
@@ -204,4 +279,6 @@ def record(component: Any) -> Any:
     if is_dataclass(component) and not isinstance(component, type):
         inner = {field.name: record(getattr(component, field.name)) for field in fields(component)}
         return {"name": type(component).__name__, **inner}
+    if isinstance(component, Mapping):
+        return {str(key): record(value) for key, value in component.items()}
     return [record(item) for item in component] if isinstance(component, (list, tuple)) else component

@@ -31,7 +31,11 @@ def check_signature(settings: Any, where: str) -> None:
     for key, value in settings.items():
         if key != "_target_" and key not in types:
             raise unknown_key(f"{where}.{key}", key, where, list(types))
-        if isinstance(value, Mapping) and "_target_" in value:
+        inner = value if isinstance(value, Mapping) else {}
+        for name, item in inner.items():
+            if isinstance(item, Mapping) and "_target_" in item:
+                check_signature(item, f"{where}.{key}.{name}")
+        if "_target_" in inner:
             check_signature(value, f"{where}.{key}")
         elif key != "_target_" and not _fits(value, types[key]):
             quote = f". Write '{where}.{key}=\"{value}\"' for text" if _fits("", types[key]) else ""

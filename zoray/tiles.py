@@ -47,13 +47,17 @@ class Grid:
     per_example: bool = False  # whether the loss of each example is asked for, not only sums
 
     @classmethod
-    def of(cls, spec: Any, step: int, split: str = "train", count: int = 0) -> Grid:
-        """The grid of a step of a run (a ReplicaSpec), or the unperturbed model on `count` of another split."""
+    def of(cls, spec: Any, step: int, split: str = "train", count: int = 0, pooled: bool = False) -> Grid:
+        """The grid of a step of a run (a ReplicaSpec), or the unperturbed model on `count` of another split.
+
+        `pooled`: the loss of a batch is not the mean over its examples, so that each is asked for.
+        """
         if split != "train":
-            return cls(step, split, 1, lambda _: (Probe(step, 0, 0.0),), count)
+            return cls(step, split, 1, lambda _: (Probe(step, 0, 0.0),), count, per_example=True)
         e = spec.estimator
         group, examples = partial(e.group, step), spec.batch
-        return cls(step, split, e.groups, group, examples, spec.tile_examples, e.shared, e.per_example)
+        per_example = e.per_example or pooled
+        return cls(step, split, e.groups, group, examples, spec.tile_examples, e.shared, per_example)
 
     @property
     def _width(self) -> int:
@@ -111,14 +115,14 @@ def _added(tiles: Sequence[Tile], parts: Iterable[tuple[Probe, int]]) -> np.ndar
 
 def join_scores(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], Scores]], per_example: bool) -> Scores:
     """Scores of all tiles together, from (numbers of the tiles, their scores) of each answer."""
-    parts = [scores for _, scores in answers]
+    parts, columns = [scores for _, scores in answers], None
     if per_example:
-        losses: list[np.ndarray] = [np.zeros(0)] * len(tiles)
-        for numbers, scores in answers:
-            sizes = [scored([tiles[i]]) for i in numbers]
-            for i, part in zip(numbers, np.split(scores.losses, np.cumsum(sizes)[:-1]), strict=True):
-                losses[i] = part
-        joined = np.concatenate([np.zeros(0), *losses])
+        joined = _in_order(tiles, [(numbers, scores.losses) for numbers, scores in answers])
+        if parts and all(part.columns is not None for part in parts):
+            named = [(numbers, scores.columns or {}) for numbers, scores in answers]
+            columns = {
+                name: _in_order(tiles, [(numbers, values[name]) for numbers, values in named]) for name in named[0][1]
+            }
     else:
         joined = _added(
             tiles,
@@ -128,7 +132,19 @@ def join_scores(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], Sc
                 for probe, total in zip(probes_of([tiles[i] for i in numbers]), scores.losses.tolist(), strict=True)
             ),
         )
-    return Scores(joined, math.fsum(part.correct for part in parts), sum(part.tokens for part in parts))
+    tokens, written, failed = (sum(getattr(part, name) for part in parts) for name in ("tokens", "written", "failed"))
+    failure = next((part.failure for part in parts if part.failure), "")
+    return Scores(joined, math.fsum(part.score for part in parts), tokens, columns, written, failed, failure)
+
+
+def _in_order(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], np.ndarray]]) -> np.ndarray:
+    """What is known of each example, tile after tile, from (numbers of some tiles, their examples' values)."""
+    of_tile: list[np.ndarray] = [np.zeros(0)] * len(tiles)
+    for numbers, values in answers:
+        sizes = [scored([tiles[i]]) for i in numbers]
+        for i, part in zip(numbers, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
+            of_tile[i] = part
+    return np.concatenate([np.zeros(0), *of_tile])
 
 
 def losses_of(

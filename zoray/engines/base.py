@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Protocol
 from zoray.engines.packing import Plan, split_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
 
-    from zoray.records import Commit, Probe, TokenSequence
+    from zoray.records import Commit, Probe, Sampling, TokenSequence
 
 
 class Engine(Protocol):
@@ -30,6 +30,22 @@ class Engine(Protocol):
 
     def score_plan(self, plan: Plan) -> np.ndarray:
         """Sums of log-probabilities of all outputs of a plan, in its order, float64; any number of tokens."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        probes: tuple[Probe, ...],
+        probe_of: np.ndarray,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        stops: frozenset[int],
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Write a completion after each prompt (n,) under its probe (n,), in one continuous batch.
+
+        Yields (number of the prompt, tokens of its completion) as they are finished, in any order. A completion ends
+        with the first token of `stops`, which it includes, or at the longest length. Equal seeds draw equal numbers.
+        """
         ...
 
     def settle(self) -> None:

@@ -2,7 +2,8 @@
 
 The stock CPU wrapper indexes `lora_a_weights[lora_indices]`, which copies a full A and B for every token. Tokens of one
 adapter always stand together (the packed scorer orders them by slot; the scheduler keeps a request's tokens together),
-so runs of equal adapters can share a GEMM; runs of equal length, as probes of one batch have, share a batched one. The
+so runs of equal adapters can share a GEMM; runs of equal length, as probes of one batch have, share a batched one; and
+runs of a token or two, as completions have, take all slots in one product, in which those of others are zeroed. The
 matrices that a layer has fused (q, k and v; gate and up) lie in one tensor, so that x A^T is a single GEMM for all of
 them, and for all slots where these hold the same A. Guarantees: an adapter whose B is zero leaves the output's bits
 untouched.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 FUSED_ELEMENTS = 1 << 18  # of a layer's output from which on they are left to the activation
 PLAIN = ("ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear", "RowParallelLinear")
 FUSED_RANK = 8  # the largest rank whose products with B an activation takes over
+SHORT_RUN = 16  # mean tokens of a run up to which all slots are multiplied at once
 JOINED_ELEMENTS = 1 << 15  # of a slot's B, with the zeros between matrices, up to which one product beats several
 
 
@@ -60,6 +62,7 @@ class SegmentedLora(PunicaWrapperCPU):
     _held: Held | None = None
     _slots: tuple[int, int, bool] = (0, 0, False)  # (first, how many, whether with one A) that `_views` are for
     _equal: tuple[int, int, int] | None = None  # (first slot, slots, tokens of each) where segments are alike
+    _masks: tuple[int, torch.Tensor] | None = None  # (first slot, (tokens, slots) of 0 and 1) where runs are short
 
     def map_tokens(
         self,
@@ -111,6 +114,9 @@ class SegmentedLora(PunicaWrapperCPU):
         whole = stop - begin == len(y)
         if not whole:
             x, y = x[begin:stop], y[begin:stop]
+        if self._masks is not None:
+            self._by_masks(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
+            return
         if self._equal is None:
             self._by_runs(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
             return
@@ -148,6 +154,32 @@ class SegmentedLora(PunicaWrapperCPU):
                 narrow = low[run, i * rank : i * rank + len(used)]
                 y[run, offset : offset + size].addmm_(narrow, used, alpha=scale)
                 offset += size
+
+    def _by_masks(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        stacked_a: tuple[torch.Tensor, ...],
+        stacked_b: tuple[torch.Tensor, ...],
+        scale: float,
+        sizes: tuple[int, ...],
+    ) -> None:
+        """The same for many short runs, as of requests that each write a token: all slots at once, others' zeroed."""
+        assert self._masks is not None
+        first, mask = self._masks  # (T, S)
+        some, a = slice(first, first + mask.shape[1]), joined(stacked_a)
+        rank = stacked_a[0].shape[2]
+        low = (x @ a[some].flatten(0, 1).t()).view(len(x), mask.shape[1], -1) * mask[..., None].to(x.dtype)
+        block = joined_b(stacked_b)
+        if block is not None:
+            y.addmm_(low.flatten(1), block[some].flatten(0, 1), alpha=scale)
+            return
+        offset = 0
+        for i, (b, size) in enumerate(zip(stacked_b, sizes, strict=True)):
+            used = b[some, 0, :, : self.used_rank].transpose(1, 2)
+            narrow = low[..., i * rank : i * rank + used.shape[1]].flatten(1)
+            y[:, offset : offset + size].addmm_(narrow, used.flatten(0, 1), alpha=scale)
+            offset += size
 
     def _views_of(
         self, stacked_a: tuple[torch.Tensor, ...], stacked_b: tuple[torch.Tensor, ...], first: int, count: int
@@ -207,7 +239,14 @@ class SegmentedLora(PunicaWrapperCPU):
         self._held = Held(y.data_ptr(), (low[..., :used], low[..., views.rank : views.rank + used]), (gate, up))
 
     def _set(self, segments: tuple[tuple[int, int, int], ...]) -> None:
-        self.segments, self._equal = segments, None
+        self.segments, self._equal, self._masks = segments, None, None
+        slots = {slot for slot, _, _ in segments}
+        tokens = segments[-1][2] - segments[0][1] if segments else 0
+        if len(segments) > 2 * len(slots) and tokens <= SHORT_RUN * len(segments):
+            mask = torch.zeros(tokens, max(slots) - min(slots) + 1)
+            for slot, start, end in segments:
+                mask[start - segments[0][1] : end - segments[0][1], slot - min(slots)] = 1.0
+            self._masks = (min(slots), mask)
         lengths = {end - start for _, start, end in segments}
         in_order = all(b[0] == a[0] + 1 and b[1] == a[2] for a, b in pairwise(segments))
         if len(lengths) == 1 and in_order:

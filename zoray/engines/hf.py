@@ -18,11 +18,11 @@ from zoray.snapshots import pack, unpack
 from zoray.spaces.base import is_embedding
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from zoray.engines.packing import Plan
-    from zoray.records import Commit, TokenSequence
+    from zoray.records import Commit, Probe, Sampling, TokenSequence
     from zoray.spaces.base import Space
 
 
@@ -127,6 +127,38 @@ class HfEngine(Pairs):
             logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         picked = logps[sequence.rows.astype(np.int64), sequence.targets.astype(np.int64)].double().cpu().numpy()
         return np.bincount(sequence.outputs, weights=picked, minlength=sequence.n_outputs)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        probes: tuple[Probe, ...],
+        probe_of: np.ndarray,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        stops: frozenset[int],
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Completions one after another, see base.py; what is sampled differs from vLLM's, which draws otherwise."""
+        import torch
+
+        options: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature:
+            options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        for k, probe in enumerate((None, *probes)):
+            for i in np.flatnonzero(probe_of == k - 1).tolist():
+                self._active = {} if probe is None else {name: (a, b) for name, a, b in self.state.factors(probe)}
+                with torch.random.fork_rng(), torch.inference_mode():
+                    torch.manual_seed(seeds[i])
+                    tokens = torch.tensor([list(prompts[i])], device=self.model.device)
+                    written = self.model.generate(
+                        tokens,
+                        attention_mask=torch.ones_like(tokens),
+                        max_new_tokens=sampling.max_tokens,
+                        eos_token_id=sorted(stops) or None,
+                        pad_token_id=0,
+                        **options,
+                    )
+                self._active = {}
+                yield i, written[0, tokens.shape[1] :].tolist()
 
     def settle(self) -> None:
         """Compute now what `apply` has left."""

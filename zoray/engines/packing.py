@@ -111,11 +111,7 @@ class Plan:
 
         The bare model needs no slot; its members come with the first part.
         """
-        for first in range(0, max(len(self.probes), 1), slots):
-            probes = self.probes[first : first + slots]
-            members = np.flatnonzero((self.probe_of >= (first or -1)) & (self.probe_of < first + len(probes)))
-            if len(members):
-                yield probes, members, np.where(self.probe_of[members] < 0, -1, self.probe_of[members] - first)
+        return by_slots(self.probes, self.probe_of, slots)
 
     def gather(
         self, slots: int, score: Callable[[tuple[Probe, ...], np.ndarray, np.ndarray], np.ndarray]
@@ -127,6 +123,17 @@ class Plan:
             at = ranges(first[members], self.table.n_outputs[self.chosen[members]])
             result[at] = score(probes, members, slot_of)
         return result
+
+
+def by_slots(
+    probes: tuple[Probe, ...], probe_of: np.ndarray, slots: int
+) -> Iterator[tuple[tuple[Probe, ...], np.ndarray, np.ndarray]]:
+    """Cut n members, each under one of `probes` (-1: the bare model), so that no part has more probes than slots."""
+    for first in range(0, max(len(probes), 1), slots):
+        some = probes[first : first + slots]
+        members = np.flatnonzero((probe_of >= (first or -1)) & (probe_of < first + len(some)))
+        if len(members):
+            yield some, members, np.where(probe_of[members] < 0, -1, probe_of[members] - first)
 
 
 @dataclass(frozen=True, eq=False)

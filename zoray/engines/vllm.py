@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoray.engines.base import Pairs
+from zoray.engines.packing import by_slots
 from zoray.engines.slots import DENSE_COLUMNS, KERNELS
 from zoray.records import ConfigError, require
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from zoray.engines.packing import Plan
-    from zoray.records import Commit, Probe
+    from zoray.records import Commit, Probe, Sampling
     from zoray.spaces.base import Space
 
 SLOTS = 16  # where their number is not set, at most
@@ -246,6 +247,30 @@ class VllmEngine(Worker):
             return score_slots(self.llm, plan, members, slot_of, adapters)
 
         return plan.gather(slots, part)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        probes: tuple[Probe, ...],
+        probe_of: np.ndarray,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        stops: frozenset[int],
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Completions by vLLM's own request path, see base.py; more probes than slots come in several batches."""
+        from vllm.lora.request import LoRARequest
+
+        from zoray.engines.vllm_requests import write
+
+        slots = self._call("zoray_register")
+        adapters = [LoRARequest(f"slot {slot}", slot + 1, "/none") for slot in range(slots)]
+        for some, members, slot_of in by_slots(probes, probe_of, slots):
+            self._call("zoray_write", some)
+            chosen = [
+                (prompts[i], seeds[i], adapters[s] if s >= 0 else None) for i, s in zip(members, slot_of, strict=True)
+            ]
+            for number, tokens in write(self.llm, chosen, sampling, stops):
+                yield int(members[number]), tokens
 
     def settle(self) -> None:
         """Compute now what `apply` has left."""

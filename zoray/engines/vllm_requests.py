@@ -13,10 +13,10 @@ import numpy as np
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from zoray.engines.packing import Plan
-    from zoray.records import TokenSequence
+    from zoray.records import Sampling, TokenSequence
 
 
 def score_slots(llm: Any, plan: Plan, members: np.ndarray, slots: np.ndarray, adapters: Sequence[Any]) -> np.ndarray:
@@ -46,6 +46,39 @@ def score_slots(llm: Any, plan: Plan, members: np.ndarray, slots: np.ndarray, ad
             found = answer.outputs[0].logprobs[0] if position is None else answer.prompt_logprobs[position]
             sums[output] += found[token].logprob
     return sums
+
+
+def write(
+    llm: Any, prompts: Sequence[tuple[Sequence[int], int, Any]], sampling: Sampling, stops: frozenset[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Completions of (tokens, seed, LoRARequest or None), as they are finished: (number, tokens).
+
+    The requests wait together, so that vLLM's scheduler batches long and short ones continuously.
+    """
+    from vllm import SamplingParams
+
+    engine, waiting = llm.llm_engine, set()
+    for number, (tokens, seed, adapter) in enumerate(prompts):
+        parameters = SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed if sampling.temperature else None,
+            stop_token_ids=sorted(stops),
+            detokenize=False,
+        )
+        prompt = {"prompt_token_ids": list(tokens)}
+        engine.add_request(name := f"zoray-{number}", prompt, parameters, lora_request=adapter)
+        waiting.add(name)
+    try:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    waiting.discard(output.request_id)
+                    yield int(output.request_id.rpartition("-")[2]), list(output.outputs[0].token_ids)
+    finally:
+        if waiting:  # whoever asked has gone away, or a step has failed
+            engine.abort_request(sorted(waiting))
 
 
 def _requests(sequence: TokenSequence) -> list[tuple[list[int], Any, list[tuple[int, int | None, int]]]]:

@@ -10,15 +10,23 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Protocol, TypeVar
 
-from zoray.records import ConfigError, Example, Splits
+import numpy as np
+
+from zoray.records import ConfigError, Example, Sampling, Splits
 
 Row = TypeVar("Row")
+CHUNK = 1 << 16  # digests that are made at a time
 
 
 class Task(Protocol):
-    """A dataset with its template. `metric` names the number that decides which state is best."""
+    """A dataset with its template.
 
-    metric: ClassVar[str]
+    `metric` names the number that decides which state is best, the higher the better; without one the loss does.
+    `sampling` is how answers are written, where the model writes them.
+    """
+
+    metric: ClassVar[str | None] = "accuracy"
+    sampling: ClassVar[Sampling] = Sampling()
 
     def load(self) -> Splits:
         """Read, check and split the data; raises ConfigError before a model loads."""
@@ -30,20 +38,36 @@ def seeded_split(rows: Sequence[Row], sizes: Sequence[int], seed: int, source: s
 
     An earlier sample does not change when a later size does. `source` names the data in the error.
     """
-    if sum(sizes) > len(rows):
-        asked = " + ".join(str(size) for size in sizes)
-        raise ConfigError(f"{source} has {len(rows)} usable rows; asked for {asked} = {sum(sizes)}. Ask for fewer")
-    order = sorted(range(len(rows)), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(tuple(rows[i] for i in order[start : start + size]))
-        start += size
-    return parts
+    return [tuple(rows[i] for i in part.tolist()) for part in seeded_parts(len(rows), sizes, seed, source)]
+
+
+def seeded_parts(count: int, sizes: Sequence[int], seed: int, source: str) -> list[np.ndarray]:
+    """Which of `count` rows are in each sample of `seeded_split`."""
+    if sum(sizes) > count:
+        raise too_few(count, sizes, source)
+    ends = np.cumsum(sizes)
+    return np.split(seeded_order(count, seed)[: ends[-1]], ends[:-1])
+
+
+def seeded_order(count: int, seed: int) -> np.ndarray:
+    """The numbers below `count` in order of SHA-256 of "seed:number", (count,) int64."""
+    words = np.empty((4, count), np.uint64)
+    for first in range(0, count, CHUNK):
+        numbers = range(first, min(first + CHUNK, count))
+        digests = b"".join([hashlib.sha256(b"%d:%d" % (seed, i)).digest() for i in numbers])
+        words[:, first : numbers.stop] = np.frombuffer(digests, ">u8").reshape(-1, 4).T
+    return np.lexsort(words[::-1])  # by the first word, then by the next
+
+
+def too_few(usable: int, sizes: Sequence[int], source: str) -> ConfigError:
+    """The error of a source that has fewer usable rows than all sizes together."""
+    asked = " + ".join(str(size) for size in sizes)
+    return ConfigError(f"{source} has {usable} usable rows; asked for {asked} = {sum(sizes)}. Ask for fewer")
 
 
 def distinct(examples: Iterable[Example]) -> list[Example]:
     """The examples without those whose prompt came before, so that no prompt is in two splits."""
-    first: dict[str, Example] = {}
+    first: dict[object, Example] = {}
     for example in examples:
         first.setdefault(example.prompt, example)
     return list(first.values())
@@ -52,6 +76,16 @@ def distinct(examples: Iterable[Example]) -> list[Example]:
 def fill(template: str, text: str) -> str:
     """The template with `{text}` replaced; other braces, in template or text, stay as they are."""
     return template.replace("{text}", text)
+
+
+def parted(prompt: str, texts: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+    """A prompt and what may follow it, with the spaces between the two at the beginning of what follows.
+
+    MeZO's code takes spaces from both ends of the prompt, and of the prompt with an option behind it, before it
+    tokenises them; what is in front of the prompt goes altogether.
+    """
+    bare = prompt.rstrip(" ")
+    return bare.lstrip(), tuple((prompt[len(bare) :] + text).rstrip(" ") for text in texts)
 
 
 def check_template(template: object) -> None:

@@ -17,11 +17,10 @@ import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from zoray.models import cache_dir
 from zoray.records import ConfigError, Example, Splits
-from zoray.tasks.base import check_sizes, check_template, check_words, distinct, fill, seeded_split
+from zoray.tasks.base import Task, check_sizes, check_template, check_words, distinct, fill, seeded_split
 
 PACKAGE = "vaderSentiment==3.3.2"
 PACKAGE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -31,7 +30,7 @@ FILE_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
 
 
 @dataclass(frozen=True)
-class MovieReviews:
+class MovieReviews(Task):
     """Is a movie review good or bad? Rows with |rating| >= min_rating; the label is rating > 0.
 
     `path` is a file of `id<TAB>rating<TAB>text` lines in UTF-8; null takes the published file, fetched once.
@@ -46,8 +45,6 @@ class MovieReviews:
     template: str = "{text} It was"
     words: tuple[str, ...] = (" terrible", " great")
     min_rating: float = 1.0
-
-    metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
         check_sizes(self.train, self.dev, self.test, self.seed)

@@ -1,0 +1,96 @@
+"""`python -m zoray.lm_eval run=DIR tasks=[NAME]`: a step of a run, or a bare model, by lm-evaluation-harness.
+
+The step is exported (a PEFT adapter, or a merged checkpoint where the run folds), and EleutherAI's harness loads that
+with its own Hugging Face or vLLM backend: nothing of zoray takes part in the scoring. Needs the package lm_eval.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from zoray import export, journal
+from zoray.cli import build, run_main
+from zoray.models import pinned_folder
+from zoray.records import ConfigError, require
+from zoray.spaces import from_record
+
+BACKENDS = ("hf", "vllm")
+
+
+def main(config: Any) -> None:
+    """Print the harness's table; write its results if a file is given."""
+    if (config.run is None) == (config.model is None) or not config.tasks:
+        raise ConfigError(
+            "expected a run or a model, and tasks: python -m zoray.lm_eval run=runs/<name> tasks=[arc_easy] "
+            "[step=K|best], or model=smollm2-135m tasks=[arc_easy]"
+        )
+    require(config.backend in BACKENDS, f"backend to be one of {', '.join(BACKENDS)}", config.backend)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("zoray.lm_eval needs the package lm_eval, which is not installed. Run: pip install lm_eval")
+    out = None if config.out is None else Path(str(config.out))
+    if out is not None and out.exists():
+        raise ConfigError(f"expected {out} not to exist yet; it does. Choose another file with out=FILE")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = _model(config) if config.run is None else _step(config, Path(folder))
+        results = _evaluated(config, arguments)
+    from lm_eval.utils import make_table
+
+    print(make_table(results))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        kept = {key: results[key] for key in ("results", "versions", "n-shot", "n-samples") if key in results}
+        out.write_text(json.dumps(kept, indent=2, default=str) + "\n")
+
+
+def _model(config: Any) -> dict[str, str]:
+    return {"pretrained": str(build(config.model, "model").resolve())}
+
+
+def _step(config: Any, folder: Path) -> dict[str, str]:
+    """What the backend is to load for a step of a run."""
+    header = journal.read(Path(str(config.run)) / journal.FILE_NAME).header
+    space = from_record(header["space"])
+    out = folder / "model"
+    form = "merged" if space.folds else "peft"
+    export.write(Path(str(config.run)), out, config.step, form)
+    if space.folds:
+        return {"pretrained": str(out)}
+    base = str(pinned_folder(header))
+    if config.backend == "hf":
+        return {"pretrained": base, "peft": str(out)}
+    return {"pretrained": base, "lora_local_path": str(out), "max_lora_rank": str(max(8, space.rank))}
+
+
+def _evaluated(config: Any, arguments: dict[str, str]) -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    from lm_eval.tasks import TaskManager
+
+    harness: Any = importlib.import_module("lm_eval")
+
+    include = None if config.include_path is None else str(config.include_path)
+    manager = TaskManager(include_path=include)
+    names = [str(name) for name in config.tasks]
+    unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown:
+        raise ConfigError(f"expected tasks that lm_eval knows; got {unknown}. Its own list: lm_eval --tasks list")
+    return harness.simple_evaluate(
+        model=config.backend,
+        model_args=arguments | {str(key): value for key, value in (config.model_args or {}).items()},
+        tasks=names,
+        num_fewshot=config.shots,
+        limit=config.limit,
+        batch_size=config.batch_size,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        task_manager=manager,
+    )
+
+
+if __name__ == "__main__":
+    run_main("lm_eval", main)

@@ -1,0 +1,68 @@
+"""How likely a given answer is after its prompt: supervised fine-tuning on prompts and completions, and on chats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoray.objectives.base import Objective, Outcomes, Sums
+from zoray.objectives.choice import ChoiceNLL
+from zoray.objectives.reward import text_metric
+from zoray.records import ConfigError, Example, Message, TokenSequence, require
+
+if TYPE_CHECKING:
+    from zoray.prompts import Encoder
+
+
+@dataclass(frozen=True)
+class AnswerNLL(Objective):
+    """Mean negative log-probability of the answer's tokens, as MeZO trains question answering (arXiv 2305.17333).
+
+    loss = -1/T sum_t log p(answer[t] | prompt, answer[:t])
+
+    The answer is an example's first of `answers`, or else its right option. In a chat it is every turn of the
+    assistant's, the end of turn included. On dev and test an example with options is judged by the likeliest of them,
+    one with answers by the task's metric, for which the model writes one itself; without a metric the loss decides.
+
+    Args:
+        eos: whether the model's end of text belongs to a plain answer; null: unless the answer ends in a line break.
+    """
+
+    eos: bool | None = None
+
+    def __post_init__(self) -> None:
+        require(self.eos in (True, False, None), "objective.eos to be true, false or null", self.eos)
+
+    @property
+    def metric(self) -> str | None:
+        return None
+
+    def bind(self, task: Any, example: Example) -> Objective:
+        """Itself, for tasks with answers or options."""
+        if not example.answers and not example.options:
+            raise ConfigError(
+                f"expected examples with an answer for objective=answer_nll; got {str(example.prompt)[:60]!r} without "
+                "one. Take objective=reward, or a task with answers"
+            )
+        return self
+
+    def evaluator(self, task: Any, example: Example) -> Objective:
+        """The likeliest option, what the model writes by itself, or nothing but the loss."""
+        if example.options and not example.answers:
+            return ChoiceNLL()
+        return self if task.metric is None else text_metric(task.metric, task, example)
+
+    def encode(self, example: Example, encoder: Encoder) -> tuple[TokenSequence, ...]:
+        """One sequence, the answer's tokens asked for."""
+        answer = example.answers[0] if example.answers else example.options[example.label]
+        if isinstance(example.prompt, str):
+            return (encoder.answer(example.prompt, answer, self.eos),)
+        text, spans = encoder.assistant_spans((*example.prompt, Message("assistant", answer.strip())))
+        return (encoder.sequence(*encoder.tokens_in(text, spans)),)
+
+    def reduce(self, batch: Sums) -> Outcomes:
+        """Losses; there is no score."""
+        losses = -batch.sums / batch.counts
+        return Outcomes(losses, np.full(len(losses), np.nan))

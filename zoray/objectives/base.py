@@ -1,0 +1,112 @@
+"""What objectives share: from an example to token sequences, and from log-probabilities or completions to numbers.
+
+An objective never calls the model. One that scores given text encodes an example once, and later reduces the sums of
+log-probabilities that an engine returns for it. One that has `sampling` is about completions that the model writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+from zoray.records import ConfigError, Example, Sampling, TokenSequence
+from zoray.tiles import mean
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from zoray.prompts import Encoder
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Log-probabilities of E examples with O outputs in all, example after example."""
+
+    sums: np.ndarray  # (O,) nats, float64
+    counts: np.ndarray  # (O,) tokens that each sums over
+    outputs: np.ndarray  # (E,) outputs of each example
+    labels: np.ndarray  # (E,) which of an example's options is right
+    right: np.ndarray  # (O,) bool: all outputs that are right
+    reference: np.ndarray | None = None  # (O,) the same sums of the bare model, for who asks for it
+
+    @property
+    def first(self) -> np.ndarray:
+        """Where the outputs of each example begin, (E,)."""
+        return np.cumsum(self.outputs) - self.outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """What an objective makes of E examples, float64."""
+
+    losses: np.ndarray  # (E,)
+    scores: np.ndarray  # (E,) the metric, example by example: higher is better; nan where there is none
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # what else is known of each, (E,) each
+    tokens: int = 0  # that it took
+    written: int = 0  # completions among them
+    failed: int = 0  # rewards that could not be had
+    failure: str = ""  # the first one's traceback
+
+
+class Objective(Protocol):
+    """What to score, and how it becomes a scalar.
+
+    metric: what `Outcomes.scores` is called; None where only the loss says how good a state is.
+    columns: names of `Outcomes.columns`.
+    sampling: how the completions it scores are written; None for an objective that scores given text.
+    reference: whether it compares with the bare model.
+    smooth: whether the loss is a smooth function of the weights, so that rounding is all that is rough about it.
+    pooled: whether the loss of a batch is not the mean over its examples; `losses` then are what `pool` takes.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar[bool] = False
+    smooth: ClassVar[bool] = True
+
+    @property
+    def metric(self) -> str | None:
+        return "accuracy"
+
+    @property
+    def pooled(self) -> bool:
+        return False
+
+    @property
+    def sampling(self) -> Sampling | None:
+        return None
+
+    def bind(self, task: Any, example: Example) -> Objective:
+        """This objective for a task, one of whose examples is given; raises ConfigError where it makes no sense."""
+        return self
+
+    def evaluator(self, task: Any, example: Example) -> Objective:
+        """What measures the task's metric on dev and test: itself, or another objective."""
+        return self
+
+    def encode(self, example: Example, encoder: Encoder) -> tuple[TokenSequence, ...]:
+        """The sequences to score for an example."""
+        ...
+
+    def reduce(self, batch: Sums) -> Outcomes:
+        """Sums of log-probabilities -> losses and scores."""
+        ...
+
+    def pool(self, losses: Sequence[float], labels: np.ndarray) -> float:
+        """The loss of a batch of examples with these labels."""
+        return mean(losses)
+
+    def metrics(self, scores: np.ndarray, columns: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
+        """All that is to be said of a split, by name, beside its loss; `scores` and columns (E,) each."""
+        means = {name: mean(values.tolist()) for name, values in columns.items() if name != "predicted"}
+        return {self.metric: mean(scores.tolist()), **means} if self.metric else means
+
+
+def need_options(example: Example, name: str) -> None:
+    """Raise ConfigError unless the example has options to choose from."""
+    if len(example.options) < 2:
+        raise ConfigError(
+            f"expected examples with options to choose from for objective={name}; got {example.prompt[:60]!r} without. "
+            "Take objective=answer_nll, metric or reward"
+        )

@@ -1,0 +1,90 @@
+"""A task's own metric as the objective: accuracy and F1 have no gradient, and need none here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from zoray.objectives.base import Objective, Outcomes, Sums, need_options
+from zoray.objectives.choice import ChoiceNLL, macro_f1
+from zoray.objectives.reward import text_metric
+from zoray.records import ConfigError, Example, TokenSequence
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from zoray.prompts import Encoder
+
+OF_OPTIONS = ("accuracy", "f1")
+
+
+@dataclass(frozen=True)
+class Metric(Objective):
+    """Minimises 1 - metric, as MeZO does with F1 on SQuAD (arXiv 2305.17333, section 3.3).
+
+    On a task of options the metric is "accuracy", or "f1": the mean over classes of F1 on the step's batch. On a task
+    of answers the model writes one itself, and the metric is "f1" or "exact_match" (SQuAD's), "numeric" or any other of
+    zoray.rewards. Where a perturbation changes no answer, plus and minus tie and the direction says nothing; such
+    directions are counted, and many of them warned about. Larger batches and perturbations have fewer.
+
+    Args:
+        name: the metric; null for the task's own.
+        calibration: of a task of options, as in ChoiceNLL.
+    """
+
+    name: str | None = None
+    calibration: str = "none"
+
+    def bind(self, task: Any, example: Example) -> Objective:
+        """The objective that this metric is on a task."""
+        name = self.name or task.metric or ("accuracy" if example.options else None)
+        if name is None:
+            raise ConfigError("expected a metric for a task without one of its own. Set objective.name")
+        if example.answers:
+            return text_metric(name, task, example)
+        need_options(example, "metric")
+        if name not in OF_OPTIONS:
+            raise ConfigError(f"expected objective.name to be accuracy or f1 for a task of options; got {name!r}")
+        return ChoiceMetric(calibration=self.calibration, name=name).bind(task, example)
+
+    def encode(self, example: Example, encoder: Encoder) -> tuple[TokenSequence, ...]:
+        raise NotImplementedError("a metric is bound to a task first")
+
+    def reduce(self, batch: Sums) -> Outcomes:
+        raise NotImplementedError("a metric is bound to a task first")
+
+
+@dataclass(frozen=True)
+class ChoiceMetric(ChoiceNLL):
+    """Accuracy or F1 of the likeliest options."""
+
+    smooth: ClassVar[bool] = False
+
+    name: str = "accuracy"
+
+    @property
+    def metric(self) -> str | None:
+        return self.name
+
+    @property
+    def pooled(self) -> bool:
+        """F1 is of a batch, not of an example: what travels is the option that each example was given."""
+        return self.name == "f1"
+
+    def reduce(self, batch: Sums) -> Outcomes:
+        """1 - correct, or the predicted options."""
+        outcomes = super().reduce(batch)
+        finite = np.isfinite(outcomes.losses)
+        losses = outcomes.columns["predicted"] if self.pooled else 1.0 - outcomes.scores
+        return replace(outcomes, losses=np.where(finite, losses, np.nan))
+
+    def metrics(self, scores: np.ndarray, columns: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
+        """Accuracy, and F1 as the mean over classes."""
+        return {"accuracy": float(np.mean(scores)), "f1": macro_f1(columns["predicted"], labels)}
+
+    def pool(self, losses: Sequence[float], labels: np.ndarray) -> float:
+        """1 - F1 of a batch, from its predicted options."""
+        predicted = np.asarray(losses)
+        return 1.0 - macro_f1(predicted, labels) if np.isfinite(predicted).all() else float("nan")

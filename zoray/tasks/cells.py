@@ -1,0 +1,277 @@
+"""From a row's cells to an example.
+
+Guarantees: a cell that is empty, of the wrong type, or no chat is refused with the row's place and the column's name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zoray.records import ConfigError, Example, Message
+from zoray.tasks.columns import Schema
+from zoray.tasks.files import Row
+
+CHAT_ROLES = ("system", "user", "assistant")
+SHOWN = 80  # characters of a cell in a message
+
+Prompt = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Makes examples of rows.
+
+    Args:
+        schema: which columns are what.
+        chat: whether a plain text prompt is one message of a user.
+        cells: whether a row's values are all text, so that a list comes as JSON in a cell.
+        words: label -> label word, of a choice; none while they are being found out.
+    """
+
+    schema: Schema
+    chat: bool = False
+    cells: bool = False
+    words: Mapping[str, str] | None = None
+
+    def example(self, row: Row, where: str) -> Example:
+        """The example that a row is."""
+        kind = self.schema.kind
+        if kind == "choice":
+            assert self.words is not None
+            label = list(self.words).index(self.label(row, where))
+            return Example(self.prompt(row, where), tuple(self.words.values()), label)
+        if kind == "chat":
+            before, answer = self._turns(row, where)
+            return Example(before, answers=(answer,))
+        if kind == "preference":
+            prompt, chosen, rejected = self._preference(row, where)
+            return Example(prompt, (_joined(prompt, chosen), _joined(prompt, rejected)))
+        if kind == "completion":
+            prompt, answers = self._completion(row, where)
+            return Example(prompt, answers=tuple(_joined(prompt, answer) for answer in answers), data=plain(row))
+        return Example(self.prompt(row, where), data=plain(row))
+
+    def scan(self, row: Row, where: str) -> tuple[Prompt, str | None]:
+        """The prompt of a row whose every cell is checked, and its label if it has one."""
+        kind = self.schema.kind
+        if kind == "choice":
+            return self.prompt(row, where), self.label(row, where)
+        if kind == "chat":
+            return self._turns(row, where)[0], None
+        if kind == "preference":
+            return self._preference(row, where)[0], None
+        return self._completion(row, where)[0] if kind == "completion" else self.prompt(row, where), None
+
+    def label(self, row: Row, where: str) -> str:
+        """The label of a row, as text."""
+        column = self.schema.columns["label"]
+        value = _filled(row, column, where)
+        label = label_text(value)
+        if isinstance(value, dict | list) or not label:
+            raise ConfigError(f"{where}: column {column!r} must hold a label; got {_shown(value)}. Complete the row")
+        if self.words is not None and label not in self.words:
+            raise ConfigError(f"{where}: label {label!r} has no word; words has {list(self.words)}. Add it to words")
+        return label
+
+    def prompt(self, row: Row, where: str) -> Prompt:
+        """The prompt of a row: its template filled, or its messages."""
+        template = self.schema.template
+        assert template is not None
+        if template.texts == ("", ""):
+            (column,) = template.columns
+            value = row.get(column)
+            listed = _json_list(value, dict) if self.cells and isinstance(value, str) else value
+            if listed and isinstance(listed, list):
+                turns = _chat(listed, column, where)
+                _ends(turns[-1], "user", column, where)
+                return turns
+        values = [_text(row, column, where) for column in template.columns]
+        if self.schema.kind == "choice":
+            values = [value.strip() for value in values]
+        text = template.fill(values)
+        return (Message("user", text),) if self.chat else text
+
+    def _turns(self, row: Row, where: str) -> tuple[tuple[Message, ...], str]:
+        column = self.schema.columns["messages"]
+        *before, last = _chat(_filled(row, column, where), column, where)
+        _ends(last, "assistant", column, where)
+        if not before:
+            raise ConfigError(f"{where}: column {column!r} begins with its answer. Put a question first")
+        return tuple(before), last.content
+
+    def _completion(self, row: Row, where: str) -> tuple[Prompt, tuple[str, ...]]:
+        prompt, column = self.prompt(row, where), self.schema.columns["completion"]
+        value = _filled(row, column, where)
+        if isinstance(value, str) and self.cells:
+            value = _json_list(value, str) or _json_list(value, dict) or value
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            before, text = _side(value, column, where)
+            if before:
+                raise ConfigError(
+                    f"{where}: column {column!r} must hold one message of the assistant's; got {len(before) + 1}. Give "
+                    "the others in the prompt, or the whole chat in a column messages"
+                )
+            return _as_chat(prompt), (text,)
+        answers = value if isinstance(value, list) else [value]
+        if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+            raise ConfigError(
+                f"{where}: column {column!r} must hold text, or a list of texts that are all right; got "
+                f"{_shown(value)}. Complete the row, or write numbers in quotes"
+            )
+        return prompt, tuple(answers)
+
+    def _preference(self, row: Row, where: str) -> tuple[Prompt, str, str]:
+        names = [self.schema.columns[role] for role in ("chosen", "rejected")]
+        values = [_filled(row, name, where) for name in names]
+        if self.cells:
+            values = [_json_list(value, dict) or value for value in values]
+        (before, chosen), (also, rejected) = (_side(*pair, where) for pair in zip(values, names, strict=True))
+        if before != also:
+            raise ConfigError(
+                f"{where}: columns {names[0]!r} and {names[1]!r} must be answers to the same messages; they differ "
+                "before the last one. Cut both chats where they part"
+            )
+        if chosen.strip() == rejected.strip():
+            raise ConfigError(f"{where}: columns {names[0]!r} and {names[1]!r} hold the same text. Remove the row")
+        if before:
+            _ends(before[-1], "user", names[0], where)
+        if self.schema.template is None:
+            if not before:
+                raise ConfigError(
+                    f"{where}: no prompt: no column has it, and column {names[0]!r} holds no messages before the "
+                    "answer. Add a column prompt, or name it: task.prompt_column=..."
+                )
+            return before, chosen, rejected
+        prompt = self.prompt(row, where)
+        if before:
+            asked = _as_chat(prompt)
+            if [_bare(turn) for turn in before[-len(asked) :]] != [_bare(turn) for turn in asked]:
+                raise ConfigError(
+                    f"{where}: the messages of column {names[0]!r} before the answer must be the prompt's; got "
+                    f"{_shown(before[-1].content)} for {_shown(asked[-1].content)}. Give only the answers in them"
+                )
+            return before, chosen, rejected
+        return (_as_chat(prompt) if any(isinstance(value, list) for value in values) else prompt), chosen, rejected
+
+
+def label_text(value: object) -> str:
+    """A label as text: 1, 1.0 and "1" are the same label, and so are JSON's true and "true"."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).lower() if isinstance(value, bool) else str(value).strip()
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it; what JSON has no word for becomes text, bytes are left out."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items() if not isinstance(inner, bytes)}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value if not isinstance(inner, bytes)]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _filled(row: Row, column: str, where: str) -> Any:
+    value = row.get(column)
+    if value is None or value != value:  # nan is how some tables say that there is nothing
+        has = [str(key) for key, value in row.items() if value is not None]
+        raise ConfigError(f"{where}: no value for column {column!r}; the row has {has}. Complete the row, or remove it")
+    return value
+
+
+def _text(row: Row, column: str, where: str) -> str:
+    value = _filled(row, column, where)
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{where}: column {column!r} must hold text; got {_shown(value)}. Remove the row")
+    return value
+
+
+def _chat(value: Any, column: str, where: str) -> tuple[Message, ...]:
+    """Messages, checked; space around what an assistant says is no part of it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            at = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise ConfigError(
+                f"{where}: column {column!r} must hold a JSON list of messages; got {_shown(value)}, which is no JSON"
+                f'{at} ({error}). Write [{{"role": "user", "content": "..."}}, ...]'
+            ) from error
+    if not isinstance(value, list) or not value:
+        raise ConfigError(
+            f"{where}: column {column!r} must hold a list of messages; got {_shown(value)}. Write "
+            '[{"role": "user", "content": "..."}, ...]'
+        )
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+        if role not in CHAT_ROLES or not isinstance(content, str):
+            raise _wrong_turn(turn, f"{where}: column {column!r}, message {number}")
+        if role == "assistant" and not (content := content.strip()):
+            raise _wrong_turn(turn, f"{where}: column {column!r}, message {number}")
+        turns.append(Message(role, content))
+    return tuple(turns)
+
+
+def _wrong_turn(turn: object, here: str) -> ConfigError:
+    if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+        got = f"the keys {', '.join(map(str, turn))}" if isinstance(turn, dict) else _shown(turn)
+        return ConfigError(f"{here} must have role and content; got {got}. Rename from and value, if it has those")
+    role, content = turn["role"], turn["content"]
+    if role not in CHAT_ROLES:
+        return ConfigError(f"{here}: role must be {', '.join(CHAT_ROLES)}; got {_shown(role)}. Rename or remove it")
+    return ConfigError(f"{here}: content must be text; got {_shown(content)}. Complete or remove it")
+
+
+def _side(value: Any, column: str, where: str) -> tuple[tuple[Message, ...], str]:
+    """The messages before an answer, and the answer: a text, or the last message of a list."""
+    if isinstance(value, list):
+        *before, last = _chat(value, column, where)
+        _ends(last, "assistant", column, where)
+        return tuple(before), last.content
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{where}: column {column!r} must hold text or messages; got {_shown(value)}. Remove the row")
+    return (), value
+
+
+def _ends(last: Message, role: str, column: str, where: str) -> None:
+    if last.role != role:
+        raise ConfigError(
+            f"{where}: column {column!r} must end in a message of the {role}; got one of the {last.role}. Remove what "
+            f"follows the last {role} message"
+        )
+
+
+def _as_chat(prompt: Prompt) -> tuple[Message, ...]:
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def _bare(turn: Message) -> Message:
+    return Message(turn.role, turn.content.strip())
+
+
+def _joined(prompt: Prompt, text: str) -> str:
+    """A text that follows a prompt: the file's own space parts them, or else one is put between."""
+    if not isinstance(prompt, str) or prompt[-1:].isspace() or text[:1].isspace():
+        return text
+    return f" {text}"
+
+
+def _json_list(text: str, kind: type) -> list[Any]:
+    """The items of a cell that holds a JSON list of them; none for any other text."""
+    if not text.strip().startswith("["):
+        return []
+    try:
+        items = json.loads(text)
+    except ValueError:
+        return []
+    return items if isinstance(items, list) and all(isinstance(item, kind) for item in items) else []
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

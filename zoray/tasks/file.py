@@ -1,0 +1,292 @@
+"""Your own data: JSONL, CSV, TSV or Parquet files, or a data set on the Hub.
+
+Guarantees: every row is used or refused, and a refusal names file, line and column. Rows that repeat an earlier row's
+prompt are left out, so that no prompt is in two splits (prompts are told apart by 64 bits of a hash). A large file is
+read once, and of each row its place, label and hash are kept; its training examples are read again as they are asked
+for, and are those that would be in memory were the file small.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zoray.records import WHOLE, ConfigError, Sampling, Splits, require
+from zoray.tasks.base import Task, check_sizes, check_words, seeded_parts
+from zoray.tasks.cells import Reader, label_text
+from zoray.tasks.columns import KINDS, NAMES, ROLES, infer
+from zoray.tasks.files import TEXT_SUFFIXES, Rows, TextFiles
+from zoray.tasks.hub_rows import hub_rows
+from zoray.tasks.parquet import ParquetFiles
+from zoray.tasks.stream import Examples, first_of_each, scan
+
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
+FOREIGN = {  # what a file of another format is to be made
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "In the spreadsheet: Save as, CSV UTF-8"),
+    ".json": "Write one JSON object a line, and call it .jsonl",
+    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "Unpack it"),
+    **dict.fromkeys((".txt", ".tab", ".data", ".arrow", ".md", ".xml", ".html", ".pkl"), "Convert the file"),
+}
+NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
+MOST_LABELS = 20  # that become label words by themselves
+SHARE, LARGEST = 10, 1000  # dev and test are a tenth of a file each, and no more than a thousand rows
+
+
+@dataclass(frozen=True)
+class File(Task):
+    """A file of yours; what it is follows from its columns.
+
+    text, label                 a choice among label words, which follow the text
+    prompt, completion          an answer to write; several right ones as a JSON list, training takes the first
+    messages                    a chat, [{"role": ..., "content": ...}, ...], whose last message is the answer
+    prompt, chosen, rejected    a preference
+    prompt                      what a reward judges the completion of
+
+    Args:
+        path: a file, a pattern such as data/*.jsonl, or org/name (org/name:configuration) on the Hub. CSV and TSV need
+            a header line; a cell with a separator, a quote or a line break in it is quoted, as spreadsheets do.
+        words: label -> label word, {negative: " terrible", positive: " great"}, or a list for labels 0, 1, ...; null
+            takes each label behind a space.
+        text_column: the column that is the text; null for the one of that name. So are the others.
+        template: the prompt, with columns in braces; null is "{text} It was" for a choice, else the prompt itself.
+        train: examples to learn from; null for all that dev and test leave.
+        dev: null is 10 %, and at most 1,000.
+        test: likewise.
+        kind: choice, completion, chat, preference or prompt, where the columns do not decide.
+        chat: make a plain prompt one message of a user, so that a chat model sees its own template.
+        metric: what judges an answer that the model writes, "f1", "exact_match", ...; null leaves it to the loss, or
+            to accuracy where there are options.
+        max_tokens: longest answer that it writes.
+        stop: texts that end one.
+    """
+
+    path: str
+    words: Mapping[str, str] | Sequence[str] | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    template: str | None = None
+    train: int | None = None
+    dev: int | None = None
+    test: int | None = None
+    seed: int = 0
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    messages_column: str | None = None
+    chosen_column: str | None = None
+    rejected_column: str | None = None
+    kind: str | None = None
+    chat: bool = False
+    metric: str | None = None
+    max_tokens: int = 50
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_path(self.path)
+        if self.words is not None:
+            if isinstance(self.words, str) or not isinstance(self.words, Mapping | Sequence):
+                raise ConfigError(f"words must map labels to label words, or list them; got {self.words!r}")
+            words = self.words if isinstance(self.words, Mapping) else dict(enumerate(self.words))
+            words = {label_text(key): word for key, word in words.items()}
+            check_words(list(words.values()))
+            object.__setattr__(self, "words", words)
+        if self.template is not None and (not isinstance(self.template, str) or not NAMES.search(self.template)):
+            raise ConfigError(
+                f"template must be text with a column in braces, such as '{{text}} It was'; got {self.template!r}"
+            )
+        train, dev, test = (1 if size is None else size for size in (self.train, self.dev, self.test))
+        check_sizes(train, dev, test, self.seed)
+        for role in ROLES:
+            name = getattr(self, f"{role}_column")
+            if name is not None and (not isinstance(name, str) or not name):
+                raise ConfigError(f"{role}_column must be a column's name, or null; got {name!r}")
+        require(self.kind in (*KINDS, None), f"task.kind to be one of {', '.join(KINDS)}, or null", self.kind)
+        require(isinstance(self.chat, bool), "task.chat to be true or false", self.chat)
+        ok = self.metric is None or (isinstance(self.metric, str) and self.metric.isidentifier())
+        require(ok, "task.metric to be null or a metric's name, such as f1 or exact_match", self.metric)
+        object.__setattr__(self, "stop", self.sampling.stop)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are written."""
+        return Sampling(max_tokens=self.max_tokens, stop=self.stop)
+
+    def load(self) -> Splits:
+        """Read every row once, check it, and split them."""
+        tables = open_rows(self.path)
+        if self.test == 0:
+            tables.pop("test", None)  # its labels may be hidden
+        reader = self._reader(tables["train"])
+        numbers: dict[str, int] = {}  # of labels, by first appearance
+
+        def number_of(label: str, where: str) -> int:
+            if label not in numbers and len(numbers) == MOST_LABELS and reader.words is None:
+                raise ConfigError(
+                    f"{where}: expected at most {MOST_LABELS} labels that are label words themselves; {label!r} is one "
+                    "more. Give task.words={label: ' word', ...}, or name another column: task.label_column=..."
+                )
+            return numbers.setdefault(label, len(numbers))
+
+        scans = {name: scan(tables[name], reader, number_of) for name in ("test", "dev", "train") if name in tables}
+        if not len(scans["train"].places):
+            raise ConfigError(f"{self.path} has no rows; expected one example a row")
+        if reader.schema.kind == "choice" and reader.words is None:
+            reader = replace(reader, words=_label_words(list(numbers), self.path))
+        known = list(reader.words or ())
+        labels = np.array([known.index(label) for label in numbers] or [0], np.int64)
+        first = first_of_each([found.keys for found in scans.values()])
+        kept = {
+            name: Examples(tables[name], reader, found.places[own], labels[found.labels[own]])
+            for (name, found), own in zip(scans.items(), first, strict=True)
+        }
+        splits = self._split(kept)
+        lines = _description(self.path, reader, sum(map(len, first)), kept)
+        object.__setattr__(self, "_lines", lines)  # what describe says; no part of the config
+        return splits
+
+    def describe(self) -> list[str]:
+        """What the file has been taken for."""
+        if not hasattr(self, "_lines"):
+            self.load()
+        return list(getattr(self, "_lines"))  # noqa: B009
+
+    def _reader(self, rows: Rows) -> Reader:
+        """What makes examples of the rows, from their columns."""
+        if next(iter(rows), None) is None:
+            raise ConfigError(f"{self.path} has no rows; expected one example a row")
+        given = {role: name for role in ROLES if (name := getattr(self, f"{role}_column"))}
+        kind = self.kind or ("choice" if self.words is not None else None)
+        schema = infer(rows.columns, given, kind, self.template, rows.header)
+        if schema.kind != "choice":
+            require(self.words is None, f"no task.words for {schema.kind}, which has no labels", self.words)
+        choices = schema.kind in ("choice", "preference")
+        if self.metric is not None:
+            ok = self.metric in ("accuracy", "f1") if choices else self.metric != "accuracy"
+            instead = "accuracy or f1" if choices else "f1, exact_match or another of answers"
+            require(ok, f"task.metric to be null, {instead} for {schema.kind}", self.metric)
+        words: Any = self.words
+        if words is None and schema.kind == "choice":
+            words = rows.words.get(schema.columns["label"])
+            words = words if words and len(words) <= MOST_LABELS else None
+        return Reader(schema, self.chat, rows.cells, words)
+
+    def _split(self, kept: Mapping[str, Examples]) -> Splits:
+        """Test, dev and train, in this order out of the rows, unless they have rows of their own."""
+        pool = kept["train"]
+        tenth = min(LARGEST, max(1, len(pool) // SHARE))
+        taken: dict[str, Examples] = {}
+        sizes: dict[str, int] = {}
+        for name in ("test", "dev"):
+            size = getattr(self, name)
+            if name in kept:
+                own = kept[name]
+                size = max(int(name == "dev"), min(LARGEST, len(own))) if size is None else size
+                taken[name] = own.part(seeded_parts(len(own), [size], self.seed, f"{self.path} ({name})")[0])
+            else:
+                sizes[name] = tenth if size is None else size
+        sizes["train"] = max(1, len(pool) - sum(sizes.values())) if self.train is None else self.train
+        parts = seeded_parts(len(pool), list(sizes.values()), self.seed, self.path)
+        taken |= {name: pool.part(part) for name, part in zip(sizes, parts, strict=True)}
+        train = taken["train"]
+        return Splits(train if len(train) > WHOLE else train[:], taken["dev"][:], taken["test"][:])
+
+
+def open_rows(path: str) -> dict[str, Rows]:
+    """The rows that a path names: all of them as "train"; of a data set on the Hub its "dev" and "test" as well.
+
+    Raises:
+        ConfigError: nothing is there, or files of more than one format.
+    """
+    here = Path(path).expanduser()
+    if here.is_dir():
+        raise ConfigError(
+            f"expected task.path to be a file; {path} is a folder. Give its files: task.path='{path}/*.csv'"
+        )
+    if not here.exists() and not _is_pattern(path):
+        if here.suffix.lower() not in SUFFIXES:
+            return dict(hub_rows(path))
+        raise ConfigError(f"can't read task.path={path}: No such file or directory. Give an existing file")
+    found = [here] if here.exists() else sorted(map(Path, glob(str(here), recursive=True)))
+    files = [file for file in found if not file.is_dir()]
+    if not files:
+        raise ConfigError(f"can't read task.path={path}: no file matches it. Look with: ls {path}")
+    suffixes = {file.suffix.lower(): file for file in reversed(files)}
+    for suffix, file in suffixes.items():
+        if suffix not in SUFFIXES:
+            raise ConfigError(_foreign(suffix, f"{file} (of task.path={path})" if len(files) > 1 else path))
+    if len(suffixes) > 1:
+        names = ", ".join(f"{suffixes[suffix].name} and others in {suffix}" for suffix in sorted(suffixes))
+        raise ConfigError(
+            f"expected files of one format for task.path={path}; got {names}. Narrow the pattern, such as "
+            f"task.path='{here.parent}/*{min(suffixes)}'"
+        )
+    return {"train": ParquetFiles(path, files) if ".parquet" in suffixes else TextFiles(path, files)}
+
+
+def _is_pattern(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _check_path(path: object) -> None:
+    """Refuse what can be neither a file, nor a pattern, nor a data set on the Hub."""
+    if isinstance(path, str) and path:
+        suffix = Path(path).suffix.lower()
+        if suffix in SUFFIXES or (suffix not in FOREIGN and (_is_pattern(path) or HUB_ID.fullmatch(path))):
+            return
+        if Path(path).expanduser().is_dir():
+            return  # open_rows says what to do
+    raise ConfigError(_foreign(Path(str(path)).suffix.lower(), path))
+
+
+def _foreign(suffix: str, path: object) -> str:
+    wanted = ", ".join(SUFFIXES)
+    advice = FOREIGN.get(suffix, "Convert the file, or give org/name for a data set on the Hub")
+    return f"task.path must end in {wanted}; got {str(path)!r}. {advice}"
+
+
+def _label_words(labels: Sequence[str], source: str) -> dict[str, str]:
+    """Each label behind a space, in alphabetical order, where labels are words."""
+    example = ", ".join(f"{label}: ' word'" for label in sorted(labels)[:3])
+    if len(labels) < 2:
+        raise ConfigError(
+            f"expected at least two labels in {source}; got only {labels[0]!r}. Give rows with another one as well, or "
+            "name another column: task.label_column=..."
+        )
+    if all(NUMBER.fullmatch(label) for label in labels):
+        raise ConfigError(
+            f"expected labels that are words; {source} has the numbers {', '.join(sorted(labels))}. Say which word "
+            f"stands for which, with its leading space: 'task.words={{{example}}}'"
+        )
+    alike: dict[str, str] = {}
+    for label in labels:
+        if (other := alike.setdefault(label.lower(), label)) != label:
+            raise ConfigError(
+                f"expected labels that differ in more than capitals; {source} has {other!r} and {label!r}. Write them "
+                f"alike, or give task.words={{{example}}}"
+            )
+    return {label: f" {label}" for label in sorted(labels)}
+
+
+def _description(path: str, reader: Reader, rows: int, kept: Mapping[str, Examples]) -> list[str]:
+    """The schema, labels with their counts, and how many rows were left out."""
+    schema, usable = reader.schema, sum(map(len, kept.values()))
+    lines = [f"{path}: {rows:,} rows, {schema.kind}"]
+    if schema.columns:
+        named = (f"{column!r} is the {role}" for role, column in schema.columns.items())
+        lines.append(f"columns: {', '.join(named)}")
+    if schema.template is not None:
+        text = schema.template.fill([f"{{{column}}}" for column in schema.template.columns])
+        lines.append(f"prompt: {text!r}" + (", as one message of a user" if reader.chat else ""))
+    if reader.words is not None:
+        counts = np.bincount(np.concatenate([own.labels for own in kept.values()]), minlength=len(reader.words))
+        each = zip(reader.words.items(), counts.tolist(), strict=True)
+        lines.append("labels: " + ", ".join(f"{label!r} as {word!r} ({count:,})" for (label, word), count in each))
+    if rows > usable:
+        lines.append(f"left out, since their prompt came before: {rows - usable:,} rows")
+    return lines

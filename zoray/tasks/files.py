@@ -1,0 +1,291 @@
+"""Rows of JSONL, CSV and TSV files: one pass over all of them, and any single one again by its place.
+
+Guarantees: every line is read or refused with file, line and, where there is one, the character; only a row's place is
+kept; a file that has changed since is an error, not other rows. Not guaranteed: that a change which keeps a file's size
+and time is noticed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from zoray.records import ConfigError
+
+TEXT_SUFFIXES = (".jsonl", ".csv", ".tsv")
+MARK = "\ufeff"  # spreadsheets begin a file with it
+HANDLES = 64  # files that are held open
+LINES = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+
+Row = Mapping[str, Any]
+
+
+class Rows(Protocol):
+    """Rows by their places, which are whole numbers.
+
+    name: what messages call it.
+    columns: names of columns; of JSONL those of the first row. Of text files they are known once iteration has begun,
+    header: and so is where they stand, for messages.
+    cells: whether a row's values are all text, so that a list comes as JSON in a cell.
+    words: label words that the source itself knows, by label and column.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    header: str
+    words: Mapping[str, Mapping[str, str]]
+
+    @property
+    def cells(self) -> bool: ...
+
+    def __iter__(self) -> Iterator[tuple[int, str, Row]]:
+        """(place, "FILE, line N", row) of each row, in order."""
+        ...
+
+    def row(self, place: int) -> Row:
+        """A row again."""
+        ...
+
+    def where(self, place: int) -> str:
+        """Where a row stands, for messages."""
+        ...
+
+
+class Stamps:
+    """Files as they were when a run began to use them."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+        self.known = tuple(self._now(path) for path in paths)
+
+    def check(self, number: int) -> None:
+        """Raise ConfigError if a file has changed."""
+        path, known = self.paths[number], self.known[number]
+        if (now := self._now(path)) != known:
+            raise ConfigError(
+                f"{path} has changed since this run began to use it: it had {known[0]:,} bytes and has {now[0]:,}"
+                f"{'' if now[0] != known[0] else ', and was written again'}. Put it back as it was and resume the run, "
+                "or start a new one"
+            )
+
+    @staticmethod
+    def _now(path: Path) -> tuple[int, int]:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise ConfigError(f"can't read task.path={path}: {error.strerror}. Give an existing file") from error
+        return status.st_size, status.st_mtime_ns
+
+
+class TextFiles:
+    """The rows of text files of one format; a place is the byte where a row begins, counted through all files.
+
+    Args:
+        name: what messages call them together.
+        paths: in order.
+    """
+
+    words: Mapping[str, Mapping[str, str]] = {}
+
+    def __init__(self, name: str, paths: Sequence[Path]) -> None:
+        self.name, self.header = name, name
+        self.columns: tuple[str, ...] = ()
+        self._stamps = Stamps(paths)
+        sizes = [size for size, _ in self._stamps.known]
+        self._starts = np.cumsum([0, *sizes])
+        self._suffix = paths[0].suffix.lower()
+        self._formats: dict[int, tuple[list[str], str]] = {}  # of CSV and TSV: header and delimiter
+        self._handles: dict[int, BinaryIO] = {}
+
+    @property
+    def cells(self) -> bool:
+        return self._suffix != ".jsonl"
+
+    def __iter__(self) -> Iterator[tuple[int, str, Row]]:
+        for number, path in enumerate(self._stamps.paths):
+            try:
+                with path.open("rb") as file:
+                    rows = self._table_rows(number, file) if self.cells else self._json_rows(path, file)
+                    for offset, where, row in rows:
+                        if not self.columns:
+                            self.columns, self.header = tuple(row), where
+                        yield int(self._starts[number]) + offset, where, row
+            except OSError as error:
+                raise ConfigError(f"can't read task.path={path}: {error.strerror}. Give an existing file") from error
+            self._stamps.check(number)
+
+    def row(self, place: int) -> Row:
+        number = self._file(place)
+        self._stamps.check(number)
+        file, path = self._handle(number), self._stamps.paths[number]
+        file.seek(place - int(self._starts[number]))
+        if not self.cells:
+            return _object(_decoded(file.readline(), self.where(place)), self.where(place))
+        header, delimiter = self._formats[number]
+        return dict(zip(header, next(csv.reader(_lines(file, path), delimiter=delimiter, strict=True)), strict=True))
+
+    def where(self, place: int) -> str:
+        number = self._file(place)
+        return f"{self._stamps.paths[number]}, byte {place - int(self._starts[number])}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}  # each process opens the files itself
+
+    def _file(self, place: int) -> int:
+        return int(np.searchsorted(self._starts, place, side="right")) - 1
+
+    def _handle(self, number: int) -> BinaryIO:
+        if number not in self._handles:
+            if len(self._handles) >= HANDLES:
+                self._handles.pop(next(iter(self._handles))).close()
+            self._handles[number] = self._stamps.paths[number].open("rb")
+        return self._handles[number]
+
+    def _json_rows(self, path: Path, file: BinaryIO) -> Iterator[tuple[int, str, Row]]:
+        offset = 0
+        for number, raw in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            text = _decoded(raw, where)
+            if text.strip() not in ("", MARK):
+                yield offset, where, _object(text, where)
+            offset += len(raw)
+
+    def _table_rows(self, number: int, file: BinaryIO) -> Iterator[tuple[int, str, Row]]:
+        # strict: a quote that is opened and not closed properly is an error, not half the file in one cell.
+        path, first = self._stamps.paths[number], next((line for line in file if line.strip()), b"")
+        delimiter = "\t" if self._suffix == ".tsv" else ";" if b";" in first and b"," not in first else ","
+        file.seek(0)
+        feed = _Feed(_lines(file, path))
+        reader = csv.reader(feed, delimiter=delimiter, strict=True)
+        header: list[str] = []
+        while True:
+            offset, line = feed.start()
+            where = f"{path}, line {line}"
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                at = _bad_quote("".join(feed.record), delimiter)
+                raise ConfigError(f"{where}: {error}{at}. Quote cells as spreadsheets do, or use JSONL") from error
+            if cells is None:
+                return
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not header:
+                header = self._header(cells, number, delimiter, where)
+            elif len(cells) != len(header):
+                short = f"; column {header[len(cells)]!r} has none" if len(cells) < len(header) else ""
+                raise ConfigError(
+                    f"{where}: expected {len(header)} cells ({header}); got {len(cells)}{short}. Quote or complete it"
+                )
+            else:
+                yield offset, where, dict(zip(header, cells, strict=True))
+
+    def _header(self, cells: Sequence[str], number: int, delimiter: str, where: str) -> list[str]:
+        header = [cell.strip() for cell in cells]
+        named = [name for name in header if name]
+        twice = sorted({name for name in named if named.count(name) > 1})
+        if twice:
+            raise ConfigError(
+                f"{where}: expected each column once; got {', '.join(map(repr, twice))} twice. Rename one"
+            )
+        if self._formats and set(header) != set(first := self._formats[min(self._formats)][0]):
+            raise ConfigError(
+                f"{where}: expected the columns of {self._stamps.paths[0].name}, {first}; got {header}. Give all files "
+                "the same header line"
+            )
+        self._formats[number] = header, delimiter
+        if not self.columns:
+            self.columns, self.header = tuple(named), where
+        return header
+
+
+class _Feed:
+    """Lines for csv.reader, which knows where the next row begins: reader takes no line before it needs it."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines, self._bytes, self._number = lines, 0, 0
+        self.record: list[str] = []  # the row's lines
+
+    def start(self) -> tuple[int, int]:
+        """Byte and line of the next row."""
+        self.record.clear()
+        return self._bytes, self._number + 1
+
+    def __iter__(self) -> _Feed:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        if self._number == 0 and line.startswith(MARK):
+            line, self._bytes = line[1:], len(MARK.encode())
+        self._number += 1
+        self._bytes += len(line.encode())
+        self.record.append(line)
+        return line
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[str]:
+    """Lines of a table, which may end in any of the three ways."""
+    for number, raw in enumerate(file, start=1):
+        text = _decoded(raw, f"{path}, line {number}")
+        if 0 <= text.find("\r") < len(text) - 2:
+            yield from LINES.findall(text)
+        else:
+            yield text
+
+
+def _decoded(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        character = len(raw[: error.start].decode()) + 1
+        kind = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {raw[error.start]:#04x}"
+        raise ConfigError(
+            f"{where}: not UTF-8 at character {character} ({kind}; {error.reason}). Save the file as UTF-8 (in a "
+            "spreadsheet: Save as, CSV UTF-8)"
+        ) from error
+
+
+def _object(text: str, where: str) -> Row:
+    try:
+        row = json.loads(text.removeprefix(MARK))
+    except (ValueError, RecursionError) as error:
+        at = f" at character {error.colno}, {error.msg}" if isinstance(error, json.JSONDecodeError) else f" ({error})"
+        raise ConfigError(f"{where}: not JSON{at}. Write one JSON object a line") from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: expected a JSON object; got {type(row).__name__}. Write one JSON object a line")
+    return row
+
+
+def _bad_quote(text: str, delimiter: str) -> str:
+    """Which quote of a row is opened and never closed, or followed by what it must not be; nothing if none is."""
+    opened, place = -1, 0
+    while place < len(text):
+        character = text[place]
+        if opened < 0:
+            before = text[place - 1] if place else delimiter
+            opened = place if character == '"' and before in (delimiter, "\n", "\r") else opened
+        elif character == '"':
+            after = text[place + 1 : place + 2]
+            if after == '"':
+                place += 1  # a quote in the cell
+            elif after in ("", delimiter, "\n", "\r"):
+                opened = -1
+            else:
+                return f" at character {place - _line_start(text, place) + 1} of the row's line {_line(text, place)}"
+        place += 1
+    return "" if opened < 0 else f": the quote at character {opened - _line_start(text, opened) + 1} is not closed"
+
+
+def _line_start(text: str, place: int) -> int:
+    return max(text.rfind("\n", 0, place), text.rfind("\r", 0, place)) + 1
+
+
+def _line(text: str, place: int) -> int:
+    return text.count("\n", 0, place) + 1

@@ -1,0 +1,92 @@
+"""Several tasks in one run, each with its share of the training examples, and an objective of its own if need be."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from zoray.order import labels_of
+from zoray.records import ConfigError, Example, Splits, is_finite
+from zoray.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Part:
+    """A task of a mixture. `weight` is its share of training examples, against those of the others."""
+
+    task: Any
+    weight: float = 1.0
+    objective: Any = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Mixture(Task):
+    """Tasks by name. On the command line a part is a task's option with its weight, and with settings of its own:
+
+    `task=mixture 'task.parts={sst2: 2, mail: {task: file, path: mail.csv, weight: 1, objective: answer_nll}}'`
+
+    Dev and test are those of all parts together. The score that decides which state is best is the mean of the parts'
+    own metrics by weight; each is reported under its part's name.
+    """
+
+    metric: ClassVar[str | None] = "score"
+
+    parts: Mapping[str, Part]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.parts, Mapping) or len(self.parts) < 2:
+            raise ConfigError(
+                f"expected two or more tasks in task.parts; got {self.parts!r}. For example "
+                "'task.parts={sst2: 1, rte: 1}'"
+            )
+        for name, part in self.parts.items():
+            if not isinstance(part, Part) or not is_finite(part.weight) or part.weight <= 0:
+                raise ConfigError(f"expected a positive weight for task.parts.{name}; got {part!r}")
+            if isinstance(part.task, Mixture):
+                raise ConfigError(f"expected a plain task as task.parts.{name}; got another mixture. List its parts")
+        object.__setattr__(self, "parts", {name: replace(part, name=name) for name, part in self.parts.items()})
+
+    @property
+    def mixed(self) -> tuple[Part, ...]:
+        """The parts, in the order in which examples count them."""
+        return tuple(self.parts.values())
+
+    def load(self) -> Splits:
+        """All parts' splits, one after another."""
+        loaded = [part.task.load() for part in self.mixed]
+        return Splits(*(_joined([splits[name] for splits in loaded]) for name in ("train", "dev", "test")))
+
+
+def _joined(splits: Sequence[Sequence[Example]]) -> Sequence[Example]:
+    """One split out of the parts', read as it goes if one of them is."""
+    if all(isinstance(examples, tuple) for examples in splits):
+        return tuple(replace(example, part=k) for k, examples in enumerate(splits) for example in examples)
+    return Joined(splits)
+
+
+class Joined(Sequence[Example]):
+    """Examples of several parts one after another, without reading them."""
+
+    def __init__(self, splits: Sequence[Sequence[Example]]) -> None:
+        self._splits = tuple(splits)
+        self._ends = np.cumsum([len(examples) for examples in splits]).tolist()
+        self.labels = np.concatenate([labels_of(examples) for examples in splits])
+        self.parts = np.repeat(np.arange(len(splits)), [len(examples) for examples in splits])
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an example from 0 to {len(self) - 1}; got {index}")
+        index = int(index) % len(self)
+        part = bisect_right(self._ends, index)
+        start = self._ends[part - 1] if part else 0
+        return replace(self._splits[part][index - start], part=part)

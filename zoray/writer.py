@@ -1,0 +1,75 @@
+"""Completions that the model writes under probes, and what they are worth.
+
+The prompts of all probes are one call of the engine, which batches them continuously, long and short together. A
+completion is judged as soon as it is finished, in other processes, while the engine goes on with the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoray.directions import name_hash, philox_numpy
+from zoray.objectives.base import Outcomes
+from zoray.objectives.reward import facts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zoray.engines.base import Engine
+    from zoray.prompts import Encoder
+    from zoray.records import Example, Probe
+
+_SAMPLE = name_hash("zoray.writer.sample")
+
+
+class Writer:
+    """Writes completions for an objective and judges them."""
+
+    def __init__(self, objective: Any, engine: Engine, encoder: Encoder, seed: int) -> None:
+        self.objective, self._engine, self._encoder, self._seed = objective, engine, encoder, seed
+        self._stops = encoder.stop_ids(objective.sampling.stop)
+        self._judge = objective.judge()
+        self.texts: list[str] = []  # of the last call, in its order
+
+    def outcomes(
+        self,
+        examples: Sequence[Example],
+        probes: tuple[Probe, ...],
+        probe_of: np.ndarray,
+        chosen: np.ndarray,
+        step: int,
+    ) -> Outcomes:
+        """What completions of `chosen` (n,) examples under `probes[probe_of]`, probe_of (n,), are worth."""
+        sampling = self.objective.sampling
+        asked = {int(i): examples[int(i)] for i in np.unique(chosen)}
+        prompts = {i: self._encoder.tokens(example.prompt, sampling.max_tokens) for i, example in asked.items()}
+        shown = {i: self._encoder.text(example.prompt) for i, example in asked.items()}
+        told = {i: facts(example, shown[i]) for i, example in asked.items()}
+        numbers = [int(i) for i in chosen]
+        self.texts = [""] * len(numbers)
+        judged: list[Any] = [None] * len(numbers)
+        lengths, ended = np.zeros(len(numbers)), np.zeros(len(numbers))
+        for at, tokens in self._engine.generate(
+            [prompts[i] for i in numbers], probes, probe_of, sampling, self._seeds(chosen, step), self._stops
+        ):
+            written = tokens[:-1] if tokens and tokens[-1] in self._stops else tokens
+            text, cut = self._encoder.written(tokens, sampling.stop)
+            lengths[at], ended[at] = len(written), len(written) < len(tokens) or cut
+            self.texts[at] = text
+            judged[at] = self._judge.submit(shown[numbers[at]], text, told[numbers[at]])
+        results = [future.result() for future in judged]
+        rewards = np.array([result.value for result in results])
+        failures = [result.failure for result in results if result.failure]
+        failed = np.array([bool(result.failure) for result in results], np.float64)
+        outcomes = self.objective.worth(rewards, {"tokens": lengths, "ended": ended, "failed": failed})
+        tokens = sum(len(prompts[i]) for i in numbers) + int(lengths.sum())
+        failure = failures[0] if failures else ""
+        return replace(outcomes, tokens=tokens, written=len(numbers), failed=len(failures), failure=failure)
+
+    def _seeds(self, chosen: np.ndarray, step: int) -> list[int]:
+        """A seed for each completion: all probes of a step draw the same numbers for an example."""
+        key = (self._seed, _SAMPLE & 0xFFFFFFFF)
+        return philox_numpy((chosen, step, 0, _SAMPLE >> 32), key)[:, 0].astype(np.int64).tolist()
