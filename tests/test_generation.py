@@ -49,8 +49,7 @@ def folder(tmp_path_factory):
     return chat_llama(tmp_path_factory.mktemp("models") / "chat")
 
 
-@pytest.mark.parametrize("slots", [2, 6])
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize(("space", "slots"), [("lora", 2), ("lora-AB", 6), ("lowrank", 6)])
 def test_vllm_writes_what_transformers_does(folder, space, slots):
     """Under every probe, in one call or several, long prompts beside short ones: products by runs and by masks."""
     vllm = made(folder, Vllm(slots=slots, max_tokens=512, kv_cache_gib=0.02), space)

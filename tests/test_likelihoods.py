@@ -78,26 +78,37 @@ MANY = tuple(
 )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("calibration", ["none", "sfc"])
-@pytest.mark.parametrize("examples", [CHOICES, MANY], ids=["one token", "several tokens"])
+@pytest.mark.parametrize(
+    ("engine", "calibration", "examples"),
+    [
+        *((engine, "none", CHOICES) for engine in ENGINES),
+        *((engine, "sfc", MANY) for engine in ENGINES),
+        ("hf", "none", MANY),
+        ("hf", "sfc", CHOICES),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value[0].options)} options",
+)
 def test_choice_nll_is_the_cross_entropy_of_transformers(folder, plain, engine, calibration, examples):
+    """Options of one token, and of several."""
     found = replica(folder, examples, ChoiceNLL(calibration=calibration), engine).outcomes("train", Probe(0, 0, 0.0))
     assert found.losses.tolist() == pytest.approx(losses(plain, examples, calibration == "sfc"), abs=1e-4)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_answer_nll_is_the_mean_over_the_answers_tokens(folder, plain, engine):
-    found = replica(folder, ANSWERS, AnswerNLL(), engine, metric=None).outcomes("train", Probe(0, 0, 0.0))
-    expected = [-float(token_logps(plain, e.prompt, e.answers[0]).mean()) for e in ANSWERS]
-    assert found.losses.tolist() == pytest.approx(expected, abs=1e-4) and np.isnan(found.scores).all()
     ended = replica(folder, ANSWERS, AnswerNLL(eos=True), engine, metric=None).outcomes("train", Probe(0, 0, 0.0))
     expected = [-float(token_logps(plain, e.prompt, e.answers[0], end=True).mean()) for e in ANSWERS]
-    assert ended.losses.tolist() == pytest.approx(expected, abs=1e-4)
-    right = replica(folder, CHOICES, AnswerNLL(eos=False), engine).outcomes("train", Probe(0, 0, 0.0))
+    assert ended.losses.tolist() == pytest.approx(expected, abs=1e-4) and np.isnan(ended.scores).all()
+
+
+def test_an_answers_end_and_a_right_option_as_an_answer(folder, plain):
+    found = replica(folder, ANSWERS, AnswerNLL(), metric=None).outcomes("train", Probe(0, 0, 0.0))
+    expected = [-float(token_logps(plain, e.prompt, e.answers[0]).mean()) for e in ANSWERS]
+    assert found.losses.tolist() == pytest.approx(expected, abs=1e-4)  # they end in a line break
+    right = replica(folder, CHOICES, AnswerNLL(eos=False)).outcomes("train", Probe(0, 0, 0.0))
     expected = [-float(token_logps(plain, e.prompt, e.options[e.label]).mean()) for e in CHOICES]
     assert right.losses.tolist() == pytest.approx(expected, abs=1e-4)
-    likeliest = replica(folder, CHOICES, ChoiceNLL(), engine).outcomes("train", Probe(0, 0, 0.0))
+    likeliest = replica(folder, CHOICES, ChoiceNLL()).outcomes("train", Probe(0, 0, 0.0))
     assert right.scores.tolist() == likeliest.scores.tolist()  # judged by the options
 
 
