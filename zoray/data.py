@@ -7,7 +7,7 @@ loads; a split that is read as it goes (a file of a million lines) is tokenised 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,7 @@ def load_workload(spec: ReplicaSpec) -> Workload:
     matrices = linear_matrices(folder, spec.space.targets)
     chosen = spec.space.select(matrices)
     if spec.space.folds:
-        _check_fold(spec, folder, [name for name in chosen if name not in linear_matrices(folder)], parts)
+        _check_fold(spec, folder, chosen.keys() - linear_matrices(folder).keys(), parts)
     model_limit = max_length(folder)
     limit = spec.engine.length_limit(model_limit)
     streamed = any(len(splits[split]) > WHOLE for split in SPLITS)
@@ -142,7 +142,7 @@ def _bound(spec: ReplicaSpec, splits: Splits) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _check_fold(spec: ReplicaSpec, folder: Path, vocabulary: Sequence[str], parts: Sequence[Part]) -> None:
+def _check_fold(spec: ReplicaSpec, folder: Path, vocabulary: Set[str], parts: Sequence[Part]) -> None:
     """Raise ConfigError where steps can't be folded into this model's weights."""
     space, method = type(spec.space).__name__.lower(), quantisation(folder)
     if vocabulary:

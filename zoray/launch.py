@@ -42,7 +42,6 @@ def main(config: Any) -> int:
     if resume is None and not shows_only:
         assert workload.encoder is not None
         print("\n".join(preview(experiment.task, workload.splits, workload.encoder)))
-    if resume is None and not shows_only:
         _create(path, OmegaConf.to_yaml(config, resolve=True))
     try:
         if submits:
