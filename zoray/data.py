@@ -18,6 +18,8 @@ from zoray.models import linear_matrices, load_tokenizer, max_length, quantisati
 from zoray.order import Order, labels_of, part_numbers
 from zoray.prompts import Encoder
 from zoray.records import WHOLE, ConfigError, Example, Splits, TokenSequence
+from zoray.tasks import mixture
+from zoray.tasks.mixture import Mixture
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -132,13 +134,10 @@ def order_of(spec: ReplicaSpec, workload: Workload) -> Order:
 def _bound(spec: ReplicaSpec, splits: Splits) -> tuple[Part, ...]:
     """A spec's parts, each with its objective bound to its task."""
     numbers, parts = part_numbers(splits.train), []
-    for k, part in enumerate(getattr(spec.task, "mixed", (spec.task,))):
-        task = getattr(part, "task", part)
-        objective = getattr(part, "objective", None) or spec.objective
+    for k, part in enumerate(spec.task.mixed if isinstance(spec.task, Mixture) else (mixture.Part(spec.task),)):
         first = splits.train[int(np.argmax(numbers == k))]
-        own = objective.bind(task, first)
-        name, weight = getattr(part, "name", ""), getattr(part, "weight", 1.0)
-        parts.append(Part(task, own, own.evaluator(task, first), name, weight))
+        own = (part.objective or spec.objective).bind(part.task, first)
+        parts.append(Part(part.task, own, own.evaluator(part.task, first), part.name, part.weight))
     return tuple(parts)
 
 

@@ -9,7 +9,7 @@ predictions=FILE.jsonl                            what the model made of each ex
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,16 @@ from zoray.estimators import TwoPoint
 from zoray.history import resolve_step
 from zoray.measure import metrics
 from zoray.objectives import AnswerNLL, ChoiceNLL
+from zoray.objectives.base import Objective, Unbound
 from zoray.records import ConfigError, JournalError, Probe
 from zoray.spaces import Lora, from_record
 from zoray.tasks.few_shot import FewShot
+from zoray.tasks.mixture import Mixture
 from zoray.tiles import mean
 
 if TYPE_CHECKING:
     from zoray.objectives.base import Outcomes
+    from zoray.records import Example
     from zoray.replica import Replica
 
 
@@ -89,7 +92,7 @@ def _of_run(config: Any) -> tuple[ReplicaSpec, journal.Contents, int]:
     if config.objective is not None:
         objective = build(config.objective, "objective")
     elif config.task is not None:
-        objective = _natural(task, objective)
+        objective = Suited(objective)
     spec = replace(experiment.spec, task=task, objective=objective)
     return spec, contents, resolve_step(config.step, folder, len(contents.steps))
 
@@ -102,7 +105,7 @@ def _of_model(config: Any) -> tuple[ReplicaSpec, None, int]:
     task = _task(config, None)
     if config.adapter is not None:
         space = peft_space(Path(str(config.adapter)))
-    objective = _natural(task, None) if config.objective is None else build(config.objective, "objective")
+    objective = Suited() if config.objective is None else build(config.objective, "objective")
     engine = Vllm() if config.engine is None else build(config.engine, "engine")
     engine.check(space)
     estimator = TwoPoint()
@@ -113,21 +116,23 @@ def _of_model(config: Any) -> tuple[ReplicaSpec, None, int]:
 
 def _task(config: Any, own: Any) -> Any:
     task = own if config.task is None else build(config.task, "task")
-    if config.shots and hasattr(task, "mixed"):
+    if config.shots and isinstance(task, Mixture):
         raise ConfigError("expected a single task for shots=...; got a mixture. Take its parts one by one")
     return FewShot(task, config.shots, config.shots_seed) if config.shots else task
 
 
-def _natural(task: Any, own: Any) -> Any:
-    """The objective that a task is evaluated by, where none is named."""
-    example = task.load().train[0]
-    if example.answers:
-        return AnswerNLL()
-    if len(example.options) >= 2:
-        return ChoiceNLL()
-    if own is None:
-        raise ConfigError("expected an objective for a task with neither options nor answers: objective=reward ...")
-    return own
+@dataclass(frozen=True)
+class Suited(Unbound):
+    """The objective that a task is evaluated by where none is named: by its answers, or its options, or else `own`."""
+
+    own: Any = None
+
+    def bind(self, task: Any, example: Example) -> Objective:
+        """The likelihood of answers or of options."""
+        objective = AnswerNLL() if example.answers else ChoiceNLL() if len(example.options) >= 2 else self.own
+        if objective is None:
+            raise ConfigError("expected an objective for a task with neither options nor answers: objective=reward ...")
+        return objective.bind(task, example)
 
 
 def _replay(replica: Replica, contents: journal.Contents, last: int) -> None:

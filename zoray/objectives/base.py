@@ -103,6 +103,16 @@ class Objective(Protocol):
         return {self.metric: mean(scores.tolist()), **means} if self.metric else means
 
 
+class Unbound(Objective):
+    """An objective that is another one once it is bound to a task."""
+
+    def encode(self, example: Example, encoder: Encoder) -> tuple[TokenSequence, ...]:
+        raise NotImplementedError("bound to a task first")
+
+    def reduce(self, batch: Sums) -> Outcomes:
+        raise NotImplementedError("bound to a task first")
+
+
 def need_options(example: Example, name: str) -> None:
     """Raise ConfigError unless the example has options to choose from."""
     if len(example.options) < 2:

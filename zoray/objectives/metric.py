@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from zoray.objectives.base import Objective, Outcomes, Sums, need_options
+from zoray.objectives.base import Objective, Outcomes, Sums, Unbound, need_options
 from zoray.objectives.choice import ChoiceNLL, macro_f1
 from zoray.objectives.reward import text_metric
-from zoray.records import ConfigError, Example, TokenSequence
+from zoray.records import ConfigError, Example
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from zoray.prompts import Encoder
 
 OF_OPTIONS = ("accuracy", "f1")
 
 
 @dataclass(frozen=True)
-class Metric(Objective):
+class Metric(Unbound):
     """Minimises 1 - metric, as MeZO does with F1 on SQuAD (arXiv 2305.17333, section 3.3).
 
     On a task of options the metric is "accuracy", or "f1": the mean over classes of F1 on the step's batch. On a task
@@ -48,12 +47,6 @@ class Metric(Objective):
         if name not in OF_OPTIONS:
             raise ConfigError(f"expected objective.name to be accuracy or f1 for a task of options; got {name!r}")
         return ChoiceMetric(calibration=self.calibration, name=name).bind(task, example)
-
-    def encode(self, example: Example, encoder: Encoder) -> tuple[TokenSequence, ...]:
-        raise NotImplementedError("a metric is bound to a task first")
-
-    def reduce(self, batch: Sums) -> Outcomes:
-        raise NotImplementedError("a metric is bound to a task first")
 
 
 @dataclass(frozen=True)
