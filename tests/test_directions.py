@@ -1,5 +1,6 @@
 """Directions: the published generator, the same bits everywhere and for every slice, and the right statistics."""
 
+import gc
 import hashlib
 import math
 from itertools import combinations, product
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from zoray import directions
+from zoray.cpu_kernels import Loops
 from zoray.directions import (
     ALIGNMENT,
     Layout,
@@ -326,6 +328,28 @@ def test_compiled_directions_have_the_same_bits_and_are_compiled_once(distributi
     made = torch.cat([layouts[1].direction(7, 5, 2, distribution), layouts[1].direction(7, 6, 2, distribution)])
     assert made.abs().sum() > 0 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
     assert compile_directions(distribution) and len(directions._compiled) == 1
+
+
+def test_nothing_is_freed_while_directions_are_compiled(uncompiled, monkeypatch):
+    """A destructor, as those of vLLM's packed weights, would run on the tensors that torch traces."""
+    freed, seen = [], []
+
+    class Engine:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            freed.append(self)
+
+    class Watched(Loops):
+        def __init__(self, gaussian: bool) -> None:
+            super().__init__(gaussian)
+            seen.append((len(freed), gc.isenabled()))
+
+    monkeypatch.setattr("zoray.cpu_kernels.Loops", Watched)
+    Engine()
+    assert compile_directions("rademacher")
+    assert seen == [(1, False)] and gc.isenabled()
 
 
 def test_directions_that_could_not_be_compiled_stay_as_they_are(uncompiled, monkeypatch, caplog):

@@ -12,6 +12,7 @@ normal quantile at (word + 1/2) / 65536 by table, because log and cos differ in 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import math
@@ -195,12 +196,18 @@ def compile_directions(distribution: str) -> bool:
     address = (7, 2**31 + 5, (0, 2**32 - 1), distribution)
     kept = _compiled.pop(distribution, None)
     expected, why = layout.directions(*address), "they have other bits"
+    collects = gc.isenabled()
+    gc.collect()  # now, and not while torch traces: vLLM's packed weights run operations when they are freed
+    gc.disable()
     try:
         _compiled[distribution] = kept or Loops(distribution == "gaussian")
         if torch.equal(layout.directions(*address), expected):
             return True
     except Exception as error:  # no compiler, a broken one: what it would have sped up works without
         why = str(error).split("\n")[0]
+    finally:
+        if collects:
+            gc.enable()
     log.warning("directions stay uncompiled: %s", why)
     _compiled.pop(distribution, None)
     return False
