@@ -23,7 +23,7 @@ ORDER = [
     *("objectives.base", "objectives.choice", "objectives.reward", "objectives.answer", "objectives.metric"),
     *("objectives.preference", "objectives", "order"),
     *("tasks", "tasks.base", "tasks.files", "tasks.parquet", "tasks.hub_rows", "tasks.columns", "tasks.cells"),
-    *("tasks.stream", "tasks.file", "tasks.movie_reviews", "tasks.hub", "tasks.sst2", "tasks.rte"),
+    *("tasks.stream", "tasks.scanned", "tasks.file", "tasks.movie_reviews", "tasks.hub", "tasks.sst2", "tasks.rte"),
     *("tasks.cb", "tasks.boolq", "tasks.wsc", "tasks.wic", "tasks.multirc", "tasks.copa", "tasks.record"),
     *("tasks.squad", "tasks.drop", "tasks.gsm8k", "tasks.countdown", "tasks.structured", "tasks.questions"),
     *("tasks.few_shot", "tasks.mixture", "data", "preview"),

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from zoray.records import WHOLE, ConfigError, Sampling, Splits, require
+from zoray.tasks import scanned
 from zoray.tasks.base import Task, check_sizes, check_words, seeded_parts
 from zoray.tasks.cells import Reader, label_text
 from zoray.tasks.columns import KINDS, NAMES, ROLES, infer
@@ -36,7 +37,7 @@ FOREIGN = {  # what a file of another format is to be made
 }
 NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
 MOST_LABELS = 20  # that become label words by themselves
-SHARE, LARGEST = 10, 1000  # dev and test are a tenth of a file each, and no more than a thousand rows
+SHARE, MOST = 10, {"dev": 500, "test": 1000}  # dev and test are a tenth of a file each, and at most so many rows
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class File(Task):
         text_column: the column that is the text; null for the one of that name. So are the others.
         template: the prompt, with columns in braces; null is "{text} It was" for a choice, else the prompt itself.
         train: examples to learn from; null for all that dev and test leave.
-        dev: null is 10 %, and at most 1,000.
-        test: likewise.
+        dev: null is 10 %, and at most 500.
+        test: null is 10 %, and at most 1,000.
         kind: choice, completion, chat, preference or prompt, where the columns do not decide.
         chat: make a plain prompt one message of a user, so that a chat model sees its own template.
         metric: what judges an answer that the model writes, "f1", "exact_match", ...; null leaves it to the loss, or
@@ -120,6 +121,19 @@ class File(Task):
     def load(self) -> Splits:
         """Read every row once, check it, and split them."""
         tables = open_rows(self.path)
+        stamps = getattr(tables["train"], "stamps", None)
+        if stamps is not None and (known := scanned.recall(self, stamps)) is not None:
+            taken, lines = known
+        else:
+            taken, lines = self._scan(tables)
+            if stamps is not None:
+                scanned.keep(self, stamps, (taken, lines))
+        object.__setattr__(self, "_lines", lines)  # what describe says; no part of the config
+        train = taken["train"]
+        return Splits(train if len(train) > WHOLE else train[:], taken["dev"][:], taken["test"][:])
+
+    def _scan(self, tables: dict[str, Rows]) -> tuple[dict[str, Examples], list[str]]:
+        """The examples of each split, and what `describe` says."""
         if self.test == 0:
             tables.pop("test", None)  # its labels may be hidden
         reader = self._reader(tables["train"])
@@ -145,10 +159,7 @@ class File(Task):
             name: Examples(tables[name], reader, found.places[own], labels[found.labels[own]])
             for (name, found), own in zip(scans.items(), first, strict=True)
         }
-        splits = self._split(kept)
-        lines = _description(self.path, reader, sum(map(len, first)), kept)
-        object.__setattr__(self, "_lines", lines)  # what describe says; no part of the config
-        return splits
+        return self._split(kept), _description(self.path, reader, sum(map(len, first)), kept)
 
     def describe(self) -> list[str]:
         """What the file has been taken for."""
@@ -176,25 +187,23 @@ class File(Task):
             words = words if words and len(words) <= MOST_LABELS else None
         return Reader(schema, self.chat, rows.cells, words)
 
-    def _split(self, kept: Mapping[str, Examples]) -> Splits:
+    def _split(self, kept: Mapping[str, Examples]) -> dict[str, Examples]:
         """Test, dev and train, in this order out of the rows, unless they have rows of their own."""
         pool = kept["train"]
-        tenth = min(LARGEST, max(1, len(pool) // SHARE))
+        tenth = max(1, len(pool) // SHARE)
         taken: dict[str, Examples] = {}
         sizes: dict[str, int] = {}
         for name in ("test", "dev"):
             size = getattr(self, name)
             if name in kept:
                 own = kept[name]
-                size = max(int(name == "dev"), min(LARGEST, len(own))) if size is None else size
+                size = max(int(name == "dev"), min(MOST[name], len(own))) if size is None else size
                 taken[name] = own.part(seeded_parts(len(own), [size], self.seed, f"{self.path} ({name})")[0])
             else:
-                sizes[name] = tenth if size is None else size
+                sizes[name] = min(MOST[name], tenth) if size is None else size
         sizes["train"] = max(1, len(pool) - sum(sizes.values())) if self.train is None else self.train
         parts = seeded_parts(len(pool), list(sizes.values()), self.seed, self.path)
-        taken |= {name: pool.part(part) for name, part in zip(sizes, parts, strict=True)}
-        train = taken["train"]
-        return Splits(train if len(train) > WHOLE else train[:], taken["dev"][:], taken["test"][:])
+        return taken | {name: pool.part(part) for name, part in zip(sizes, parts, strict=True)}
 
 
 def open_rows(path: str) -> dict[str, Rows]:

@@ -96,8 +96,8 @@ class TextFiles:
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
         self.name, self.header = name, name
         self.columns: tuple[str, ...] = ()
-        self._stamps = Stamps(paths)
-        sizes = [size for size, _ in self._stamps.known]
+        self.stamps = Stamps(paths)
+        sizes = [size for size, _ in self.stamps.known]
         self._starts = np.cumsum([0, *sizes])
         self._suffix = paths[0].suffix.lower()
         self._formats: dict[int, tuple[list[str], str]] = {}  # of CSV and TSV: header and delimiter
@@ -108,7 +108,7 @@ class TextFiles:
         return self._suffix != ".jsonl"
 
     def __iter__(self) -> Iterator[tuple[int, str, Row]]:
-        for number, path in enumerate(self._stamps.paths):
+        for number, path in enumerate(self.stamps.paths):
             try:
                 with path.open("rb") as file:
                     rows = self._table_rows(number, file) if self.cells else self._json_rows(path, file)
@@ -118,12 +118,12 @@ class TextFiles:
                         yield int(self._starts[number]) + offset, where, row
             except OSError as error:
                 raise ConfigError(f"can't read task.path={path}: {error.strerror}. Give an existing file") from error
-            self._stamps.check(number)
+            self.stamps.check(number)
 
     def row(self, place: int) -> Row:
         number = self._file(place)
-        self._stamps.check(number)
-        file, path = self._handle(number), self._stamps.paths[number]
+        self.stamps.check(number)
+        file, path = self._handle(number), self.stamps.paths[number]
         file.seek(place - int(self._starts[number]))
         if not self.cells:
             return _object(_decoded(file.readline(), self.where(place)), self.where(place))
@@ -132,7 +132,7 @@ class TextFiles:
 
     def where(self, place: int) -> str:
         number = self._file(place)
-        return f"{self._stamps.paths[number]}, byte {place - int(self._starts[number])}"
+        return f"{self.stamps.paths[number]}, byte {place - int(self._starts[number])}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}  # each process opens the files itself
@@ -144,7 +144,7 @@ class TextFiles:
         if number not in self._handles:
             if len(self._handles) >= HANDLES:
                 self._handles.pop(next(iter(self._handles))).close()
-            self._handles[number] = self._stamps.paths[number].open("rb")
+            self._handles[number] = self.stamps.paths[number].open("rb")
         return self._handles[number]
 
     def _json_rows(self, path: Path, file: BinaryIO) -> Iterator[tuple[int, str, Row]]:
@@ -158,7 +158,7 @@ class TextFiles:
 
     def _table_rows(self, number: int, file: BinaryIO) -> Iterator[tuple[int, str, Row]]:
         # strict: a quote that is opened and not closed properly is an error, not half the file in one cell.
-        path, first = self._stamps.paths[number], next((line for line in file if line.strip()), b"")
+        path, first = self.stamps.paths[number], next((line for line in file if line.strip()), b"")
         delimiter = "\t" if self._suffix == ".tsv" else ";" if b";" in first and b"," not in first else ","
         file.seek(0)
         feed = _Feed(_lines(file, path))
@@ -196,7 +196,7 @@ class TextFiles:
             )
         if self._formats and set(header) != set(first := self._formats[min(self._formats)][0]):
             raise ConfigError(
-                f"{where}: expected the columns of {self._stamps.paths[0].name}, {first}; got {header}. Give all files "
+                f"{where}: expected the columns of {self.stamps.paths[0].name}, {first}; got {header}. Give all files "
                 "the same header line"
             )
         self._formats[number] = header, delimiter
