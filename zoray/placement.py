@@ -92,8 +92,7 @@ class Placement:
 
         By a task on its node: `ray.kill` asks the process itself, and one that hangs or is stopped does not listen.
         """
-        where = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        _kill.options(scheduling_strategy=where, num_cpus=0, max_retries=0).remote(pid)
+        end_process(node_id, pid)
 
     def let_go(self, name: str) -> None:
         """End an actor for good, and give its place back."""
@@ -111,3 +110,9 @@ class Placement:
                 ray.wait(serving, num_returns=len(serving), timeout=CLOSE_SECONDS)
             for name in list(self.actors):
                 self.let_go(name)
+
+
+def end_process(node_id: str, pid: int) -> None:
+    """End an actor's process by a task on its node; does not wait."""
+    where = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    _kill.options(scheduling_strategy=where, num_cpus=0, max_retries=0).remote(pid)

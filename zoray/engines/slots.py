@@ -13,8 +13,9 @@ from zoray.directions import has_kernels, table_of
 from zoray.spaces.base import fill, is_b
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
 
+    import numpy as np
     import torch
 
     from zoray.directions import Layout
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 STAGED_ELEMENTS = 1 << 26  # of a buffer for what goes into slots: 256 MiB
 KERNELS = "zoray_lora_kernels"  # in vLLM's additional_config: dense or punica
+BLOCKS = "zoray_blocks"  # the same: KV blocks that scoring has to itself, numbered from 1; without it, all of them
+PROBES = "zoray_probe_slots"  # the same: slots for probes, the first ones; without it, all of them
 DENSE_COLUMNS = 128  # slots * rank up to which CUDA takes dense products (cuda_lora.py); to be measured on a card
 
 
@@ -59,10 +62,9 @@ class Slots:
             self._writers.clear()
             self._staged.clear()
 
-    @property
-    def one_a(self) -> bool:
-        """Whether all slots that have been written hold the same A."""
-        return len(set(self._a_in.values())) == 1
+    def one_a(self, slots: Iterable[int]) -> bool:
+        """Whether some slots hold the same A."""
+        return len({self._a_in.get(slot, (None, slot)) for slot in slots}) == 1
 
     def write(self, state: State, probes: Sequence[Probe], first: int = 0) -> None:
         """Put the factors of P probes into the slots from `first` on. The scaling enters B here and only here."""
@@ -70,6 +72,18 @@ class Slots:
 
         with torch.inference_mode():  # buffers and views that stay are of the mode that they were made in
             self._write(state, probes, first)
+
+    def put(self, slot: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Put an adapter into a slot: {`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)}, not scaled."""
+        import torch
+
+        self._a_in.pop(slot, None)
+        rank = self.space.rank
+        with torch.inference_mode():
+            for name, site in self.sites.items():
+                a, b = (torch.from_numpy(arrays[f"{name}.lora_{part}"]) for part in "AB")
+                site.a[slot, 0, :rank].copy_(a[:, _slice(site.columns)])
+                site.b[slot, 0, :, :rank].copy_(b[_slice(site.rows)] * self.space.scaling)
 
     def _write(self, state: State, probes: Sequence[Probe], first: int) -> None:
         keys = {slot: state.a_key(probe) for slot, probe in enumerate(probes, start=first)}

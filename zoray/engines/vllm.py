@@ -112,17 +112,8 @@ class Vllm:
         self.check(space)
         in_this_process()
         check_lora_support(folder)
-        targets = space.select(matrices)
-        adapters = {
-            "enable_lora": True,
-            "max_loras": self.resident,
-            "max_lora_rank": slot_rank(space.rank),
-            "lora_dtype": "auto",
-            "lora_target_modules": sorted({name.rsplit(".", 1)[-1] for name in targets}),
-            "additional_config": self._compiled_for(space.rank),
-        }
         with plain_cpu_weights() if space.folds else nullcontext():
-            llm = self._load(folder, dtype, adapters)
+            llm = self._load(folder, dtype, self.lora_arguments(matrices, space))
         return VllmEngine(llm, space, matrices, seed, folder, self.scoring)
 
     def start_bare(self, folder: Path | str, dtype: str) -> BareVllm:
@@ -145,11 +136,23 @@ class Vllm:
         gc.collect()  # an engine that nobody uses any more takes vLLM's process groups with it when it is collected
         gc.freeze()  # vLLM collects seven times while it starts; what is here already need not be looked through again
         try:
-            return LLM(**self._llm_arguments(folder, dtype), **adapters)
+            return LLM(**self.llm_arguments(folder, dtype), **adapters)
         except ValueError as error:  # a head that is too large for its LoRA, a target that it can't wrap, ...
             raise ConfigError(f"vLLM does not load {folder} with these settings: {error}") from error
 
-    def _llm_arguments(self, folder: Path | str, dtype: str) -> dict[str, Any]:
+    def lora_arguments(self, matrices: Mapping[str, tuple[int, int]], space: Space) -> dict[str, Any]:
+        """vLLM's arguments for slots that take the space's adapters."""
+        return {
+            "enable_lora": True,
+            "max_loras": self.resident,
+            "max_lora_rank": slot_rank(space.rank),
+            "lora_dtype": "auto",
+            "lora_target_modules": sorted({name.rsplit(".", 1)[-1] for name in space.select(matrices)}),
+            "additional_config": self._compiled_for(space.rank),
+        }
+
+    def llm_arguments(self, folder: Path | str, dtype: str) -> dict[str, Any]:
+        """vLLM's arguments for a model to score with."""
         from zoray.engines.vllm_graphs import compilation
 
         eager = self.eager or _on_cpu()

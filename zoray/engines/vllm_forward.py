@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 
 from zoray.engines import cpu_norms
 from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pack, slots_of_tokens, unshared_blocks
+from zoray.engines.slots import BLOCKS
 from zoray.engines.vllm_graphs import Graphs
 from zoray.engines.vllm_versions import attention_metadata, known_fields
 
@@ -30,7 +31,8 @@ SHARING = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)  # c
 class Forward:
     """Scores sequences with a worker's model as it is, without adapters; vllm_worker.py adds these.
 
-    Uses the worker's KV cache as scratch: no request may be in flight in this engine meanwhile.
+    Uses the worker's KV cache as scratch: no request may be in flight in this engine, unless some of it is put aside
+    (vllm_scheduler.py).
 
     Args:
         runner: the worker's model runner.
@@ -46,7 +48,8 @@ class Forward:
         self.max_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
         groups = runner.kv_cache_config.kv_cache_groups
         self.block_size: int = max(group.kv_cache_spec.block_size for group in groups)
-        self.blocks: int = runner.kv_cache_config.num_blocks - 1  # block 0 is vLLM's null block
+        blocks = runner.kv_cache_config.num_blocks - 1  # block 0 is vLLM's null block
+        self.blocks: int = (vllm_config.additional_config or {}).get(BLOCKS, blocks)  # the others are for requests
         self.share = all(  # a block of tokens is one block of every group's cache, which attention reads as a whole
             group.kv_cache_spec.block_size == self.block_size and isinstance(group.kv_cache_spec, SHARING)
             for group in groups

@@ -6,6 +6,7 @@ internals is in engines/vllm*.py, cpu_*.py and cuda_*.py. Tried on 0.32 (CPU); w
 
 from __future__ import annotations
 
+import pickle
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from vllm.platforms import current_platform
 
 from zoray.directions import MANY_ELEMENTS, compile_directions
 from zoray.engines import cpu_gated, cpu_lora
-from zoray.engines.slots import Slots
+from zoray.engines.slots import PROBES, Slots
 from zoray.engines.vllm_forward import Forward
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits, takes_tokens
 from zoray.engines.vllm_selftest import prove_compiled, prove_live
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from zoray.engines.packing import Plan
+    from zoray.engines.packing import Plan, SequenceTable
     from zoray.records import Commit, Probe
     from zoray.spaces.base import Space, State
 
@@ -79,6 +80,26 @@ class ZorayWorker:
     def zoray_write(self, probes: Sequence[Probe]) -> None:
         self._zoray.write_all(probes)
 
+    def zoray_write_some(self, probes: Sequence[Probe], first: int) -> None:
+        self._zoray.write_all(probes, first)
+
+    def zoray_score_slots(self, table: SequenceTable, slots: np.ndarray) -> np.ndarray:
+        return self._zoray.score_slots(table, np.arange(len(table)), slots)
+
+    def zoray_put(self, slot: int, arrays: Mapping[str, np.ndarray]) -> None:
+        self._zoray.contents.put(slot, arrays)
+
+    def zoray_call(self, message: bytes) -> bytes:
+        """Any of these methods from another process: (name, arguments) in, (error, result) out, pickled.
+
+        Both ends are zoray's, over the sockets between an engine and its own core.
+        """
+        method, arguments = pickle.loads(message)
+        try:
+            return pickle.dumps((None, getattr(self, method)(*arguments)), pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            return pickle.dumps((repr(error) if not isinstance(error, ConfigError) else error, None))
+
     def zoray_step(self) -> int:
         return self._zoray.state.step
 
@@ -101,6 +122,7 @@ class PackedScorer(Forward):
 
     def __init__(self, runner: Any, vllm_config: Any, space: Space, matrices: Mapping[str, tuple[int, int]], seed: int):
         super().__init__(runner, vllm_config, vllm_config.lora_config.max_loras)
+        self.probe_slots: int = (vllm_config.additional_config or {}).get(PROBES, self.slots)
         self.space = space
         self.manager = _adapter_manager(runner)
         if self.device.type == "cpu":
@@ -143,11 +165,9 @@ class PackedScorer(Forward):
             cpu_lora.shorten(module)
         return wrapper
 
-    def write_all(self, probes: Sequence[Probe]) -> None:
-        """Put probes into the slots from the first on."""
-        self.contents.write(self.state, probes)
-        if self.device.type == "cpu":
-            self.wrapper.one_a = self.contents.one_a
+    def write_all(self, probes: Sequence[Probe], first: int = 0) -> None:
+        """Put probes into the slots from `first` on."""
+        self.contents.write(self.state, probes, first)
 
     def register_slots(self) -> int:
         """For the request path: make adapter id k + 1 mean slot k, without any file; how many slots there are."""
@@ -170,7 +190,7 @@ class PackedScorer(Forward):
             self.write_all(probes)
             return self.score_slots(plan.table, plan.chosen[members], slots)
 
-        return plan.gather(self.slots, part)
+        return plan.gather(self.probe_slots, part)
 
     def map_slots(
         self, segments: tuple[tuple[int, int, int], ...], row_slots: Sequence[int] = (), padded: int | None = None
@@ -179,6 +199,8 @@ class PackedScorer(Forward):
         vocabulary = self.vllm_config.model_config.get_vocab_size()
         self.manager._last_mapping = None  # of vLLM's request path, which would else take it for what is set
         self.wrapper.map_tokens(segments, vocabulary, row_slots, padded or segments[-1][2])
+        if self.device.type == "cpu":
+            self.wrapper.one_a = self.contents.one_a(slot for slot, _, _ in segments if slot >= 0)
 
     def _around_layers(self) -> AbstractContextManager[object]:
         return self.wrapper.deferring() if self.device.type == "cpu" else nullcontext()

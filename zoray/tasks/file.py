@@ -161,6 +161,11 @@ class File(Task):
         }
         return self._split(kept), _description(self.path, reader, sum(map(len, first)), kept)
 
+    @property
+    def kind_found(self) -> str:
+        """`kind`, or what the columns say."""
+        return self._reader(open_rows(self.path)["train"]).schema.kind
+
     def describe(self) -> list[str]:
         """What the file has been taken for."""
         if not hasattr(self, "_lines"):

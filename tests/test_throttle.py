@@ -1,0 +1,135 @@
+"""Turns between requests and tuning: never more delay than the budget, and no waiting where nobody is expected."""
+
+import math
+import threading
+import time
+
+import pytest
+
+from zoray.engines.throttle import BUSY_SHARE, IDLE_SLICE, TRAFFIC_SECONDS, Closed, Throttle, _line
+from zoray.records import ConfigError
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def busy(slowdown=1.5, first=0.2, step=0.1):
+    """A throttle that has seen requests of known times, and slices of 10 ms + 1 ms a unit."""
+    clock = Clock()
+    throttle = Throttle(slowdown, clock)
+    throttle.began()
+    throttle.first_token(first)
+    for _ in range(10):
+        throttle.token(step)
+    throttle.ended()
+    for size in (10, 20, 40):
+        throttle.took("tokens", size, 0.010 + 0.001 * size)
+    return throttle, clock
+
+
+def given(throttle, least=1.0):
+    """What a slice may do now; None where it has to wait."""
+    found: list[float] = []
+    thread = threading.Thread(target=lambda: found.append(throttle.wait("tokens", least)), daemon=True)
+    thread.start()
+    thread.join(0.3)
+    return found[0] if found else None
+
+
+def test_without_traffic_slices_are_long_and_never_wait():
+    clock = Clock()
+    throttle = Throttle(1.5, clock)
+    assert throttle.wait("tokens", 64) == 64  # nothing is known yet
+    throttle.took("tokens", 64, 3.0)  # the first of all is slow; the second is not held back for that
+    assert throttle.wait("tokens", 64) == 64
+    for _ in range(64):
+        throttle.took("tokens", 100, 0.02)
+    assert throttle.wait("tokens", 64) == pytest.approx(100 * IDLE_SLICE / 0.02, rel=0.01)
+
+
+def test_between_requests_a_slice_takes_its_share_of_a_first_token():
+    throttle, clock = busy()
+    assert given(throttle) == pytest.approx((0.5 * 0.2 - 0.010) / 0.001)
+    assert given(throttle, least=91.0) is None  # the smallest that there is would take longer
+    throttle.close()
+    throttle, clock = busy()
+    clock.now += TRAFFIC_SECONDS + 1
+    assert given(throttle) == pytest.approx((IDLE_SLICE - 0.010) / 0.001)
+
+
+def test_during_requests_slices_are_shorter_and_have_a_small_share_together():
+    throttle, clock = busy()
+    throttle.began()
+    assert given(throttle) is None  # there is no credit yet
+    throttle.close()
+    throttle, clock = busy()
+    throttle.began()
+    clock.now += 2.0
+    size = given(throttle)
+    assert size == pytest.approx((0.5 * 0.1 - 0.010) / 0.001)
+    spent, began = 0.0, clock.now
+    for _ in range(1000):
+        clock.now += 0.05
+        with throttle._changed:
+            allowed, _ = throttle._allowed()
+            found = throttle._size("tokens", allowed, 1.0)
+        if found is not None:
+            seconds = 0.010 + 0.001 * found
+            assert seconds <= 0.5 * 0.1 + 1e-9
+            throttle.took("tokens", found, seconds)
+            spent += seconds
+    assert 0.5 * BUSY_SHARE < spent / (clock.now - began) <= BUSY_SHARE + 0.01
+
+
+def test_where_no_slowdown_is_allowed_tuning_waits_for_quiet():
+    throttle, clock = busy(slowdown=1.0)
+    assert given(throttle) is None
+    throttle.close()
+    throttle, clock = busy(slowdown=1.0)
+    clock.now += TRAFFIC_SECONDS + 1
+    assert given(throttle) is not None
+
+
+def test_the_end_of_a_request_wakes_who_waits_and_so_does_the_end_of_all():
+    throttle = Throttle(2.0)
+    throttle.took("tokens", 1, 1e-4)
+    throttle.began()
+    results: list[object] = []
+
+    def ask():
+        try:
+            results.append(throttle.wait("tokens", 1))
+        except Closed:
+            results.append(Closed)
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(2)]
+    threads[0].start()
+    time.sleep(0.1)
+    assert not results and throttle.under_way == 1
+    throttle.first_token(0.5)
+    throttle.ended()
+    threads[0].join(2)
+    assert len(results) == 1 and isinstance(results[0], float) and throttle.waited > 0.05
+    throttle.began()
+    threads[1].start()
+    throttle.close()
+    threads[1].join(2)
+    assert results[1] is Closed
+
+
+def test_the_cost_of_a_slice_is_a_line_that_never_falls():
+    assert _line([(10, 0.02), (20, 0.03), (40, 0.05)]) == (pytest.approx(0.01), pytest.approx(0.001))
+    assert _line([(10, 0.02)]) == (0.0, pytest.approx(0.002))
+    fixed, each = _line([(10, 0.05), (40, 0.01)])  # noise: the longer one was faster
+    assert each == 0 and fixed == pytest.approx(0.03)
+    assert all(math.isfinite(value) for value in _line([(0, 0.1), (0, 0.1)]))
+
+
+def test_less_than_no_slowdown_is_refused():
+    with pytest.raises(ConfigError, match="max_slowdown of at least 1"):
+        Throttle(0.9)

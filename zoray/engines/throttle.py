@@ -1,0 +1,156 @@
+"""When tuning may take an engine that answers people as well, and for how long at a time.
+
+Scoring and requests take turns: what is scored between two steps of the requests is a slice, and the longest delay that
+a slice can cause is its own length. Guarantees: with `max_slowdown` s, a slice that begins while requests are under way
+takes at most (s - 1) of their usual step, and all of them together at most `busy_share` of that time; one that begins
+between requests, while there is traffic, takes at most (s - 1) of the usual time to a first token. Both as far as the
+cost of a slice, estimated from those before it, is right. Without traffic nothing is held back.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from statistics import median
+from typing import TYPE_CHECKING
+
+from zoray.records import require
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TRAFFIC_SECONDS = 20.0  # after the last request, until nobody is expected
+BUSY_SHARE = 0.08  # of the time in which requests are under way
+IDLE_SLICE = 0.2  # seconds, where nobody is expected: who comes nevertheless waits no longer
+REMEMBERED = 64  # requests and slices that estimates are made from
+
+
+class Closed(Exception):
+    """The engine is about to end."""
+
+
+class Throttle:
+    """Turns of one engine. Requests report from the server's loop, slices come from the thread that tunes."""
+
+    def __init__(self, max_slowdown: float = 1.5, clock: Callable[[], float] = time.monotonic) -> None:
+        require(max_slowdown >= 1.0, "max_slowdown of at least 1", max_slowdown)
+        self.max_slowdown, self._clock = max_slowdown, clock
+        self._changed = threading.Condition()
+        self._under_way = 0
+        self._last_request = -math.inf
+        self._credit, self._credited = 0.0, clock()
+        self._first: deque[float] = deque(maxlen=REMEMBERED)  # seconds to first tokens
+        self._steps: deque[float] = deque(maxlen=4 * REMEMBERED)  # seconds between tokens of a request
+        self._slices: dict[str, deque[tuple[float, float]]] = {}  # kind -> (size, seconds)
+        self._closed = False
+        self.waited = 0.0  # seconds that slices have been held back
+
+    # What the server reports.
+
+    def began(self) -> None:
+        """A request has come."""
+        with self._changed:
+            self._settle()
+            self._under_way += 1
+
+    def first_token(self, seconds: float) -> None:
+        """Its first token has come, so long after it."""
+        self._first.append(seconds)
+
+    def token(self, seconds: float) -> None:
+        """A further one, so long after the one before."""
+        self._steps.append(seconds)
+
+    def ended(self) -> None:
+        """It has got its last token, or has gone."""
+        with self._changed:
+            self._settle()
+            self._under_way -= 1
+            self._last_request = self._clock()
+            self._changed.notify_all()
+
+    @property
+    def under_way(self) -> int:
+        """Requests that are being answered."""
+        return self._under_way
+
+    # What the tuning thread asks.
+
+    def wait(self, kind: str, least: float) -> float:
+        """Hold back a slice until it may run; how much of its work, `least` at least, it may do then.
+
+        Args:
+            kind: of work, whose speed is known from earlier slices of it.
+            least: the smallest slice, in the units of the work.
+
+        Raises:
+            Closed: the engine ends.
+        """
+        began = self._clock()
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise Closed
+                seconds, for_how_long = self._allowed()
+                size = self._size(kind, seconds, least)
+                if size is None and math.isinf(for_how_long):  # nobody is expected: a slow slice is in nobody's way
+                    size = least
+                if size is not None:
+                    self.waited += self._clock() - began
+                    return size
+                self._changed.wait(min(for_how_long, 0.25))
+
+    def took(self, kind: str, size: float, seconds: float) -> None:
+        """A slice has run."""
+        with self._changed:
+            self._slices.setdefault(kind, deque(maxlen=REMEMBERED)).append((size, seconds))
+            if self._under_way:
+                self._settle()
+                self._credit -= seconds
+
+    def close(self) -> None:
+        """Let nobody wait any longer."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _allowed(self) -> tuple[float, float]:
+        """(seconds that a slice may take now, seconds after which that may be more)."""
+        self._settle()
+        if self._under_way:
+            limit = (self.max_slowdown - 1) * median(self._steps) if self._steps else 0.0
+            return min(limit, self._credit), 0.02
+        left = self._last_request + TRAFFIC_SECONDS - self._clock()
+        if left <= 0:
+            return IDLE_SLICE, math.inf
+        limit = (self.max_slowdown - 1) * median(self._first) if self._first else 0.0
+        return min(limit, IDLE_SLICE), left
+
+    def _settle(self) -> None:
+        """Credit for the time in which requests have been under way: never for more than two slices in a row."""
+        now = self._clock()
+        if self._under_way:
+            self._credit = min(self._credit + BUSY_SHARE * (now - self._credited), IDLE_SLICE)
+        self._credited = now
+
+    def _size(self, kind: str, seconds: float, least: float) -> float | None:
+        """The most work that is expected to take so long; None if not even the least is."""
+        known = self._slices.get(kind)
+        if not known:  # somebody has to be the first
+            return least if seconds > 0 and not self._under_way else None
+        fixed, each = _line(list(known))
+        if seconds < fixed + each * least:
+            return None
+        return least if each <= 0 else max(least, (seconds - fixed) / each)
+
+
+def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """(fixed, each): least squares of seconds = fixed + each * size, neither negative."""
+    n = len(points)
+    x, y = sum(p[0] for p in points) / n, sum(p[1] for p in points) / n
+    spread = sum((p[0] - x) ** 2 for p in points)
+    each = sum((p[0] - x) * (p[1] - y) for p in points) / spread if spread > 0 else y / max(x, 1e-9)
+    each = min(max(each, 0.0), y / max(x, 1e-9))
+    return max(0.0, y - each * x), each

@@ -1,0 +1,104 @@
+"""vLLM's own OpenAI layer over a client: chat and text completions, streamed or whole, with its errors.
+
+Only what OpenAI's API documents is passed on: vLLM's own extensions (chat templates in a request, and others) are not.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+SAMPLING = {
+    "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "presence_penalty",
+    "frequency_penalty", "logit_bias", "user",
+}  # fmt: skip
+FIELDS = {
+    "chat": {*SAMPLING, "messages", "max_completion_tokens", "logprobs", "top_logprobs", "response_format"},
+    "completions": {*SAMPLING, "prompt", "echo", "logprobs", "best_of", "suffix"},
+}
+MOST_CHOICES = 16  # n and best_of
+
+
+class OpenAI:
+    """The API's answers. `await OpenAI.open(client, name)`."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+
+    @classmethod
+    async def open(cls, client: Any) -> OpenAI:
+        """The layer over an AsyncLLM, whose base model is called as its `served_model_name`."""
+        from starlette.datastructures import State
+        from vllm.entrypoints.openai.api_server import init_app_state
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        try:
+            from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        except ImportError:  # vLLM 0.26
+            from vllm.entrypoints.openai.cli_args import make_arg_parser
+
+        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+        arguments.model = client.model_config.model
+        arguments.served_model_name = [client.model_config.served_model_name]
+        state = State()
+        await init_app_state(client, state, arguments, supported_tasks=("generate",))
+        return cls(state)
+
+    def let(self, name: str, adapter: Any | None) -> None:
+        """Answer requests for `name` under an adapter (a LoRARequest) from now on; None: no longer."""
+        known = self._state.openai_serving_models.lora_requests
+        if adapter is None:
+            known.pop(name, None)
+        else:
+            known[name] = adapter
+
+    async def answer(self, kind: str, body: Mapping[str, Any]) -> AsyncIterator[tuple[int, bool, bytes]]:
+        """(HTTP status, whether it is a stream of events, data) of a request; several only where it is a stream.
+
+        Args:
+            kind: "chat" or "completions".
+            body: the request, as JSON values.
+        """
+        from pydantic import ValidationError
+
+        try:
+            request = _request(kind, body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            yield 400, False, failure(400, f"{where}: {first['msg']}" if where else first["msg"], where or None)
+            return
+        except ValueError as error:
+            yield 400, False, failure(400, str(error))
+            return
+        if kind == "chat":
+            found = await self._state.openai_serving_chat.create_chat_completion(request)
+        else:
+            found = await self._state.openai_serving_completion.create_completion(request)
+        if hasattr(found, "__aiter__"):
+            async for event in found:
+                yield 200, True, event.encode()
+            return
+        status = found.error.code if hasattr(found, "error") and found.error is not None else 200
+        yield status, False, found.model_dump_json(exclude_unset=False).encode()
+
+
+def failure(status: int, message: str, param: str | None = None) -> bytes:
+    """An error as OpenAI's API has it."""
+    kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()
+
+
+def _request(kind: str, body: Mapping[str, Any]) -> Any:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    known = {name: value for name, value in body.items() if name in FIELDS[kind] and value is not None}
+    for name in ("n", "best_of"):
+        if isinstance(known.get(name), int) and known[name] > MOST_CHOICES:
+            raise ValueError(f"expected {name} of at most {MOST_CHOICES}; got {known[name]}")
+    return (ChatCompletionRequest if kind == "chat" else CompletionRequest)(**known)

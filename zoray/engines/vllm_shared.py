@@ -1,0 +1,260 @@
+"""One vLLM engine that answers requests and tunes: vLLM's AsyncLLM, whose core is a process of its own.
+
+Requests go to `client`, as in vLLM's own server. Tuning uses `SharedEngine`, an engine as any other, whose plans are
+scored in slices between the steps of the requests, as long as throttle.py allows. Adapter slots are of two kinds: the
+first ones are of probes, the others of versions that answer requests. Both kinds act in the same forward, and the KV
+blocks that scoring uses are put aside (vllm_scheduler.py), so that nothing of a request is touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoray.engines.packing import SequenceTable, by_slots
+from zoray.engines.slots import BLOCKS, PROBES
+from zoray.engines.vllm import VllmEngine, check_lora_support, in_this_process
+from zoray.records import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from zoray.engines.packing import Plan
+    from zoray.engines.throttle import Throttle
+    from zoray.engines.vllm import Vllm
+    from zoray.records import Probe, Sampling
+    from zoray.spaces.base import Space
+
+LEAST_TOKENS = 64  # of a slice; a single sequence may be longer
+BLOCK = 32  # tokens of a KV block
+TUNING = "tune-"  # what the names of requests of tuning begin with
+
+
+def start_client(
+    config: Vllm, folder: Path | str, name: str, dtype: str, matrices: Mapping[str, Any], space: Space, versions: int
+) -> Any:
+    """vLLM's AsyncLLM for requests and tuning. `versions`: slots beside those of probes.
+
+    Raises:
+        ConfigError: the space folds into the base weights, which other requests need as they are; or vLLM refuses.
+    """
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if space.folds:
+        raise ConfigError(
+            "expected space=lora for a served model: requests to other versions need the base weights as they are"
+        )
+    config.check(space)
+    in_this_process()
+    check_lora_support(folder)
+    own = -(-config.max_tokens // BLOCK) * 2  # sequences end in blocks of their own
+    arguments = config.llm_arguments(folder, dtype) | {
+        "served_model_name": name,
+        "skip_tokenizer_init": False,
+        "block_size": BLOCK,
+        "enable_prefix_caching": True,  # of a chat, its earlier turns; blocks are those of one version
+        "scheduler_cls": "zoray.engines.vllm_scheduler.SharingScheduler",
+        "async_scheduling": False,
+        "enable_log_requests": False,
+        "scheduling_policy": "priority",  # tuning's own requests wait behind the others
+    }
+    lora = config.lora_arguments(matrices, space)
+    lora["max_loras"] = config.resident + versions
+    lora["additional_config"] |= {BLOCKS: own, PROBES: config.resident}
+    try:
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, **lora))
+    except ValueError as error:
+        raise ConfigError(f"vLLM does not load {folder} with these settings: {error}") from error
+
+
+class Link:
+    """Calls of the core's worker from a thread, through the client's loop; in the place of vllm.LLM."""
+
+    def __init__(self, client: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self.client, self.loop = client, loop
+
+    def collective_rpc(self, method: str, args: tuple = ()) -> list[Any]:
+        """What each rank's worker returns."""
+        message = pickle.dumps((method, args), pickle.HIGHEST_PROTOCOL)
+        call = self.client.collective_rpc("zoray_call", args=(message,))
+        found = []
+        for answer in asyncio.run_coroutine_threadsafe(call, self.loop).result():
+            error, result = pickle.loads(answer)
+            if error is not None:
+                raise error if isinstance(error, ConfigError) else RuntimeError(f"in the engine's core: {error}")
+            found.append(result)
+        return found
+
+
+class SharedEngine(VllmEngine):
+    """Engine protocol (base.py) on a client that answers requests meanwhile. Not to be called on the client's loop."""
+
+    def __init__(
+        self,
+        client: Any,
+        loop: asyncio.AbstractEventLoop,
+        config: Vllm,
+        space: Space,
+        matrices: Mapping[str, tuple[int, int]],
+        seed: int,
+        folder: Path | str,
+        throttle: Throttle,
+    ) -> None:
+        self._link = Link(client, loop)
+        super().__init__(self._link, space, matrices, seed, folder)
+        self.probe_slots, self.throttle = config.resident, throttle
+        self._call("zoray_register")
+
+    def put(self, slot: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Let a slot of versions hold an adapter, as `adapter()` gives it. No request may be using it."""
+        self._call("zoray_put", slot, dict(arrays))
+
+    def score_plan(self, plan: Plan) -> np.ndarray:
+        """As every engine's, in slices; blocks while requests have the engine."""
+
+        def part(probes: tuple[Probe, ...], members: np.ndarray, slot_of: np.ndarray) -> np.ndarray:
+            self._write(probes)
+            return self.score_slots(plan.table, plan.chosen[members], slot_of)
+
+        return plan.gather(self.probe_slots, part)
+
+    def score_slots(self, table: SequenceTable, chosen: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """Sums of log-probabilities of chosen sequences (n,) of a table, each under what its slot (n,) holds."""
+        order = np.argsort(slots, kind="stable")
+        first = np.concatenate([[0], np.cumsum(table.n_outputs[chosen])]).astype(np.int64)
+        sums = np.zeros(first[-1])
+        ends = np.cumsum(table.lengths[chosen[order]])
+        begin = 0
+        while begin < len(order):
+            done = ends[begin - 1] if begin else 0
+            tokens = self.throttle.wait("tokens", min(LEAST_TOKENS, float(ends[-1] - done)))
+            stop = max(begin + 1, int(np.searchsorted(ends, done + tokens, side="right")))
+            some = order[begin:stop]
+            piece = SequenceTable.of([table[int(i)] for i in chosen[some]])
+            began = time.monotonic()
+            found = self._call("zoray_score_slots", piece, slots[some])
+            self.throttle.took("tokens", float(ends[stop - 1] - done), time.monotonic() - began)
+            at = 0
+            for i in some.tolist():
+                count = first[i + 1] - first[i]
+                sums[first[i] : first[i + 1]] = found[at : at + count]
+                at += count
+            begin = stop
+        return sums
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        probes: tuple[Probe, ...],
+        probe_of: np.ndarray,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        stops: frozenset[int],
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Completions in the same continuous batch as the requests', some at a time, see base.py."""
+        for some, members, slot_of in by_slots(probes, probe_of, self.probe_slots):
+            self._write(some)
+            numbers = members.tolist()
+            asked, own = [prompts[i] for i in numbers], [seeds[i] for i in numbers]
+            for number, tokens in self.generate_slots(asked, slot_of, sampling, own, stops):
+                yield numbers[number], tokens
+
+    def generate_slots(
+        self,
+        prompts: Sequence[Sequence[int]],
+        slot_of: np.ndarray,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        stops: frozenset[int],
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Completions of prompts (n,), each under what its slot (n,) holds, -1 for the bare model."""
+        begin = 0
+        while begin < len(prompts):
+            count = max(1, int(self.throttle.wait("completions", 1)))
+            numbers = range(begin, min(begin + count, len(prompts)))
+            began = time.monotonic()
+            calls = [self._complete(prompts[i], int(slot_of[i]), sampling, seeds[i], stops) for i in numbers]
+            found = asyncio.run_coroutine_threadsafe(_together(calls), self._link.loop).result()
+            self.throttle.took("completions", len(numbers), time.monotonic() - began)
+            yield from zip(numbers, found, strict=True)
+            begin += count
+
+    async def _complete(
+        self, prompt: Sequence[int], slot: int, sampling: Sampling, seed: int, stops: frozenset[int]
+    ) -> list[int]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed if sampling.temperature else None,
+            stop_token_ids=sorted(stops),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        # A name of its own for each: what a slot holds changes, and cached prefixes go by the adapter's name.
+        name = f"{TUNING}{uuid.uuid4().hex}"
+        adapter = slot_request(name, slot) if slot >= 0 else None
+        answers = self._link.client.generate(
+            {"prompt_token_ids": list(prompt)}, parameters, name, lora_request=adapter, priority=1
+        )
+        async for answer in answers:
+            if answer.finished:
+                return list(answer.outputs[0].token_ids)
+        raise RuntimeError("vLLM has ended a completion without a last token")
+
+    def _write(self, probes: tuple[Probe, ...]) -> None:
+        begin = 0
+        while begin < len(probes):
+            count = max(1, int(self.throttle.wait("slots", 1)))
+            some = probes[begin : begin + count]
+            began = time.monotonic()
+            self._call("zoray_write_some", some, begin)
+            self.throttle.took("slots", len(some), time.monotonic() - began)
+            begin += count
+
+
+def slot_request(name: str, slot: int) -> Any:
+    """What lets vLLM answer a request under what a slot holds. Cached prefixes go by the name."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, slot + 1, "/none")
+
+
+def report(client: Any, throttle: Throttle) -> None:
+    """Let the requests to a client report to a throttle when they begin, when tokens come, and when they end."""
+    generate = client.generate
+
+    async def watched(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
+        request = options.get("request_id") or arguments[2]
+        if str(request).startswith(TUNING):
+            async for answer in generate(*arguments, **options):
+                yield answer
+            return
+        throttle.began()
+        last, seen = time.monotonic(), 0
+        try:
+            async for answer in generate(*arguments, **options):
+                now, tokens = time.monotonic(), sum(len(output.token_ids) for output in answer.outputs)
+                for which in range(min(tokens, 64)):  # one, or all where only the last answer is wanted
+                    note = throttle.first_token if not seen and which == 0 else throttle.token
+                    note((now - last) / tokens)
+                last, seen = now, seen + tokens
+                yield answer
+        finally:
+            throttle.ended()
+
+    client.generate = watched
+
+
+async def _together(calls: Sequence[Any]) -> list[list[int]]:
+    return await asyncio.gather(*calls)

@@ -1,0 +1,58 @@
+"""`python -m zoray.serve`: answer requests, and learn from private data between. Settings: conf/serve.yaml."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from typing import Any
+
+from zoray.cli import build, run_main
+from zoray.records import ConfigError
+
+PARTS = ("model", "engine", "space", "estimator", "optimizer")
+
+
+def main(config: Any) -> int:
+    """Check the settings, start the server, and serve until SIGTERM or Ctrl-C."""
+    from omegaconf import OmegaConf
+
+    from zoray.serving.gate import Gate
+    from zoray.serving.settings import Settings
+
+    parts = {name: build(config[name], name) for name in PARTS}
+    plain = OmegaConf.to_container(config.serve, resolve=True)
+    assert isinstance(plain, dict)
+    settings = Settings(**parts, gate=Gate(**plain.pop("gate")), **plain)
+    key = settings.key  # refused before anything is started
+    _check_port(settings.host, settings.port)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+
+    from zoray.serving.start import started
+
+    with started(settings) as address:
+        print(f"{settings.name} at {address}/v1 (OpenAI's API), page: {address}/", flush=True)
+        if key is not None:
+            print("requests need the key of ZORAY_API_KEY", flush=True)
+        ended.wait()
+        print("stopping; jobs go on when the server is started again", flush=True)
+    return 0
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise ConfigError if somebody listens there already."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"expected to listen on {host}:{port}; {error.strerror}. Choose another serve.port"
+            ) from None
+
+
+if __name__ == "__main__":
+    run_main("serve", main)

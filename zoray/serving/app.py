@@ -1,0 +1,180 @@
+"""The application: gateway, tuner and engines as Ray Serve deployments, and how they are started."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from ray.exceptions import RayError
+
+from zoray.records import ConfigError
+from zoray.serving.engine import EngineServer
+from zoray.serving.gateway import Refused, build_app
+from zoray.serving.store import NotFound
+from zoray.serving.tuner import Tuner
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from zoray.serving.settings import Settings
+
+LIVE = "live"  # the model's name that stands for the version that answers at the time
+MEASURE_SECONDS = 600.0
+CALLS = (  # of the tuner, that requests may lead to
+    "add_file", "files", "file", "delete_file", "preview", "create", "jobs", "job", "events", "metrics", "pause",
+    "resume", "cancel", "delete", "versions", "delete_version", "is_learning", "set_learning", "rated", "rate",
+    "unrate", "file_of_conversations", "delete_all",
+)  # fmt: skip
+
+
+class TunerServer:
+    """The tuner as a deployment of one replica; its calls run in threads, since they read and write files."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.tuner = Tuner(settings, self._measure)
+        self._engine: Any = None
+        self.tuner.start()
+
+    async def call(self, name: str, *arguments: Any) -> tuple[str | None, str, Any]:
+        """(kind of error or None, its text, result): exceptions would reach the gateway as Ray's own."""
+        if name not in (*CALLS, "promote", "live"):
+            return "ConfigError", f"there is no {name}", None
+        try:
+            return None, "", await asyncio.to_thread(getattr(self.tuner, name), *arguments)
+        except NotFound as error:
+            return "NotFound", str(error), None
+        except ConfigError as error:
+            return "ConfigError", str(error), None
+
+    async def where(self) -> Any:
+        """See Tuner.where."""
+        return self.tuner.where()
+
+    def _measure(self, version: str | None) -> Any:
+        """By any engine that has the job's data; one that has died meanwhile is replaced by another."""
+        deadline = time.monotonic() + MEASURE_SECONDS
+        while True:
+            try:
+                if self._engine is None:
+                    self._engine = serve.get_deployment_handle("Engine", app_name="zoray")
+                return self._engine.measure.remote(version).result(timeout_s=MEASURE_SECONDS)
+            except (RayError, RuntimeError, TimeoutError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
+
+
+class Calls:
+    """The tuner's calls for the gateway: `await calls.jobs()`."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*arguments: Any) -> Any:
+            kind, text, result = await self._handle.call.remote(name, *arguments)
+            if kind is not None:
+                raise (NotFound if kind == "NotFound" else ConfigError)(text)
+            return result
+
+        return call
+
+
+class Gateway:
+    """What the HTTP routes act on."""
+
+    def __init__(self, settings: Settings, key: str | None, engine: Any, tuner: Any) -> None:
+        self.settings, self.key = settings, key
+        self._engine, self.tuner = engine, Calls(tuner)
+        self._live: str | None = None
+        self._names: list[str] = []
+        self._known = 0.0
+
+    async def names(self) -> list[str]:
+        """What requests may call a model: the base, `live`, and each version."""
+        await self._look(at_once=True)
+        return [self.settings.name, LIVE, *self._names]  # type: ignore[list-item]
+
+    async def resolve(self, model: Any) -> str | None:
+        """The version that a request is answered by, None for the base model; fixed from here on."""
+        if model in (None, "", LIVE):
+            await self._look()
+            return self._live
+        if model == self.settings.name:
+            return None
+        if model not in self._names:
+            await self._look(at_once=True)
+        if model not in self._names:
+            raise Refused(404, f"The model `{str(model)[:100]}` does not exist.", "model")
+        return model
+
+    async def promote(self, version: str) -> dict[str, Any]:
+        """Let a version (or the base model, by its name) answer from now on."""
+        chosen = None if version == self.settings.name else version
+        await self.tuner.promote(chosen)
+        self._live = chosen
+        return {"live": chosen}
+
+    def forget(self) -> None:
+        """All versions are gone."""
+        self._live, self._names = None, []
+
+    async def answer(self, kind: str, body: dict[str, Any], version: str | None) -> AsyncIterator[Any]:
+        """An engine's answer; another one is asked where the first has died before it said anything."""
+        for attempt in (1, 2):
+            said = False
+            try:
+                async for part in self._engine.options(stream=True).answer.remote(kind, body, version):
+                    said = True
+                    yield part
+                return
+            except RayError:
+                if said or attempt == 2:
+                    raise
+
+    async def _look(self, at_once: bool = False) -> None:
+        """Ask the tuner what is live, at most once a second; while it is being started anew, what was known counts."""
+        if not at_once and time.monotonic() - self._known < 1.0:
+            return
+        with suppress(RayError):
+            found = await self.tuner.versions()
+            self._live, self._names = found["live"], [v["id"] for v in found["data"]]
+            self._known = time.monotonic()
+
+
+def application(settings: Settings) -> Any:
+    """The Serve application."""
+    tuner = serve.deployment(TunerServer).options(
+        name="Tuner", num_replicas=1, max_ongoing_requests=64, ray_actor_options={"num_cpus": 0}
+    )
+    engine = serve.deployment(EngineServer).options(
+        name="Engine",
+        num_replicas=settings.replicas,
+        max_ongoing_requests=256,
+        health_check_period_s=2,
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": 0, "num_gpus": 0},
+    )
+    tuned = tuner.bind(settings)
+    engines = engine.bind(settings, tuned)
+    return _front(settings).bind(settings, settings.key, engines, tuned)
+
+
+def _front(settings: Settings) -> Any:
+    """The gateway, with its routes."""
+    from fastapi import FastAPI
+
+    outer = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+
+    @serve.deployment(name="Gateway", num_replicas=1, max_ongoing_requests=512, ray_actor_options={"num_cpus": 0})
+    @serve.ingress(outer)
+    class Front(Gateway):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            outer.mount("/", build_app(self))
+
+    return Front

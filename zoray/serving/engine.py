@@ -1,0 +1,231 @@
+"""The engine of a server as a Ray Serve deployment: it answers requests under versions, and tunes as a pool's replica.
+
+One vLLM engine does both (engines/vllm_shared.py). Guarantees: a request is answered by one version from its first to
+its last token: a slot that a request uses is not written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import OrderedDict
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoray.actor import ReplicaActor
+from zoray.adapters import peft_space, read_peft
+from zoray.engines.packing import Plan
+from zoray.engines.throttle import Throttle
+from zoray.measure import metrics
+from zoray.records import ConfigError, Probe
+from zoray.replica import Replica
+from zoray.scorer import Scorer
+from zoray.serving import neutral
+from zoray.serving.gate import Measured
+from zoray.serving.store import Store
+from zoray.snapshots import unpack
+from zoray.tiles import mean
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Sequence
+
+    from zoray.data import ReplicaSpec
+    from zoray.engines.vllm_shared import SharedEngine
+    from zoray.records import Sampling
+    from zoray.replica import ReplicaInfo
+    from zoray.serving.settings import Settings
+
+SLOT_SECONDS = 60.0  # that a request waits for a slot, where all are in use by other versions
+JOIN_SECONDS = 0.5  # between questions to the tuner whether there is a job
+
+
+class EngineServer:
+    """What each replica of the deployment is."""
+
+    async def __init__(self, settings: Settings, tuner: Any) -> None:
+        from zoray.engines.vllm_openai import OpenAI
+        from zoray.engines.vllm_shared import SharedEngine, report, start_client
+        from zoray.models import linear_matrices, load_tokenizer
+
+        self.settings, self._tuner = settings, tuner
+        self.store, self.throttle = Store(settings.folder), Throttle(settings.max_slowdown)
+        folder = settings.model.resolve()
+        matrices, loop = linear_matrices(folder), asyncio.get_running_loop()
+        self.client = start_client(
+            settings.engine, folder, settings.name, settings.model.dtype, matrices, settings.space, settings.slots
+        )
+        report(self.client, self.throttle)
+        about = (settings.engine, settings.space, matrices, settings.seed, folder, self.throttle)
+        self.engine: SharedEngine = await asyncio.to_thread(SharedEngine, self.client, loop, *about)
+        self._matrices = matrices
+        self.api = await OpenAI.open(self.client)
+        self.versions = Versions(self)
+        self.neutral = neutral.sequences(load_tokenizer(folder))
+        self.member = TuningMember(self)
+        self._joining = asyncio.create_task(self._join())
+
+    async def check_health(self) -> None:
+        """Raises if vLLM's core is gone: Serve then starts a new replica."""
+        await self.client.check_health()
+
+    async def answer(
+        self, kind: str, body: dict[str, Any], version: str | None
+    ) -> AsyncIterator[tuple[int, bool, bytes]]:
+        """A request's answer under a version, None for the base model; see OpenAI.answer."""
+        async with self.versions.held(version):
+            async for part in self.api.answer(kind, {**body, "model": version or self.settings.name}):
+                yield part
+
+    async def measure(self, version: str | None) -> Measured:
+        """A version on the dev rows of the job at hand, and on the neutral text."""
+        async with self.versions.held(version) as slot:
+            return await asyncio.to_thread(self.member.measure, slot)
+
+    def arrays(self, version: str) -> dict[str, np.ndarray]:
+        """A version's adapter, as Engine.adapter gives it."""
+        folder, space = self.store.version_folder(version), self.settings.space
+        found = peft_space(folder)
+        if found.rank != space.rank or found.alpha != space.alpha:
+            raise ConfigError(f"expected {version} to be of rank {space.rank} and alpha {space.alpha}; it is not")
+        state = space.open(self._matrices, 0)
+        unpack(state, read_peft(folder, found, self._matrices), 0)
+        return state.arrays()
+
+    async def _join(self) -> None:
+        """Take part in the job at hand, whenever there is one."""
+        from ray import serve
+
+        name = f"engine-{serve.get_replica_context().rank.rank}"
+        while True:
+            try:
+                where = await self._tuner.where.remote()
+                if where is not None and not self.member.busy:
+                    self.member.start(name, *where)
+            except Exception:  # the tuner is being started anew
+                pass
+            await asyncio.sleep(JOIN_SECONDS)
+
+
+class Versions:
+    """Which version lies in which slot, and how many requests use it. On the server's loop only."""
+
+    def __init__(self, server: EngineServer) -> None:
+        self._server = server
+        first = server.settings.engine.resident
+        self._free = list(range(first, first + server.settings.slots))
+        self._slot: OrderedDict[str, int] = OrderedDict()  # the version used last comes last
+        self._users: dict[str, int] = {}
+        self._turn = asyncio.Condition()
+
+    @asynccontextmanager
+    async def held(self, version: str | None) -> AsyncIterator[int]:
+        """A version's slot, -1 for the base model; it stays as it is meanwhile.
+
+        Raises:
+            NotFound: there is no such version.
+            TimeoutError: all slots are in use by others.
+        """
+        if version is None:
+            yield -1
+            return
+        slot = await asyncio.wait_for(self._take(version), SLOT_SECONDS)
+        try:
+            yield slot
+        finally:
+            async with self._turn:
+                self._users[version] -= 1
+                self._turn.notify_all()
+
+    async def _take(self, version: str) -> int:
+        from zoray.engines.vllm_shared import slot_request
+
+        async with self._turn:
+            if version not in self._slot:
+                arrays = await asyncio.to_thread(self._server.arrays, version)
+                await self._turn.wait_for(lambda: self._free or any(not users for users in self._users.values()))
+                if not self._free:
+                    oldest = next(name for name in self._slot if not self._users[name])
+                    self._server.api.let(oldest, None)
+                    del self._users[oldest]
+                    self._free.append(self._slot.pop(oldest))
+                slot = self._free.pop()
+                try:
+                    await asyncio.to_thread(self._server.engine.put, slot, arrays)
+                except BaseException:
+                    self._free.append(slot)
+                    raise
+                self._slot[version], self._users[version] = slot, 0
+                self._server.api.let(version, slot_request(version, slot))
+            self._slot.move_to_end(version)
+            self._users[version] += 1
+            return self._slot[version]
+
+
+class TuningMember(ReplicaActor):
+    """This engine as a replica of a job's pool: what the driver asks for runs in a thread, in turns with requests."""
+
+    def __init__(self, server: EngineServer) -> None:
+        super().__init__()
+        self._server = server
+        self._thread: threading.Thread | None = None
+        self._base: dict[str, float] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is connected to a driver."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, name: str, address: tuple[str, int], key: bytes) -> None:
+        """Connect to a driver, and do what it asks for until it is gone."""
+        self._thread = threading.Thread(target=self._serve, args=(name, address, key), name="zoray-tuning", daemon=True)
+        self._thread.start()
+
+    def load(self, spec: ReplicaSpec, cores: tuple[int, int] | None) -> ReplicaInfo:
+        """The job's data; the model is there."""
+        self._server.engine.reset()
+        if self.replica is None or self.replica.spec != spec:
+            self.replica = Replica(spec, engine=self._server.engine)
+        return self.replica.info
+
+    def measure(self, slot: int) -> Measured:
+        """What a slot holds (-1: the base model), on the dev rows of the job and on the neutral text."""
+        if self.replica is None:
+            raise RuntimeError("this replica has no job's data yet")
+        workload, pinned = self.replica.workload, Pinned(self._server.engine, slot)
+        count = len(workload.splits.dev)
+        scorer = Scorer(self.replica.spec, workload, pinned)  # type: ignore[arg-type]
+        found = scorer.outcomes("dev", (Probe(0, 0, 0.0),), np.zeros(count, np.int64), np.arange(count), measured=True)
+        score, metric, _ = metrics(workload, "dev", found.losses, {"score": found.scores, **found.columns})
+        sums = pinned.score_plan(Plan.of([(None, part) for part in self._server.neutral]))
+        spread = neutral.perplexity([sums], self._server.neutral)
+        return Measured(score, mean(found.losses.tolist()), spread, metric)
+
+    def _serve(self, name: str, address: tuple[str, int], key: bytes) -> None:
+        with suppress(ConfigError):  # the driver has gone before this was connected
+            self.serve(name, address, key)
+
+
+class Pinned:
+    """An engine for which every probe is what one slot of versions holds."""
+
+    def __init__(self, engine: SharedEngine, slot: int) -> None:
+        self._engine, self._slot = engine, slot
+
+    def score_plan(self, plan: Plan) -> np.ndarray:
+        """As Engine.score_plan."""
+        return self._engine.score_slots(plan.table, plan.chosen, np.full(len(plan.chosen), self._slot, np.int64))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        probes: tuple[Probe, ...],
+        probe_of: np.ndarray,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        stops: frozenset[int],
+    ) -> Iterator[tuple[int, list[int]]]:
+        """As Engine.generate."""
+        slots = np.full(len(prompts), self._slot, np.int64)
+        return self._engine.generate_slots(prompts, slots, sampling, seeds, stops)

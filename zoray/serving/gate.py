@@ -1,0 +1,67 @@
+"""The promotion gate: whether a new state of the adapter may answer people. Pure: numbers in, verdict out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from zoray.records import require
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a version is worth: on held-out rows of a job's data, and on a neutral text that no job knows."""
+
+    score: float  # of the job's metric, higher is better; NaN where it has none
+    loss: float  # mean loss
+    perplexity: float  # on the neutral text
+    metric: str | None = None  # what the score is called
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to promote, and why or why not, for people."""
+
+    promote: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Gate:
+    """When a version becomes the live one.
+
+    Args:
+        automatic: promote what passes; else people do.
+        margin: by how much a version must beat the live one on held-out rows: in its metric (0.02 of accuracy is two
+            points), or where there is none by that share of the loss.
+        max_forgetting: by what share perplexity on a neutral text may be above the base model's.
+    """
+
+    automatic: bool = True
+    margin: float = 0.02
+    max_forgetting: float = 0.05
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.automatic, bool), "gate.automatic to be true or false", self.automatic)
+        require(self.margin >= 0, "gate.margin of 0 or more", self.margin)
+        require(self.max_forgetting > 0, "gate.max_forgetting over 0", self.max_forgetting)
+
+    def judge(self, new: Measured, live: Measured, base_perplexity: float) -> Verdict:
+        """Compare a version with the live one, measured on the same rows, and with the base model."""
+        limit = base_perplexity * (1 + self.max_forgetting)
+        forgets = not new.perplexity <= limit  # NaN as well
+        if math.isfinite(new.score) and math.isfinite(live.score):
+            name, better, needed = new.metric or "score", new.score - live.score, self.margin
+            compared = f"{name} {new.score:.3f}, live {live.score:.3f}"
+        else:
+            better, needed = live.loss - new.loss, self.margin * abs(live.loss)
+            compared = f"loss {new.loss:.4f}, live {live.loss:.4f}"
+        if not (better >= needed and better > 0):
+            return Verdict(False, f"{compared}: not better by the margin of {needed:.3g}")
+        if forgets:
+            return Verdict(
+                False,
+                f"{compared}, but it forgets: perplexity on a neutral text {new.perplexity:.2f}, base model "
+                f"{base_perplexity:.2f}, at most {limit:.2f}",
+            )
+        return Verdict(True, f"{compared}; perplexity on a neutral text {new.perplexity:.2f} (at most {limit:.2f})")

@@ -1,0 +1,72 @@
+"""The engines of a server as the replicas of a job's pool: they connect by themselves, when they hear of the job."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from zoray.channel import Listener
+from zoray.cluster import Cluster
+from zoray.members import Members
+from zoray.placement import end_process
+from zoray.pool import Pool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from zoray.data import ReplicaSpec
+    from zoray.records import Commit
+    from zoray.snapshots import Snapshot
+
+log = logging.getLogger(__name__)
+PATIENT = 86_400.0  # seconds: an engine that answers people may take so long for tuning's share
+
+
+class ServedHost:
+    """What keeps the processes is Ray Serve; here they only connect."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+
+    def without_room(self) -> set[str]:
+        return set()
+
+    def ended(self, names: Sequence[str]) -> dict[str, tuple[Exception | None, bool]]:
+        return {}
+
+    def serve(self, name: str) -> None:
+        pass
+
+    def restart(self, node_id: str, pid: int) -> None:
+        end_process(node_id, pid)
+
+    def let_go(self, name: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self.listener.close()
+
+
+def start_pool(
+    listener: Listener,
+    replicas: int,
+    spec: ReplicaSpec,
+    cluster: Cluster,
+    run_name: str,
+    say: Callable[[str], None] = log.info,
+    commits: Sequence[Commit] = (),
+    known: Sequence[tuple[int, str]] = (),
+    snapshot: Snapshot | None = None,
+) -> Pool:
+    """As Pool.start, of engines that are there and connect to `listener`."""
+    host = ServedHost(listener)
+    members = Members([f"engine-{i}" for i in range(replicas)], host, spec, cluster, None, say)
+    members.commits += commits
+    members.known, members.snapshot = known[-1] if known else None, snapshot
+    pool = Pool(members, owns_ray=False)
+    try:
+        pool.gather()
+    except BaseException:
+        pool.close()
+        raise
+    return pool

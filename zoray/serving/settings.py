@@ -1,0 +1,115 @@
+"""What a server is started with: conf/serve.yaml, checked."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zoray.records import ConfigError, require
+from zoray.serving.gate import Gate
+
+KEY = "ZORAY_API_KEY"  # the environment variable that holds it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server.
+
+    Args:
+        model: what is served and tuned.
+        engine: vLLM, with slots for a step's probes, and a KV cache for requests and scoring.
+        space: of the adapters, lora.
+        estimator: of tuning jobs, as in a run.
+        optimizer: likewise; its `anchor` pulls towards the base model.
+        gate: when a version becomes the live one.
+        name: what the base model is called in requests; null for its folder's name.
+        folder: where uploads, jobs and versions are kept.
+        host: to listen on. Any other than this machine's own needs a key, in the environment variable ZORAY_API_KEY.
+        port: to listen on.
+        replicas: engines. Requests are shared out among them, and so is tuning.
+        slots: versions, besides the base model, that can answer at the same time.
+        max_slowdown: by what factor tuning may stretch the time to a request's first token, and that between tokens.
+        steps: of a tuning job, where it does not say.
+        batch: examples a step, likewise.
+        eval_every: steps between evaluations on held-out rows, each of which may promote a version.
+        seed: of directions, of A and of the order of examples.
+        max_upload_mb: of a file.
+        max_storage_mb: of all uploads together.
+        requests_per_minute: of one address; null for no limit.
+        capture: keep conversations that people rate (thumbs up or down), to learn from.
+        dashboard: Ray's dashboard on http://127.0.0.1:8265.
+    """
+
+    model: Any
+    engine: Any
+    space: Any
+    estimator: Any
+    optimizer: Any
+    gate: Gate = field(default_factory=Gate)
+    name: str | None = None
+    folder: str = "serving"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    slots: int = 4
+    max_slowdown: float = 1.5
+    steps: int = 400
+    batch: int = 2
+    eval_every: int = 25
+    seed: int = 0
+    max_upload_mb: float = 50.0
+    max_storage_mb: float = 2000.0
+    requests_per_minute: int | None = 600
+    capture: bool = True
+    dashboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name is None:
+            stem = Path(self.model.path).stem.lower()
+            object.__setattr__(self, "name", re.sub(r"[^a-z0-9._-]+", "-", stem).strip("-._") or "model")
+        ok = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][\w./-]*", self.name) and self.name != "live"
+        require(ok, "serve.name of letters, digits and . _ / -, and not `live`", self.name)
+        for name in ("replicas", "slots", "steps", "batch", "eval_every"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, f"serve.{name} to be a whole number of at least 1", value)
+        require(isinstance(self.port, int) and 0 < self.port < 65536, "serve.port in 1..65535", self.port)
+        require(self.max_slowdown >= 1, "serve.max_slowdown of at least 1", self.max_slowdown)
+        require(self.max_upload_mb > 0 and self.max_storage_mb > 0, "serve.max_upload_mb over 0", self.max_upload_mb)
+        ok = self.requests_per_minute is None or self.requests_per_minute >= 1
+        require(ok, "serve.requests_per_minute of at least 1, or null", self.requests_per_minute)
+        require(isinstance(self.capture, bool), "serve.capture to be true or false", self.capture)
+        if self.space.folds:
+            raise ConfigError(
+                "expected space=lora for a served model: requests to other versions need the base weights as they are"
+            )
+        object.__setattr__(self, "engine", self.engine.for_probes(len(self.estimator.ask(0))))
+        object.__setattr__(self, "folder", str(Path(self.folder).absolute()))
+
+    @property
+    def key(self) -> str | None:
+        """What requests have to show, from the environment.
+
+        Raises:
+            ConfigError: others can reach this server, and there is none; or it is too short.
+        """
+        key = os.environ.get(KEY) or None
+        if key is not None and len(key) < 16:
+            raise ConfigError(f"expected {KEY} to have at least 16 characters; it has {len(key)}")
+        if key is None and not _own(self.host):
+            raise ConfigError(
+                f"expected an API key in the environment variable {KEY}, since host={self.host} lets others reach this "
+                f"server. Take host=127.0.0.1, or set one: export {KEY}=$(openssl rand -hex 24)"
+            )
+        return key
+
+
+def _own(host: str) -> bool:
+    """Whether only this machine reaches a host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

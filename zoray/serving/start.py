@@ -1,0 +1,33 @@
+"""Ray and Ray Serve under a server: started here, or joined."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from zoray.cluster import Cluster, connect, leave
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zoray.serving.settings import Settings
+
+
+@contextmanager
+def started(settings: Settings) -> Iterator[str]:
+    """The application, answering at the address that this yields, until the context is left."""
+    owns = connect(Cluster(dashboard=settings.dashboard))
+    try:
+        from ray import serve
+
+        from zoray.serving.app import application
+
+        try:
+            serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
+            serve.run(application(settings), name="zoray", route_prefix="/")
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            yield f"http://{host}:{settings.port}"
+        finally:
+            serve.shutdown()
+    finally:
+        leave(owns)

@@ -1,0 +1,244 @@
+"""What a server keeps, as plain files below one folder: uploads, jobs, versions, and which version is live.
+
+    files/<id>/       data.csv (or .tsv, .jsonl, .txt) as it came, meta.json
+    jobs/<name>/      request.json, state.json, events.jsonl, run/ (a run's folder, see README)
+    versions/<name>/  a PEFT adapter and meta.json; <name> is <job>@<step>
+    live.json         the version that answers, and those before it
+
+Guarantees: what has been written is on disk whole or not at all; names are of letters, digits and . _ - @, and never
+lead out of the folder; what is deleted is gone from disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoray.records import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
+VERSION = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}@[0-9]{1,9}")
+FILE_ID = re.compile(r"file-[0-9a-f]{24}")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
+
+
+class NotFound(ConfigError):
+    """There is nothing of that name."""
+
+
+class Store:
+    """The files of one server. Safe to use from several threads of one process."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder).absolute()
+        self._lock = threading.RLock()
+        for name in ("files", "jobs", "versions"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        os.chmod(self.folder, 0o700)  # private data
+        for partial in self.folder.glob("*/.partial-*"):  # of a server that was killed
+            shutil.rmtree(partial, ignore_errors=True)
+
+    # Files.
+
+    def add_file(self, name: str, data: bytes) -> dict[str, Any]:
+        """Keep an upload; its record.
+
+        Raises:
+            ConfigError: not one of SUFFIXES.
+        """
+        suffix = Path(name).suffix.lower()
+        if suffix not in SUFFIXES:
+            raise ConfigError(f"expected a file of {', '.join(SUFFIXES)}; got {shown(name)}. Save it as one of these")
+        number = f"file-{uuid.uuid4().hex[:24]}"
+        meta = {
+            "id": number,
+            "object": "file",
+            "bytes": len(data),
+            "created_at": int(time.time()),
+            "filename": shown(name),
+            "purpose": "fine-tune",
+            "status": "processed",
+        }
+        partial = self.folder / "files" / f".partial-{number}"
+        partial.mkdir()
+        (partial / f"data{suffix}").write_bytes(data)
+        write_json(partial / "meta.json", meta)
+        partial.rename(self.folder / "files" / number)
+        return meta
+
+    def files(self) -> list[dict[str, Any]]:
+        """Records of all uploads, the oldest first."""
+        return _sorted(read_json(path) for path in self.folder.glob("files/file-*/meta.json"))
+
+    def file(self, number: str) -> dict[str, Any]:
+        """The record of an upload."""
+        return read_json(self._file_folder(number) / "meta.json")
+
+    def data_path(self, number: str) -> Path:
+        """Where the data of an upload lie."""
+        return next(self._file_folder(number).glob("data.*"))
+
+    def delete_file(self, number: str) -> None:
+        """Delete an upload from disk."""
+        _remove(self._file_folder(number))
+
+    def _file_folder(self, number: str) -> Path:
+        return self._folder("files", number, FILE_ID, "file")
+
+    # Versions.
+
+    def version_folder(self, name: str) -> Path:
+        """The adapter's folder of a version."""
+        return self._folder("versions", name, VERSION, "version")
+
+    def new_version(self, name: str) -> Path:
+        """Where a version is to be written."""
+        if not VERSION.fullmatch(name):
+            raise ConfigError(f"expected a version's name, <job>@<step>; got {shown(name)}")
+        return self.folder / "versions" / name
+
+    def versions(self) -> list[dict[str, Any]]:
+        """What is known of all versions, the oldest first."""
+        return _sorted(read_json(path) for path in self.folder.glob("versions/*@*/meta.json"))
+
+    def delete_version(self, name: str) -> None:
+        """Delete a version from disk.
+
+        Raises:
+            ConfigError: it is the live one.
+        """
+        with self._lock:
+            folder = self.version_folder(name)
+            if self.live() == name:
+                raise ConfigError(f"{name} is live: roll back to another version first")
+            _remove(folder)
+
+    # Which one is live.
+
+    def live(self) -> str | None:
+        """The version that answers; None is the base model."""
+        return self._live()["version"]
+
+    def live_history(self) -> list[dict[str, Any]]:
+        """Each change of the live version, the oldest first: version, time, reason."""
+        return self._live()["history"]
+
+    def set_live(self, version: str | None, reason: str) -> None:
+        """Let a version answer from now on."""
+        with self._lock:
+            if version is not None:
+                self.version_folder(version)
+            known = self._live()["history"]
+            entry = {"version": version, "time": time.time(), "reason": reason}
+            write_json(self.folder / "live.json", {"version": version, "history": [*known, entry][-1000:]})
+
+    def forget_history(self) -> None:
+        """Forget which versions have been live."""
+        with self._lock:
+            write_json(self.folder / "live.json", {"version": self.live(), "history": []})
+
+    def _live(self) -> dict[str, Any]:
+        path = self.folder / "live.json"
+        return read_json(path) if path.exists() else {"version": None, "history": []}
+
+    # Jobs.
+
+    def job_folder(self, name: str) -> Path:
+        """A job's folder."""
+        return self._folder("jobs", name, NAME, "job")
+
+    def new_job(self, name: str, request: Mapping[str, Any]) -> Path:
+        """Make a job's folder.
+
+        Raises:
+            ConfigError: there is one of that name, or the name can't be one.
+        """
+        if not NAME.fullmatch(name):
+            raise ConfigError(
+                f"expected a name of up to 40 small letters, digits, . _ and -, beginning with a letter or digit; got "
+                f"{shown(name)}"
+            )
+        folder = self.folder / "jobs" / name
+        with self._lock:
+            if folder.exists() or any(self.folder.glob(f"versions/{name}@*")):
+                raise ConfigError(f"there is a job {name} already, or versions of one; take another name")
+            partial = self.folder / "jobs" / f".partial-{name}"
+            partial.mkdir()
+            write_json(partial / "request.json", dict(request))
+            partial.rename(folder)
+        return folder
+
+    def jobs(self) -> list[str]:
+        """Names of all jobs, the oldest first."""
+        found = [(read_json(path)["created_at"], path.parent.name) for path in self.folder.glob("jobs/*/request.json")]
+        return [name for _, name in sorted(found)]
+
+    def delete_job(self, name: str) -> None:
+        """Delete a job from disk, with what it has measured. Its versions stay."""
+        _remove(self.job_folder(name))
+
+    def _folder(self, kind: str, name: str, pattern: re.Pattern[str], what: str) -> Path:
+        folder = self.folder / kind / name if pattern.fullmatch(name) else None
+        if folder is None or not folder.is_dir():
+            raise NotFound(f"there is no {what} {shown(name)}")
+        return folder
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file as a whole; it is on disk when this returns."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Append a line to a JSONL file."""
+    with path.open("ab", buffering=0) as file:
+        file.write(json.dumps(value).encode() + b"\n")
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values of a JSONL file; a torn last line is left out."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def shown(text: str) -> str:
+    """A name from outside, for messages: short, printable, without a path."""
+    return "".join(c if c.isprintable() else "?" for c in text.replace("\\\\", "/").rpartition("/")[2])[:100]
+
+
+def _sorted(records: Any) -> list[dict[str, Any]]:
+    return sorted(records, key=lambda record: (record["created_at"], record["id"]))
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder: out of sight at once, then from disk."""
+    doomed = folder.with_name(f".partial-{uuid.uuid4().hex[:8]}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

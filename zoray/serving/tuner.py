@@ -1,0 +1,440 @@
+"""The jobs of a server: one at a time, in a thread, each a zoray run in a folder of its own.
+
+A job's journal is the truth: a server that was killed goes on where the journal ends. After each evaluation on held-out
+rows the state becomes a version, is measured, and the gate decides whether it answers people from now on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from zoray.adapters import write_peft
+from zoray.channel import Listener
+from zoray.cluster import Cluster, own_host
+from zoray.data import load_workload
+from zoray.driver import tune
+from zoray.experiment import Experiment, Run
+from zoray.history import read_metrics
+from zoray.monitoring import Logging
+from zoray.preview import preview
+from zoray.records import ConfigError, record
+from zoray.serving.conversations import Conversations
+from zoray.serving.gate import Gate, Measured
+from zoray.serving.pool import PATIENT, start_pool
+from zoray.serving.requests import NewJob, Use, objective_of
+from zoray.serving.store import Store, append_json, read_json, read_lines, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zoray.pool import Pool
+    from zoray.records import Evaluation
+    from zoray.serving.settings import Settings
+
+log = logging.getLogger(__name__)
+GOING = ("queued", "running")
+KEPT = 20  # versions of a job that were not promoted
+ENDS_SECONDS = 120.0  # that a job may take to end after its step
+
+
+class Tuner:
+    """Jobs, versions, and what is live. `measure(version)` asks an engine, see EngineServer.measure."""
+
+    def __init__(self, settings: Settings, measure: Any) -> None:
+        self.settings, self.store, self._measure = settings, Store(settings.folder), measure
+        self.conversations = Conversations(self.store.folder / "conversations")
+        self._gate: Gate = settings.gate
+        self._wake = threading.Condition()
+        self._current: str | None = None
+        self._listener: Listener | None = None
+        self._closed = False
+        self._worker = threading.Thread(target=self._work, name="zoray-jobs", daemon=True)
+
+    def start(self) -> None:
+        """Go on with what a server before this one has left."""
+        for name in self.store.jobs():
+            if self.state(name)["status"] == "running":
+                self._set(name, status="queued")
+        self._worker.start()
+
+    def close(self) -> None:
+        """Stop after the step at hand; the job goes on when the server is started again."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+
+    def where(self) -> tuple[tuple[str, int], bytes] | None:
+        """Where engines connect to take part in the job at hand."""
+        listener = self._listener
+        return None if listener is None else (listener.address, listener.key)
+
+    @property
+    def learning(self) -> bool:
+        """Whether jobs may run: active learning is on."""
+        path = self.store.folder / "learning.json"
+        return read_json(path)["on"] if path.exists() else True
+
+    def is_learning(self) -> bool:
+        """The same, as a call."""
+        return self.learning
+
+    def set_learning(self, on: bool) -> None:
+        """Let jobs run, or stop the one at hand after its step until they may again."""
+        with self._wake:
+            write_json(self.store.folder / "learning.json", {"on": on})
+            self._wake.notify_all()
+
+    # Files and conversations.
+
+    def add_file(self, name: str, data: bytes) -> dict[str, Any]:
+        """Keep an upload, see Store.add_file.
+
+        Raises:
+            ConfigError: there is no room for it (serve.max_storage_mb).
+        """
+        used = sum(file["bytes"] for file in self.store.files())
+        if used + len(data) > self.settings.max_storage_mb * 2**20:
+            raise ConfigError(
+                f"expected uploads of at most {self.settings.max_storage_mb:g} MB in all (serve.max_storage_mb); there "
+                f"are {used / 2**20:.0f} MB. Delete some"
+            )
+        return self.store.add_file(name, data)
+
+    def rate(self, messages: list[dict[str, str]], up: bool, model: str, number: str | None) -> dict[str, Any]:
+        """Keep a rated conversation.
+
+        Raises:
+            ConfigError: the server keeps none (serve.capture=false).
+        """
+        if not self.settings.capture:
+            raise ConfigError("this server keeps no conversations (serve.capture=false)")
+        return self.conversations.add(messages, up, model, number)
+
+    def rated(self) -> list[dict[str, Any]]:
+        """The conversations that are kept."""
+        return self.conversations.all()
+
+    def unrate(self, number: str) -> None:
+        """Delete a conversation."""
+        self.conversations.delete(number)
+
+    def file_of_conversations(self) -> dict[str, Any]:
+        """An upload made of the rated conversations."""
+        return self.add_file(f"conversations-{time.strftime('%Y-%m-%d-%H%M%S')}.jsonl", self.conversations.rows())
+
+    def delete_all(self) -> None:
+        """Delete all that people have given, and all that was learnt from it."""
+        self.store.set_live(None, "all data deleted")
+        for name in self.store.jobs():
+            if self.state(name)["status"] in (*GOING, "paused"):
+                self.cancel(name)
+        self._await_none(lambda name: True)
+        for file in self.store.files():
+            self.store.delete_file(file["id"])
+        for one in self.conversations.all():
+            self.conversations.delete(one["id"])
+        for name in self.store.jobs():
+            self.store.delete_job(name)
+        for version in self.store.versions():
+            self.store.delete_version(version["id"])
+        self.store.forget_history()
+
+    # Jobs.
+
+    def create(self, request: NewJob) -> dict[str, Any]:
+        """Check a job and queue it.
+
+        Raises:
+            ConfigError: the file or a setting is wrong: what was expected, what came.
+        """
+        file = self.store.file(request.training_file)
+        name = request.suffix or f"job-{time.strftime('%Y%m%d-%H%M%S')}"
+        experiment = self._experiment(name, request)
+        load_workload(experiment.spec)  # every mistake in the data shows before there is a job
+        asked = {**request.model_dump(exclude_none=True), "created_at": time.time(), "filename": file["filename"]}
+        self.store.new_job(name, asked)
+        self._set(name, status="queued")
+        self._event(name, "created", f"learns from {file['filename']}")
+        self._notify()
+        return self.job(name)
+
+    def pause(self, name: str) -> dict[str, Any]:
+        """Stop after the step at hand, to be resumed."""
+        return self._turn(name, ("queued", "running"), "paused")
+
+    def resume(self, name: str) -> dict[str, Any]:
+        """Go on with a paused job, or try a failed one again."""
+        return self._turn(name, ("paused", "failed"), "queued")
+
+    def cancel(self, name: str) -> dict[str, Any]:
+        """End a job for good."""
+        return self._turn(name, ("queued", "running", "paused", "failed"), "cancelled")
+
+    def delete(self, name: str) -> None:
+        """Delete a job that has ended, with its journal and numbers."""
+        if self.state(name)["status"] in GOING or self._current == name:
+            raise ConfigError(f"{name} is still at work: cancel it first")
+        self.store.delete_job(name)
+
+    def delete_file(self, number: str) -> None:
+        """Delete an upload; jobs that learn from it are ended."""
+        self.store.file(number)
+        for name in self.store.jobs():
+            request = read_json(self.store.job_folder(name) / "request.json")
+            if request["training_file"] == number and self.state(name)["status"] in (*GOING, "paused"):
+                self.cancel(name)
+        self._await_none(lambda name: self._uses(name, number))
+        self.store.delete_file(number)
+
+    def job(self, name: str) -> dict[str, Any]:
+        """All there is to know about a job but its events and numbers."""
+        folder = self.store.job_folder(name)
+        request, state = read_json(folder / "request.json"), self.state(name)
+        steps, evaluations = self.metrics(name)
+        dev = [e for e in evaluations if e["split"] == "dev"]
+        own = [v for v in self.store.versions() if v["job"] == name and v["passed"]]
+        return {
+            "id": name,
+            "request": request,
+            **state,
+            "step": steps[-1]["step"] if steps else 0,
+            "steps": self._steps(request),
+            "batch": (request.get("hyperparameters") or {}).get("batch_size") or self.settings.batch,
+            "tokens": sum(step["tokens"] for step in steps),
+            "best_version": own[-1]["id"] if own else None,
+            "first": dev[0] if dev else None,
+            "last": dev[-1] if dev else None,
+        }
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """All jobs, the oldest first."""
+        return [self.job(name) for name in self.store.jobs()]
+
+    def state(self, name: str) -> dict[str, Any]:
+        """A job's status, and why."""
+        return read_json(self.store.job_folder(name) / "state.json")
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """What has happened to a job, the oldest first."""
+        return read_lines(self.store.job_folder(name) / "events.jsonl")
+
+    def metrics(self, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """A job's steps and evaluations so far."""
+        run = self.store.job_folder(name) / "run"
+        if not (run / "metrics.jsonl").exists():
+            return [], []
+        steps, evaluations = read_metrics(run)
+        return [dataclasses.asdict(step) for step in steps], [dataclasses.asdict(e) for e in evaluations]
+
+    def preview(self, number: str, use: Use) -> list[str]:
+        """How an upload would be used, in lines for people; ConfigError names what is wrong with it."""
+        request = NewJob(training_file=number, use=use)
+        workload = load_workload(self._experiment("preview", request).spec)
+        assert workload.encoder is not None
+        task = use.task(self.store.data_path(number))
+        lines = preview(task, workload.splits, workload.encoder)
+        return [line.replace(str(self.store.folder), "").replace(f"/files/{number}/", "") for line in lines]
+
+    # Versions.
+
+    def versions(self) -> dict[str, Any]:
+        """All versions, which one is live, and which have been."""
+        found = {"live": self.store.live(), "data": self.store.versions(), "history": self.store.live_history()}
+        return {"object": "list", **found, "folder": str(self.store.folder)}
+
+    def delete_version(self, name: str) -> None:
+        """Delete a version that is not live."""
+        self.store.delete_version(name)
+
+    def files(self) -> list[dict[str, Any]]:
+        """All uploads."""
+        return self.store.files()
+
+    def file(self, number: str) -> dict[str, Any]:
+        """An upload's record."""
+        return self.store.file(number)
+
+    def promote(self, version: str | None, reason: str = "by hand") -> None:
+        """Let a version (None: the base model) answer from now on; to roll back is the same."""
+        self.store.set_live(version, reason)
+        if version is not None:
+            job = version.partition("@")[0]
+            if job in self.store.jobs():
+                self._event(job, "promoted", f"{version} is live: {reason}", version=version)
+
+    # The thread.
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not self._closed and (name := self._next()) is None:
+                    self._wake.wait(5.0)
+                if self._closed:
+                    return
+                self._current = name
+                self._set(name, status="running")
+            try:
+                summary = self._run(name)
+                with self._wake:
+                    if self.state(name)["status"] == "running":
+                        self._set(name, status="succeeded" if summary["finished"] else "queued")
+                        if summary["finished"]:
+                            self._event(name, "succeeded", _outcome(summary))
+            except ConfigError as error:
+                self._failed(name, str(error))
+            except Exception as error:  # a job's end must not be the end of all
+                log.exception("job %s", name)
+                self._failed(name, f"{type(error).__name__}: {error}")
+            finally:
+                with self._wake:
+                    self._current = None
+
+    def _run(self, name: str) -> dict[str, Any]:
+        folder = self.store.job_folder(name)
+        experiment = self._experiment(name, NewJob(**_asked(read_json(folder / "request.json"))))
+        workload = load_workload(experiment.spec)
+        (folder / "run").mkdir(exist_ok=True)
+        config = {key: record(getattr(experiment, key)) for key in ("model", "task", "space", "estimator")}
+        self._listener = Listener(own_host(elastic=False), 0)
+        try:
+            return tune(
+                experiment,
+                workload,
+                config,
+                partial(start_pool, self._listener, self.settings.replicas),
+                stopping=lambda: self._closed or not self.learning or self.state(name)["status"] != "running",
+                on_dev=partial(self._evaluated, name),
+            )
+        finally:
+            self._listener = None
+
+    def _evaluated(self, name: str, pool: Pool, evaluation: Evaluation) -> None:
+        """Make a version of the state, measure it, and let the gate decide."""
+        if evaluation.step == 0 or any(event.get("step") == evaluation.step for event in self.events(name)):
+            return
+        version = f"{name}@{evaluation.step}"
+        arrays, digest = pool.adapter()
+        space, folder = self.settings.space, self.store.new_version(version)
+        write_peft(folder, arrays, space.rank, space.alpha, self.settings.model.path, space.targets)
+        new = self._measure(version)
+        base = self._measure(None)
+        live = self.store.live()
+        current = base if live is None else self._measure(live)
+        verdict = self._gate.judge(new, current, base.perplexity)
+        meta = {
+            "id": version,
+            "job": name,
+            "step": evaluation.step,
+            "digest": digest,
+            "created_at": time.time(),
+            "measured": _plain(new),
+            "compared_with": {"version": live, **_plain(current)},
+            "passed": verdict.promote,
+            "reason": verdict.reason,
+        }
+        write_json(folder / "meta.json", meta)
+        said = "passed" if verdict.promote else "did not pass"
+        self._event(name, "evaluated", f"step {evaluation.step} {said}: {verdict.reason}", step=evaluation.step)
+        if verdict.promote and self._gate.automatic:
+            self.promote(version, f"passed the gate: {verdict.reason}")
+        self._prune(name)
+
+    def _prune(self, name: str) -> None:
+        """Keep the last few versions of a job, and those that have been live."""
+        been = {entry["version"] for entry in self.store.live_history()}
+        own = [v["id"] for v in self.store.versions() if v["job"] == name and v["id"] not in been]
+        for version in own[:-KEPT]:
+            self.store.delete_version(version)
+
+    def _experiment(self, name: str, request: NewJob) -> Experiment:
+        s, numbers = self.settings, request.hyperparameters
+        task = request.use.task(self.store.data_path(request.training_file))
+        objective = objective_of(task)
+        optimizer = s.optimizer
+        if numbers is not None and numbers.learning_rate is not None:
+            optimizer = replace(optimizer, lr=numbers.learning_rate)
+        run = Run(
+            name="run",
+            folder=str(self.store.folder / "jobs" / name),
+            steps=(numbers and numbers.steps) or s.steps,
+            batch=(numbers and numbers.batch_size) or s.batch,
+            seed=s.seed,  # the engine has opened its adapters with it
+            data_seed=s.seed if request.seed is None else request.seed,
+            eval_every=s.eval_every,
+            too_long="cut",
+        )
+        cluster = Cluster(replicas=s.replicas, hang_timeout_s=PATIENT, late_floor_s=60.0)
+        logging_ = Logging(progress=False, curve=False)
+        return Experiment(s.model, task, objective, s.space, s.estimator, optimizer, s.engine, cluster, logging_, run)
+
+    def _next(self) -> str | None:
+        if not self.learning:
+            return None
+        return next((name for name in self.store.jobs() if self.state(name)["status"] == "queued"), None)
+
+    def _turn(self, name: str, of: tuple[str, ...], status: str) -> dict[str, Any]:
+        with self._wake:
+            found = self.state(name)["status"]
+            if found != status:
+                if found not in of:
+                    raise ConfigError(f"{name} is {found}: expected one that is {' or '.join(of)}")
+                self._set(name, status=status)
+                self._event(name, status, "by hand")
+            self._wake.notify_all()
+        return self.job(name)
+
+    def _set(self, name: str, **values: Any) -> None:
+        write_json(self.store.job_folder(name) / "state.json", {**values, "changed_at": time.time()})
+
+    def _failed(self, name: str, why: str) -> None:
+        with self._wake:
+            self._set(name, status="failed", error=why)
+            self._event(name, "failed", why)
+
+    def _event(self, name: str, kind: str, message: str, **more: Any) -> None:
+        line = {"kind": kind, "message": message, "time": time.time(), **more}
+        append_json(self.store.job_folder(name) / "events.jsonl", line)
+
+    def _await_none(self, true: Callable[[str], bool]) -> None:
+        """Wait until no job of some kind is at work any more: it ends after its step."""
+        deadline = time.monotonic() + ENDS_SECONDS
+        while (name := self._current) is not None and true(name):
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{name} has not ended within {ENDS_SECONDS:.0f} s; try again")
+            time.sleep(0.05)
+
+    def _uses(self, name: str, number: str) -> bool:
+        return read_json(self.store.job_folder(name) / "request.json")["training_file"] == number
+
+    def _steps(self, request: dict[str, Any]) -> int:
+        return (request.get("hyperparameters") or {}).get("steps") or self.settings.steps
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify_all()
+
+
+def _asked(request: dict[str, Any]) -> dict[str, Any]:
+    """A stored request without what the server has added."""
+    return {key: value for key, value in request.items() if key in NewJob.model_fields}
+
+
+def _plain(measured: Measured) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in dataclasses.asdict(measured).items()
+    }
+
+
+def _outcome(summary: dict[str, Any]) -> str:
+    first, final = summary["initial"], summary["final"]
+    metric = next((key for key in ("accuracy", "f1", "loss") if key in first and key in final), "loss")
+    change = f"{first.get(metric, 0):.3f} -> {final.get(metric, 0):.3f}"
+    return f"{summary['steps']} steps; {metric} on held-out rows {change}"
