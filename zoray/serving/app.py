@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from zoray.serving.settings import Settings
 
+APP = "zoray"  # the application's name in Ray Serve
 LIVE = "live"  # the model's name that stands for the version that answers at the time
 MEASURE_SECONDS = 600.0
 CALLS = (  # of the tuner, that requests may lead to
@@ -59,7 +60,7 @@ class TunerServer:
         while True:
             try:
                 if self._engine is None:
-                    self._engine = serve.get_deployment_handle("Engine", app_name="zoray")
+                    self._engine = serve.get_deployment_handle("Engine", app_name=APP)
                 return self._engine.measure.remote(version).result(timeout_s=MEASURE_SECONDS)
             except (RayError, RuntimeError, TimeoutError):
                 if time.monotonic() > deadline:
@@ -92,6 +93,10 @@ class Gateway:
         self._live: str | None = None
         self._names: list[str] = []
         self._known = 0.0
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Ray Serve's place for an app whose routes are those of an object."""
+        return build_app(self)
 
     async def names(self) -> list[str]:
         """What requests may call a model: the base, `live`, and each version."""
@@ -159,22 +164,8 @@ def application(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=5,
         ray_actor_options={"num_cpus": 0, "num_gpus": 0},
     )
+    gateway = serve.deployment(serve.ingress()(Gateway)).options(
+        name="Gateway", num_replicas=1, max_ongoing_requests=512, ray_actor_options={"num_cpus": 0}
+    )
     tuned = tuner.bind(settings)
-    engines = engine.bind(settings, tuned)
-    return _front(settings).bind(settings, settings.key, engines, tuned)
-
-
-def _front(settings: Settings) -> Any:
-    """The gateway, with its routes."""
-    from fastapi import FastAPI
-
-    outer = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-
-    @serve.deployment(name="Gateway", num_replicas=1, max_ongoing_requests=512, ray_actor_options={"num_cpus": 0})
-    @serve.ingress(outer)
-    class Front(Gateway):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            outer.mount("/", build_app(self))
-
-    return Front
+    return gateway.bind(settings, settings.key, engine.bind(settings, tuned), tuned)

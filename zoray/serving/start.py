@@ -20,11 +20,11 @@ def started(settings: Settings) -> Iterator[str]:
     try:
         from ray import serve
 
-        from zoray.serving.app import application
+        from zoray.serving.app import APP, application
 
         try:
             serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
-            serve.run(application(settings), name="zoray", route_prefix="/")
+            serve.run(application(settings), name=APP, route_prefix="/")
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             yield f"http://{host}:{settings.port}"
         finally:
