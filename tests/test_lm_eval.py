@@ -94,6 +94,7 @@ def test_the_harness_scores_the_step(run, tmp_path):
         ([], "expected a run or a model, and tasks"),
         (["run=nowhere", "tasks=[films]", "backend=tf"], "expected backend to be one of hf, vllm; got 'tf'"),
         (["run=nowhere", "tasks=[films]"], "nowhere/journal.jsonl"),
+        (["model=smollm2-135m", "tasks=[no_such_task]"], r"expected tasks that lm_eval knows; got ['no_such_task']"),
     ],
 )
 def test_mistakes_are_named(arguments, says):

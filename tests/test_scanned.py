@@ -35,15 +35,17 @@ def rows(count, first=0):
     return [{"text": f"text {i}", "label": "xy"[i % 2]} for i in range(first, first + count)]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize(("suffix", "times"), [(".jsonl", 1), (".csv", 1), (".parquet", 2)])
 @pytest.mark.parametrize("whole", [10, 1000])
-def test_the_second_time_nothing_is_read_through(scans, tmp_path, monkeypatch, suffix, whole):
+def test_the_second_time_no_text_file_is_read_through(scans, tmp_path, monkeypatch, suffix, times, whole):
     monkeypatch.setattr(file, "WHOLE", whole)
     task = File(written(tmp_path / f"a{suffix}", rows(100)))
     first = task.load()
     again = replace(task)
     second = again.load()
-    assert len(scans) == 1 and again.describe() == task.describe()
+    assert len(scans) == times and again.describe() == task.describe()
+    kept = [path.read_bytes() for path in (tmp_path / "cache" / "scans").glob("*")]
+    assert len(kept) == (times == 1) and not any(b"text 7" in data for data in kept)
     for split in ("train", "dev", "test"):
         assert list(first[split]) == list(second[split])
     assert isinstance(second.train, tuple) is (whole == 1000)

@@ -121,7 +121,10 @@ class File(Task):
     def load(self) -> Splits:
         """Read every row once, check it, and split them."""
         tables = open_rows(self.path)
-        stamps = getattr(tables["train"], "stamps", None)
+        rows = tables["train"]
+        stamps = (
+            rows.stamps if isinstance(rows, TextFiles) else None
+        )  # others hold their rows, which are not to be kept
         if stamps is not None and (known := scanned.recall(self, stamps)) is not None:
             taken, lines = known
         else:

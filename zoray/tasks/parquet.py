@@ -39,14 +39,14 @@ class ParquetFiles:
 
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
         self.name, self.header = name, str(paths[0])
-        self.stamps = Stamps(paths)
+        self._stamps = Stamps(paths)
         self.columns: tuple[str, ...] = ()
         self.words: Mapping[str, Mapping[str, str]] = {}
         self._files = [self._batches(number) for number in range(len(paths))]
         self._starts = np.cumsum([0, *(len(file) for file in self._files)]).tolist()
 
     def __iter__(self) -> Iterator[tuple[int, str, Row]]:
-        for path, file, start in zip(self.stamps.paths, self._files, self._starts, strict=False):
+        for path, file, start in zip(self._stamps.paths, self._files, self._starts, strict=False):
             number = 0
             for batch in file:
                 for row in batch.to_pylist():
@@ -55,12 +55,12 @@ class ParquetFiles:
 
     def row(self, place: int) -> Row:
         number = self._file(place)
-        self.stamps.check(number)
+        self._stamps.check(number)
         return self._files[number].row(place - self._starts[number])
 
     def where(self, place: int) -> str:
         number = self._file(place)
-        return f"{self.stamps.paths[number]}, row {place - self._starts[number]} (from 0)"
+        return f"{self._stamps.paths[number]}, row {place - self._starts[number]} (from 0)"
 
     def _file(self, place: int) -> int:
         return bisect_right(self._starts, place) - 1
@@ -70,7 +70,7 @@ class ParquetFiles:
         import pyarrow
         from pyarrow import parquet
 
-        path = self.stamps.paths[number]
+        path = self._stamps.paths[number]
         try:
             with parquet.ParquetFile(path, pre_buffer=False) as file:
                 found = tuple(file.schema_arrow.names)
@@ -78,15 +78,15 @@ class ParquetFiles:
                 self.words = self.words or _class_words(file.schema_arrow.metadata)
                 if set(found) != set(self.columns):
                     raise ConfigError(
-                        f"{path}: expected the columns of {self.stamps.paths[0].name}, {list(self.columns)}; got "
+                        f"{path}: expected the columns of {self._stamps.paths[0].name}, {list(self.columns)}; got "
                         f"{list(found)}. Give files of one kind"
                     )
                 if file.metadata.num_rows <= WHOLE:
                     return Batches(list(file.iter_batches(BATCH, use_threads=False)))
-                copy = _copy_path(path, self.stamps.known[number])
+                copy = _copy_path(path, self._stamps.known[number])
                 if not copy.exists():
                     _copy(file, copy)
-                    self.stamps.check(number)
+                    self._stamps.check(number)
                 return Batches(copy)
         except (OSError, pyarrow.ArrowException) as error:
             advice = (
