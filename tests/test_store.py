@@ -48,8 +48,9 @@ def test_no_name_leads_out_of_the_folder(store, name):
     for look in (store.file, store.data_path, store.delete_file, store.version_folder, store.job_folder):
         with pytest.raises(NotFound):
             look(name)
-    with pytest.raises(ConfigError, match="expected a name"):
-        store.new_job(name, {})
+    if not name.startswith("file-"):  # which may be a job's name
+        with pytest.raises(ConfigError, match="expected a name"):
+            store.new_job(name, {})
     with pytest.raises(ConfigError, match="expected a version's name"):
         store.new_version(name)
 
@@ -120,19 +121,19 @@ def test_rated_conversations_become_examples_and_pairs_become_preferences(tmp_pa
     kept = Conversations(tmp_path)
     with pytest.raises(ConfigError, match="at least 3 conversations with thumbs up"):
         kept.rows()
-    for i in range(3):
+    for i in range(4):
         kept.add(talk(f"q{i}", f"good {i}"), True, "base")
     rows = [json.loads(line) for line in kept.rows().splitlines()]
-    assert [row["messages"][-1]["content"] for row in rows] == ["good 0", "good 1", "good 2"]
-    for i in range(3):
+    assert [row["messages"][-1]["content"] for row in rows] == [f"good {i}" for i in range(4)]
+    for i in range(4):
         kept.add(talk(f"q{i}", f"bad {i}"), False, "base")
     rows = [json.loads(line) for line in kept.rows().splitlines()]
     assert rows[1] == {"prompt": talk("q1", "")[:1], "chosen": "good 1", "rejected": "bad 1"}
     changed = kept.all()[0]
     kept.add(changed["messages"], False, "base", changed["id"])  # a change of mind
-    assert len(kept.all()) == 6 and len(kept.rows().splitlines()) == 2
+    assert len(kept.all()) == 8 and len(kept.rows().splitlines()) == 3
     kept.delete(changed["id"])
-    assert len(kept.all()) == 5 and not list(tmp_path.glob(f"*{changed['id']}*"))
+    assert len(kept.all()) == 7 and not list(tmp_path.glob(f"*{changed['id']}*"))
     with pytest.raises(NotFound):
         kept.delete("../x")
 

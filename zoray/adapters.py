@@ -100,22 +100,37 @@ def read_peft(folder: Path, space: Any, matrices: Mapping[str, tuple[int, int]])
     Raises:
         ConfigError: it is of another model.
     """
-    import torch
-    from safetensors.torch import load_file
-
-    tensors, state = load_file(folder / "adapter_model.safetensors"), space.open(matrices, 0)
+    tensors, state = read_factors(folder, space, matrices), space.open(matrices, 0)
     for name, a, b in state.tensors(state.flat):
-        for part, own in (("lora_A", a), ("lora_B", b)):
-            found = tensors.pop(_peft_key(f"{name}.{part}"), torch.zeros(0))
-            if found.shape != own.shape:
-                shapes = f"shape {tuple(own.shape)} in {folder}; got {tuple(found.shape)}"
-                raise ConfigError(f"expected {name}.{part} of {shapes}. Take the adapter's own model")
-            own.copy_(found)
-    if tensors:
-        raise ConfigError(f"{folder} has adapters for {sorted(tensors)[:3]}, which the model lacks. Take its own model")
+        a.copy_(tensors[f"{name}.lora_A"])
+        b.copy_(tensors[f"{name}.lora_B"])
     data = pack(state, 1 << 62)
     assert data is not None
     return data
+
+
+def read_factors(folder: Path, space: Any, matrices: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """{`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)} of a PEFT adapter.
+
+    Raises:
+        ConfigError: it is of another model.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    tensors, found = load_file(folder / "adapter_model.safetensors"), {}
+    for name, (rows, columns) in space.select(matrices).items():
+        for part, shape in (("lora_A", (space.rank, columns)), ("lora_B", (rows, space.rank))):
+            tensor = tensors.pop(_peft_key(f"{name}.{part}"), torch.zeros(0))
+            if tensor.shape != shape:
+                raise ConfigError(
+                    f"expected {name}.{part} of shape {shape} in {folder}; got {tuple(tensor.shape)}. Take the "
+                    "adapter's own model"
+                )
+            found[f"{name}.{part}"] = tensor
+    if tensors:
+        raise ConfigError(f"{folder} has adapters for {sorted(tensors)[:3]}, which the model lacks. Take its own model")
+    return found
 
 
 class Stack:

@@ -22,11 +22,15 @@ FIELDS = {
 MOST_CHOICES = 16  # n and best_of
 
 
+class EngineGone(Exception):
+    """vLLM's core has ended: the request has no answer, and can be asked again."""
+
+
 class OpenAI:
     """The API's answers. `await OpenAI.open(client, name)`."""
 
-    def __init__(self, state: Any) -> None:
-        self._state = state
+    def __init__(self, client: Any, state: Any) -> None:
+        self.client, self._state = client, state
 
     @classmethod
     async def open(cls, client: Any) -> OpenAI:
@@ -45,7 +49,7 @@ class OpenAI:
         arguments.served_model_name = [client.model_config.served_model_name]
         state = State()
         await init_app_state(client, state, arguments, supported_tasks=("generate",))
-        return cls(state)
+        return cls(client, state)
 
     def let(self, name: str, adapter: Any | None) -> None:
         """Answer requests for `name` under an adapter (a LoRARequest) from now on; None: no longer."""
@@ -74,16 +78,21 @@ class OpenAI:
         except ValueError as error:
             yield 400, False, failure(400, str(error))
             return
-        if kind == "chat":
-            found = await self._state.openai_serving_chat.create_chat_completion(request)
-        else:
-            found = await self._state.openai_serving_completion.create_completion(request)
+        chat, text = self._state.openai_serving_chat, self._state.openai_serving_completion
+        try:
+            found = await (chat.create_chat_completion if kind == "chat" else text.create_completion)(request)
+        except Exception as error:  # vLLM's own server has handlers around it
+            found = chat.create_error_response(error)
         if hasattr(found, "__aiter__"):
             async for event in found:
                 yield 200, True, event.encode()
-            return
-        status = found.error.code if hasattr(found, "error") and found.error is not None else 200
-        yield status, False, found.model_dump_json(exclude_unset=False).encode()
+        elif (error := getattr(found, "error", None)) is not None:
+            status = 400 if error.code == 501 else error.code  # what this model can't do was asked for wrongly
+            if self.client.errored:  # its core has died: another engine, or this one soon, can answer
+                raise EngineGone(error.message)
+            yield status, False, failure(status, error.message, error.param)
+        else:
+            yield 200, False, found.model_dump_json().encode()
 
 
 def failure(status: int, message: str, param: str | None = None) -> bytes:

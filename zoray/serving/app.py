@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 APP = "zoray"  # the application's name in Ray Serve
 LIVE = "live"  # the model's name that stands for the version that answers at the time
 MEASURE_SECONDS = 600.0
+MOST_WAITING = 512  # requests beside those that engines are answering; further ones are told to come again
+QUIET = {"enable_access_log": False}  # engines ask the tuner twice a second
 CALLS = (  # of the tuner, that requests may lead to
     "add_file", "files", "file", "delete_file", "preview", "create", "jobs", "job", "events", "metrics", "pause",
     "resume", "cancel", "delete", "versions", "delete_version", "is_learning", "set_learning", "rated", "rate",
@@ -129,15 +131,16 @@ class Gateway:
 
     async def answer(self, kind: str, body: dict[str, Any], version: str | None) -> AsyncIterator[Any]:
         """An engine's answer; another one is asked where the first has died before it said anything."""
-        for attempt in (1, 2):
+        for pause in (0.0, 3.0, 10.0):
             said = False
+            await asyncio.sleep(pause)
             try:
                 async for part in self._engine.options(stream=True).answer.remote(kind, body, version):
                     said = True
                     yield part
                 return
             except RayError:
-                if said or attempt == 2:
+                if said or pause == 10.0:
                     raise
 
     async def _look(self, at_once: bool = False) -> None:
@@ -153,12 +156,14 @@ class Gateway:
 def application(settings: Settings) -> Any:
     """The Serve application."""
     tuner = serve.deployment(TunerServer).options(
-        name="Tuner", num_replicas=1, max_ongoing_requests=64, ray_actor_options={"num_cpus": 0}
+        name="Tuner", num_replicas=1, max_ongoing_requests=64, logging_config=QUIET, ray_actor_options={"num_cpus": 0}
     )
     engine = serve.deployment(EngineServer).options(
         name="Engine",
         num_replicas=settings.replicas,
-        max_ongoing_requests=256,
+        max_ongoing_requests=64,
+        max_queued_requests=MOST_WAITING,
+        logging_config=QUIET,
         health_check_period_s=2,
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=5,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.actor import ReplicaActor
-from zoray.adapters import peft_space, read_peft
+from zoray.adapters import peft_space, read_factors
 from zoray.engines.packing import Plan
 from zoray.engines.throttle import Throttle
 from zoray.measure import metrics
@@ -25,7 +25,6 @@ from zoray.scorer import Scorer
 from zoray.serving import neutral
 from zoray.serving.gate import Measured
 from zoray.serving.store import Store
-from zoray.snapshots import unpack
 from zoray.tiles import mean
 
 if TYPE_CHECKING:
@@ -56,15 +55,23 @@ class EngineServer:
         self.client = start_client(
             settings.engine, folder, settings.name, settings.model.dtype, matrices, settings.space, settings.slots
         )
-        report(self.client, self.throttle)
         about = (settings.engine, settings.space, matrices, settings.seed, folder, self.throttle)
         self.engine: SharedEngine = await asyncio.to_thread(SharedEngine, self.client, loop, *about)
         self._matrices = matrices
         self.api = await OpenAI.open(self.client)
+        await self._warm()
+        report(self.client, self.throttle)
         self.versions = Versions(self)
         self.neutral = neutral.sequences(load_tokenizer(folder))
         self.member = TuningMember(self)
         self._joining = asyncio.create_task(self._join())
+
+    async def _warm(self) -> None:
+        """The first request of each kind takes seconds: imports, a template to be read."""
+        about = {"model": self.settings.name, "max_tokens": 1}
+        for kind, body in (("completions", {"prompt": "a"}), ("chat", {"messages": [{"role": "user", "content": "a"}]})):
+            async for _ in self.api.answer(kind, {**about, **body}):  # type: ignore[dict-item]
+                pass
 
     async def check_health(self) -> None:
         """Raises if vLLM's core is gone: Serve then starts a new replica."""
@@ -89,9 +96,8 @@ class EngineServer:
         found = peft_space(folder)
         if found.rank != space.rank or found.alpha != space.alpha:
             raise ConfigError(f"expected {version} to be of rank {space.rank} and alpha {space.alpha}; it is not")
-        state = space.open(self._matrices, 0)
-        unpack(state, read_peft(folder, found, self._matrices), 0)
-        return state.arrays()
+        factors = read_factors(folder, found, self._matrices)
+        return {name: factor.float().numpy() for name, factor in factors.items()}
 
     async def _join(self) -> None:
         """Take part in the job at hand, whenever there is one."""

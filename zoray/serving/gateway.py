@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
 import time
 from collections import OrderedDict
 from contextlib import aclosing
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, StreamingResponse
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
 
 from zoray.engines.vllm_openai import failure
 from zoray.records import ConfigError
@@ -26,6 +29,7 @@ from zoray.serving.store import NotFound
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page")
 ASSETS = {"": "index.html", "app.js": "app.js", "style.css": "style.css"}
 MOST_JSON = 4 << 20  # bytes of a request that is no upload
@@ -127,6 +131,14 @@ def build_app(gateway: Any) -> FastAPI:
     async def wrong(_: Request, error: ConfigError) -> Response:
         return _refusal(Refused(404 if isinstance(error, NotFound) else 400, str(error)))
 
+    @app.exception_handler(RayError)
+    @app.exception_handler(RayServeException)
+    async def gone(_: Request, error: Exception) -> Response:
+        if isinstance(error, BackPressureError):
+            return _refusal(Refused(503, "too many requests are waiting already; try again in a few seconds"))
+        log.warning("%s: %s", type(error).__name__, error)
+        return _refusal(Refused(503, "the engine or the tuner has ended and is being started anew; try again soon"))
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
@@ -181,15 +193,15 @@ def build_app(gateway: Any) -> FastAPI:
     @app.post("/v1/files")
     async def upload(request: Request) -> Any:
         name, data = await _upload(request, int(settings.max_upload_mb * 2**20))
-        return await gateway.tuner.add_file(name, data)
+        return _file(await gateway.tuner.add_file(name, data))
 
     @app.get("/v1/files")
     async def files() -> Any:
-        return {"object": "list", "data": await gateway.tuner.files(), "has_more": False}
+        return {"object": "list", "data": [_file(one) for one in await gateway.tuner.files()], "has_more": False}
 
     @app.get("/v1/files/{number}")
     async def file(number: str) -> Any:
-        return await gateway.tuner.file(number)
+        return _file(await gateway.tuner.file(number))
 
     @app.delete("/v1/files/{number}")
     async def delete_file(number: str) -> Any:
@@ -276,7 +288,7 @@ def build_app(gateway: Any) -> FastAPI:
 
     @app.post("/v1/conversations/file")
     async def file_of_conversations() -> Any:
-        return await gateway.tuner.file_of_conversations()
+        return _file(await gateway.tuner.file_of_conversations())
 
     @app.delete("/v1/conversations/{number}")
     async def unrate(number: str) -> Any:
@@ -318,7 +330,8 @@ def _turn(gateway: Any, verb: str, base: str) -> Any:
 
 
 def _refusal(error: Refused) -> Response:
-    return Response(failure(error.status, str(error), error.param), error.status, media_type="application/json")
+    headers = {"Retry-After": "5"} if error.status in (429, 503) else None
+    return Response(failure(error.status, str(error), error.param), error.status, headers, "application/json")
 
 
 def _holds(request: Request, key: str) -> bool:
@@ -342,6 +355,10 @@ def _foreign(request: Request, settings: Any) -> bool:
 
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "zoray"}
+
+
+def _file(file: dict[str, Any]) -> dict[str, Any]:
+    return {**file, "created_at": int(file["created_at"])}
 
 
 def _job(job: dict[str, Any], base: str) -> dict[str, Any]:

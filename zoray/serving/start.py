@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
 @contextmanager
 def started(settings: Settings) -> Iterator[str]:
     """The application, answering at the address that this yields, until the context is left."""
-    owns = connect(Cluster(dashboard=settings.dashboard))
+    owns = connect(Cluster(dashboard=settings.dashboard), print)
     try:
         from ray import serve
 
         from zoray.serving.app import APP, application
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it has to tell is said by zoray.serve
 
         try:
             serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})

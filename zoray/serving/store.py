@@ -64,7 +64,7 @@ class Store:
             "id": number,
             "object": "file",
             "bytes": len(data),
-            "created_at": int(time.time()),
+            "created_at": time.time(),
             "filename": shown(name),
             "purpose": "fine-tune",
             "status": "processed",
