@@ -41,6 +41,18 @@ def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory):
+    """One real server on a tiny chat model, shared: tests name their jobs apart, and leave it as they found it."""
+    from chatty import chat_llama
+    from served import Served
+
+    root = tmp_path_factory.mktemp("served")
+    served = Served(chat_llama(root / "model"), root / "store").start()
+    yield served
+    assert served.stop() == 0
+
+
+@pytest.fixture(scope="session")
 def local_ray():
     """One Ray of two cores, shared; pools join it and leave it running."""
     import ray
