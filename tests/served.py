@@ -68,7 +68,9 @@ class Served:
         """What `true` returns, once that is true."""
         deadline = time.monotonic() + seconds
         while not (found := true()):
-            assert time.monotonic() < deadline, f"not within {seconds} s: {self._log.read_text(errors='replace')[-4000:]}"
+            assert time.monotonic() < deadline, (
+                f"not within {seconds} s: {self._log.read_text(errors='replace')[-4000:]}"
+            )
             time.sleep(0.1)
         return found
 

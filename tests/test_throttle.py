@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from zoray.engines.throttle import BUSY_SHARE, IDLE_SLICE, TRAFFIC_SECONDS, Closed, Throttle, _line
+from zoray.engines.throttle import BUSY_SHARE, DOUBT_SECONDS, IDLE_SLICE, TRAFFIC_SECONDS, Closed, Throttle, _line
 from zoray.records import ConfigError
 
 
@@ -139,3 +139,34 @@ def test_the_cost_of_a_slice_is_a_line_that_never_falls():
 def test_less_than_no_slowdown_is_refused():
     with pytest.raises(ConfigError, match="max_slowdown of at least 1"):
         Throttle(0.9)
+
+
+def test_one_slow_slice_does_not_change_what_slices_cost():
+    points = [(size, 0.010 + 0.001 * size) for size in (10, 20, 30, 40, 50)]
+    assert _line([*points, (10, 20.0)]) == (pytest.approx(0.010, abs=2e-3), pytest.approx(0.001, rel=0.2))
+
+
+def test_a_cost_that_was_of_a_bad_moment_is_doubted_after_a_while():
+    clock = Clock()
+    throttle = Throttle(1.5, clock)
+    throttle.began()
+    throttle.first_token(0.2)
+    throttle.ended()
+    throttle.took("tokens", 64, 5.0)  # more than the 0.1 s that is allowed
+    stands = threading.Event()
+
+    def requests():  # there is traffic all the time
+        while not stands.wait(0.02):
+            clock.now += 2.0
+            throttle.began()
+            throttle.ended()
+
+    thread = threading.Thread(target=requests, daemon=True)
+    thread.start()
+    try:
+        assert throttle.wait("tokens", 64) == 64 and throttle.waited > DOUBT_SECONDS
+    finally:
+        stands.set()
+        thread.join()
+    throttle.took("tokens", 64, 0.01)
+    assert throttle.wait("tokens", 64) == pytest.approx(640)

@@ -4,7 +4,8 @@ Scoring and requests take turns: what is scored between two steps of the request
 a slice can cause is its own length. Guarantees: with `max_slowdown` s, a slice that begins while requests are under way
 takes at most (s - 1) of their usual step, and all of them together at most `busy_share` of that time; one that begins
 between requests, while there is traffic, takes at most (s - 1) of the usual time to a first token. Both as far as the
-cost of a slice, estimated from those before it, is right. Without traffic nothing is held back.
+cost of a slice, estimated from those before it, is right. Without traffic nothing is held back. Where the smallest slice
+takes too long there is no tuning during traffic, but for one try every DOUBT_SECONDS: the estimate may be of a bad moment.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import threading
 import time
 from collections import deque
+from itertools import combinations
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 TRAFFIC_SECONDS = 20.0  # after the last request, until nobody is expected
 BUSY_SHARE = 0.08  # of the time in which requests are under way
 IDLE_SLICE = 0.2  # seconds, where nobody is expected: who comes nevertheless waits no longer
-REMEMBERED = 64  # requests and slices that estimates are made from
+DOUBT_SECONDS = 30.0  # that a slice is held back for its cost, until the highest cost seen is forgotten
+REMEMBERED = 32  # requests and slices that estimates are made from
 
 
 class Closed(Exception):
@@ -44,6 +47,7 @@ class Throttle:
         self._first: deque[float] = deque(maxlen=REMEMBERED)  # seconds to first tokens
         self._steps: deque[float] = deque(maxlen=4 * REMEMBERED)  # seconds between tokens of a request
         self._slices: dict[str, deque[tuple[float, float]]] = {}  # kind -> (size, seconds)
+        self._lines: dict[str, tuple[float, float]] = {}  # kind -> what _line makes of these
         self._closed = False
         self.waited = 0.0  # seconds that slices have been held back
 
@@ -88,11 +92,14 @@ class Throttle:
         Raises:
             Closed: the engine ends.
         """
-        began = self._clock()
+        began = doubted = self._clock()
         with self._changed:
             while True:
                 if self._closed:
                     raise Closed
+                if self._clock() - doubted > DOUBT_SECONDS:
+                    self._doubt(kind)
+                    doubted = self._clock()
                 seconds, for_how_long = self._allowed()
                 size = self._size(kind, seconds, least)
                 if size is None and math.isinf(for_how_long):  # nobody is expected: a slow slice is in nobody's way
@@ -105,10 +112,18 @@ class Throttle:
     def took(self, kind: str, size: float, seconds: float) -> None:
         """A slice has run."""
         with self._changed:
-            self._slices.setdefault(kind, deque(maxlen=REMEMBERED)).append((size, seconds))
+            known = self._slices.setdefault(kind, deque(maxlen=REMEMBERED))
+            known.append((size, seconds))
+            self._lines[kind] = _line(list(known))
             if self._under_way:
                 self._settle()
                 self._credit -= seconds
+
+    def forget(self) -> None:
+        """Forget what slices have cost: the first ones of an engine are slow."""
+        with self._changed:
+            self._slices.clear()
+            self._lines.clear()
 
     def close(self) -> None:
         """Let nobody wait any longer."""
@@ -137,20 +152,25 @@ class Throttle:
 
     def _size(self, kind: str, seconds: float, least: float) -> float | None:
         """The most work that is expected to take so long; None if not even the least is."""
-        known = self._slices.get(kind)
-        if not known:  # somebody has to be the first
+        if kind not in self._lines:  # somebody has to be the first
             return least if seconds > 0 and not self._under_way else None
-        fixed, each = _line(list(known))
+        fixed, each = self._lines[kind]
         if seconds < fixed + each * least:
             return None
         return least if each <= 0 else max(least, (seconds - fixed) / each)
 
+    def _doubt(self, kind: str) -> None:
+        if known := self._slices.get(kind):
+            known.remove(max(known, key=lambda point: point[1] / max(point[0], 1e-9)))
+            if known:
+                self._lines[kind] = _line(list(known))
+            else:
+                del self._slices[kind], self._lines[kind]
+
 
 def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """(fixed, each): least squares of seconds = fixed + each * size, neither negative."""
-    n = len(points)
-    x, y = sum(p[0] for p in points) / n, sum(p[1] for p in points) / n
-    spread = sum((p[0] - x) ** 2 for p in points)
-    each = sum((p[0] - x) * (p[1] - y) for p in points) / spread if spread > 0 else y / max(x, 1e-9)
-    each = min(max(each, 0.0), y / max(x, 1e-9))
-    return max(0.0, y - each * x), each
+    """(fixed, each) of seconds = fixed + each * size, neither negative: Theil-Sen, which single slow slices don't move."""
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2) if a[0] != b[0]]
+    steepest = median(seconds / max(size, 1e-9) for size, seconds in points)  # through the origin
+    each = min(max(median(slopes), 0.0), steepest) if slopes else steepest
+    return max(0.0, median(seconds - each * size for size, seconds in points)), each

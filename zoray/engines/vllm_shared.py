@@ -16,19 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray.engines.packing import SequenceTable, by_slots
+from zoray.engines.packing import Plan, SequenceTable, by_slots
 from zoray.engines.slots import BLOCKS, PROBES
 from zoray.engines.vllm import VllmEngine, check_lora_support, in_this_process
-from zoray.records import ConfigError
+from zoray.records import ConfigError, Probe, TokenSequence
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from zoray.engines.packing import Plan
     from zoray.engines.throttle import Throttle
     from zoray.engines.vllm import Vllm
-    from zoray.records import Probe, Sampling
+    from zoray.records import Sampling
     from zoray.spaces.base import Space
 
 LEAST_TOKENS = 64  # of a slice; a single sequence may be longer
@@ -111,6 +110,15 @@ class SharedEngine(VllmEngine):
         super().__init__(self._link, space, matrices, seed, folder)
         self.probe_slots, self.throttle = config.resident, throttle
         self._call("zoray_register")
+
+    def warm(self) -> None:
+        """Take what is slow the first time, and learn what slices cost, before anybody asks."""
+        tokens = np.arange(1, LEAST_TOKENS + 1, dtype=np.int64)
+        one = TokenSequence(tokens, np.arange(len(tokens) - 1), tokens[1:], np.zeros(len(tokens) - 1, np.int64), 1)
+        for count in (self.probe_slots, 1, 2, 3):
+            self.score_plan(Plan.of([(Probe(0, k % self.probe_slots, 0.0), one) for k in range(count)]))
+            if count == self.probe_slots:
+                self.throttle.forget()
 
     def put(self, slot: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Let a slot of versions hold an adapter, as `adapter()` gives it. No request may be using it."""

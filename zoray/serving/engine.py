@@ -60,6 +60,7 @@ class EngineServer:
         self._matrices = matrices
         self.api = await OpenAI.open(self.client)
         await self._warm()
+        await asyncio.to_thread(self.engine.warm)
         report(self.client, self.throttle)
         self.versions = Versions(self)
         self.neutral = neutral.sequences(load_tokenizer(folder))
@@ -69,7 +70,10 @@ class EngineServer:
     async def _warm(self) -> None:
         """The first request of each kind takes seconds: imports, a template to be read."""
         about = {"model": self.settings.name, "max_tokens": 1}
-        for kind, body in (("completions", {"prompt": "a"}), ("chat", {"messages": [{"role": "user", "content": "a"}]})):
+        for kind, body in (
+            ("completions", {"prompt": "a"}),
+            ("chat", {"messages": [{"role": "user", "content": "a"}]}),
+        ):
             async for _ in self.api.answer(kind, {**about, **body}):  # type: ignore[dict-item]
                 pass
 

@@ -239,9 +239,9 @@ def build_app(gateway: Any) -> FastAPI:
         return {"object": "list", "data": data, "has_more": len(found) > len(data)}
 
     @app.get("/v1/fine_tuning/jobs/{name}/metrics")
-    async def metrics(name: str) -> Any:
+    async def metrics(name: str, after: int = 0) -> Any:
         steps, evaluations = await gateway.tuner.metrics(name)
-        return {"steps": thin(steps), "evaluations": evaluations}
+        return {"steps": thin([step for step in steps if step["step"] > after]), "evaluations": evaluations}
 
     for verb in ("pause", "resume", "cancel"):
         app.post(f"/v1/fine_tuning/jobs/{{name}}/{verb}")(_turn(gateway, verb, settings.name))

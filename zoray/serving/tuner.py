@@ -22,6 +22,7 @@ from zoray.data import load_workload
 from zoray.driver import tune
 from zoray.experiment import Experiment, Run
 from zoray.history import read_metrics
+from zoray.models import load_tokenizer
 from zoray.monitoring import Logging
 from zoray.preview import preview
 from zoray.records import ConfigError, record
@@ -54,6 +55,7 @@ class Tuner:
         self._wake = threading.Condition()
         self._current: str | None = None
         self._listener: Listener | None = None
+        self._known: dict[str | None, Measured] = {}
         self._closed = False
         self._worker = threading.Thread(target=self._work, name="zoray-jobs", daemon=True)
 
@@ -272,6 +274,9 @@ class Tuner:
     # The thread.
 
     def _work(self) -> None:
+        load_tokenizer(self.settings.model.resolve())  # imports that take seconds, before anybody waits for them
+        import datasets  # noqa: F401  (the same)
+
         while True:
             with self._wake:
                 while not self._closed and (name := self._next()) is None:
@@ -302,6 +307,7 @@ class Tuner:
         workload = load_workload(experiment.spec)
         (folder / "run").mkdir(exist_ok=True)
         config = {key: record(getattr(experiment, key)) for key in ("model", "task", "space", "estimator")}
+        self._known.clear()
         self._listener = Listener(own_host(elastic=False), 0)
         try:
             return tune(
@@ -323,10 +329,8 @@ class Tuner:
         arrays, digest = pool.adapter()
         space, folder = self.settings.space, self.store.new_version(version)
         write_peft(folder, arrays, space.rank, space.alpha, self.settings.model.path, space.targets)
-        new = self._measure(version)
-        base = self._measure(None)
         live = self.store.live()
-        current = base if live is None else self._measure(live)
+        new, base, current = (self._measured(one) for one in (version, None, live))
         verdict = self._gate.judge(new, current, base.perplexity)
         meta = {
             "id": version,
@@ -345,6 +349,12 @@ class Tuner:
         if verdict.promote and self._gate.automatic:
             self.promote(version, f"passed the gate: {verdict.reason}")
         self._prune(name)
+
+    def _measured(self, version: str | None) -> Measured:
+        """A version never changes, nor do a job's held-out rows: each is measured once a job."""
+        if version not in self._known:
+            self._known[version] = self._measure(version)
+        return self._known[version]
 
     def _prune(self, name: str) -> None:
         """Keep the last few versions of a job, and those that have been live."""
