@@ -1,6 +1,6 @@
 """What does tuning cost those who chat, and what does sharing an engine cost tuning?
 
-    python -m benchmarks.serving [rounds=5] [seconds=20] [clients=2] [pause=0] [tokens=32] [steps=15] [key=value of serve]
+    python -m benchmarks.serving [rounds=5] [seconds=20] [clients=2] [pause=0] [tokens=32] [steps=15] [serve.*=...]
 
 A real server, asked over HTTP. `chat`: so many clients stream greedy answers, one request after the other, each `pause`
 seconds (exponentially distributed) after its last; every round has a stretch with tuning on and one with it off, in an
@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def _client(url: str, model: str, ends: float, options: dict[str, str], seed: in
                 with lock:
                     found.tokens += len(times) - 1
                     found.first.append(times[1] - times[0])
-                    found.gaps += [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+                    found.gaps += [b - a for a, b in pairwise(times[1:])]
 
 
 def idle(job: Job, options: dict[str, str], settings: list[str], folder: Path) -> dict[str, Any]:

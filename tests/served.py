@@ -27,6 +27,7 @@ SMALL = (  # a tiny model's: seconds to start, milliseconds a step
     "serve.eval_every=10",
     "serve.gate.max_forgetting=10",  # a random model knows nothing that it could forget
     "serve.requests_per_minute=null",
+    "serve.max_slowdown=1000",  # requests take milliseconds here: half of that is too little for any slice
     "optimizer.lr=0.1",
 )
 

@@ -1,6 +1,5 @@
 """The real server, asked by the official openai client: answers, tuning, versions."""
 
-import pytest
 from served import labelled
 
 

@@ -170,3 +170,16 @@ def test_a_cost_that_was_of_a_bad_moment_is_doubted_after_a_while():
         thread.join()
     throttle.took("tokens", 64, 0.01)
     assert throttle.wait("tokens", 64) == pytest.approx(640)
+
+
+def test_what_slices_have_delayed_does_not_allow_longer_ones():
+    throttle, clock = busy(first=0.2)
+    for _ in range(100):  # each request finds a slice under way, and waits for its end
+        allowed = throttle._allowed()[0]
+        clock.now += allowed
+        throttle.took("tokens", 1, allowed)
+        throttle.began()
+        clock.now += 0.2
+        throttle.first_token(0.2 + allowed)
+        throttle.ended()
+    assert throttle._allowed()[0] == pytest.approx(0.5 * 0.2)

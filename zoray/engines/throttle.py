@@ -4,8 +4,8 @@ Scoring and requests take turns: what is scored between two steps of the request
 a slice can cause is its own length. Guarantees: with `max_slowdown` s, a slice that begins while requests are under way
 takes at most (s - 1) of their usual step, and all of them together at most `busy_share` of that time; one that begins
 between requests, while there is traffic, takes at most (s - 1) of the usual time to a first token. Both as far as the
-cost of a slice, estimated from those before it, is right. Without traffic nothing is held back. Where the smallest slice
-takes too long there is no tuning during traffic, but for one try every DOUBT_SECONDS: the estimate may be of a bad moment.
+cost of a slice, estimated from those before it, is right. Without traffic nothing is held back. Where the smallest
+slice takes too long there is no tuning during traffic, but for a try now and then: the estimate may be of a bad moment.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Throttle:
         self._steps: deque[float] = deque(maxlen=4 * REMEMBERED)  # seconds between tokens of a request
         self._slices: dict[str, deque[tuple[float, float]]] = {}  # kind -> (size, seconds)
         self._lines: dict[str, tuple[float, float]] = {}  # kind -> what _line makes of these
+        self._ran: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # slices, from when to when
         self._closed = False
         self.waited = 0.0  # seconds that slices have been held back
 
@@ -61,11 +62,11 @@ class Throttle:
 
     def first_token(self, seconds: float) -> None:
         """Its first token has come, so long after it."""
-        self._first.append(seconds)
+        self._first.append(self._undisturbed(seconds))
 
     def token(self, seconds: float) -> None:
         """A further one, so long after the one before."""
-        self._steps.append(seconds)
+        self._steps.append(self._undisturbed(seconds))
 
     def ended(self) -> None:
         """It has got its last token, or has gone."""
@@ -112,6 +113,8 @@ class Throttle:
     def took(self, kind: str, size: float, seconds: float) -> None:
         """A slice has run."""
         with self._changed:
+            now = self._clock()
+            self._ran.append((now - seconds, now))
             known = self._slices.setdefault(kind, deque(maxlen=REMEMBERED))
             known.append((size, seconds))
             self._lines[kind] = _line(list(known))
@@ -159,6 +162,12 @@ class Throttle:
             return None
         return least if each <= 0 else max(least, (seconds - fixed) / each)
 
+    def _undisturbed(self, seconds: float) -> float:
+        """What has just ended, so long after it began, without the slices in it: they would be allowed ever more."""
+        began = (now := self._clock()) - seconds
+        with self._changed:
+            return seconds - sum(max(0.0, min(end, now) - max(start, began)) for start, end in self._ran)
+
     def _doubt(self, kind: str) -> None:
         if known := self._slices.get(kind):
             known.remove(max(known, key=lambda point: point[1] / max(point[0], 1e-9)))
@@ -169,7 +178,7 @@ class Throttle:
 
 
 def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """(fixed, each) of seconds = fixed + each * size, neither negative: Theil-Sen, which single slow slices don't move."""
+    """(fixed, each) of seconds = fixed + each * size, neither negative: Theil-Sen; one slow slice moves it little."""
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2) if a[0] != b[0]]
     steepest = median(seconds / max(size, 1e-9) for size, seconds in points)  # through the origin
     each = min(max(median(slopes), 0.0), steepest) if slopes else steepest

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.exceptions import RayError
 
+from zoray.models import linear_matrices, load_tokenizer
 from zoray.records import ConfigError
 from zoray.serving.engine import EngineServer
 from zoray.serving.gateway import Refused, build_app
@@ -39,6 +40,11 @@ class TunerServer:
     def __init__(self, settings: Settings) -> None:
         self.tuner = Tuner(settings, self._measure)
         self._engine: Any = None
+        # Imports that take seconds, before anybody waits for them; and by one thread: transformers' own are not safe.
+        load_tokenizer(settings.model.resolve())
+        linear_matrices(settings.model.resolve())
+        import datasets  # noqa: F401
+
         self.tuner.start()
 
     async def call(self, name: str, *arguments: Any) -> tuple[str | None, str, Any]:

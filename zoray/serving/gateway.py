@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, StreamingResponse
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from zoray.engines.vllm_openai import failure
+from zoray.engines.vllm_openai import EngineGone, failure
 from zoray.records import ConfigError
 from zoray.serving.requests import NewJob, Rated, Use, Wish
 from zoray.serving.store import NotFound
@@ -137,6 +137,8 @@ def build_app(gateway: Any) -> FastAPI:
         if isinstance(error, BackPressureError):
             return _refusal(Refused(503, "too many requests are waiting already; try again in a few seconds"))
         log.warning("%s: %s", type(error).__name__, error)
+        if isinstance(error, RayTaskError) and not isinstance(error.cause, EngineGone):
+            return _refusal(Refused(500, "something has gone wrong in the server; its log says what"))
         return _refusal(Refused(503, "the engine or the tuner has ended and is being started anew; try again soon"))
 
     @app.exception_handler(RequestValidationError)

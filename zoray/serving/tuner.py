@@ -22,7 +22,6 @@ from zoray.data import load_workload
 from zoray.driver import tune
 from zoray.experiment import Experiment, Run
 from zoray.history import read_metrics
-from zoray.models import load_tokenizer
 from zoray.monitoring import Logging
 from zoray.preview import preview
 from zoray.records import ConfigError, record
@@ -274,9 +273,6 @@ class Tuner:
     # The thread.
 
     def _work(self) -> None:
-        load_tokenizer(self.settings.model.resolve())  # imports that take seconds, before anybody waits for them
-        import datasets  # noqa: F401  (the same)
-
         while True:
             with self._wake:
                 while not self._closed and (name := self._next()) is None:
