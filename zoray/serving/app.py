@@ -101,10 +101,18 @@ class Gateway:
         self._live: str | None = None
         self._names: list[str] = []
         self._known = 0.0
+        self._ready = False
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve's place for an app whose routes are those of an object."""
         return build_app(self)
+
+    async def ready(self) -> bool:
+        """Whether an engine has come up."""
+        if not self._ready:
+            with suppress(RayError, TimeoutError):
+                self._ready = await asyncio.wait_for(self._engine.ready.remote(), 1.0)
+        return self._ready
 
     async def names(self) -> list[str]:
         """What requests may call a model: the base, `live`, and each version."""

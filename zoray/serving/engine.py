@@ -89,6 +89,10 @@ class EngineServer:
             async for part in self.api.answer(kind, {**body, "model": version or self.settings.name}):
                 yield part
 
+    async def ready(self) -> bool:
+        """Whether requests can be answered: this one has been."""
+        return True
+
     async def measure(self, version: str | None) -> Measured:
         """A version on the dev rows of the job at hand, and on the neutral text."""
         async with self.versions.held(version) as slot:

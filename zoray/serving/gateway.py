@@ -305,6 +305,8 @@ def build_app(gateway: Any) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Any:
+        if not await gateway.ready():
+            raise Refused(503, "the engine is starting")
         return {"status": "ok"}
 
     @app.get("/{asset}", include_in_schema=False)
