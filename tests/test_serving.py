@@ -1,15 +1,165 @@
 """The real server, asked by the official openai client: answers, tuning, versions."""
 
+from __future__ import annotations
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
 from served import labelled
 
+QUESTIONS = ["It was", "the film", "a dull story?", "I liked", "one of the best movies of"]
 
-def test_a_file_is_learnt_from_and_the_gate_promotes(server):
+
+@pytest.fixture(scope="module")
+def versions(server):
+    """The names of a job's versions, the oldest first, once it has ended."""
     number = server.upload("mail.csv", labelled())
-    job = server.openai.fine_tuning.jobs.create(model="tiny", training_file=number, suffix="story")
-    assert job.status == "queued"
-    server.wait(lambda: server.job("story")["status"] == "succeeded", 120)
-    found = server.job("story")
-    print(found)
-    print(server.openai.fine_tuning.jobs.list_events("story").data)
-    assert found["last"]["score"] >= found["first"]["score"] + 0.1
-    assert server.http.get("/v1/versions").json()["live"].startswith("story@")
+    job = server.openai.fine_tuning.jobs.create(
+        model="tiny", training_file=number, suffix="story", extra_body={"hyperparameters": {"steps": 120}}
+    )
+    assert job.status in ("queued", "running") and job.trained_tokens == 0
+    server.wait(lambda: server.job("story")["status"] not in ("queued", "running"), 180)
+    found = [v for v in server.http.get("/v1/versions").json()["data"] if v["job"] == "story"]
+    assert [v["step"] for v in found] == list(range(10, 121, 10))
+    return [v["id"] for v in found]
+
+
+def ask(server, model, question):
+    """(the model that the answer names, its text)."""
+    found = server.openai.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question}], max_tokens=8, temperature=0
+    )
+    return found.model, found.choices[0].message.content
+
+
+def test_the_openai_client_chats(server):
+    messages = [{"role": "system", "content": "the plot"}, {"role": "user", "content": "It was"}]
+    whole = server.openai.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0)
+    assert whole.model == "tiny" and whole.usage.completion_tokens <= 8 and whole.usage.prompt_tokens > 4
+    events = list(
+        server.openai.chat.completions.create(
+            model="tiny",
+            messages=messages,
+            max_tokens=8,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(event.choices[0].delta.content or "" for event in events if event.choices)
+    assert text == whole.choices[0].message.content and len(events) > 4
+    assert events[-1].usage == whole.usage and events[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    two = server.openai.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=4, n=2, seed=7, temperature=2.0, logprobs=True, top_logprobs=2
+    )
+    assert len(two.choices) == 2 and len(two.choices[0].logprobs.content[0].top_logprobs) == 2
+
+
+def test_the_openai_client_completes_a_text(server):
+    found = server.openai.completions.create(model="tiny", prompt=["It was", "the film"], max_tokens=5, temperature=0)
+    assert [choice.index for choice in found.choices] == [0, 1] and found.usage.completion_tokens <= 10
+    stream = server.openai.completions.create(
+        model="tiny", prompt="It was", max_tokens=5, temperature=0, stream=True, stop=["\n\n"]
+    )
+    assert "".join(event.choices[0].text for event in stream) == found.choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"model": "gpt-7"}, openai.NotFoundError, "The model `gpt-7` does not exist"),
+        ({"model": "none@3"}, openai.NotFoundError, "does not exist"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+        ({"messages": []}, openai.BadRequestError, None),
+        ({"messages": [{"role": "user", "content": "film " * 2000}]}, openai.BadRequestError, "256"),
+        ({"n": 1000}, openai.BadRequestError, "at most 16"),
+    ],
+)
+def test_mistakes_have_openais_errors(server, settings, error, said):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "It was"}], "max_tokens": 4, **settings}
+    with pytest.raises(error, match=said) as caught:
+        server.openai.chat.completions.create(**asked)
+    assert {"message", "type", "param", "code"} <= caught.value.body.keys()
+
+
+def test_a_file_is_learnt_from_and_the_gate_promotes(server, versions):
+    job = server.openai.fine_tuning.jobs.retrieve("story")
+    assert job.status == "succeeded" and job.finished_at >= job.created_at and job.trained_tokens > 0
+    assert job.first["score"] + 0.1 <= max(e["score"] for e in metrics(server)["evaluations"])
+    assert len(metrics(server)["steps"]) == 120 and metrics(server)["steps"][0]["step"] == 1
+    messages = [event.message for event in server.openai.fine_tuning.jobs.list_events("story").data]
+    assert messages[-1] == "learns from mail.csv" and any("is live: passed the gate" in text for text in messages)
+    assert any("not better by the margin" in text for text in messages)
+    live = server.http.get("/v1/versions").json()["live"]
+    assert live in versions and live == job.fine_tuned_model
+    assert {"tiny", "live", *versions} <= {model.id for model in server.openai.models.list()}
+    assert server.openai.models.retrieve(live).id == live
+
+
+def metrics(server):
+    return server.http.get("/v1/fine_tuning/jobs/story/metrics").json()
+
+
+def test_each_of_a_thousand_answers_is_one_versions_own_across_fifty_promotions(server, versions):
+    names = ["tiny", *versions]
+    alone = {name: {question: ask(server, name, question)[1] for question in QUESTIONS} for name in names}
+    assert len({tuple(answers.values()) for answers in alone.values()}) > 3  # else there is nothing to mix up
+    seen, over = [], threading.Event()
+
+    def promote():
+        draw = random.Random(1)
+        for number in range(50):
+            server.http.post(f"/v1/versions/{draw.choice(names)}/promote").raise_for_status()
+            server.wait(lambda number=number: len(seen) >= 20 * number, 120)
+        over.set()
+
+    def one(number):
+        model = names[number % len(names)] if number % 10 == 0 else "live"  # some are pinned
+        found, text = ask(server, model, QUESTIONS[number % 5])
+        seen.append(found)
+        return model in ("live", found) and text == alone[found][QUESTIONS[number % 5]]
+
+    thread = threading.Thread(target=promote, daemon=True)
+    thread.start()
+    with ThreadPoolExecutor(8) as pool:
+        right = list(pool.map(one, range(1000)))
+    thread.join(120)
+    assert over.is_set() and right == [True] * 1000
+    assert len(set(seen)) > len(names) // 2
+
+
+def test_a_job_can_be_paused_and_goes_on_where_it_was(server):
+    number = server.upload("mail.csv", labelled())
+    jobs = server.openai.fine_tuning.jobs
+    jobs.create(model="tiny", training_file=number, suffix="turns", extra_body={"hyperparameters": {"steps": 5000}})
+    server.wait(lambda: server.job("turns")["step"] >= 3, 60)
+    jobs.pause("turns")
+    server.wait(lambda: not server.http.get("/v1/fine_tuning/jobs/turns").json()["working"])
+    stood = server.job("turns")["step"]
+    assert server.job("turns")["status"] == "paused"
+    jobs.resume("turns")
+    server.wait(lambda: server.job("turns")["step"] > stood + 2, 60)
+    assert jobs.cancel("turns").status == "cancelled"
+    server.wait(lambda: not server.job("turns")["working"])
+    with pytest.raises(openai.BadRequestError, match="turns is cancelled: expected one that is"):
+        jobs.resume("turns")
+    steps = [row["step"] for row in server.http.get("/v1/fine_tuning/jobs/turns/metrics").json()["steps"]]
+    assert steps == sorted(set(steps))
+    server.http.delete("/v1/fine_tuning/jobs/turns").raise_for_status()
+    with pytest.raises(openai.NotFoundError, match="there is no job turns"):
+        jobs.retrieve("turns")
+
+
+def test_what_is_learnt_can_be_taken_back(server, versions):
+    server.http.post(f"/v1/versions/{versions[-1]}/promote").raise_for_status()
+    server.wait(lambda: ask(server, "live", "It was")[0] == versions[-1])
+    server.http.post("/v1/versions/tiny/promote").raise_for_status()
+    assert ask(server, "live", "It was") == ask(server, "tiny", "It was")
+    history = server.http.get("/v1/versions").json()["history"]
+    assert [entry["version"] for entry in history[-2:]] == [versions[-1], None]
+    with pytest.raises(openai.NotFoundError):
+        ask(server, "story@11", "It was")

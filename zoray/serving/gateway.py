@@ -386,6 +386,7 @@ def _job(job: dict[str, Any], base: str) -> dict[str, Any]:
         "trained_tokens": job["tokens"],
         "error": {"code": "failed", "message": job["error"], "param": None} if job.get("error") else None,
         "filename": request["filename"],
+        "working": job["working"],
         "step": job["step"],
         "steps": job["steps"],
         "first": job["first"],

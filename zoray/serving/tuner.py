@@ -205,6 +205,7 @@ class Tuner:
             "id": name,
             "request": request,
             **state,
+            "working": self._current == name,
             "step": steps[-1]["step"] if steps else 0,
             "steps": self._steps(request),
             "batch": (request.get("hyperparameters") or {}).get("batch_size") or self.settings.batch,
