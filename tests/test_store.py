@@ -50,7 +50,7 @@ def test_no_name_leads_out_of_the_folder(store, name):
             look(name)
     if not name.startswith("file-"):  # which may be a job's name
         with pytest.raises(ConfigError, match="expected a name"):
-            store.new_job(name, {})
+            store.new_job(name, {}, {})
     with pytest.raises(ConfigError, match="expected a version's name"):
         store.new_version(name)
 
@@ -73,14 +73,14 @@ def test_live_is_a_version_that_there_is_and_has_a_history(store):
 
 
 def test_jobs_have_names_of_their_own(store):
-    store.new_job("mail", {"created_at": 2})
-    store.new_job("other", {"created_at": 1})
+    store.new_job("mail", {"created_at": 2}, {})
+    store.new_job("other", {"created_at": 1}, {})
     assert store.jobs() == ["other", "mail"]
     with pytest.raises(ConfigError, match="there is a job mail already"):
-        store.new_job("mail", {"created_at": 3})
+        store.new_job("mail", {"created_at": 3}, {})
     version(store, "gone@5")
     with pytest.raises(ConfigError, match="take another name"):
-        store.new_job("gone", {"created_at": 3})  # its versions would be mixed up with those of an earlier job
+        store.new_job("gone", {"created_at": 3}, {})  # its versions would be mixed up with those of an earlier job
     store.delete_job("mail")
     assert store.jobs() == ["other"]
 

@@ -19,7 +19,6 @@ FIELDS = {
     "chat": {*SAMPLING, "messages", "max_completion_tokens", "logprobs", "top_logprobs", "response_format"},
     "completions": {*SAMPLING, "prompt", "echo", "logprobs", "best_of", "suffix"},
 }
-MOST_CHOICES = 16  # n and best_of
 
 
 class EngineGone(Exception):
@@ -59,17 +58,20 @@ class OpenAI:
         else:
             known[name] = adapter
 
-    async def answer(self, kind: str, body: Mapping[str, Any]) -> AsyncIterator[tuple[int, bool, bytes]]:
+    async def answer(
+        self, kind: str, body: Mapping[str, Any], salt: str | None = None
+    ) -> AsyncIterator[tuple[int, bool, bytes]]:
         """(HTTP status, whether it is a stream of events, data) of a request; several only where it is a stream.
 
         Args:
             kind: "chat" or "completions".
-            body: the request, as JSON values.
+            body: the request, as JSON values within bounds (serving/asked.py).
+            salt: prefixes are shared only among requests with the same one: names of adapters may come again.
         """
         from pydantic import ValidationError
 
         try:
-            request = _request(kind, body)
+            request = _request(kind, body, salt)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -102,12 +104,11 @@ def failure(status: int, message: str, param: str | None = None) -> bytes:
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()
 
 
-def _request(kind: str, body: Mapping[str, Any]) -> Any:
+def _request(kind: str, body: Mapping[str, Any], salt: str | None) -> Any:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
     known = {name: value for name, value in body.items() if name in FIELDS[kind] and value is not None}
-    for name in ("n", "best_of"):
-        if isinstance(known.get(name), int) and known[name] > MOST_CHOICES:
-            raise ValueError(f"expected {name} of at most {MOST_CHOICES}; got {known[name]}")
-    return (ChatCompletionRequest if kind == "chat" else CompletionRequest)(**known)
+    request = (ChatCompletionRequest if kind == "chat" else CompletionRequest)(**known)
+    request.cache_salt = salt
+    return request

@@ -8,8 +8,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
+from zoray.engines.vllm_openai import EngineGone
 from zoray.models import linear_matrices, load_tokenizer
 from zoray.records import ConfigError
 from zoray.serving.engine import EngineServer
@@ -153,8 +154,9 @@ class Gateway:
                     said = True
                     yield part
                 return
-            except RayError:
-                if said or pause == 10.0:
+            except RayError as error:
+                wrong = isinstance(error, RayTaskError) and not isinstance(error.cause, EngineGone)
+                if said or wrong or pause == 10.0:
                     raise
 
     async def _look(self, at_once: bool = False) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError
-from zoray.serving.store import NotFound, read_json, write_json
+from zoray.serving.store import NotFound, read_all, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,11 +51,16 @@ class Conversations:
 
     def all(self) -> list[dict[str, Any]]:
         """All of them, the oldest first."""
-        return sorted(map(read_json, self._folder.glob("talk-*.json")), key=lambda one: one["created_at"])
+        return sorted(read_all(self._folder.glob("talk-*.json")), key=lambda one: one["created_at"])
+
+    @property
+    def bytes(self) -> int:
+        """What they take on disk."""
+        return sum(entry.stat().st_size for entry in os.scandir(self._folder) if entry.name.startswith("talk-"))
 
     def delete(self, number: str) -> None:
         """Delete one from disk."""
-        self._path(number).unlink()
+        self._path(number).unlink(missing_ok=True)
 
     def rows(self) -> bytes:
         """What there is to learn from them, as lines of JSON.

@@ -49,7 +49,7 @@ class EngineServer:
         from zoray.models import linear_matrices, load_tokenizer
 
         self.settings, self._tuner = settings, tuner
-        self.store, self.throttle = Store(settings.folder), Throttle(settings.max_slowdown)
+        self.store, self.throttle = Store(settings.folder, clear=False), Throttle(settings.max_slowdown)
         folder = settings.model.resolve()
         matrices, loop = linear_matrices(folder), asyncio.get_running_loop()
         self.client = start_client(
@@ -85,8 +85,9 @@ class EngineServer:
         self, kind: str, body: dict[str, Any], version: str | None
     ) -> AsyncIterator[tuple[int, bool, bytes]]:
         """A request's answer under a version, None for the base model; see OpenAI.answer."""
+        salt = None if version is None else self.store.mark(version)
         async with self.versions.held(version):
-            async for part in self.api.answer(kind, {**body, "model": version or self.settings.name}):
+            async for part in self.api.answer(kind, {**body, "model": version or self.settings.name}, salt):
                 yield part
 
     async def ready(self) -> bool:
@@ -131,6 +132,7 @@ class Versions:
         self._free = list(range(first, first + server.settings.slots))
         self._slot: OrderedDict[str, int] = OrderedDict()  # the version used last comes last
         self._users: dict[str, int] = {}
+        self._marks: dict[str, str] = {}  # what lies in the slot of a name; it may have been deleted and learnt anew
         self._turn = asyncio.Condition()
 
     @asynccontextmanager
@@ -153,28 +155,38 @@ class Versions:
                 self._turn.notify_all()
 
     async def _take(self, version: str) -> int:
-        from zoray.engines.vllm_shared import slot_request
-
         async with self._turn:
-            if version not in self._slot:
-                arrays = await asyncio.to_thread(self._server.arrays, version)
-                await self._turn.wait_for(lambda: self._free or any(not users for users in self._users.values()))
-                if not self._free:
-                    oldest = next(name for name in self._slot if not self._users[name])
-                    self._server.api.let(oldest, None)
-                    del self._users[oldest]
-                    self._free.append(self._slot.pop(oldest))
-                slot = self._free.pop()
-                try:
-                    await asyncio.to_thread(self._server.engine.put, slot, arrays)
-                except BaseException:
-                    self._free.append(slot)
-                    raise
-                self._slot[version], self._users[version] = slot, 0
-                self._server.api.let(version, slot_request(version, slot))
+            mark = self._server.store.mark(version)
+            while self._marks.get(version) != mark:
+                stale = version if version in self._slot else None
+                idle = [name for name in self._slot if not self._users[name] and stale in (None, name)]
+                if self._free and stale is None:
+                    await self._put(version, mark)
+                elif idle:
+                    self._drop(idle[0])
+                else:
+                    await self._turn.wait()
             self._slot.move_to_end(version)
             self._users[version] += 1
             return self._slot[version]
+
+    async def _put(self, version: str, mark: str) -> None:
+        from zoray.engines.vllm_shared import slot_request
+
+        arrays = await asyncio.to_thread(self._server.arrays, version)
+        slot = self._free.pop()
+        try:
+            await asyncio.to_thread(self._server.engine.put, slot, arrays)
+        except BaseException:
+            self._free.append(slot)
+            raise
+        self._slot[version], self._users[version], self._marks[version] = slot, 0, mark
+        self._server.api.let(version, slot_request(version, slot))
+
+    def _drop(self, version: str) -> None:
+        self._server.api.let(version, None)
+        del self._users[version], self._marks[version]
+        self._free.append(self._slot.pop(version))
 
 
 class TuningMember(ReplicaActor):

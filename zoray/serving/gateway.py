@@ -1,16 +1,12 @@
 """The HTTP side of a server: OpenAI's API for answers, files and tuning jobs, zoray's own for versions, and the page.
 
-Nobody is trusted: bodies are bounded before they are read, every path is checked against patterns (store.py), requests
-need the key where there is one, and only pages of this server itself may read answers (no CORS headers).
+Nobody is trusted: requests pass a door that checks origin, rate, key and size (door.py), values are bounded (asked.py,
+requests.py), every name is checked against a pattern before it is a path (store.py), and there are no CORS headers.
 """
 
 from __future__ import annotations
 
-import hmac
-import json
 import logging
-import time
-from collections import OrderedDict
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +16,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, StreamingResponse
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from zoray.engines.vllm_openai import EngineGone, failure
 from zoray.records import ConfigError
+from zoray.serving.asked import Asked, Chat, Completion
+from zoray.serving.described import ERROR, FORM, STREAMED
+from zoray.serving.door import Door, Refused
 from zoray.serving.requests import NewJob, Rated, Use, Wish
 from zoray.serving.store import NotFound
 
@@ -32,120 +34,61 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page")
 ASSETS = {"": "index.html", "app.js": "app.js", "style.css": "style.css"}
-MOST_JSON = 4 << 20  # bytes of a request that is no upload
-RATED = 4096  # addresses whose rates are remembered
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
-
-
-class Refused(Exception):
-    """A request that ends here: a status, and why."""
-
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param = status, param
-
-
-class Rates:
-    """Requests of an address within the last minute: a bucket that fills evenly."""
-
-    def __init__(self, per_minute: int | None) -> None:
-        self._limit = per_minute
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # address -> (tokens, when)
-
-    def take(self, address: str) -> float:
-        """Seconds to wait before the next request; 0 where this one may pass."""
-        if self._limit is None:
-            return 0.0
-        now = time.monotonic()
-        left, then = self._left.pop(address, (float(self._limit), now))
-        left = min(float(self._limit), left + (now - then) * self._limit / 60)
-        self._left[address] = (left - 1 if left >= 1 else left, now)
-        while len(self._left) > RATED:
-            self._left.popitem(last=False)
-        return 0.0 if left >= 1 else (1 - left) * 60 / self._limit
-
-
-async def body_of(request: Request, limit: int) -> bytes:
-    """A request's body; refused as soon as it is over the limit, whatever its header says."""
-    declared = request.headers.get("content-length")
-    if declared is not None and declared.isdigit() and int(declared) > limit:
-        raise Refused(413, f"expected at most {limit:,} bytes; got {int(declared):,}")
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise Refused(413, f"expected at most {limit:,} bytes; got more")
-        parts.append(part)
-    return b"".join(parts)
-
-
-async def json_of(request: Request) -> dict[str, Any]:
-    """A request's body as a JSON object."""
-    data = await body_of(request, MOST_JSON)
-    try:
-        found = json.loads(data or b"{}")
-    except (ValueError, RecursionError):
-        raise Refused(400, "expected a body of JSON") from None
-    if not isinstance(found, dict):
-        raise Refused(400, "expected a JSON object")
-    return found
+OPEN = ("/health", *(f"/{asset}" for asset in ASSETS))  # to everyone
+UPLOAD = "/v1/files"
 
 
 def build_app(gateway: Any) -> FastAPI:
     """The routes. `gateway` has settings, key, engine and tuner (see app.py); handles' calls are awaited."""
     settings = gateway.settings
-    app = FastAPI(title="zoray", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    rates = Rates(settings.requests_per_minute)
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Any) -> Response:
-        path = request.url.path
-        try:
-            if _foreign(request, settings):
-                raise Refused(403, "requests from pages of other sites are not answered")
-            address = request.client.host if request.client else "?"
-            if wait := rates.take(address):
-                most = settings.requests_per_minute
-                raise Refused(429, f"expected at most {most} requests a minute; wait {wait:.1f} s")
-            is_open = path.lstrip("/") in (*ASSETS, "health")
-            if gateway.key is not None and not is_open and not _holds(request, gateway.key):
-                raise Refused(401, "expected the server's key: Authorization: Bearer <key>")
-            response = await call_next(request)
-        except Refused as refused:
-            response = _refusal(refused)
-        for name, value in HEADERS.items():
-            response.headers.setdefault(name, value)
-        return response
+    app = FastAPI(
+        title="zoray",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses={"4XX": ERROR, 503: ERROR},
+    )
+    app.add_middleware(Door, settings=settings, key=gateway.key, open_paths=OPEN, upload_path=UPLOAD)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
-        return _refusal(error)
+        return error.response
 
     @app.exception_handler(ConfigError)
     async def wrong(_: Request, error: ConfigError) -> Response:
-        return _refusal(Refused(404 if isinstance(error, NotFound) else 400, str(error)))
+        return Refused(404 if isinstance(error, NotFound) else 400, str(error)).response
 
     @app.exception_handler(RayError)
     @app.exception_handler(RayServeException)
-    async def gone(_: Request, error: Exception) -> Response:
+    async def gone(request: Request, error: Exception) -> Response:
         if isinstance(error, BackPressureError):
-            return _refusal(Refused(503, "too many requests are waiting already; try again in a few seconds"))
-        log.warning("%s: %s", type(error).__name__, error)
-        if isinstance(error, RayTaskError) and not isinstance(error.cause, EngineGone):
-            return _refusal(Refused(500, "something has gone wrong in the server; its log says what"))
-        return _refusal(Refused(503, "the engine or the tuner has ended and is being started anew; try again soon"))
+            return Refused(503, "too many requests are waiting already; try again in a few seconds").response
+        if isinstance(error, RayTaskError):  # raised over there
+            cause = error.cause
+            if isinstance(cause, ConfigError):
+                return await wrong(request, cause)
+            if not isinstance(cause, TimeoutError | EngineGone):
+                raise error
+        log.warning("%s", type(error).__name__)
+        return Refused(503, "the engine or the tuner has ended and is being started anew; try again soon").response
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        return _refusal(Refused(400, f"{where}: {first['msg']}" if where else first["msg"], where or None))
+        where = ".".join(str(part) for part in first["loc"][1:])[:200]
+        if first["type"] == "model_attributes_type" and not where:
+            return Refused(400, "expected a JSON object, sent as Content-Type: application/json").response
+        if first["type"] == "json_invalid":
+            return Refused(400, "expected a body of JSON").response
+        said = first["msg"].removeprefix("Value error, ")
+        return Refused(400, f"{where}: {said}" if where else said, where or None).response
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> Response:
+        known = {404: "there is nothing here", 405: "this is not done that way", 400: "expected a body of JSON"}
+        response = Refused(error.status_code, known.get(error.status_code, str(error.detail))).response
+        response.headers.update(error.headers or {})
+        return response
 
     # Answers.
 
@@ -159,22 +102,21 @@ def build_app(gateway: Any) -> FastAPI:
             raise Refused(404, f"there is no model {name[:100]!r}", "model")
         return _model(name)
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await answer("chat", request)
+    @app.post("/v1/chat/completions", responses=STREAMED)
+    async def chat(asked: Chat) -> Response:
+        return await answer("chat", asked)
 
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await answer("completions", request)
+    @app.post("/v1/completions", responses=STREAMED)
+    async def completions(asked: Completion) -> Response:
+        return await answer("completions", asked)
 
-    async def answer(kind: str, request: Request) -> Response:
-        body = await json_of(request)
-        version = await gateway.resolve(body.get("model"))
-        parts = gateway.answer(kind, body, version)
+    async def answer(kind: str, asked: Asked) -> Response:
+        version = await gateway.resolve(asked.model)
+        parts = gateway.answer(kind, asked.body, version)
         try:
             status, streams, first = await anext(parts)
         except StopAsyncIteration:
-            raise Refused(502, "the engine has ended without an answer; try again") from None
+            raise Refused(503, "the engine has ended without an answer; try again") from None
         if not streams:
             return Response(first, status, media_type="application/json")
 
@@ -184,15 +126,15 @@ def build_app(gateway: Any) -> FastAPI:
                 try:
                     async for _, _, data in parts:
                         yield data
-                except Exception as error:  # the engine has died in the middle: a clean end that says so
-                    message = failure(503, f"the engine has ended in the middle of the answer; try again ({error})")
+                except Exception:  # the engine has died in the middle: a clean end that says so
+                    message = failure(503, "the engine has ended in the middle of the answer; try again")
                     yield b"data: " + message + b"\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
     # Files.
 
-    @app.post("/v1/files")
+    @app.post(UPLOAD, openapi_extra=FORM)
     async def upload(request: Request) -> Any:
         name, data = await _upload(request, int(settings.max_upload_mb * 2**20))
         return _file(await gateway.tuner.add_file(name, data))
@@ -226,7 +168,9 @@ def build_app(gateway: Any) -> FastAPI:
     async def jobs(limit: int = 20, after: str | None = None) -> Any:
         found = [_job(job, settings.name) for job in reversed(await gateway.tuner.jobs())]
         ids = [job["id"] for job in found]
-        start = ids.index(after) + 1 if after in ids else 0
+        if after is not None and after not in ids:
+            raise Refused(404, f"there is no job {after[:100]!r}", "after")
+        start = 0 if after is None else ids.index(after) + 1
         limit = max(1, min(limit, 100))
         return {"object": "list", "data": found[start : start + limit], "has_more": len(found) > start + limit}
 
@@ -333,30 +277,6 @@ def _turn(gateway: Any, verb: str, base: str) -> Any:
     return turn
 
 
-def _refusal(error: Refused) -> Response:
-    headers = {"Retry-After": "5"} if error.status in (429, 503) else None
-    return Response(failure(error.status, str(error), error.param), error.status, headers, "application/json")
-
-
-def _holds(request: Request, key: str) -> bool:
-    given = request.headers.get("authorization", "")
-    kind, _, value = given.partition(" ")
-    return kind.lower() == "bearer" and hmac.compare_digest(value.strip().encode(), key.encode())
-
-
-def _foreign(request: Request, settings: Any) -> bool:
-    """Whether a browser sends this for a page of another site: a form or script there could reach a local server."""
-    site = request.headers.get("sec-fetch-site")
-    if site in ("cross-site", "same-site"):
-        return request.url.path not in ("/", "")
-    origin, host = request.headers.get("origin"), request.headers.get("host", "")
-    if origin is not None and origin.partition("://")[2] != host:
-        return True
-    # A name of a foreign site that has been made to stand for 127.0.0.1 (DNS rebinding).
-    name = host.rpartition(":")[0] or host
-    return settings.host in ("127.0.0.1", "localhost", "::1") and name not in ("127.0.0.1", "localhost", "[::1]")
-
-
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "zoray"}
 
@@ -409,37 +329,29 @@ def _event(job: str, number: int, event: dict[str, Any]) -> dict[str, Any]:
 
 async def _upload(request: Request, limit: int) -> tuple[str, bytes]:
     """A file of a multipart form: its name and data."""
-    from starlette.formparsers import MultiPartException, MultiPartParser
-
     kind = request.headers.get("content-type", "")
-    if not kind.startswith("multipart/form-data"):
+    if not kind.lower().startswith("multipart/form-data"):
         raise Refused(400, "expected a multipart form with a field `file`")
-    data = await body_of(request, limit + (1 << 16))
-
-    async def stream() -> AsyncIterator[bytes]:
-        yield data
-
+    parser = Form(request.headers, request.stream(), max_files=1, max_fields=10, max_part_size=1000)
     try:
-        form = await MultiPartParser(request.headers, stream(), max_files=1, max_fields=10).parse()
-    except (MultiPartException, KeyError, ValueError) as error:
-        raise Refused(400, f"expected a multipart form with a field `file`: {error}") from None
-    async with aclosing(_Form(form)):
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise Refused(400, f"expected a multipart form with a field `file`: {error.message}") from None
+    try:
         file = form.get("file")
-        if file is None or isinstance(file, str):
+        if not isinstance(file, UploadFile):
             raise Refused(400, "expected a field `file` with a file", "file")
         if (purpose := form.get("purpose", "fine-tune")) != "fine-tune":
             raise Refused(400, f"expected purpose=fine-tune; got {str(purpose)[:50]!r}", "purpose")
         content = await file.read()
+    finally:
+        await form.close()
     if len(content) > limit:
         raise Refused(413, f"expected a file of at most {limit:,} bytes; got {len(content):,}", "file")
     return file.filename or "", content
 
 
-class _Form:
-    """A form to be closed."""
+class Form(MultiPartParser):
+    """Keeps all in memory, where it is already: private data are in no temporary file."""
 
-    def __init__(self, form: Any) -> None:
-        self._form = form
-
-    async def aclose(self) -> None:
-        await self._form.close()
+    spool_max_size = 0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from typing import TYPE_CHECKING, Literal
+import uuid
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from zoray.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.records import ConfigError
+from zoray.tasks.columns import names_in
 from zoray.tasks.file import File
 
 if TYPE_CHECKING:
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
 
     from zoray.objectives.base import Objective
 
+Word = Annotated[str, Field(max_length=200)]
 Column = Field(default=None, min_length=1, max_length=200)
+MOST_COLUMNS = 10  # of a template: each may hold a long text
 WORDS = 120  # of a piece of plain text
 GIVEN = 3  # a piece's first third is given, the rest is to be written
 
@@ -29,7 +34,7 @@ class Use(BaseModel):
 
     kind: Literal["choice", "completion", "chat", "preference"] | None = None
     template: str | None = Field(default=None, min_length=1, max_length=4000)
-    words: dict[str, str] | None = Field(default=None, max_length=20)
+    words: dict[Word, Word] | None = Field(default=None, max_length=20)
     text_column: str | None = Column
     label_column: str | None = Column
     prompt_column: str | None = Column
@@ -41,6 +46,13 @@ class Use(BaseModel):
     dev: int | None = Field(default=None, ge=1, le=1000)
     test: int | None = Field(default=None, ge=0, le=1000)
 
+    @field_validator("template")
+    @classmethod
+    def _few_columns(cls, template: str | None) -> str | None:
+        if template is not None and len(names_in(template)) > MOST_COLUMNS:
+            raise ValueError(f"expected at most {MOST_COLUMNS} columns in braces")
+        return template
+
     def task(self, data: Path) -> File:
         """The task of an upload's data.
 
@@ -48,7 +60,13 @@ class Use(BaseModel):
             ConfigError: the settings contradict each other.
         """
         path = plain_text(data) if data.suffix == ".txt" else data
-        return File(path=str(path), **self.model_dump())
+        return Upload(path=str(path), **self.model_dump())
+
+
+class Upload(File):
+    """A file of the server's own, of which nothing is kept elsewhere: what people delete is gone."""
+
+    cached: ClassVar[bool] = False
 
 
 class NewJob(BaseModel):
@@ -120,23 +138,26 @@ def plain_text(path: Path) -> Path:
         ConfigError: too little text, or none in UTF-8.
     """
     rows = path.with_name("rows.jsonl")
+    if rows.exists():  # a job may be reading it
+        return rows
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"expected a text in UTF-8; byte {error.start} is not. Save it as UTF-8") from None
-    pieces = []
+    lines = []
     for paragraph in re.split(r"\n\s*\n", text):
         words = paragraph.split()
-        pieces += [words[i : i + WORDS] for i in range(0, len(words), WORDS)]
-    pieces = [piece for piece in pieces if len(piece) >= 2 * GIVEN]
-    if len(pieces) < 10:
+        for begin in range(0, len(words), WORDS):
+            if len(piece := words[begin : begin + WORDS]) >= 2 * GIVEN:
+                cut = len(piece) // GIVEN
+                row = {"prompt": " ".join(piece[:cut]), "completion": " " + " ".join(piece[cut:])}
+                lines.append(json.dumps(row, ensure_ascii=False))
+    if len(lines) < 10:
         raise ConfigError(
-            f"expected at least 10 paragraphs of {2 * GIVEN} words or more; got {len(pieces)}. Give more text, or rows "
+            f"expected at least 10 paragraphs of {2 * GIVEN} words or more; got {len(lines)}. Give more text, or rows "
             "with questions and answers (CSV with columns prompt and completion)"
         )
-    lines = []
-    for piece in pieces:
-        cut = len(piece) // GIVEN
-        lines.append(json.dumps({"prompt": " ".join(piece[:cut]), "completion": " " + " ".join(piece[cut:])}))
-    rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial = rows.with_name(f".rows-{uuid.uuid4().hex[:8]}")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, rows)
     return rows

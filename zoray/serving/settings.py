@@ -99,7 +99,7 @@ class Settings:
         key = os.environ.get(KEY) or None
         if key is not None and len(key) < 16:
             raise ConfigError(f"expected {KEY} to have at least 16 characters; it has {len(key)}")
-        if key is None and not _own(self.host):
+        if key is None and not is_own(self.host):
             raise ConfigError(
                 f"expected an API key in the environment variable {KEY}, since host={self.host} lets others reach this "
                 f"server. Take host=127.0.0.1, or set one: export {KEY}=$(openssl rand -hex 24)"
@@ -107,7 +107,7 @@ class Settings:
         return key
 
 
-def _own(host: str) -> bool:
+def is_own(host: str) -> bool:
     """Whether only this machine reaches a host."""
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -6,7 +6,7 @@
     live.json         the version that answers, and those before it
 
 Guarantees: what has been written is on disk whole or not at all; names are of letters, digits and . _ - @, and never
-lead out of the folder; what is deleted is gone from disk.
+lead out of the folder; only the owner may enter it; what is deleted is gone from disk.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ import shutil
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 VERSION = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}@[0-9]{1,9}")
 FILE_ID = re.compile(r"file-[0-9a-f]{24}")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
+LONGEST = 1 << 20  # bytes of a line: one is read, filled into a prompt and tokenised as a whole
 
 
 class NotFound(ConfigError):
@@ -37,15 +39,16 @@ class NotFound(ConfigError):
 
 
 class Store:
-    """The files of one server. Safe to use from several threads of one process."""
+    """The files of one server. Safe to use from several threads of one process, of which only one may `clear`."""
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, clear: bool = True) -> None:
         self.folder = Path(folder).absolute()
         self._lock = threading.RLock()
-        for name in ("files", "jobs", "versions"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         os.chmod(self.folder, 0o700)  # private data
-        for partial in self.folder.glob("*/.partial-*"):  # of a server that was killed
+        for name in ("files", "jobs", "versions"):
+            (self.folder / name).mkdir(exist_ok=True)
+        for partial in self.folder.glob("*/.partial-*") if clear else ():  # of a server that was killed
             shutil.rmtree(partial, ignore_errors=True)
 
     # Files.
@@ -54,11 +57,12 @@ class Store:
         """Keep an upload; its record.
 
         Raises:
-            ConfigError: not one of SUFFIXES.
+            ConfigError: not one of SUFFIXES, or no text.
         """
         suffix = Path(name).suffix.lower()
         if suffix not in SUFFIXES:
             raise ConfigError(f"expected a file of {', '.join(SUFFIXES)}; got {shown(name)}. Save it as one of these")
+        _check_text(data)
         number = f"file-{uuid.uuid4().hex[:24]}"
         meta = {
             "id": number,
@@ -78,7 +82,7 @@ class Store:
 
     def files(self) -> list[dict[str, Any]]:
         """Records of all uploads, the oldest first."""
-        return _sorted(read_json(path) for path in self.folder.glob("files/file-*/meta.json"))
+        return _sorted(read_all(self.folder.glob("files/file-*/meta.json")))
 
     def file(self, number: str) -> dict[str, Any]:
         """The record of an upload."""
@@ -86,7 +90,10 @@ class Store:
 
     def data_path(self, number: str) -> Path:
         """Where the data of an upload lie."""
-        return next(self._file_folder(number).glob("data.*"))
+        folder = self._file_folder(number)
+        for path in folder.glob("data.*"):
+            return path
+        raise NotFound(f"there is no file {shown(number)}")  # deleted just now
 
     def delete_file(self, number: str) -> None:
         """Delete an upload from disk."""
@@ -109,7 +116,15 @@ class Store:
 
     def versions(self) -> list[dict[str, Any]]:
         """What is known of all versions, the oldest first."""
-        return _sorted(read_json(path) for path in self.folder.glob("versions/*@*/meta.json"))
+        return _sorted(read_all(self.folder.glob("versions/*@*/meta.json")))
+
+    def mark(self, name: str) -> str:
+        """Tells a version from another one of that name, which has been deleted since."""
+        try:
+            found = (self.version_folder(name) / "adapter_model.safetensors").stat()
+        except FileNotFoundError:
+            raise NotFound(f"there is no version {shown(name)}") from None
+        return f"{found.st_ino:x}-{found.st_mtime_ns:x}"
 
     def delete_version(self, name: str) -> None:
         """Delete a version from disk.
@@ -157,8 +172,8 @@ class Store:
         """A job's folder."""
         return self._folder("jobs", name, NAME, "job")
 
-    def new_job(self, name: str, request: Mapping[str, Any]) -> Path:
-        """Make a job's folder.
+    def new_job(self, name: str, request: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
+        """Make a job's folder, with its request and state.
 
         Raises:
             ConfigError: there is one of that name, or the name can't be one.
@@ -175,12 +190,15 @@ class Store:
             partial = self.folder / "jobs" / f".partial-{name}"
             partial.mkdir()
             write_json(partial / "request.json", dict(request))
+            write_json(partial / "state.json", dict(state))
             partial.rename(folder)
         return folder
 
     def jobs(self) -> list[str]:
         """Names of all jobs, the oldest first."""
-        found = [(read_json(path)["created_at"], path.parent.name) for path in self.folder.glob("jobs/*/request.json")]
+        found = []
+        for path in self.folder.glob("jobs/[!.]*/request.json"):
+            found += [(request["created_at"], path.parent.name) for request in read_all([path])]
         return [name for _, name in sorted(found)]
 
     def delete_job(self, name: str) -> None:
@@ -195,8 +213,22 @@ class Store:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's value."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """A JSON file's value.
+
+    Raises:
+        NotFound: it is not there, or no longer.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFound(f"there is no {path.parent.name} any more") from None
+
+
+def read_all(paths: Iterable[Path]) -> Iterator[Any]:
+    """The values of JSON files, without those that are deleted meanwhile."""
+    for path in paths:
+        with suppress(NotFound):
+            yield read_json(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -230,7 +262,27 @@ def read_lines(path: Path) -> list[Any]:
 
 def shown(text: str) -> str:
     """A name from outside, for messages: short, printable, without a path."""
-    return "".join(c if c.isprintable() else "?" for c in text.replace("\\\\", "/").rpartition("/")[2])[:100]
+    return "".join(c if c.isprintable() else "?" for c in text.replace("\\", "/").rpartition("/")[2])[:100]
+
+
+def _check_text(data: bytes) -> None:
+    """Raise ConfigError unless an upload can be text, in lines."""
+    foreign = {
+        b"PK\x03\x04": "a ZIP archive or a spreadsheet",
+        b"\x1f\x8b": "a gzip archive",
+        b"PAR1": "a Parquet file",
+    }
+    kind = next((kind for mark, kind in foreign.items() if data.startswith(mark)), None)
+    if kind is None and data[:2] not in (b"\xff\xfe", b"\xfe\xff") and b"\0" in data:  # UTF-16 is told apart later
+        kind = "a binary file"
+    if kind is not None:
+        raise ConfigError(f"expected text in UTF-8; got {kind}. Save it as CSV UTF-8")
+    begin = 0
+    while len(data) - begin > LONGEST:
+        end = data.rfind(b"\n", begin, begin + LONGEST + 1)
+        if end < 0:
+            raise ConfigError(f"expected lines of at most {LONGEST:,} bytes; got a longer one. Give one example a line")
+        begin = end + 1
 
 
 def _sorted(records: Any) -> list[dict[str, Any]]:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 import threading
 import time
+import uuid
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from traceback import format_tb
 from typing import TYPE_CHECKING, Any
 
 from zoray.adapters import write_peft
@@ -29,10 +33,10 @@ from zoray.serving.conversations import Conversations
 from zoray.serving.gate import Gate, Measured
 from zoray.serving.pool import PATIENT, start_pool
 from zoray.serving.requests import NewJob, Use, objective_of
-from zoray.serving.store import Store, append_json, read_json, read_lines, write_json
+from zoray.serving.store import NotFound, Store, append_json, read_json, read_lines, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from zoray.pool import Pool
     from zoray.records import Evaluation
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 GOING = ("queued", "running")
+MOST_FILES, MOST_JOBS = 1000, 500  # each is looked at for a list
 KEPT = 20  # versions of a job that were not promoted
 ENDS_SECONDS = 120.0  # that a job may take to end after its step
 
@@ -100,12 +105,7 @@ class Tuner:
         Raises:
             ConfigError: there is no room for it (serve.max_storage_mb).
         """
-        used = sum(file["bytes"] for file in self.store.files())
-        if used + len(data) > self.settings.max_storage_mb * 2**20:
-            raise ConfigError(
-                f"expected uploads of at most {self.settings.max_storage_mb:g} MB in all (serve.max_storage_mb); there "
-                f"are {used / 2**20:.0f} MB. Delete some"
-            )
+        self._make_sure_of_room(len(data))
         return self.store.add_file(name, data)
 
     def rate(self, messages: list[dict[str, str]], up: bool, model: str, number: str | None) -> dict[str, Any]:
@@ -116,6 +116,7 @@ class Tuner:
         """
         if not self.settings.capture:
             raise ConfigError("this server keeps no conversations (serve.capture=false)")
+        self._make_sure_of_room(sum(len(message["content"]) for message in messages))
         return self.conversations.add(messages, up, model, number)
 
     def rated(self) -> list[dict[str, Any]]:
@@ -137,6 +138,7 @@ class Tuner:
             if self.state(name)["status"] in (*GOING, "paused"):
                 self.cancel(name)
         self._await_none(lambda name: True)
+        self.store.set_live(None, "all data deleted")  # the last of them may have passed the gate meanwhile
         for file in self.store.files():
             self.store.delete_file(file["id"])
         for one in self.conversations.all():
@@ -156,12 +158,14 @@ class Tuner:
             ConfigError: the file or a setting is wrong: what was expected, what came.
         """
         file = self.store.file(request.training_file)
-        name = request.suffix or f"job-{time.strftime('%Y%m%d-%H%M%S')}"
-        experiment = self._experiment(name, request)
-        load_workload(experiment.spec)  # every mistake in the data shows before there is a job
-        asked = {**request.model_dump(exclude_none=True), "created_at": time.time(), "filename": file["filename"]}
-        self.store.new_job(name, asked)
-        self._set(name, status="queued")
+        if len(self.store.jobs()) >= MOST_JOBS:
+            raise ConfigError(f"expected at most {MOST_JOBS} jobs; delete some")
+        name = request.suffix or f"job-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+        with self._plainly():
+            load_workload(self._experiment(name, request).spec)  # every mistake in the data shows before there is a job
+        now = time.time()
+        asked = {**request.model_dump(exclude_none=True), "created_at": now, "filename": file["filename"]}
+        self.store.new_job(name, asked, {"status": "queued", "changed_at": now})
         self._event(name, "created", f"learns from {file['filename']}")
         self._notify()
         return self.job(name)
@@ -238,11 +242,11 @@ class Tuner:
     def preview(self, number: str, use: Use) -> list[str]:
         """How an upload would be used, in lines for people; ConfigError names what is wrong with it."""
         request = NewJob(training_file=number, use=use)
-        workload = load_workload(self._experiment("preview", request).spec)
-        assert workload.encoder is not None
-        task = use.task(self.store.data_path(number))
-        lines = preview(task, workload.splits, workload.encoder)
-        return [line.replace(str(self.store.folder), "").replace(f"/files/{number}/", "") for line in lines]
+        with self._plainly():
+            workload = load_workload(self._experiment("preview", request).spec)
+            assert workload.encoder is not None
+            lines = preview(use.task(self.store.data_path(number)), workload.splits, workload.encoder)
+        return [self._plain(line) for line in lines]
 
     # Versions.
 
@@ -271,6 +275,30 @@ class Tuner:
             if job in self.store.jobs():
                 self._event(job, "promoted", f"{version} is live: {reason}", version=version)
 
+    def _make_sure_of_room(self, size: int) -> None:
+        files = self.store.files()
+        used, most = sum(file["bytes"] for file in files) + self.conversations.bytes, self.settings.max_storage_mb
+        if used + size > most * 2**20:
+            raise ConfigError(
+                f"expected files and conversations of at most {most:g} MB in all (serve.max_storage_mb); there are "
+                f"{used / 2**20:.0f} MB. Delete some"
+            )
+        if len(files) >= MOST_FILES:
+            raise ConfigError(f"expected at most {MOST_FILES} files; delete some")
+
+    @contextmanager
+    def _plainly(self) -> Iterator[None]:
+        """What is wrong with a file is said by its name, not by where it lies on the server."""
+        try:
+            yield
+        except NotFound:
+            raise
+        except ConfigError as error:
+            raise ConfigError(self._plain(str(error))) from None
+
+    def _plain(self, text: str) -> str:
+        return re.sub(re.escape(f"{self.store.folder}/files/") + "file-[0-9a-f]{24}/", "", text)
+
     # The thread.
 
     def _work(self) -> None:
@@ -290,10 +318,10 @@ class Tuner:
                         if summary["finished"]:
                             self._event(name, "succeeded", _outcome(summary))
             except ConfigError as error:
-                self._failed(name, str(error))
+                self._failed(name, self._plain(str(error)))
             except Exception as error:  # a job's end must not be the end of all
-                log.exception("job %s", name)
-                self._failed(name, f"{type(error).__name__}: {error}")
+                log.error("job %s: %s\n%s", name, type(error).__name__, "".join(format_tb(error.__traceback__)))
+                self._failed(name, self._plain(f"{type(error).__name__}: {error}"))
             finally:
                 with self._wake:
                     self._current = None

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -67,6 +67,8 @@ class File(Task):
         max_tokens: longest answer that it writes.
         stop: texts that end one.
     """
+
+    cached: ClassVar[bool] = True  # whether what a large file was found to hold may be kept outside of it
 
     path: str
     words: Mapping[str, str] | Sequence[str] | None = None
@@ -122,9 +124,8 @@ class File(Task):
         """Read every row once, check it, and split them."""
         tables = open_rows(self.path)
         rows = tables["train"]
-        stamps = (
-            rows.stamps if isinstance(rows, TextFiles) else None
-        )  # others hold their rows, which are not to be kept
+        # Others hold their rows, which are not to be kept.
+        stamps = rows.stamps if isinstance(rows, TextFiles) and self.cached else None
         if stamps is not None and (known := scanned.recall(self, stamps)) is not None:
             taken, lines = known
         else:

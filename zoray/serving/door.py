@@ -1,0 +1,204 @@
+"""The door: what every request has to pass before a route sees it, and what every answer carries.
+
+Guarantees: a request without the key, from a page of another site, too often or too large is refused before its body
+is kept; bodies in memory are bounded, each and all together; every refusal is an error as OpenAI's API has it; nothing
+of a request is logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import math
+import re
+import time
+import traceback
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+
+from zoray.engines.vllm_openai import failure
+from zoray.serving.settings import is_own
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+MOST_JSON = 4 << 20  # bytes of a request that is no upload
+FORM = 1 << 16  # bytes of an upload beside its file
+MOST_HELD = 64 << 20  # bytes of all bodies in memory, beside those of four uploads
+SECONDS = {"json": 60.0, "upload": 1800.0}  # that a body may take to arrive
+RATED = 65_536  # addresses whose rates are remembered
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class Refused(Exception):
+    """A request that ends here: a status, and why; `after` seconds it may be tried again."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, after: float = 5.0) -> None:
+        super().__init__(message)
+        self.status, self.param, self.after = status, param, after
+
+    @property
+    def response(self) -> Response:
+        """The answer."""
+        headers = {"Retry-After": str(max(1, math.ceil(self.after)))} if self.status in (429, 503) else None
+        return Response(failure(self.status, str(self), self.param), self.status, headers, "application/json")
+
+
+class Rates:
+    """Requests of an address within the last minute: a bucket that fills evenly."""
+
+    def __init__(self, per_minute: int | None) -> None:
+        self._limit = per_minute
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # address -> (tokens, when)
+
+    def take(self, address: str) -> float:
+        """Seconds to wait before the next request; 0 where this one may pass."""
+        if self._limit is None:
+            return 0.0
+        now, whose = time.monotonic(), _payer(address)
+        left, then = self._left.pop(whose, (float(self._limit), now))
+        left = min(float(self._limit), left + (now - then) * self._limit / 60)
+        self._left[whose] = (left - 1 if left >= 1 else left, now)
+        while len(self._left) > RATED:
+            self._left.popitem(last=False)
+        return 0.0 if left >= 1 else (1 - left) * 60 / self._limit
+
+
+class Door:
+    """ASGI middleware.
+
+    Args:
+        app: what is behind it.
+        settings: of the server.
+        key: that requests have to show; None for none.
+        open_paths: that are shown to everyone.
+        upload_path: where bodies may be as large as an upload.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: Any, key: str | None, open_paths: Collection[str], upload_path: str
+    ) -> None:
+        self._app, self._settings, self._key = app, settings, key
+        self._open, self._upload_path = frozenset(open_paths), upload_path
+        self._rates = Rates(settings.requests_per_minute)
+        self._upload = int(settings.max_upload_mb * 2**20) + FORM
+        self._held, self._most = 0, MOST_HELD + 4 * self._upload
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection's request."""
+        if scope["type"] == "websocket":  # there are none, and nobody who asks is told more
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, held = False, 0
+
+        async def out(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun, headers = True, MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            self._check(scope)
+            kind = "upload" if (scope["method"], scope["path"]) == ("POST", self._upload_path) else "json"
+            most, more, parts = self._upload if kind == "upload" else MOST_JSON, True, []
+            try:
+                async with asyncio.timeout(SECONDS[kind]):
+                    _check_length(Headers(scope=scope).get("content-length"), most)
+                    while more:
+                        message = await receive()
+                        if message["type"] == "http.disconnect":
+                            return
+                        part, more = message.get("body", b""), message.get("more_body", False)
+                        parts.append(part)
+                        self._held, held = self._held + len(part), held + len(part)
+                        if held > most:
+                            raise Refused(413, f"expected at most {most:,} bytes; got more")
+                        if self._held > self._most:
+                            raise Refused(503, "too much is being sent at the same time; try again in a few seconds")
+            except TimeoutError:
+                raise Refused(408, f"expected the whole request within {SECONDS[kind]:.0f} s") from None
+            whole: list[Message] = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
+            parts.clear()
+
+            async def again() -> Message:
+                return whole.pop() if whole else await receive()
+
+            await self._app(scope, again, out)
+        except Refused as refused:
+            await refused.response(scope, receive, out)
+        except Exception as error:  # its text may hold what people have written
+            where = "".join(traceback.format_tb(error.__traceback__))
+            log.error("%s in %s %s:\n%s", type(error).__name__, scope["method"], scope.get("route", ""), where)
+            if begun:
+                raise
+            await Refused(500, "the server has made a mistake; its log says where").response(scope, receive, out)
+        finally:
+            self._held -= held
+
+    def _check(self, scope: Scope) -> None:
+        headers, path = Headers(scope=scope), scope["path"]
+        if _foreign(headers, path, self._settings.host):
+            raise Refused(403, "requests from pages of other sites are not answered")
+        client = scope.get("client")
+        if wait := self._rates.take(client[0] if client else "?"):
+            most = self._settings.requests_per_minute
+            raise Refused(429, f"expected at most {most} requests a minute; wait {wait:.1f} s", after=wait)
+        is_open = path in self._open and scope["method"] in ("GET", "HEAD")
+        if self._key is not None and not is_open and not _holds(headers, self._key):
+            raise Refused(401, "expected the server's key: Authorization: Bearer <key>")
+
+
+def _check_length(declared: str | None, most: int) -> None:
+    if declared is not None and declared.isascii() and declared.isdigit():
+        digits = declared.lstrip("0")
+        if len(digits) > 18 or int(digits or "0") > most:
+            raise Refused(413, f"expected at most {most:,} bytes; got more")
+
+
+def _holds(headers: Headers, key: str) -> bool:
+    kind, _, value = headers.get("authorization", "").partition(" ")
+    return kind.lower() == "bearer" and hmac.compare_digest(value.strip().encode("latin-1"), key.encode())
+
+
+def _foreign(headers: Headers, path: str, own: str) -> bool:
+    """Whether a browser sends this for a page of another site: a form or script there could reach a local server."""
+    host = headers.get("host", "")
+    found = HOST.fullmatch(host)
+    # A name of a foreign site that has been made to stand for 127.0.0.1 (DNS rebinding); others need the key.
+    if found is None or (is_own(own) and not is_own(found[1].strip("[]"))):
+        return True
+    if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        return path != "/"  # a link to the page is no harm
+    origin = headers.get("origin")
+    return origin is not None and origin.partition("://")[2].lower() != host.lower()
+
+
+def _payer(address: str) -> str:
+    """Whose rate an address counts to: of IPv6, people have networks of 2^64."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if found.version == 4:
+        return str(found)
+    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
