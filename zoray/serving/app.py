@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 from zoray.records import ConfigError
 from zoray.serving.engine import EngineServer
 from zoray.serving.gateway import Refused, build_app
+from zoray.serving.requests import plainly
 from zoray.serving.store import NotFound
 from zoray.serving.tuner import Tuner
 
@@ -50,7 +51,7 @@ class TunerServer:
         except NotFound as error:
             return "NotFound", str(error), None
         except ConfigError as error:
-            return "ConfigError", str(error), None
+            return "ConfigError", plainly(str(error)), None
 
     async def where(self) -> Any:
         """See Tuner.where."""

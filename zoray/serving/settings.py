@@ -71,8 +71,8 @@ class Settings:
         if self.name is None:
             stem = Path(self.model.path).stem.lower()
             object.__setattr__(self, "name", re.sub(r"[^a-z0-9._-]+", "-", stem).strip("-._") or "model")
-        ok = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][\w./-]*", self.name) and self.name != "live"
-        require(ok, "serve.name of letters, digits and . _ / -, and not `live`", self.name)
+        named = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][\w./-]*", self.name) is not None
+        require(named and self.name != "live", "serve.name of letters, digits and . _ / -, and not `live`", self.name)
         for name in ("replicas", "slots", "steps", "batch", "eval_every"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, f"serve.{name} to be a whole number of at least 1", value)

@@ -28,7 +28,7 @@ from zoray.records import ConfigError, record
 from zoray.serving.conversations import Conversations
 from zoray.serving.gate import Gate, Measured
 from zoray.serving.pool import PATIENT, start_pool
-from zoray.serving.requests import NewJob, Use, objective_of
+from zoray.serving.requests import NewJob, Use, plainly
 from zoray.serving.store import Store, append_json, read_json, read_lines, write_json
 
 if TYPE_CHECKING:
@@ -154,14 +154,14 @@ class Tuner:
         Raises:
             ConfigError: the file or a setting is wrong: what was expected, what came.
         """
-        file = self.store.file(request.training_file)
+        source = request.task or self.store.file(request.source)["filename"]
         name = request.suffix or f"job-{time.strftime('%Y%m%d-%H%M%S')}"
         experiment = self._experiment(name, request)
         load_workload(experiment.spec)  # every mistake in the data shows before there is a job
-        asked = {**request.model_dump(exclude_none=True), "created_at": time.time(), "filename": file["filename"]}
+        asked = {**request.model_dump(exclude_none=True), "created_at": time.time(), "filename": source}
         self.store.new_job(name, asked)
         self._set(name, status="queued")
-        self._event(name, "created", f"learns from {file['filename']}")
+        self._event(name, "created", f"learns from {source}")
         self._notify()
         return self.job(name)
 
@@ -188,7 +188,7 @@ class Tuner:
         self.store.file(number)
         for name in self.store.jobs():
             request = read_json(self.store.job_folder(name) / "request.json")
-            if request["training_file"] == number and self.state(name)["status"] in (*GOING, "paused"):
+            if request.get("training_file") == number and self.state(name)["status"] in (*GOING, "paused"):
                 self.cancel(name)
         self._await_none(lambda name: self._uses(name, number))
         self.store.delete_file(number)
@@ -234,13 +234,11 @@ class Tuner:
         return [dataclasses.asdict(step) for step in steps], [dataclasses.asdict(e) for e in evaluations]
 
     def preview(self, number: str, use: Use) -> list[str]:
-        """How an upload would be used, in lines for people; ConfigError names what is wrong with it."""
-        request = NewJob(training_file=number, use=use)
-        workload = load_workload(self._experiment("preview", request).spec)
+        """How an upload (or task:NAME) would be used, in lines for people; ConfigError names what is wrong with it."""
+        experiment = self._experiment("preview", NewJob.model_construct(training_file=number, use=use))
+        workload = load_workload(experiment.spec)
         assert workload.encoder is not None
-        task = use.task(self.store.data_path(number))
-        lines = preview(task, workload.splits, workload.encoder)
-        return [line.replace(str(self.store.folder), "").replace(f"/files/{number}/", "") for line in lines]
+        return [plainly(line) for line in preview(experiment.task, workload.splits, workload.encoder)]
 
     # Versions.
 
@@ -288,7 +286,7 @@ class Tuner:
                         if summary["finished"]:
                             self._event(name, "succeeded", _outcome(summary))
             except ConfigError as error:
-                self._failed(name, str(error))
+                self._failed(name, plainly(str(error)))
             except Exception as error:  # a job's end must not be the end of all
                 log.exception("job %s", name)
                 self._failed(name, f"{type(error).__name__}: {error}")
@@ -355,8 +353,7 @@ class Tuner:
 
     def _experiment(self, name: str, request: NewJob) -> Experiment:
         s, numbers = self.settings, request.hyperparameters
-        task = request.use.task(self.store.data_path(request.training_file))
-        objective = objective_of(task)
+        task, objective = request.lessons(self.store.data_path)
         optimizer = s.optimizer
         if numbers is not None and numbers.learning_rate is not None:
             optimizer = replace(optimizer, lr=numbers.learning_rate)
@@ -411,7 +408,7 @@ class Tuner:
             time.sleep(0.05)
 
     def _uses(self, name: str, number: str) -> bool:
-        return read_json(self.store.job_folder(name) / "request.json")["training_file"] == number
+        return read_json(self.store.job_folder(name) / "request.json").get("training_file") == number
 
     def _steps(self, request: dict[str, Any]) -> int:
         return (request.get("hyperparameters") or {}).get("steps") or self.settings.steps
