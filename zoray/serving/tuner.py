@@ -23,10 +23,11 @@ from zoray.driver import tune
 from zoray.experiment import Experiment, Run
 from zoray.history import read_metrics
 from zoray.monitoring import Logging
+from zoray.optimizers import LEAST_DECAY
 from zoray.preview import preview
 from zoray.records import ConfigError, record
 from zoray.serving.conversations import Conversations
-from zoray.serving.gate import Gate, Measured
+from zoray.serving.gate import Gate
 from zoray.serving.pool import PATIENT, start_pool
 from zoray.serving.requests import NewJob, Use, plainly
 from zoray.serving.store import Store, append_json, read_json, read_lines, write_json
@@ -231,7 +232,7 @@ class Tuner:
         if not (run / "metrics.jsonl").exists():
             return [], []
         steps, evaluations = read_metrics(run)
-        return [dataclasses.asdict(step) for step in steps], [dataclasses.asdict(e) for e in evaluations]
+        return [_plain(step) for step in steps], [_plain(evaluation) for evaluation in evaluations]
 
     def preview(self, number: str, use: Use) -> list[str]:
         """How an upload (or task:NAME) would be used, in lines for people; ConfigError names what is wrong with it."""
@@ -356,7 +357,8 @@ class Tuner:
         task, objective = request.lessons(self.store.data_path)
         optimizer = s.optimizer
         if numbers is not None and numbers.learning_rate is not None:
-            optimizer = replace(optimizer, lr=numbers.learning_rate)
+            lr = numbers.learning_rate
+            optimizer = replace(optimizer, lr=lr, anchor=optimizer.anchor * (lr * optimizer.anchor >= LEAST_DECAY))
         run = Run(
             name="run",
             folder=str(self.store.folder / "jobs" / name),
@@ -366,6 +368,7 @@ class Tuner:
             data_seed=s.seed if request.seed is None else request.seed,
             eval_every=s.eval_every,
             too_long="cut",
+            test=request.use.test != 0,
         )
         cluster = Cluster(replicas=s.replicas, hang_timeout_s=PATIENT, late_floor_s=60.0)
         logging_ = Logging(progress=False, curve=False)
@@ -423,10 +426,11 @@ def _asked(request: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in request.items() if key in NewJob.model_fields}
 
 
-def _plain(measured: Measured) -> dict[str, Any]:
+def _plain(numbers: Any) -> dict[str, Any]:
+    """A record of numbers for JSON, which has no NaN."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in dataclasses.asdict(measured).items()
+        for key, value in dataclasses.asdict(numbers).items()
     }
 
 
