@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import zipfile
@@ -17,11 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 from zoray.cli import build, build_experiment, compose, conf_dir, group_options
 from zoray.experiment import Experiment
 from zoray.optimizers import GlobalAdaptive, Sign
+from zoray.records import ConfigError
+from zoray.serve import check_model, claim, main
+from zoray.serving.gate import Gate
+from zoray.serving.settings import KEY, PARTS, settings_of
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml"))
 MAINS = {"config.yaml": "launch", "evaluate.yaml": "evaluate", "export.yaml": "export", "replay.yaml": "replay"}
-MAINS["lm_eval.yaml"] = "lm_eval"
+MAINS |= {"lm_eval.yaml": "lm_eval", "serve.yaml": "serve"}
 EXPERIMENTS = [name.removesuffix(".yaml") for name in FILES if name.startswith("experiment/")]  # whole runs, as presets
 OPTIONS = [name.removesuffix(".yaml") for name in FILES if "/" in name and not name.startswith("experiment/")]
 REQUIRED = {  # what has no default
@@ -118,6 +123,10 @@ def test_every_component_is_spelled_out_and_explained(name):
     assert preset or bool(found) == (name == "config.yaml" or "/" in name)
     for block in found:
         assert set(map(str, block)) - {"_target_"} == signature(block._target_), block._target_
+    if name == "serve.yaml":  # its two parts are of classes that need no name
+        parts = {"zoray.serving.settings.Settings": config.serve, "zoray.serving.gate.Gate": config.serve.gate}
+        own = {target: signature(target) - set(PARTS) for target in parts}
+        assert own == {target: set(map(str, part)) for target, part in parts.items()}
     lines = (ROOT / "conf" / name).read_text().partition("\nhydra:")[0].splitlines()
     assert lines[0].startswith("# ")
     bare = [line for line in lines if ": " in line and "#" not in line and not line.strip().startswith(("_", "- "))]
@@ -201,3 +210,69 @@ def test_there_are_as_many_slots_as_a_step_has_probes(settings, slots):
     e = build_experiment(compose("config", settings))
     assert e.spec.engine.slots == e.spec.engine.resident == slots
     assert e.spec is e.spec and len(e.estimator.ask(0)) in (slots, 2, 64)
+
+
+def test_the_default_server_is_for_this_machine_and_decays_towards_the_base(monkeypatch):
+    monkeypatch.delenv(KEY, raising=False)
+    settings = settings_of(compose("serve", []))
+    assert settings.host == "127.0.0.1" and settings.key is None and settings.gate == Gate()
+    assert str(settings.name).startswith("smollm2")
+    assert Path(settings.folder) == Path("serving").absolute() and not settings.space.folds
+    assert settings.optimizer.anchor > 0 and settings.optimizer.link is None
+    assert settings.engine.slots == len(settings.estimator.ask(0))
+    assert pickle.loads(pickle.dumps(settings)) == settings
+    assert settings_of(compose("serve", ["serve.gate.margin=0", "serve.gpus=0"])).gate.margin == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "says"),
+    [
+        (["serve.host=0.0.0.0"], None, "expected an API key in the environment variable ZORAY_API_KEY"),
+        (["serve.host=example.com"], None, "since host=example.com lets others reach this server"),
+        (["serve.host=::1"], "short", "expected ZORAY_API_KEY to have at least 16 characters; it has 5"),
+        (["serve.port=0"], None, "expected serve.port in 1..65535; got 0"),
+        (["serve.port=eighty"], None, "expected serve.port to be a whole number; got 'eighty'"),
+        (["space=lozo"], None, "expected space=lora for a served model"),
+        (["engine=hf"], None, "unknown config key 'engine.max_tokens'; engine has device"),
+        (["serve.prot=80"], None, "unknown config key 'serve.prot'; serve has name, folder, host"),
+        (["serve.gate.margn=1"], None, "Did you mean margin?"),
+        (["serve.gate=null"], None, "expected serve.gate to be a component"),
+        (["serve.gate.margin=-1"], None, "expected gate.margin of 0 or more; got -1"),
+        (["serve.replicas=auto"], None, "expected serve.replicas to be a whole number; got 'auto'"),
+        (["serve.replicas=0"], None, "expected serve.replicas to be a whole number of at least 1; got 0"),
+        (["serve.max_slowdown=0.5"], None, "expected serve.max_slowdown of at least 1; got 0.5"),
+        (["serve.name=live"], None, "and not `live`; got 'live'"),
+        (["serve.name=../x"], None, "expected serve.name of letters"),
+        (["engine.tensor_parallel=2", "serve.gpus=1"], None, "a GPU for each of engine.tensor_parallel=2; got 1"),
+        (["model.path=/nowhere"], None, "/nowhere"),
+        (["space.targets=[nothing]"], None, "nothing"),
+    ],
+    ids=str,
+)
+def test_a_servers_mistakes_are_named_before_a_model_loads(overrides, key, says, monkeypatch, tiny_models, tmp_path):
+    monkeypatch.delenv(KEY, raising=False)
+    if key:
+        monkeypatch.setenv(KEY, key)
+    monkeypatch.setattr("zoray.serving.start.started", None)  # nobody comes so far
+    with pytest.raises(ConfigError) as error:
+        main(compose("serve", [f"model.path={tiny_models['llama']}", f"serve.folder={tmp_path}", *overrides]))
+    assert says in str(error.value)
+
+
+def test_a_port_in_use_and_a_folder_in_use_are_refused(monkeypatch, tiny_models, tmp_path):
+    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.setattr("zoray.serving.start.started", None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"expected to listen on 127.0.0.1:{port}; .*Choose another serve.port"):
+            main(compose("serve", [f"serve.port={port}"]))
+    first = claim(tmp_path / "a" / "b")
+    with pytest.raises(ConfigError, match="for this server alone; another one uses it"):
+        main(compose("serve", [f"model.path={tiny_models['llama']}", f"serve.folder={tmp_path / 'a' / 'b'}"]))
+    first.close()
+    claim(tmp_path / "a" / "b").close()
+    with pytest.raises(ConfigError, match=r"can't write serve\.folder="):
+        claim(Path("/dev/null/x"))
+    check_model(settings_of(compose("serve", [f"model.path={tiny_models['llama']}"])))

@@ -48,6 +48,10 @@ ORDER = [
         "engines.vllm_worker",
         "engines.vllm_requests",
         "engines.vllm",
+        "engines.throttle",
+        "engines.vllm_scheduler",
+        "engines.vllm_openai",
+        "engines.vllm_shared",
     ),
     *(
         "encoded",
@@ -74,13 +78,34 @@ ORDER = [
         "cli",
     ),
     *("prepare", "replay", "evaluate", "export", "lm_eval", "plan", "launch"),
+    *(
+        "serving",
+        "serving.store",
+        "serving.conversations",
+        "serving.presets",
+        "serving.requests",
+        "serving.gate",
+        "serving.settings",
+        "serving.neutral",
+        "serving.placing",
+        "serving.engine",
+        "serving.pool",
+        "serving.tuner",
+        "serving.gateway",
+        "serving.app",
+        "serving.start",
+        "serve",
+        "client",
+        "tuning",
+    ),
 ]
 ALLOWED = {  # library -> the files that may import it
     "ray": ["actor.py", "cluster.py", "placement.py", "serving/*"],
     "vllm": ["engines/vllm*.py", "engines/cpu_*.py", "engines/cuda_*.py"],
     "triton": ["kernels.py"],
     "hydra": ["cli.py"],
-    "omegaconf": ["cli.py", "launch.py", "replay.py", "evaluate.py", "serve.py", "plan.py", "export.py"],
+    "fastapi": ["serving/gateway.py"],
+    "omegaconf": ["cli.py", "launch.py", "replay.py", "evaluate.py", "plan.py", "export.py"],
 }
 LIGHT = [
     "records",
@@ -95,6 +120,8 @@ LIGHT = [
     "history",
     "monitoring",
     "cli",
+    "serving.settings",
+    "tuning",
 ]
 HEAVY = {"torch", "vllm", "ray", "hydra", "transformers"}
 

@@ -16,6 +16,8 @@ import jsonschema
 import pytest
 import yaml
 
+from zoray.records import ConfigError
+
 ROOT = Path(__file__).parent.parent
 CLUSTERS = sorted((ROOT / "cluster" / "ray").glob("*.yaml"))
 JOB, SERVICE = (ROOT / "cluster" / "kuberay" / f"{name}.yaml" for name in ("rayjob", "rayservice"))
@@ -88,21 +90,21 @@ def test_a_mistake_in_a_manifest_is_found(where, value, says):
         check(resource)
 
 
-def test_every_volume_of_the_manifests_is_there():
-    _, *others = documents(JOB)
+@pytest.mark.parametrize("path", [JOB, SERVICE], ids=lambda path: path.stem)
+def test_every_volume_of_the_manifest_is_there(path):
+    first, *others = documents(path)
     names = {(other["kind"], other["metadata"]["name"]) for other in others}
-    for path in (JOB, SERVICE):
-        cluster = group(documents(path)[0])
-        for part in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-            pod = part["template"]["spec"]
-            volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
-            for container in pod["containers"]:
-                assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes.keys()
-            for volume in volumes.values():
-                if "persistentVolumeClaim" in volume:
-                    assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in names
-                if "configMap" in volume:
-                    assert ("ConfigMap", volume["configMap"]["name"]) in names
+    cluster = group(first)
+    for part in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = part["template"]["spec"]
+        volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes.keys()
+        for volume in volumes.values():
+            if "persistentVolumeClaim" in volume:
+                assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in names
+            if "configMap" in volume:
+                assert ("ConfigMap", volume["configMap"]["name"]) in names
 
 
 def test_the_jobs_commands_are_settings_that_launch_takes(tmp_path):
@@ -129,11 +131,52 @@ def test_the_jobs_commands_are_settings_that_launch_takes(tmp_path):
     assert experiment.cluster.cpus_per_replica <= int(cores)
 
 
-def test_the_service_says_that_its_application_is_to_come():
-    """Its header says so until zoray.serving is there, and no longer."""
-    application = yaml.safe_load(documents(SERVICE)[0]["spec"]["serveConfigV2"])["applications"][0]
-    module = ROOT / Path(*application["import_path"].split(":")[0].split("."))
-    assert ("NOT IN zoray YET" in SERVICE.read_text()) == (not module.with_suffix(".py").exists())
+def serve_config() -> Any:
+    """What Serve makes of the service's application; a field that it does not know is an error here."""
+    from ray.serve.schema import ServeDeploySchema
+
+    given = yaml.safe_load(documents(SERVICE)[0]["spec"]["serveConfigV2"])
+    config = ServeDeploySchema.model_validate(given)
+    (application,) = given["applications"]
+    assert given.keys() <= ServeDeploySchema.model_fields.keys()
+    assert application.keys() <= type(config.applications[0]).model_fields.keys()
+    return config
+
+
+def test_the_services_application_has_settings_that_zoray_serve_takes(monkeypatch):
+    from zoray.serving import app, settings
+
+    (application,) = serve_config().applications
+    assert application.import_path == "zoray.serving.app:build"
+    built: list[settings.Settings] = []
+    monkeypatch.setattr(app, "application", built.append)
+    monkeypatch.setenv(settings.KEY, "k" * 16)
+    app.build(application.args)
+    (found,) = built
+    assert found.key == "k" * 16 and found.host == "0.0.0.0" and found.name != "model"
+    monkeypatch.delenv(settings.KEY)
+    with pytest.raises(ConfigError, match="expected an API key in the environment variable ZORAY_API_KEY"):
+        found.key  # noqa: B018
+    (workers,) = group(documents(SERVICE)[0])["workerGroupSpecs"]
+    assert workers["minReplicas"] == found.replicas
+    (container,) = workers["template"]["spec"]["containers"]
+    assert int(container["resources"]["limits"]["nvidia.com/gpu"]) == found.gpus == found.engine.tensor_parallel
+
+
+def test_all_pods_of_the_service_have_its_folder_and_its_key():
+    resource, claim = documents(SERVICE)
+    folder = serve_config().applications[0].args["serve.folder"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    cluster = group(resource)
+    for part in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = part["template"]["spec"]
+        (container,) = pod["containers"]
+        (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "serving")
+        assert Path(folder).parent == Path(mount["mountPath"]) and pod["securityContext"]["fsGroup"] == 1000
+        (key,) = (one["valueFrom"] for one in container["env"] if one["name"] == "ZORAY_API_KEY")
+        assert key == {"secretKeyRef": {"name": "zoray-key", "key": "key"}}
+    assert "kubectl create secret generic zoray-key --from-literal=key=" in (SERVICE.parent / "README.md").read_text()
+    assert resource["spec"]["upgradeStrategy"]["type"] == "None"  # two clusters would write one folder
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)

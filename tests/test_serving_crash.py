@@ -65,7 +65,9 @@ class Talk(threading.Thread):
         return self.ends
 
 
-@pytest.mark.parametrize("part", ["EngineCore", "ServeReplica:zoray:Engine", "ServeReplica:zoray:Tuner", "ServeReplica:zoray:Gateway"])
+@pytest.mark.parametrize(
+    "part", ["EngineCore", "ServeReplica:zoray:Engine", "ServeReplica:zoray:Tuner", "ServeReplica:zoray:Gateway"]
+)
 def test_a_part_that_is_killed_comes_back_and_clients_are_told(own, part):
     talk = Talk(own)
     talk.start()

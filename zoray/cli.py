@@ -32,22 +32,23 @@ def run_main(config_name: str, function: Callable[[Any], int | None]) -> NoRetur
     arguments = sys.argv[1:]
     flags = {argument for argument in arguments if argument.startswith("-")}
     if not flags:
-        sys.exit(_guarded(lambda: function(compose(config_name, arguments))))
+        sys.exit(guarded(lambda: function(compose(config_name, arguments))))
     if flags <= SHOWING_FLAGS:  # Hydra's own messages for a wrong key give advice that does not hold here
         overrides = [argument for argument in arguments if "=" in argument]
-        if _guarded(lambda: compose(config_name, overrides) and None):
+        if guarded(lambda: compose(config_name, overrides) and None):
             sys.exit(USAGE_EXIT)
 
     import hydra
 
     codes = [0]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(
-        lambda config: codes.append(_guarded(lambda: function(config)))
+        lambda config: codes.append(guarded(lambda: function(config)))
     )()
     sys.exit(max(codes))
 
 
-def _guarded(call: Callable[[], int | None]) -> int:
+def guarded(call: Callable[[], int | None]) -> int:
+    """Call, and print an error of ours as one message; the exit status."""
     try:
         return call() or 0
     except ConfigError as error:

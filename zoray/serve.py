@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
-from zoray.cli import build, run_main
+from zoray.cli import run_main
 from zoray.records import ConfigError
-
-PARTS = ("model", "engine", "space", "estimator", "optimizer")
+from zoray.serving.settings import Settings, settings_of
 
 
 def main(config: Any) -> int:
     """Check the settings, start the server, and serve until SIGTERM or Ctrl-C."""
-    from omegaconf import OmegaConf
-
-    from zoray.serving.gate import Gate
-    from zoray.serving.settings import Settings
-
-    parts = {name: build(config[name], name) for name in PARTS}
-    plain = OmegaConf.to_container(config.serve, resolve=True)
-    assert isinstance(plain, dict)
-    settings = Settings(**parts, gate=Gate(**plain.pop("gate")), **plain)
+    settings = settings_of(config)
     key = settings.key  # refused before anything is started
     _check_port(settings.host, settings.port)
+    check_model(settings)
+    held = claim(Path(settings.folder))
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
@@ -38,7 +33,34 @@ def main(config: Any) -> int:
             print("requests need the key of ZORAY_API_KEY", flush=True)
         ended.wait()
         print("stopping; jobs go on when the server is started again", flush=True)
+    held.close()
     return 0
+
+
+def check_model(settings: Settings) -> None:
+    """Raise ConfigError unless the model is there (it is fetched or made now), and has what the space adapts."""
+    from zoray.models import linear_matrices
+
+    settings.space.select(linear_matrices(settings.model.resolve(), settings.space.targets))
+
+
+def claim(folder: Path) -> Any:
+    """Keep a server's folder for this process, as long as what this returns is open.
+
+    Raises:
+        ConfigError: another server has it: both would write the same journals.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"can't write serve.folder={folder}: {error.strerror}. Choose another") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ConfigError(f"expected serve.folder={folder} for this server alone; another one uses it") from None
+    return file
 
 
 def _check_port(host: str, port: int) -> None:

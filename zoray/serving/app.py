@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 
+from zoray.cli import compose
 from zoray.engines.vllm_openai import EngineGone
 from zoray.models import linear_matrices, load_tokenizer
 from zoray.records import ConfigError
 from zoray.serving.engine import EngineServer
 from zoray.serving.gateway import Refused, build_app
+from zoray.serving.placing import gpus
+from zoray.serving.requests import plainly
+from zoray.serving.settings import settings_of
 from zoray.serving.store import NotFound
 from zoray.serving.tuner import Tuner
 
@@ -57,7 +63,7 @@ class TunerServer:
         except NotFound as error:
             return "NotFound", str(error), None
         except ConfigError as error:
-            return "ConfigError", str(error), None
+            return "ConfigError", plainly(str(error)), None
 
     async def where(self) -> Any:
         """See Tuner.where."""
@@ -183,10 +189,34 @@ def application(settings: Settings) -> Any:
         health_check_period_s=2,
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": 0, "num_gpus": 0},
+        ray_actor_options={"num_cpus": 0, "num_gpus": gpus(settings)},
     )
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
         name="Gateway", num_replicas=1, max_ongoing_requests=512, ray_actor_options={"num_cpus": 0}
     )
     tuned = tuner.bind(settings)
     return gateway.bind(settings, settings.key, engine.bind(settings, tuned), tuned)
+
+
+def build(arguments: dict[str, Any]) -> Any:
+    """The Serve application for a Serve config file (`import_path: zoray.serving.app:build`) and `serve run`.
+
+    `arguments` are settings of conf/serve.yaml as on the command line of zoray.serve, {"serve.replicas": 2}, or nested,
+    {"serve": {"replicas": 2}}. They come from whoever owns the cluster. Serve's own proxies listen, on all addresses as
+    a rule: without serve.host=127.0.0.1 a key is needed.
+
+    Raises:
+        ConfigError: a setting is not what it has to be.
+    """
+    given = {"serve.host": "0.0.0.0", **_flat(arguments)}
+    overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+    return application(settings_of(compose("serve", overrides)))
+
+
+def _flat(arguments: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
+    """Nested settings with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in arguments.items():
+        inner = isinstance(value, Mapping)
+        found |= _flat(value, f"{parent}{key}.") if inner else {f"{parent}{key}": value}
+    return found

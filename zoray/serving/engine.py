@@ -24,6 +24,7 @@ from zoray.replica import Replica
 from zoray.scorer import Scorer
 from zoray.serving import neutral
 from zoray.serving.gate import Measured
+from zoray.serving.placing import share_cores
 from zoray.serving.store import Store
 from zoray.tiles import mean
 
@@ -44,11 +45,14 @@ class EngineServer:
     """What each replica of the deployment is."""
 
     async def __init__(self, settings: Settings, tuner: Any) -> None:
+        from ray import serve
+
         from zoray.engines.vllm_openai import OpenAI
         from zoray.engines.vllm_shared import SharedEngine, report, start_client
         from zoray.models import linear_matrices, load_tokenizer
 
         self.settings, self._tuner = settings, tuner
+        share_cores(settings, serve.get_replica_context().rank.local_rank)
         self.store, self.throttle = Store(settings.folder, clear=False), Throttle(settings.max_slowdown)
         folder = settings.model.resolve()
         matrices, loop = linear_matrices(folder), asyncio.get_running_loop()

@@ -298,7 +298,7 @@ def _job(job: dict[str, Any], base: str) -> dict[str, Any]:
         "fine_tuned_model": job["best_version"],
         "organization_id": "local",
         "status": job["status"],
-        "training_file": request["training_file"],
+        "training_file": request.get("training_file") or f"task:{request['task']}",
         "validation_file": None,
         "result_files": [],
         "seed": request.get("seed") or 0,

@@ -8,23 +8,28 @@ import re
 import uuid
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from zoray.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.records import ConfigError
+from zoray.serving.presets import PREFIX, SIZES, preset
 from zoray.tasks.columns import names_in
 from zoray.tasks.file import File
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from zoray.objectives.base import Objective
+    from zoray.tasks.base import Task
 
 Word = Annotated[str, Field(max_length=200)]
 Column = Field(default=None, min_length=1, max_length=200)
 MOST_COLUMNS = 10  # of a template: each may hold a long text
 WORDS = 120  # of a piece of plain text
 GIVEN = 3  # a piece's first third is given, the rest is to be written
+UPLOAD = re.compile(r"[^\s'\"]*/files/file-[0-9a-f]{24}/(data|rows)\.\w+")  # where one lies on the server
 
 
 class Use(BaseModel):
@@ -43,6 +48,7 @@ class Use(BaseModel):
     chosen_column: str | None = Column
     rejected_column: str | None = Column
     chat: bool = False
+    train: int | None = Field(default=None, ge=1, le=1_000_000)
     dev: int | None = Field(default=None, ge=1, le=1000)
     test: int | None = Field(default=None, ge=0, le=1000)
 
@@ -70,16 +76,53 @@ class Upload(File):
 
 
 class NewJob(BaseModel):
-    """A tuning job, as OpenAI's API has it, with zoray's settings beside."""
+    """A tuning job, as OpenAI's API has it, with zoray's settings beside.
+
+    It learns from an upload, or from a task that zoray brings along: `task`, or `training_file` as "task:NAME".
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    training_file: str = Field(max_length=64)
+    training_file: str | None = Field(default=None, min_length=1, max_length=64)
+    task: str | None = Field(default=None, min_length=1, max_length=64)
     model: str | None = Field(default=None, max_length=200)
     suffix: str | None = Field(default=None, max_length=40)
     seed: int | None = Field(default=None, ge=0, lt=2**32)
     hyperparameters: Hyperparameters | None = None
     use: Use = Field(default_factory=Use)
+
+    @model_validator(mode="after")
+    def _check_source(self) -> NewJob:
+        if self.training_file is not None and self.training_file.startswith(PREFIX):
+            if self.task is not None:
+                raise PydanticCustomError("source", "expected one task; got training_file and task")
+            self.training_file, self.task = None, self.training_file.removeprefix(PREFIX)
+        if (self.training_file is None) == (self.task is None):
+            got = "neither" if self.task is None else "both"
+            raise PydanticCustomError("source", "expected training_file or task; got {got}", {"got": got})
+        return self
+
+    @property
+    def source(self) -> str:
+        """What it learns from, in the place of a file's id: that, or task:NAME."""
+        return self.training_file or f"{PREFIX}{self.task}"
+
+    def lessons(self, data_path: Callable[[str], Path]) -> tuple[Task, Objective]:
+        """The task and the likelihood that suits it; `data_path` tells where the data of an upload lie.
+
+        Raises:
+            ConfigError: there is no such upload or task, or a setting does not suit it.
+        """
+        source = self.source
+        if source.startswith(PREFIX):
+            if other := self.use.model_fields_set - set(SIZES):
+                raise ConfigError(
+                    f"expected use of a task to have {', '.join(SIZES)} only; got {', '.join(sorted(other))}. Upload "
+                    "your own data to say how they are read"
+                )
+            return preset(source.removeprefix(PREFIX), self.use.model_dump(include=set(SIZES)))
+        task = self.use.task(data_path(source))
+        return task, objective_of(task)
 
 
 class Hyperparameters(BaseModel):
@@ -123,6 +166,11 @@ class Rated(BaseModel):
     id: str | None = Field(default=None, max_length=64)
 
 
+def plainly(text: str) -> str:
+    """The command line's messages for those who use a server: without its paths, and with settings as named here."""
+    return re.sub(r"\btask\.(?=[a-z_]+\b)", "", UPLOAD.sub("the file", text))
+
+
 def objective_of(task: File) -> Objective:
     """The likelihood that suits a file's kind of rows."""
     kinds = {"choice": ChoiceNLL, "completion": AnswerNLL, "chat": AnswerNLL, "preference": Preference}
@@ -138,7 +186,7 @@ def plain_text(path: Path) -> Path:
         ConfigError: too little text, or none in UTF-8.
     """
     rows = path.with_name("rows.jsonl")
-    if rows.exists():  # a job may be reading it
+    if rows.exists():  # uploads do not change, and a job may be reading it
         return rows
     try:
         text = path.read_text(encoding="utf-8-sig")

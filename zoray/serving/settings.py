@@ -5,14 +5,19 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zoray.cli import build
+from zoray.engines.vllm import Vllm
 from zoray.records import ConfigError, require
 from zoray.serving.gate import Gate
+from zoray.signatures import check_signature
 
 KEY = "ZORAY_API_KEY"  # the environment variable that holds it
+PARTS = ("model", "engine", "space", "estimator", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Settings:
         host: to listen on. Any other than this machine's own needs a key, in the environment variable ZORAY_API_KEY.
         port: to listen on.
         replicas: engines. Requests are shared out among them, and so is tuning.
+        gpus: of each engine; null takes engine.tensor_parallel of them where there are any.
         slots: versions, besides the base model, that can answer at the same time.
         max_slowdown: by what factor tuning may stretch the time to a request's first token, and that between tokens.
         steps: of a tuning job, where it does not say.
@@ -55,6 +61,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     replicas: int = 1
+    gpus: int | None = None
     slots: int = 4
     max_slowdown: float = 1.5
     steps: int = 400
@@ -71,8 +78,8 @@ class Settings:
         if self.name is None:
             stem = Path(self.model.path).stem.lower()
             object.__setattr__(self, "name", re.sub(r"[^a-z0-9._-]+", "-", stem).strip("-._") or "model")
-        ok = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][\w./-]*", self.name) and self.name != "live"
-        require(ok, "serve.name of letters, digits and . _ / -, and not `live`", self.name)
+        named = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][\w./-]*", self.name) is not None
+        require(named and self.name != "live", "serve.name of letters, digits and . _ / -, and not `live`", self.name)
         for name in ("replicas", "slots", "steps", "batch", "eval_every"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, f"serve.{name} to be a whole number of at least 1", value)
@@ -82,6 +89,11 @@ class Settings:
         ok = self.requests_per_minute is None or self.requests_per_minute >= 1
         require(ok, "serve.requests_per_minute of at least 1, or null", self.requests_per_minute)
         require(isinstance(self.capture, bool), "serve.capture to be true or false", self.capture)
+        ranks = self.engine.tensor_parallel if isinstance(self.engine, Vllm) else 0
+        if not ranks:
+            raise ConfigError(f"expected engine=vllm for a served model; got {type(self.engine).__name__}")
+        ok = self.gpus is None or self.gpus == 0 or self.gpus >= ranks
+        require(ok, f"serve.gpus to be null, 0, or a GPU for each of engine.tensor_parallel={ranks}", self.gpus)
         if self.space.folds:
             raise ConfigError(
                 "expected space=lora for a served model: requests to other versions need the base weights as they are"
@@ -105,6 +117,20 @@ class Settings:
                 f"server. Take host=127.0.0.1, or set one: export {KEY}=$(openssl rand -hex 24)"
             )
         return key
+
+
+def settings_of(config: Any) -> Settings:
+    """The settings of a composed conf/serve.yaml.
+
+    Raises:
+        ConfigError: a setting is not what it has to be.
+    """
+    parts = {name: build(config[name], name) for name in PARTS}
+    own = dict(config.serve)
+    gate = dict(own["gate"]) if isinstance(own["gate"], Mapping) else own["gate"]
+    typed = {**gate, "_target_": "zoray.serving.gate.Gate"} if isinstance(gate, dict) else gate
+    check_signature({**own, "gate": typed, "_target_": "zoray.serving.settings.Settings"}, "serve")
+    return Settings(**parts, **{**own, "gate": Gate(**gate)})
 
 
 def is_own(host: str) -> bool:

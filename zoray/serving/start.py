@@ -22,9 +22,12 @@ def started(settings: Settings) -> Iterator[str]:
         from ray import serve
 
         from zoray.serving.app import APP, application
+        from zoray.serving.placing import check_room
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it has to tell is said by zoray.serve
 
+        if owns and not Cluster().joins:
+            check_room(settings)
         try:
             serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
             serve.run(application(settings), name=APP, route_prefix="/")

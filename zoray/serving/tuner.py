@@ -9,11 +9,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import re
 import threading
 import time
 import uuid
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from traceback import format_tb
@@ -27,19 +25,21 @@ from zoray.driver import tune
 from zoray.experiment import Experiment, Run
 from zoray.history import read_metrics
 from zoray.monitoring import Logging
+from zoray.optimizers import LEAST_DECAY
 from zoray.preview import preview
 from zoray.records import ConfigError, record
 from zoray.serving.conversations import Conversations
-from zoray.serving.gate import Gate, Measured
+from zoray.serving.gate import Gate
 from zoray.serving.pool import PATIENT, start_pool
-from zoray.serving.requests import NewJob, Use, objective_of
-from zoray.serving.store import NotFound, Store, append_json, read_json, read_lines, write_json
+from zoray.serving.requests import NewJob, Use, plainly
+from zoray.serving.store import Store, append_json, read_json, read_lines, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from zoray.pool import Pool
     from zoray.records import Evaluation
+    from zoray.serving.gate import Measured
     from zoray.serving.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -157,16 +157,15 @@ class Tuner:
         Raises:
             ConfigError: the file or a setting is wrong: what was expected, what came.
         """
-        file = self.store.file(request.training_file)
+        source = request.task or self.store.file(request.source)["filename"]
         if len(self.store.jobs()) >= MOST_JOBS:
             raise ConfigError(f"expected at most {MOST_JOBS} jobs; delete some")
         name = request.suffix or f"job-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-        with self._plainly():
-            load_workload(self._experiment(name, request).spec)  # every mistake in the data shows before there is a job
+        load_workload(self._experiment(name, request).spec)  # every mistake in the data shows before there is a job
         now = time.time()
-        asked = {**request.model_dump(exclude_none=True), "created_at": now, "filename": file["filename"]}
+        asked = {**request.model_dump(exclude_none=True), "created_at": now, "filename": source}
         self.store.new_job(name, asked, {"status": "queued", "changed_at": now})
-        self._event(name, "created", f"learns from {file['filename']}")
+        self._event(name, "created", f"learns from {source}")
         self._notify()
         return self.job(name)
 
@@ -193,7 +192,7 @@ class Tuner:
         self.store.file(number)
         for name in self.store.jobs():
             request = read_json(self.store.job_folder(name) / "request.json")
-            if request["training_file"] == number and self.state(name)["status"] in (*GOING, "paused"):
+            if request.get("training_file") == number and self.state(name)["status"] in (*GOING, "paused"):
                 self.cancel(name)
         self._await_none(lambda name: self._uses(name, number))
         self.store.delete_file(number)
@@ -237,16 +236,15 @@ class Tuner:
         if not (run / "metrics.jsonl").exists():
             return [], []
         steps, evaluations = read_metrics(run)
-        return [dataclasses.asdict(step) for step in steps], [dataclasses.asdict(e) for e in evaluations]
+        return [_plain(step) for step in steps], [_plain(evaluation) for evaluation in evaluations]
 
     def preview(self, number: str, use: Use) -> list[str]:
-        """How an upload would be used, in lines for people; ConfigError names what is wrong with it."""
-        request = NewJob(training_file=number, use=use)
-        with self._plainly():
-            workload = load_workload(self._experiment("preview", request).spec)
-            assert workload.encoder is not None
-            lines = preview(use.task(self.store.data_path(number)), workload.splits, workload.encoder)
-        return [self._plain(line) for line in lines]
+        """How an upload (or task:NAME) would be used, in lines for people; ConfigError names what is wrong with it."""
+        experiment = self._experiment("preview", NewJob.model_construct(training_file=number, use=use))
+        workload = load_workload(experiment.spec)
+        assert workload.encoder is not None
+        lines = preview(experiment.task, workload.splits, workload.encoder)
+        return [plainly(line) for line in lines]
 
     # Versions.
 
@@ -286,19 +284,6 @@ class Tuner:
         if len(files) >= MOST_FILES:
             raise ConfigError(f"expected at most {MOST_FILES} files; delete some")
 
-    @contextmanager
-    def _plainly(self) -> Iterator[None]:
-        """What is wrong with a file is said by its name, not by where it lies on the server."""
-        try:
-            yield
-        except NotFound:
-            raise
-        except ConfigError as error:
-            raise ConfigError(self._plain(str(error))) from None
-
-    def _plain(self, text: str) -> str:
-        return re.sub(re.escape(f"{self.store.folder}/files/") + "file-[0-9a-f]{24}/", "", text)
-
     # The thread.
 
     def _work(self) -> None:
@@ -318,10 +303,10 @@ class Tuner:
                         if summary["finished"]:
                             self._event(name, "succeeded", _outcome(summary))
             except ConfigError as error:
-                self._failed(name, self._plain(str(error)))
+                self._failed(name, plainly(str(error)))
             except Exception as error:  # a job's end must not be the end of all
                 log.error("job %s: %s\n%s", name, type(error).__name__, "".join(format_tb(error.__traceback__)))
-                self._failed(name, self._plain(f"{type(error).__name__}: {error}"))
+                self._failed(name, plainly(f"{type(error).__name__}: {error}"))
             finally:
                 with self._wake:
                     self._current = None
@@ -390,11 +375,11 @@ class Tuner:
 
     def _experiment(self, name: str, request: NewJob) -> Experiment:
         s, numbers = self.settings, request.hyperparameters
-        task = request.use.task(self.store.data_path(request.training_file))
-        objective = objective_of(task)
+        task, objective = request.lessons(self.store.data_path)
         optimizer = s.optimizer
         if numbers is not None and numbers.learning_rate is not None:
-            optimizer = replace(optimizer, lr=numbers.learning_rate)
+            lr = numbers.learning_rate
+            optimizer = replace(optimizer, lr=lr, anchor=optimizer.anchor * (lr * optimizer.anchor >= LEAST_DECAY))
         run = Run(
             name="run",
             folder=str(self.store.folder / "jobs" / name),
@@ -404,6 +389,7 @@ class Tuner:
             data_seed=s.seed if request.seed is None else request.seed,
             eval_every=s.eval_every,
             too_long="cut",
+            test=request.use.test != 0,
         )
         cluster = Cluster(replicas=s.replicas, hang_timeout_s=PATIENT, late_floor_s=60.0)
         logging_ = Logging(progress=False, curve=False)
@@ -446,7 +432,7 @@ class Tuner:
             time.sleep(0.05)
 
     def _uses(self, name: str, number: str) -> bool:
-        return read_json(self.store.job_folder(name) / "request.json")["training_file"] == number
+        return read_json(self.store.job_folder(name) / "request.json").get("training_file") == number
 
     def _steps(self, request: dict[str, Any]) -> int:
         return (request.get("hyperparameters") or {}).get("steps") or self.settings.steps
@@ -461,10 +447,11 @@ def _asked(request: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in request.items() if key in NewJob.model_fields}
 
 
-def _plain(measured: Measured) -> dict[str, Any]:
+def _plain(numbers: Any) -> dict[str, Any]:
+    """A record of numbers for JSON, which has no NaN."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in dataclasses.asdict(measured).items()
+        for key, value in dataclasses.asdict(numbers).items()
     }
 
 

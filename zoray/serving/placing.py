@@ -1,0 +1,53 @@
+"""Which devices an engine of a server gets: GPUs that Ray reserves for it, or its share of a node's cores."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import ray
+
+from zoray.cluster import bind_cores, room, totals
+from zoray.records import ConfigError
+
+if TYPE_CHECKING:
+    from zoray.serving.settings import Settings
+
+
+def gpus(settings: Settings) -> int:
+    """GPUs of each engine: serve.gpus, or where that is null one for each rank of the model if there are any.
+
+    Raises:
+        ConfigError: there is no cluster yet to look at.
+    """
+    if settings.gpus is not None:
+        return settings.gpus
+    if not ray.is_initialized():
+        raise ConfigError(
+            "expected serve.gpus to be a number, since there is no Ray cluster yet to look for GPUs in. Set "
+            "serve.gpus=1, or serve.gpus=0 for CPUs"
+        )
+    return settings.engine.tensor_parallel if ray.cluster_resources().get("GPU") else 0
+
+
+def check_room(settings: Settings) -> None:
+    """Raise ConfigError unless the cluster, which nobody will join, has GPUs for all engines."""
+    each = gpus(settings)
+    if each and room({"GPU": each}) < settings.replicas:
+        raise ConfigError(
+            f"expected room for {settings.replicas} engines of {each} GPU each; the cluster has {totals()}. Lower "
+            "serve.replicas, or set serve.gpus=0 for CPUs"
+        )
+
+
+def share_cores(settings: Settings, number: int) -> list[int]:
+    """Bind this process to its share of the node's cores, if engines compute there; it is the `number`-th on its node.
+
+    Engines that start as many threads as a node has cores slow each other down several times.
+    """
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    here = -(-settings.replicas // nodes)
+    cores = sorted(os.sched_getaffinity(0))
+    if gpus(settings) or here == 1:
+        return cores
+    return bind_cores(number, max(1, len(cores) // here))
