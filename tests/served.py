@@ -53,7 +53,11 @@ class Served:
         environment = {**os.environ, "HYDRA_FULL_ERROR": "1", **({"ZORAY_API_KEY": self.key} if self.key else {})}
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=environment)
-        self.wait(self.answers, 180)
+        try:
+            self.wait(self.answers, 180)
+        except BaseException:
+            self.kill()
+            raise
         return self
 
     def answers(self) -> bool:

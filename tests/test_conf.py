@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -276,3 +278,68 @@ def test_a_port_in_use_and_a_folder_in_use_are_refused(monkeypatch, tiny_models,
     with pytest.raises(ConfigError, match=r"can't write serve\.folder="):
         claim(Path("/dev/null/x"))
     check_model(settings_of(compose("serve", [f"model.path={tiny_models['llama']}"])))
+
+
+def test_settings_of_an_application_are_those_of_the_command_line(monkeypatch, tiny_models):
+    """As `serve run` gives them, all text; and as a config file does, nested and typed."""
+    from zoray.serving import app
+
+    built: list[Any] = []
+    monkeypatch.setattr(app, "application", built.append)
+    monkeypatch.setenv(KEY, "k" * 16)
+    model = str(tiny_models["llama"])
+    app.build({"model.path": model, "serve.replicas": "2", "serve.gpus": "1", "serve.name": "a/b"})
+    app.build({"model": {"path": model}, "serve": {"replicas": 2, "gpus": 1, "name": "a/b", "host": "0.0.0.0"}})
+    assert built[0] == built[1] and built[0].replicas == 2 and built[0].host == "0.0.0.0"
+    app.build({"serve": {"gate": {"automatic": False}, "requests_per_minute": None}, "space.targets": ["q_proj"]})
+    assert not built[2].gate.automatic and built[2].requests_per_minute is None
+    assert built[2].space.targets == ("q_proj",)
+    for wrong, says in (({"serve": {"prot": 1}}, "unknown config key 'serve.prot'"), ({"x": 1}, "unknown config key")):
+        with pytest.raises(ConfigError, match=says):
+            app.build(wrong)
+    assert len(built) == 3
+
+
+@pytest.mark.parametrize(
+    ("cluster", "asked", "found"),
+    [(0, None, 0), (4, None, 1), (4, 0, 0), (4, 2, 2), (None, 1, 1)],
+    ids=["no GPU", "GPUs", "none of them", "as asked", "no cluster yet"],
+)
+def test_an_engine_takes_a_gpu_where_there_are_any(cluster, asked, found, monkeypatch, tiny_models):
+    from zoray.serving import placing
+
+    monkeypatch.setattr(placing.ray, "is_initialized", lambda: cluster is not None)
+    monkeypatch.setattr(placing.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(cluster or 0)})
+    settings = replace(settings_of(compose("serve", [])), gpus=asked)
+    assert placing.gpus(settings) == found
+    monkeypatch.setattr(placing, "room", lambda bundle: (cluster or 0) // bundle["GPU"])
+    monkeypatch.setattr(placing, "totals", lambda: f"8 CPU, {cluster} GPU")
+    placing.check_room(replace(settings, replicas=1, gpus=asked if cluster else 0))
+    if cluster and found:
+        with pytest.raises(ConfigError, match=f"room for 5 engines of {found} GPU each; the cluster has 8 CPU, 4 GPU"):
+            placing.check_room(replace(settings, replicas=5))
+
+
+def test_without_a_cluster_to_look_at_gpus_have_to_be_named(monkeypatch):
+    from zoray.serving import placing
+
+    monkeypatch.setattr(placing.ray, "is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match=r"expected serve\.gpus to be a number"):
+        placing.gpus(settings_of(compose("serve", [])))
+
+
+@pytest.mark.parametrize(
+    ("replicas", "nodes", "gpus", "number", "cores"),
+    [(2, 1, 0, 0, [0, 1]), (2, 1, 0, 1, [2, 3]), (1, 1, 0, 0, None), (2, 2, 0, 0, None), (2, 1, 1, 1, None)],
+)
+def test_engines_of_a_node_share_its_cores(replicas, nodes, gpus, number, cores, monkeypatch):
+    """Where they compute on them; None is all, without a binding."""
+    from zoray.serving import placing
+
+    monkeypatch.setattr(placing.ray, "nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
+    monkeypatch.setattr(placing.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    bound: list[list[int]] = []
+    monkeypatch.setattr("os.sched_setaffinity", lambda pid, mine: bound.append(list(mine)))
+    settings = replace(settings_of(compose("serve", [])), replicas=replicas, gpus=gpus)
+    assert placing.share_cores(settings, number) == (cores or [0, 1, 2, 3])
+    assert bound == ([cores] if cores else [])

@@ -78,6 +78,9 @@ def test_a_task_is_the_packages_own_with_other_sizes():
     job = NewJob(task="movie_reviews", use={"train": 64, "dev": 16, "test": 8})
     task, objective = job.lessons(nowhere)
     assert task == MovieReviews(train=64, dev=16, test=8) and objective == ChoiceNLL()
+    stored = job.model_dump(exclude_none=True)
+    assert stored["use"] == {"chat": False, "train": 64, "dev": 16, "test": 8}
+    assert NewJob(**stored).lessons(nowhere) == (task, objective)
     assert NewJob(task="sst2").lessons(nowhere)[0].path == "stanfordnlp/sst2"
     assert NewJob(task="drop").lessons(nowhere)[1] == AnswerNLL()
 

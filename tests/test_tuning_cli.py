@@ -84,12 +84,12 @@ def test_a_job_is_held_stopped_and_the_server_need_not_learn(ask, server, tmp_pa
     ask("create", f"file={answers}", "name=cli-answers", "steps=5000")
     assert json.loads(ask("status", "cli-answers", "--json"))["status"] == "queued"
     assert ask("learning", "on") == "active learning is on\n"
-    server.wait(lambda: "loss " in ask("list"))
+    server.wait(lambda: "loss " in ask("list"), 150)
     assert "cli-answers, from answers.jsonl: paused" in ask("pause", "cli-answers")
     assert ": queued" in ask("resume", "cli-answers")
     assert ": cancelled" in ask("stop", "cli-answers")
     assert "loss " in ask("status", "cli-answers")
-    server.wait(lambda: tuning.main(["delete", "cli-answers"]) == 0)  # its step has to end first
+    server.wait(lambda: tuning.main(["delete", "cli-answers"]) == 0, 150)  # its step has to end first
 
 
 def test_a_job_learns_from_a_task_that_zoray_brings_along(ask, server):
@@ -97,7 +97,7 @@ def test_a_job_learns_from_a_task_that_zoray_brings_along(ask, server):
     assert "16 train, 8 dev, 0 test" in seen
     said = ask("create", "task=movie_reviews", "name=cli-task", "steps=2", "train=16", "dev=8", "test=0")
     assert said.startswith("cli-task, from movie_reviews: queued")
-    server.wait(lambda: server.job("cli-task")["status"] == "succeeded")
+    server.wait(lambda: server.job("cli-task")["status"] == "succeeded", 150)
     job = server.openai.fine_tuning.jobs.create(
         model="tiny",
         training_file="task:movie_reviews",
@@ -105,7 +105,7 @@ def test_a_job_learns_from_a_task_that_zoray_brings_along(ask, server):
         extra_body={"use": {"train": 16, "dev": 8, "test": 0}, "hyperparameters": {"steps": 2}},
     )
     assert job.training_file == "task:movie_reviews"
-    server.wait(lambda: server.job("cli-task-2")["status"] == "succeeded")
+    server.wait(lambda: server.job("cli-task-2")["status"] == "succeeded", 150)
     for name in ("cli-task", "cli-task-2"):
         ask("delete", name)
 

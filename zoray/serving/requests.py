@@ -115,7 +115,7 @@ class NewJob(BaseModel):
         """
         source = self.source
         if source.startswith(PREFIX):
-            if other := self.use.model_fields_set - set(SIZES):
+            if other := self.use.model_dump(exclude_defaults=True).keys() - set(SIZES):
                 raise ConfigError(
                     f"expected use of a task to have {', '.join(SIZES)} only; got {', '.join(sorted(other))}. Upload "
                     "your own data to say how they are read"
