@@ -140,7 +140,7 @@ class Completion(Asked):
     """A request for what follows a text."""
 
     prompt: (
-        Text
+        Annotated[str, Field(min_length=1, max_length=2_000_000)]
         | Annotated[list[Token], Field(min_length=1, fail_fast=True)]
         | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
         | Annotated[

@@ -239,7 +239,7 @@ class Tuner:
 
     def preview(self, number: str, use: Use) -> list[str]:
         """How an upload would be used, in lines for people; ConfigError names what is wrong with it."""
-        request = NewJob(training_file=number, use=use)
+        request = NewJob(training_file=self.store.file(number)["id"], use=use)
         with self._plainly():
             workload = load_workload(self._experiment("preview", request).spec)
             assert workload.encoder is not None
