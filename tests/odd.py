@@ -206,10 +206,9 @@ class Odd:
     def _upload(self, asked: Asked) -> None:
         draw = self._random
         rows = [f"{draw.choice(('a film', 'a plot', 'music'))} {i},{draw.choice(('good', 'bad'))}" for i in range(30)]
-        data = draw.choice(("text,label\n" + "\n".join(rows), "prompt,completion\n" + "\n".join(rows), self._text(),
-
-
-                                    "\n".join(json.dumps(self._value()) for _ in range(20)))).encode(errors="replace")  # fmt: skip
+        values = "\n".join(json.dumps(self._value()) for _ in range(20))
+        tables = [f"{header}\n" + "\n".join(rows) for header in ("text,label", "prompt,completion")]
+        data = draw.choice((*tables, self._text(), values)).encode(errors="replace")
         if draw.random() < 0.1:
             data = bytes(draw.randrange(256) for _ in range(200))
         name = draw.choice(FILES) if draw.random() < 0.4 else "a.csv"
