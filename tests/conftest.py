@@ -53,6 +53,30 @@ def server(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model with a chat template."""
+    from chatty import chat_llama
+
+    return chat_llama(tmp_path_factory.mktemp("models") / "chat")
+
+
+@pytest.fixture
+def gateway(chat_model: Path, tmp_path: Path):
+    """The HTTP side of a server without engines, with a real tuner: see gatewayed.py."""
+    from gatewayed import FakeGateway, settings_of
+
+    return FakeGateway(settings_of(chat_model, tmp_path / "store"))
+
+
+@pytest.fixture
+def client(gateway):
+    """Requests to it."""
+    from gatewayed import Client
+
+    return Client(gateway)
+
+
+@pytest.fixture(scope="session")
 def local_ray():
     """One Ray of two cores, shared; pools join it and leave it running."""
     import ray

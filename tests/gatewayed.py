@@ -1,4 +1,4 @@
-"""For tests: the HTTP routes of a server in this process, with a real tuner whose jobs do not run, and made-up answers."""
+"""For tests: the HTTP routes of a server in this process. Its tuner is real, but no job runs; answers are made up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from starlette.routing import Route
 
 from zoray.engines.vllm import Vllm
 from zoray.estimators import TwoPoint
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEY = "0123456789abcdef-key"
+JSON_TYPE = b"application/json"
+JSON = {"Content-Type": JSON_TYPE.decode()}
 SAID = b'{"object": "chat.completion", "choices": []}'
 
 
@@ -82,7 +85,7 @@ class FakeGateway:
 
 
 class Client:
-    """Requests to an app in this process, as a script would send them: `client.get(path)`, `client.post(path, json=)`."""
+    """Requests to an app in this process, as a script would send them: `client.post(path, json=...)`."""
 
     def __init__(self, gateway: FakeGateway, key: str | None = None, address: str = "127.0.0.1") -> None:
         self.app = build_app(gateway)
@@ -114,6 +117,7 @@ class Client:
 
     async def _raw(self, scope: dict[str, Any], messages: list[dict[str, Any]]) -> tuple[int, dict[str, str], bytes]:
         sent: list[Any] = []
+        messages = messages or [{"type": "http.request", "body": b"", "more_body": False}]
 
         async def receive() -> dict[str, Any]:
             return messages.pop(0) if messages else {"type": "http.disconnect"}
@@ -135,3 +139,21 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     assert set(found) == {"error"} and set(found["error"]) == {"message", "type", "param", "code"}, found
     assert found["error"]["code"] == response.status_code and response.headers["content-type"] == "application/json"
     return found["error"]
+
+
+def routes(client: Client) -> list[tuple[str, str, str]]:
+    """(method, path with made-up names, pattern) of every route."""
+    found = []
+    for route in client.app.routes:
+        assert isinstance(route, Route) or hasattr(route, "methods"), route
+        path = route.path.replace("{asset}", "app.js").replace("{name:path}", "x")
+        for name in ("number", "name", "version"):
+            path = path.replace(f"{{{name}}}", "x")
+        found += [(method, path, route.path) for method in route.methods]
+    assert len(found) > 25
+    return found
+
+
+def rows(count: int = 100, label: str = "label") -> bytes:
+    """A labelled file."""
+    return f"text,{label}\n".encode() + b"".join(b"film %d,%s\n" % (i, (b"good", b"bad")[i % 2]) for i in range(count))

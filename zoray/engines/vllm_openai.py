@@ -70,20 +70,16 @@ class OpenAI:
         """
         from pydantic import ValidationError
 
+        chat, text = self._state.openai_serving_chat, self._state.openai_serving_completion
         try:
             request = _request(kind, body, salt)
+            found = await (chat.create_chat_completion if kind == "chat" else text.create_completion)(request)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             yield 400, False, failure(400, f"{where}: {first['msg']}" if where else first["msg"], where or None)
             return
-        except ValueError as error:
-            yield 400, False, failure(400, str(error))
-            return
-        chat, text = self._state.openai_serving_chat, self._state.openai_serving_completion
-        try:
-            found = await (chat.create_chat_completion if kind == "chat" else text.create_completion)(request)
-        except Exception as error:  # vLLM's own server has handlers around it
+        except Exception as error:  # vLLM's own server has handlers around it; who asks may not have vLLM
             found = chat.create_error_response(error)
         if hasattr(found, "__aiter__"):
             async for event in found:

@@ -140,7 +140,7 @@ class Completion(Asked):
     """A request for what follows a text."""
 
     prompt: (
-        Text
+        Annotated[str, Field(min_length=1, max_length=2_000_000)]
         | Annotated[list[Token], Field(min_length=1, fail_fast=True)]
         | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
         | Annotated[
@@ -156,6 +156,8 @@ class Completion(Asked):
     def _fits(self) -> Completion:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("expected max_tokens of at least 1, or echo=true")
+        if self.echo and self.stream and self.logprobs is not None:  # vLLM fails at that where n > 1
+            raise ValueError("expected echo with logprobs only without stream")
         prompts = (
             self.prompt if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else [self.prompt]
         )

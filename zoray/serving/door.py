@@ -148,7 +148,8 @@ class Door:
             await refused.response(scope, receive, out)
         except Exception as error:  # its text may hold what people have written
             where = "".join(traceback.format_tb(error.__traceback__))
-            log.error("%s in %s %s:\n%s", type(error).__name__, scope["method"], scope.get("route", ""), where)
+            path = getattr(scope.get("route"), "path", "")
+            log.error("%s in %s %s:\n%s", type(error).__name__, scope["method"], path, where)
             if begun:
                 raise
             await Refused(500, "the server has made a mistake; its log says where").response(scope, receive, out)

@@ -195,7 +195,7 @@ def _chat(value: Any, column: str, where: str) -> tuple[Message, ...]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             at = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise ConfigError(
                 f"{where}: column {column!r} must hold a JSON list of messages; got {_shown(value)}, which is no JSON"
@@ -267,7 +267,7 @@ def _json_list(text: str, kind: type) -> list[Any]:
         return []
     try:
         items = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return items if isinstance(items, list) and all(isinstance(item, kind) for item in items) else []
 
