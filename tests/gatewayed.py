@@ -14,9 +14,12 @@ from zoray.engines.vllm import Vllm
 from zoray.estimators import TwoPoint
 from zoray.models import Model
 from zoray.optimizers import Sgd
+from zoray.records import ConfigError
 from zoray.serving.door import Refused
 from zoray.serving.gateway import build_app
+from zoray.serving.requests import plainly
 from zoray.serving.settings import Settings
+from zoray.serving.store import NotFound
 from zoray.serving.tuner import Tuner
 from zoray.spaces import Lora
 
@@ -54,9 +57,17 @@ class FakeGateway:
 
     def __getattr__(self, name: str) -> Any:
         async def call(*arguments: Any) -> Any:
-            return await asyncio.to_thread(getattr(self.inner, name), *arguments)
+            try:
+                return await asyncio.to_thread(getattr(self.inner, name), *arguments)
+            except NotFound:
+                raise
+            except ConfigError as error:  # as app.TunerServer.call
+                raise ConfigError(plainly(str(error))) from None
 
         return call
+
+    async def ready(self) -> bool:
+        return True
 
     async def names(self) -> list[str]:
         return ["tiny", "live", *(version["id"] for version in self.inner.versions()["data"])]
