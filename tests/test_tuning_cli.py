@@ -48,13 +48,13 @@ def test_a_file_is_uploaded_looked_at_learnt_from_and_rolled_back(ask, server, t
     seen = ask("preview", number, "template={text} It was", 'words={bad: " dull", good: " great"}')
     assert "200 rows, choice" in seen and "'bad' as ' dull' (100)" in seen and "It was» great«" in seen
 
-    said = ask("create", f"training_file={number}", "name=cli-mail", "steps=20", "batch_size=4", "dev=40", "test=0")
+    said = ask("create", f"training_file={number}", "name=cli-mail", "steps=20", "batch_size=2", "dev=20", "test=0")
     assert said.startswith("cli-mail, from mail.csv: ") and "events cli-mail follow" in said
     events = ask("events", "cli-mail", "follow").splitlines()  # until it has ended
     assert "created: learns from mail.csv" in events[0] and "succeeded: 20 steps" in events[-1]
     assert ask("events", "cli-mail").splitlines() == events
     assert "cli-mail, from mail.csv: succeeded, step 20 of 20" in ask("status", "cli-mail")
-    assert "(40 rows)" in ask("status", "cli-mail")
+    assert "(20 rows)" in ask("status", "cli-mail")
     head, *rows = ask("list").splitlines()
     assert head.split()[:3] == ["job", "status", "step"] and any(row.startswith("cli-mail  succeeded") for row in rows)
     assert "last step 20: loss " in ask("metrics", "cli-mail")

@@ -171,10 +171,8 @@ def _promote(client: Client, asked: Any) -> Found:
 
 
 def _rollback(client: Client, asked: Any) -> Found:
-    target = asked.name
-    if target is None:
-        target = _before(client.get("versions"))
-    if target in (None, "base"):
+    target = asked.name or _before(client.get("versions")) or "base"
+    if target == "base":
         target = client.get("models")["data"][0]["id"]  # the base model is the first
     return _promote(client, argparse.Namespace(name=target))
 
