@@ -23,7 +23,7 @@ def own(tmp_path_factory):
     served.openai.fine_tuning.jobs.create(
         model="tiny", training_file=number, suffix="long", extra_body={"hyperparameters": {"steps": 100_000}}
     )
-    served.wait(lambda: served.http.get("/v1/versions").json()["data"], 120)
+    served.wait(lambda: served.http.get("/v1/versions").json()["data"], 300)
     yield served
     served.stop()
 
@@ -32,7 +32,7 @@ def steps(served):
     return served.job("long")["step"]
 
 
-def goes_on(served, seconds=120):
+def goes_on(served, seconds=300):
     """The job takes further steps."""
     before = served.wait(lambda: steps(served), seconds)
     served.wait(lambda: steps(served) > before + 3, seconds)
@@ -76,7 +76,7 @@ def test_a_part_that_is_killed_comes_back_and_clients_are_told(own, part):
     (process, *_) = own.processes(part)
     process.kill()
     goes_on(own)
-    own.wait(lambda: talk.ends[-5:] == ["whole"] * 5 and len(talk.ends) > seen + 5, 120)
+    own.wait(lambda: talk.ends[-5:] == ["whole"] * 5 and len(talk.ends) > seen + 5, 300)
     ends = talk.finish()
     assert set(ends[:seen]) == {"whole"}
     assert "cut off" not in ends, ends  # an end without a word would be taken for the answer
