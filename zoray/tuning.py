@@ -144,7 +144,7 @@ def _metrics(client: Client, asked: Any) -> Found:
 
 
 def _turn(client: Client, asked: Any) -> Found:
-    job = client.post("fine_tuning", "jobs", asked.name, {"stop": "cancel"}.get(asked.verb, asked.verb))
+    job = client.post("fine_tuning", "jobs", asked.name, "cancel" if asked.verb == "stop" else str(asked.verb))
     return job, _line(job)
 
 

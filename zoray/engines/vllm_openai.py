@@ -36,14 +36,10 @@ class OpenAI:
         """The layer over an AsyncLLM, whose base model is called as its `served_model_name`."""
         from starlette.datastructures import State
         from vllm.entrypoints.openai.api_server import init_app_state
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-        try:
-            from vllm.entrypoints.launchers.cli_args import make_arg_parser
-        except ImportError:  # vLLM 0.26
-            from vllm.entrypoints.openai.cli_args import make_arg_parser
+        from zoray.engines.vllm_versions import server_arguments
 
-        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+        arguments = server_arguments()
         arguments.model = client.model_config.model
         arguments.served_model_name = [client.model_config.served_model_name]
         state = State()

@@ -22,7 +22,7 @@ class SharingScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         threading.Thread(target=_end_with, args=(os.getppid(),), name="zoray-parent", daemon=True).start()
-        own = self.vllm_config.additional_config[BLOCKS]
+        own: int = dict(self.vllm_config.additional_config)[BLOCKS]  # type: ignore[call-overload]
         pool = self.kv_cache_manager.block_pool
         if own >= pool.get_num_free_blocks():
             raise ValueError(

@@ -6,6 +6,7 @@ one; what zoray relies on is proven on the loaded model (vllm_selftest.py), what
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -42,3 +43,14 @@ def known_fields(
         "_num_computed_tokens_cpu": torch.from_numpy(context),
     }
     return {name: value for name, value in fields.items() if name in CommonAttentionMetadata.__dataclass_fields__}
+
+
+def server_arguments() -> Any:
+    """The arguments of vLLM's own server, as they are by default; their parser has moved."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        found = import_module("vllm.entrypoints.launchers.cli_args")
+    except ImportError:  # 0.26
+        found = import_module("vllm.entrypoints.openai.cli_args")
+    return found.make_arg_parser(FlexibleArgumentParser()).parse_args([])

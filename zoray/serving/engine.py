@@ -54,10 +54,10 @@ class EngineServer:
         self.settings, self._tuner = settings, tuner
         share_cores(settings, serve.get_replica_context().rank.local_rank)
         self.store, self.throttle = Store(settings.folder, clear=False), Throttle(settings.max_slowdown)
-        folder = settings.model.resolve()
+        folder, name = settings.model.resolve(), str(settings.name)
         matrices, loop = linear_matrices(folder), asyncio.get_running_loop()
         self.client = start_client(
-            settings.engine, folder, settings.name, settings.model.dtype, matrices, settings.space, settings.slots
+            settings.engine, folder, name, settings.model.dtype, matrices, settings.space, settings.slots
         )
         about = (settings.engine, settings.space, matrices, settings.seed, folder, self.throttle)
         self.engine: SharedEngine = await asyncio.to_thread(SharedEngine, self.client, loop, *about)
