@@ -118,7 +118,8 @@ def test_chats_that_are_more_than_text_are_refused(client, gateway, change):
 @pytest.mark.parametrize(
     "change",
     [{"prompt": ["a"] * 33}, {"prompt": ["a"] * 30, "n": 16}, {"prompt": []}, {"prompt": [[]]}, {"prompt": [-1]},
-     {"prompt": [[1], ["a"]]}, {"best_of": 1000}, {"logprobs": 1, "echo": True, "stream": True}, {"logprobs": 21}, {"logprobs": -1}, {"max_tokens": 0}],
+     {"prompt": [[1], ["a"]]}, {"best_of": 1000}, {"logprobs": 1, "echo": True, "stream": True},
+     {"logprobs": 21}, {"logprobs": -1}, {"max_tokens": 0}],
 )  # fmt: skip
 def test_completions_are_bounded_in_number(client, gateway, change):
     assert client.post("/v1/completions", json={"prompt": "a"} | change).status_code == 400 and gateway.asked == []

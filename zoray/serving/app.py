@@ -14,6 +14,7 @@ from zoray.engines.vllm_openai import EngineGone
 from zoray.records import ConfigError
 from zoray.serving.engine import EngineServer
 from zoray.serving.gateway import Refused, build_app
+from zoray.serving.loopback import listen_here_only
 from zoray.serving.store import NotFound
 from zoray.serving.tuner import Tuner
 
@@ -38,6 +39,7 @@ class TunerServer:
     """The tuner as a deployment of one replica; its calls run in threads, since they read and write files."""
 
     def __init__(self, settings: Settings) -> None:
+        listen_here_only()
         self.tuner = Tuner(settings, self._measure)
         self._engine: Any = None
         self.tuner.start()
@@ -91,6 +93,7 @@ class Gateway:
     """What the HTTP routes act on."""
 
     def __init__(self, settings: Settings, key: str | None, engine: Any, tuner: Any) -> None:
+        listen_here_only()
         self.settings, self.key = settings, key
         self._engine, self.tuner = engine, Calls(tuner)
         self._live: str | None = None
@@ -172,7 +175,11 @@ def application(settings: Settings) -> Any:
         ray_actor_options={"num_cpus": 0, "num_gpus": 0},
     )
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
-        name="Gateway", num_replicas=1, max_ongoing_requests=512, ray_actor_options={"num_cpus": 0}
+        name="Gateway",
+        num_replicas=1,
+        max_ongoing_requests=512,
+        logging_config=QUIET,  # paths hold names that people have given
+        ray_actor_options={"num_cpus": 0},
     )
     tuned = tuner.bind(settings)
     return gateway.bind(settings, settings.key, engine.bind(settings, tuned), tuned)
