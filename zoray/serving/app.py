@@ -18,6 +18,7 @@ from zoray.models import linear_matrices, load_tokenizer
 from zoray.records import ConfigError
 from zoray.serving.engine import EngineServer
 from zoray.serving.gateway import Refused, build_app
+from zoray.serving.loopback import listen_here_only
 from zoray.serving.placing import gpus
 from zoray.serving.requests import plainly
 from zoray.serving.settings import settings_of
@@ -45,6 +46,7 @@ class TunerServer:
     """The tuner as a deployment of one replica; its calls run in threads, since they read and write files."""
 
     def __init__(self, settings: Settings) -> None:
+        listen_here_only()
         self.tuner = Tuner(settings, self._measure)
         self._engine: Any = None
         # Imports that take seconds, before anybody waits for them; and by one thread: transformers' own are not safe.
@@ -103,6 +105,7 @@ class Gateway:
     """What the HTTP routes act on."""
 
     def __init__(self, settings: Settings, key: str | None, engine: Any, tuner: Any) -> None:
+        listen_here_only()
         self.settings, self.key = settings, key
         self._engine, self.tuner = engine, Calls(tuner)
         self._live: str | None = None
@@ -192,7 +195,11 @@ def application(settings: Settings) -> Any:
         ray_actor_options={"num_cpus": 0, "num_gpus": gpus(settings)},
     )
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
-        name="Gateway", num_replicas=1, max_ongoing_requests=512, ray_actor_options={"num_cpus": 0}
+        name="Gateway",
+        num_replicas=1,
+        max_ongoing_requests=512,
+        logging_config=QUIET,  # paths hold names that people have given
+        ray_actor_options={"num_cpus": 0},
     )
     tuned = tuner.bind(settings)
     return gateway.bind(settings, settings.key, engine.bind(settings, tuned), tuned)

@@ -24,6 +24,7 @@ from zoray.replica import Replica
 from zoray.scorer import Scorer
 from zoray.serving import neutral
 from zoray.serving.gate import Measured
+from zoray.serving.loopback import listen_here_only
 from zoray.serving.placing import share_cores
 from zoray.serving.store import Store
 from zoray.tiles import mean
@@ -51,6 +52,7 @@ class EngineServer:
         from zoray.engines.vllm_shared import SharedEngine, report, start_client
         from zoray.models import linear_matrices, load_tokenizer
 
+        listen_here_only()
         self.settings, self._tuner = settings, tuner
         share_cores(settings, serve.get_replica_context().rank.local_rank)
         self.store, self.throttle = Store(settings.folder, clear=False), Throttle(settings.max_slowdown)
