@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page")
-ASSETS = {"": "index.html", "app.js": "app.js", "style.css": "style.css"}
+SCRIPTS = ("app", "chat", "curve", "data", "learning", "parts", "server", "stored", "versions")
+ASSETS = {"": "index.html", "style.css": "style.css", **{f"{name}.js": f"{name}.js" for name in SCRIPTS}}
 MOST_JSON = 4 << 20  # bytes of a request that is no upload
 RATED = 4096  # addresses whose rates are remembered
 HEADERS = {

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,7 @@ from zoray.serving.requests import NewJob, Use, objective_of
 from zoray.serving.store import Store, append_json, read_json, read_lines, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from zoray.pool import Pool
     from zoray.records import Evaluation
@@ -157,7 +159,8 @@ class Tuner:
         file = self.store.file(request.training_file)
         name = request.suffix or f"job-{time.strftime('%Y%m%d-%H%M%S')}"
         experiment = self._experiment(name, request)
-        load_workload(experiment.spec)  # every mistake in the data shows before there is a job
+        with self._named(file):
+            load_workload(experiment.spec)  # every mistake in the data shows before there is a job
         asked = {**request.model_dump(exclude_none=True), "created_at": time.time(), "filename": file["filename"]}
         self.store.new_job(name, asked)
         self._set(name, status="queued")
@@ -235,12 +238,13 @@ class Tuner:
 
     def preview(self, number: str, use: Use) -> list[str]:
         """How an upload would be used, in lines for people; ConfigError names what is wrong with it."""
-        request = NewJob(training_file=number, use=use)
-        workload = load_workload(self._experiment("preview", request).spec)
-        assert workload.encoder is not None
-        task = use.task(self.store.data_path(number))
-        lines = preview(task, workload.splits, workload.encoder)
-        return [line.replace(str(self.store.folder), "").replace(f"/files/{number}/", "") for line in lines]
+        request, file = NewJob(training_file=number, use=use), self.store.file(number)
+        with self._named(file):
+            workload = load_workload(self._experiment("preview", request).spec)
+            assert workload.encoder is not None
+            task = use.task(self.store.data_path(number))
+            first, *lines = preview(task, workload.splits, workload.encoder)
+        return [_renamed(first, file), *lines]
 
     # Versions.
 
@@ -353,6 +357,15 @@ class Tuner:
         for version in own[:-KEPT]:
             self.store.delete_version(version)
 
+    @contextmanager
+    def _named(self, file: dict[str, Any]) -> Iterator[None]:
+        """Mistakes in an upload are told of with the name that people gave it, and without paths of the server."""
+        try:
+            yield
+        except ConfigError as error:
+            text = re.sub(r"\btask\.(?=[a-z])", "", str(error))  # settings are fields of `use` here
+            raise ConfigError(_renamed(text, file)) from None
+
     def _experiment(self, name: str, request: NewJob) -> Experiment:
         s, numbers = self.settings, request.hyperparameters
         task = request.use.task(self.store.data_path(request.training_file))
@@ -424,6 +437,11 @@ class Tuner:
 def _asked(request: dict[str, Any]) -> dict[str, Any]:
     """A stored request without what the server has added."""
     return {key: value for key, value in request.items() if key in NewJob.model_fields}
+
+
+def _renamed(text: str, file: dict[str, Any]) -> str:
+    """A text with an upload's own name, where it has the path under which that is stored."""
+    return re.sub(rf"\S*/{file['id']}/(data|rows)\.[a-z]+", lambda _: file["filename"], text)
 
 
 def _plain(measured: Measured) -> dict[str, Any]:
