@@ -17,7 +17,6 @@ from zoray.optimizers import Sgd
 from zoray.records import ConfigError
 from zoray.serving.door import Refused
 from zoray.serving.gateway import build_app
-from zoray.serving.requests import plainly
 from zoray.serving.settings import Settings
 from zoray.serving.store import NotFound
 from zoray.serving.tuner import Tuner
@@ -62,7 +61,7 @@ class FakeGateway:
             except NotFound:
                 raise
             except ConfigError as error:  # as app.TunerServer.call
-                raise ConfigError(plainly(str(error))) from None
+                raise ConfigError(self.inner.plainly(str(error))) from None
 
         return call
 

@@ -20,7 +20,6 @@ from zoray.serving.engine import EngineServer
 from zoray.serving.gateway import Refused, build_app
 from zoray.serving.loopback import listen_here_only
 from zoray.serving.placing import gpus
-from zoray.serving.requests import plainly
 from zoray.serving.settings import settings_of
 from zoray.serving.store import NotFound
 from zoray.serving.tuner import Tuner
@@ -65,7 +64,7 @@ class TunerServer:
         except NotFound as error:
             return "NotFound", str(error), None
         except ConfigError as error:
-            return "ConfigError", plainly(str(error)), None
+            return "ConfigError", self.tuner.plainly(str(error)), None
 
     async def where(self) -> Any:
         """See Tuner.where."""

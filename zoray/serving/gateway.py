@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page")
-ASSETS = {"": "index.html", "app.js": "app.js", "style.css": "style.css"}
+SCRIPTS = ("app", "chat", "curve", "data", "learning", "parts", "server", "stored", "versions")
+ASSETS = {"": "index.html", "style.css": "style.css", **{f"{name}.js": f"{name}.js" for name in SCRIPTS}}
 OPEN = ("/health", *(f"/{asset}" for asset in ASSETS))  # to everyone
 UPLOAD = "/v1/files"
 

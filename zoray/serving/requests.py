@@ -19,6 +19,7 @@ from zoray.tasks.file import File
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Callable
     from pathlib import Path
 
     from zoray.objectives.base import Objective
@@ -29,7 +30,7 @@ Column = Field(default=None, min_length=1, max_length=200)
 MOST_COLUMNS = 10  # of a template: each may hold a long text
 WORDS = 120  # of a piece of plain text
 GIVEN = 3  # a piece's first third is given, the rest is to be written
-UPLOAD = re.compile(r"[^\s'\"]*/files/file-[0-9a-f]{24}/(data|rows)\.\w+")  # where one lies on the server
+UPLOAD = re.compile(r"[^\s'\"]*/files/(?P<number>file-[0-9a-f]{24})/(data|rows)\.\w+")  # where one lies on the server
 
 
 class Use(BaseModel):
@@ -166,9 +167,9 @@ class Rated(BaseModel):
     id: str | None = Field(default=None, max_length=64)
 
 
-def plainly(text: str) -> str:
-    """The command line's messages for those who use a server: without its paths, and with settings as named here."""
-    return re.sub(r"\btask\.(?=[a-z_]+\b)", "", UPLOAD.sub("the file", text))
+def plainly(text: str, name_of: Callable[[str], str] = lambda number: "the file") -> str:
+    """The command line's messages for those who use a server: settings as named here, and files by their own names."""
+    return UPLOAD.sub(lambda found: name_of(found["number"]), re.sub(r"\btask\.(?=[a-z_]+\b)", "", text))
 
 
 def objective_of(task: File) -> Objective:

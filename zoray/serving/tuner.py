@@ -35,7 +35,7 @@ from zoray.serving.requests import NewJob, Use, plainly
 from zoray.serving.store import Store, append_json, read_json, read_lines, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from zoray.pool import Pool
     from zoray.records import Evaluation
@@ -244,7 +244,11 @@ class Tuner:
         workload = load_workload(experiment.spec)
         assert workload.encoder is not None
         lines = preview(experiment.task, workload.splits, workload.encoder)
-        return [plainly(line) for line in lines]
+        return [self.plainly(line) for line in lines]
+
+    def plainly(self, text: str) -> str:
+        """A message for those who use the server, with an upload's own name in the place of where it lies."""
+        return plainly(text, lambda number: self.store.file(number)["filename"])
 
     # Versions.
 
@@ -303,10 +307,10 @@ class Tuner:
                         if summary["finished"]:
                             self._event(name, "succeeded", _outcome(summary))
             except ConfigError as error:
-                self._failed(name, plainly(str(error)))
+                self._failed(name, self.plainly(str(error)))
             except Exception as error:  # a job's end must not be the end of all
                 log.error("job %s: %s\n%s", name, type(error).__name__, "".join(format_tb(error.__traceback__)))
-                self._failed(name, plainly(f"{type(error).__name__}: {error}"))
+                self._failed(name, self.plainly(f"{type(error).__name__}: {error}"))
             finally:
                 with self._wake:
                     self._current = None

@@ -1,0 +1,53 @@
+// Requests to the server that this page comes from, with its key where it has one.
+import { $ } from "./parts.js";
+
+const kept = { key: sessionStorage.getItem("key") || "" };
+
+export const locked = () => !$("key").hidden;
+
+export async function call(path, options = {}) {
+  const headers = { ...options.headers };
+  if (kept.key) headers.Authorization = `Bearer ${kept.key}`;
+  if (options.json !== undefined) {
+    options.body = JSON.stringify(options.json);
+    headers["Content-Type"] = "application/json";
+  }
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The server does not answer. Is it still running?");
+  }
+  if (response.ok) return options.raw ? response : response.json();
+  let text = `${response.status} ${response.statusText}`;
+  try { text = (await response.json()).error.message; } catch { /* not of our own making */ }
+  const error = new Error(text);
+  if (response.status === 401) {
+    lock();
+    error.shown = true;
+  }
+  throw error;
+}
+
+export const post = (path, json) => call(path, { method: "POST", json });
+export const put = (path, json) => call(path, { method: "PUT", json });
+export const remove = (path) => call(path, { method: "DELETE" });
+
+// Hide the page behind the form for the key.
+function lock() {
+  if (locked()) return;
+  $("key-wrong").textContent = kept.key ? "The server does not take this key." : "";
+  $("key-wrong").hidden = !kept.key;
+  $("key").hidden = false;
+  $("main").hidden = true;
+  $("key-value").focus();
+}
+
+export function unlock(key) {
+  kept.key = key;
+  sessionStorage.setItem("key", key);
+  $("key-value").value = "";
+  $("key").hidden = true;
+  $("main").hidden = false;
+}

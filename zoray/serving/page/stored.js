@@ -1,0 +1,44 @@
+// What is stored, and how to delete it.
+import { $, acts, button, count, element, list, put, size, sure, thumb } from "./parts.js";
+import { post, remove } from "./server.js";
+import { use } from "./data.js";
+
+export function showStored(files, conversations, jobs, versions, folder) {
+  const total = size(files.reduce((sum, file) => sum + file.bytes, 0));
+  const parts = [
+    `${count(files.length, "file")}${files.length ? ` (${total})` : ""}`, count(conversations.length, "rated conversation"),
+    count(jobs.length, "job"), count(versions.length, "version"),
+  ];
+  const nothing = !files.length && !conversations.length && !jobs.length && !versions.length;
+  put("stored", nothing ? `Nothing. What you upload or rate is kept in ${folder} on the server, and nowhere else.` : `${parts.join(", ")}, all in ${folder} on the server, and nowhere else.`);
+  $("forget").hidden = nothing;
+  $("to-file").hidden = !conversations.length;
+  list($("conversations"), conversations, (one) => one.id, conversation);
+}
+
+function conversation(one) {
+  const item = element("li"), whole = element("details"), summary = element("summary");
+  const question = one.messages.findLast((message) => message.role === "user")?.content || "";
+  const brief = question.length > 60 ? `${question.slice(0, 60)}…` : question;
+  summary.append(thumb(one.up), ` ${brief} `, element("small", `${one.up ? "good" : "bad"} answer of ${one.model || "a model"}`));
+  const names = { user: "You", assistant: one.model || "Answer", system: "System" };
+  whole.append(summary, ...one.messages.map(({ role, content }) => {
+    const said = element("p", content, { class: "said" });
+    said.prepend(element("small", `${names[role] || role}\n`));
+    return said;
+  }));
+  item.append(whole, button("Delete", () => remove(`/v1/conversations/${one.id}`), { class: "danger", "aria-label": `Delete the conversation: ${brief}` }));
+  return item;
+}
+
+export function begin() {
+  acts($("to-file"), async () => {
+    await use(await post("/v1/conversations/file"));
+    $("use-title").focus();
+  });
+  acts($("forget"), async () => {
+    if (!await sure("Delete all files, conversations, jobs and versions from the server? The base model answers from then on.", "Delete everything")) return;
+    await remove("/v1/data");
+    $("stored-title").focus();
+  });
+}

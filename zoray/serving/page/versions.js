@@ -1,0 +1,82 @@
+// Versions with their scores before and after; to promote one, and to roll back.
+import { $, button, count, element, list, say, sure, tell, when } from "./parts.js";
+import { post, remove } from "./server.js";
+
+let live; // as last shown
+
+function score(measured) {
+  return measured.score !== null ? measured.score.toFixed(3) : measured.loss.toFixed(3);
+}
+
+function cell(label, ...parts) {
+  const made = element("td", null, { role: "cell", "data-label": label });
+  made.append(...parts);
+  return made;
+}
+
+// By how much a version is better, for people: accuracy in points.
+function change({ measured: now, compared_with: then }) {
+  const key = now.score === null || then.score === null ? "loss" : "score", by = now[key] - then[key];
+  const points = key === "score" && ["accuracy", "f1"].includes(now.metric);
+  return `${by < 0 ? "−" : "+"}${Math.abs(points ? 100 * by : by).toFixed(points ? 1 : 3)}${points ? " points" : ` ${key}`}`;
+}
+
+// Who was live before: of the same job, by its step.
+function before({ job, compared_with: then }, base) {
+  return then.version === null ? base : then.version.startsWith(`${job}@`) ? `step ${then.version.slice(job.length + 1)}` : then.version;
+}
+
+async function promote(version, back, learns) {
+  if (!version.base && !version.passed && !await sure(`${version.id} did not pass the gate: ${version.reason}\n\nPromote it all the same?`, "Promote it")) return;
+  await post(`/v1/versions/${encodeURIComponent(version.id)}/promote`);
+  const goes = learns ? " A job is still learning and may promote a version again; switch active learning off to prevent that." : "";
+  tell(`${version.id} answers as live from now on.${goes}`);
+}
+
+function row({ version, isLive, back, learns, base }) {
+  const made = element("tr", null, { role: "row" }), name = element("th", `${version.id} `, { scope: "row", role: "rowheader" });
+  if (isLive) name.append(element("span", "live", { class: "badge" }));
+  if (version.base) name.append(element("small", "base model"));
+  made.append(name);
+  if (version.base) made.append(cell(""), cell(""), cell(""));
+  else {
+    const then = cell("Before", element("strong", score(version.compared_with)), element("small", before(version, base)));
+    const after = cell("After", element("strong", score(version.measured)), element("small", change(version)));
+    const gate = cell("Gate", element("span", version.passed ? "passed" : "not passed", { class: version.passed ? "badge" : "badge no" }), element("small", version.reason));
+    gate.classList.add("wide");
+    made.append(then, after, gate);
+  }
+  const buttons = element("div", null, { class: "acts" });
+  if (!isLive) {
+    const text = version.base || back ? "Roll back" : "Promote";
+    const label = text === "Promote" ? `Promote ${version.id}` : `Roll back to ${version.id}`;
+    buttons.append(button(text, () => promote(version, back, learns), { class: "quiet", "aria-label": label }));
+    if (!version.base) {
+      buttons.append(button("Delete", async () => {
+        if (await sure(`Delete version ${version.id}?`)) await remove(`/v1/versions/${encodeURIComponent(version.id)}`);
+      }, { class: "danger", "aria-label": `Delete version ${version.id}` }));
+    }
+  }
+  const act = element("td", null, { role: "cell", class: "wide" });
+  if (buttons.children.length) act.append(buttons);
+  made.append(act);
+  return made;
+}
+
+export function showVersions(found, base, learns) {
+  const been = new Set(found.history.map((entry) => entry.version));
+  const newest = [...found.data].reverse();
+  const rows = [...newest, { id: base, base: true }].map((version) => ({
+    version, base, learns, back: been.has(version.id), isLive: found.live === (version.base ? null : version.id),
+  }));
+  list($("versions"), rows, ({ version }) => version.id, row);
+  const changes = found.history.map((entry, at) => ({ ...entry, at })).reverse();
+  list($("history"), changes.length ? changes : [{ at: -1 }], (entry) => entry.at, (entry) => {
+    const item = element("li", entry.at < 0 ? `Only the base model, ${base}.` : null);
+    if (entry.at >= 0) item.append(element("span", `${entry.version || base}: ${entry.reason}`), element("small", when(entry.time)));
+    return item;
+  });
+  if (live !== undefined && live !== found.live) say(`${found.live || base} is live`);
+  live = found.live;
+  return count(found.data.length, "version");
+}
