@@ -89,6 +89,7 @@ ORDER = [
         "serving.asked",
         "serving.described",
         "serving.door",
+        "serving.loopback",
         "serving.neutral",
         "serving.placing",
         "serving.engine",

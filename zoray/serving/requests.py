@@ -19,7 +19,6 @@ from zoray.tasks.file import File
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from collections.abc import Callable
     from pathlib import Path
 
     from zoray.objectives.base import Objective

@@ -35,7 +35,7 @@ from zoray.serving.requests import NewJob, Use, plainly
 from zoray.serving.store import Store, append_json, read_json, read_lines, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from zoray.pool import Pool
     from zoray.records import Evaluation
