@@ -275,6 +275,8 @@ DANGEROUS = {
     "commas.csv": b"," * 100_000 + b"\n" + b"," * 100_000,
     "one row.csv": b"text,label\nx,y\n",
     "repeats.jsonl": b'{"prompt": "a", "completion": "b"}\n' * 1000,
+    "answers first.jsonl": b'{"messages": [{"role": "assistant", "content": "a %d"}, {"role": "user", "content": "b"}, '
+    b'{"role": "assistant", "content": "c"}]}\n' * 20,
     "roles.jsonl": b'{"messages": [{"role": "__class__", "content": {}}]}\n' * 20,
     "pickle.txt": b"cos\nsystem\n(S'touch /tmp/x'\ntR.",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from zoray.records import ConfigError, Message, TokenSequence
 
@@ -166,8 +167,18 @@ class Encoder:
                 "expected a model with a chat template for a task of messages; this one's tokenizer has none. Take a "
                 "chat model (one that is called Instruct or Chat), or give text prompts"
             )
+        if not messages:
+            raise ConfigError(
+                "expected a chat that begins with a question; got one that begins with an answer. Add one"
+            )
         chat = [{"role": message.role, "content": message.content} for message in messages]
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        try:
+            return self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        except (ValueError, TypeError, TemplateError) as error:  # many refuse some order of roles
+            roles = ", ".join(message.role for message in messages[:8])
+            raise ConfigError(
+                f"the model's chat template does not take messages of {roles}: {error}. Change them"
+            ) from error
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
