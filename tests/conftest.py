@@ -13,7 +13,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from tiny import tiny_llama, tiny_opt, tiny_qwen2
 
-FIRST = ("slurm", "launch", "chaos", "pool", "crash", "ray", "gpu_report", "ports", "damage", "tensor_parallel")
+FIRST = (
+    *("slurm", "launch", "chaos", "serving_crash", "pool", "crash", "serving", "serving_page", "serving_fuzz"),
+    *("tuning_cli", "ray", "gpu_report", "ports", "damage", "tensor_parallel"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
