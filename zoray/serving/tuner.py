@@ -12,7 +12,7 @@ import math
 import re
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from zoray.data import load_workload
 from zoray.driver import tune
 from zoray.experiment import Experiment, Run
 from zoray.history import read_metrics
+from zoray.models import load_tokenizer
 from zoray.monitoring import Logging
 from zoray.preview import preview
 from zoray.records import ConfigError, record
@@ -276,6 +277,8 @@ class Tuner:
     # The thread.
 
     def _work(self) -> None:
+        with suppress(Exception):  # what is wrong with it, the engines tell
+            load_tokenizer(self.settings.model.resolve())  # imports of seconds, which a first preview would wait for
         while True:
             with self._wake:
                 while not self._closed and (name := self._next()) is None:

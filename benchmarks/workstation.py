@@ -1,0 +1,197 @@
+"""The story of a server on a workstation, played in a browser: start, chat, upload, learn, promotion, chat, roll back.
+
+    python -m benchmarks.workstation build/workstation
+    python -m benchmarks.workstation build/workstation serve.steps=200 model.path=...  (settings of conf/serve.yaml)
+
+Saves a screenshot of each step, story.json, and prints a table: step, what, seconds, accuracy on held-out rows before
+and after. Needs playwright and a Chromium; the server is a real one, on a folder of its own that is deleted at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAIL = Path(__file__).parents[1] / "examples" / "mail.csv"
+TEMPLATE = "{subject}: {text} This is"
+QUESTION = (
+    "Payroll: Salaries go out at noon and the file was refused. We need your release now. Is this urgent or private?"
+)
+MOST_SECONDS = 3600.0
+
+
+class Story:
+    """The steps, each with a screenshot and its time."""
+
+    def __init__(self, page: Any, folder: Path) -> None:
+        self._page, self._folder = page, folder
+        self.rows: list[dict[str, Any]] = []
+
+    @contextmanager
+    def step(self, name: str, what: str, show: str = "header") -> Iterator[dict[str, Any]]:
+        """Time what is done within; then a screenshot, with the element `show` in sight."""
+        row: dict[str, Any] = {"step": len(self.rows) + 1, "what": what, "seconds": 0.0, "before": None, "after": None}
+        start = time.monotonic()
+        yield row
+        row["seconds"] = round(row["seconds"] + time.monotonic() - start, 1)
+        self.rows.append(row)
+        self._page.wait_for_timeout(2500)  # until the page has asked the server once more
+        self._page.evaluate("id => document.querySelector(id).closest('section, header').scrollIntoView()", show)
+        path = self._folder / f"serving-{row['step']}-{name}.png"
+        self._page.screenshot(path=path)
+        _shrink(path)
+        print(f"{row['step']}. {what}: {row['seconds']} s", flush=True)
+
+
+def play(page: Any, url: str, story: Story, data: Path, template: str, started: float) -> None:
+    """The story on a server that answers at `url`."""
+    from playwright.sync_api import expect
+
+    patience = MOST_SECONDS * 1000
+    page.set_default_timeout(patience)
+
+    def chat() -> str:
+        page.click("#clear")
+        page.fill("#question", QUESTION)
+        page.press("#question", "Enter")
+        page.wait_for_selector(".rate >> nth=0")
+        return page.inner_text("#turns li:last-child small")
+
+    with story.step("start", "started, the page is open") as row:
+        row["seconds"] = started
+        page.goto(url)
+        expect(page.locator("#state")).to_contain_text("Ready", timeout=patience)
+    with story.step("chat", "a chat with the base model"):
+        base = chat()
+    with story.step("upload", f"{data.name} uploaded, and how it will be used", "#data-title"):
+        page.set_checked("#learning", False)  # to be switched on by hand below
+        page.set_input_files("#file", str(data))
+        page.wait_for_selector("#learn:enabled")
+        page.fill("#template", template)
+        page.press("#template", "Enter")
+        expect(page.locator("#preview")).to_contain_text(template[-8:], timeout=patience)
+        page.wait_for_selector("#learn:enabled")
+    with story.step("learning", "active learning on, the first curve", "#learning-title"):
+        page.click("#learn")
+        expect(page.locator("#job")).to_contain_text("waits until active learning is on", timeout=patience)
+        page.check("#learning")
+        page.wait_for_selector("#score:is([data-points='2'], [data-points='3'], [data-points='4'])")
+    with story.step("learnt", "the job has ended", "#learning-title") as row:
+        page.wait_for_selector("#job[data-status=succeeded]")
+        row["before"], row["after"] = _scores(page.get_attribute("#score", "aria-label"))
+    with story.step("promoted", "the gate has promoted a version", "#versions-title") as row:
+        live = page.locator("#versions tr", has=page.locator(".badge", has_text="live"))
+        version = live.locator("th").inner_text().split()[0]
+        row["version"] = version
+        if version == base:
+            raise SystemExit("no version has passed the gate: see the screenshots")
+        row["before"], row["after"] = map(float, live.locator("td strong").all_inner_texts())
+    with story.step("chat-live", f"a new chat is answered by {version}") as row:
+        row["answered_by"] = chat()
+    with story.step("rolled-back", "rolled back to the base model", "#versions-title"):
+        page.get_by_role("button", name=f"Roll back to {base}").click()
+        expect(page.locator("#alert-text")).to_contain_text(f"{base} answers as live", timeout=patience)
+    with story.step("chat-base", f"a new chat is answered by {base}") as row:
+        row["answered_by"] = chat()
+
+
+@contextmanager
+def server(settings: list[str]) -> Iterator[tuple[str, float]]:
+    """A server of its own: (address, seconds it took to start)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url, start = f"http://127.0.0.1:{port}", time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "zoray.serve", f"serve.folder={folder}/store", f"serve.port={port}", *settings]
+        process = subprocess.Popen(command)
+        try:
+            while not _answers(f"{url}/health"):
+                if process.poll() is not None:
+                    raise SystemExit("the server has ended; see above")
+                time.sleep(0.2)
+            if not _answers(f"{url}/v1/completions", {"prompt": "a", "max_tokens": 1}):  # waits for the engine
+                raise SystemExit("the engine has not answered; see above")
+            yield url, time.monotonic() - start
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(120)
+
+
+def main() -> None:
+    """Play the story and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for the screenshots and story.json")
+    parser.add_argument("settings", nargs="*", help="of the server, such as serve.steps=200")
+    parser.add_argument("--data", type=Path, default=MAIL, help="a labelled file")
+    parser.add_argument("--template", default=TEMPLATE, help="how the model is asked")
+    parser.add_argument("--size", default="1280x800", help="of the window; 390x800 is a phone")
+    parser.add_argument("--scheme", default="light", choices=["light", "dark"])
+    asked = parser.parse_args()
+    from playwright.sync_api import sync_playwright
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    if chromium is None:
+        raise SystemExit("expected chromium or google-chrome in PATH")
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    width, height = map(int, asked.size.split("x"))
+    with server(asked.settings) as (url, started), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=asked.scheme)
+        story = Story(page, asked.folder)
+        try:
+            play(page, url, story, asked.data, asked.template, started)
+        finally:
+            browser.close()
+            (asked.folder / "story.json").write_text(json.dumps(story.rows, indent=2) + "\n")
+    print(table(story.rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The steps as a table in Markdown."""
+    lines = ["| step | what | seconds | accuracy before | after |", "|---|---|---|---|---|"]
+    for row in rows:
+        scores = ["" if row[key] is None else f"{row[key]:.3f}" for key in ("before", "after")]
+        lines.append(f"| {row['step']} | {row['what']} | {row['seconds']:.1f} | {' | '.join(scores)} |")
+    return "\n".join(lines)
+
+
+def _scores(label: str) -> tuple[float, float]:
+    first, last = re.findall(r"([\d.]+) at step", label)
+    return float(first), float(last)
+
+
+def _answers(url: str, body: dict[str, Any] | None = None) -> bool:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def _shrink(path: Path) -> None:
+    """A screenshot has few colours: a palette makes it a third of the size."""
+    from PIL import Image
+
+    Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
