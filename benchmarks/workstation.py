@@ -13,16 +13,13 @@ import argparse
 import json
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.server import running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,10 +45,10 @@ class Story:
         row: dict[str, Any] = {"step": len(self.rows) + 1, "what": what, "seconds": 0.0, "before": None, "after": None}
         start = time.monotonic()
         yield row
-        row["seconds"] = round(time.monotonic() - start, 1)
+        row["seconds"] = round(row["seconds"] + time.monotonic() - start, 1)
         self.rows.append(row)
         self._page.wait_for_timeout(2500)  # until the page has asked the server once more
-        self._page.evaluate("id => document.querySelector(id).scrollIntoView({block: 'start'})", show)
+        self._page.evaluate("id => document.querySelector(id).closest('section, header').scrollIntoView()", show)
         path = self._folder / f"serving-{row['step']}-{name}.png"
         self._page.screenshot(path=path)
         _shrink(path)
@@ -73,9 +70,9 @@ def play(page: Any, url: str, story: Story, data: Path, template: str, started: 
         return page.inner_text("#turns li:last-child small")
 
     with story.step("start", "started, the page is open") as row:
+        row["seconds"] = started
         page.goto(url)
         expect(page.locator("#state")).to_contain_text("Ready", timeout=patience)
-    row["seconds"] += round(started, 1)
     with story.step("chat", "a chat with the base model"):
         base = chat()
     with story.step("upload", f"{data.name} uploaded, and how it will be used", "#data-title"):
@@ -100,6 +97,7 @@ def play(page: Any, url: str, story: Story, data: Path, template: str, started: 
         row["version"] = version
         if version == base:
             raise SystemExit("no version has passed the gate: see the screenshots")
+        row["before"], row["after"] = map(float, live.locator("td strong").all_inner_texts())
     with story.step("chat-live", f"a new chat is answered by {version}") as row:
         row["answered_by"] = chat()
     with story.step("rolled-back", "rolled back to the base model", "#versions-title"):
@@ -107,27 +105,6 @@ def play(page: Any, url: str, story: Story, data: Path, template: str, started: 
         expect(page.locator("#alert-text")).to_contain_text(f"{base} answers as live", timeout=patience)
     with story.step("chat-base", f"a new chat is answered by {base}") as row:
         row["answered_by"] = chat()
-
-
-@contextmanager
-def server(settings: list[str]) -> Iterator[tuple[str, float]]:
-    """A server of its own: (address, seconds it took to start)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url, start = f"http://127.0.0.1:{port}", time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "zoray.serve", f"serve.folder={folder}/store", f"serve.port={port}", *settings]
-        process = subprocess.Popen(command)
-        try:
-            while not _answers(url):
-                if process.poll() is not None:
-                    raise SystemExit("the server has ended; see above")
-                time.sleep(0.2)
-            yield url, time.monotonic() - start
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(120)
 
 
 def main() -> None:
@@ -147,7 +124,13 @@ def main() -> None:
         raise SystemExit("expected chromium or google-chrome in PATH")
     asked.folder.mkdir(parents=True, exist_ok=True)
     width, height = map(int, asked.size.split("x"))
-    with server(asked.settings) as (url, started), sync_playwright() as playwright:
+    began = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running([f"serve.folder={folder}/store", *asked.settings]) as url,
+        sync_playwright() as playwright,
+    ):
+        started = time.monotonic() - began
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=asked.scheme)
         story = Story(page, asked.folder)
@@ -171,14 +154,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _scores(label: str) -> tuple[float, float]:
     first, last = re.findall(r"([\d.]+) at step", label)
     return float(first), float(last)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
 
 
 def _shrink(path: Path) -> None:

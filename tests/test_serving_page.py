@@ -54,13 +54,20 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def awake(server):
+    """The server once its engine has answered: the page is there before."""
+    server.ask("tiny", tokens=1)
+    return server
+
+
 @pytest.fixture
 def watched() -> Watched:
     return Watched()
 
 
 @pytest.fixture
-def page(browser, server, watched):
+def page(browser, awake, server, watched):
     """The page, opened; nothing may go wrong on it but what a test expects, and nothing is left on the server."""
     context = browser.new_context(base_url=server.url, viewport={"width": 1280, "height": 900})
     page = context.new_page()
@@ -176,6 +183,8 @@ def test_a_version_that_did_not_pass_is_promoted_only_after_a_question(page, ser
     page.get_by_role("button", name="Promote gated@20").click()
     confirm(page)
     said(page.locator("#alert-text"), "gated@20 answers as live")
+    expect(page.get_by_role("button", name="Delete version gated@10")).to_have_count(0)
+    page.get_by_role("button", name="Show 1 earlier version that did not pass").click()
     page.get_by_role("button", name="Delete version gated@10").click()
     confirm(page)
     expect(page.locator("#versions tr")).to_have_count(2, timeout=PATIENCE)

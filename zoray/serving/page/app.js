@@ -46,7 +46,7 @@ async function loop() {
 }
 
 page.refresh = asked;
-for (const part of [chat, data, learning, stored]) part.begin(asked);
+for (const part of [chat, data, learning, stored, versions]) part.begin(asked);
 acts($("dismiss"), async () => { complain(""); $("question").focus(); });
 $("learning").addEventListener("change", () => {
   const on = $("learning").checked;

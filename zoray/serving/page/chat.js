@@ -73,6 +73,7 @@ async function ask() {
   $("send").disabled = true;
   $("stop").hidden = false;
   let cut = "";
+  const slow = setTimeout(() => { item.children[0].textContent = "waiting: a server that has just been started needs a while"; }, 5000);
   try {
     const messages = talk.map(({ role, content }) => ({ role, content }));
     const json = { model: $("model").value, messages, stream: true };
@@ -80,6 +81,7 @@ async function ask() {
     let parts = 0;
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
+      clearTimeout(slow);
       const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
       turn.model = event.model || turn.model;
       turn.content += event.choices?.[0]?.delta?.content || "";
@@ -96,6 +98,7 @@ async function ask() {
     if (error.name === "AbortError") cut = ", stopped";
     else if (!error.shown) complain(error.message + (talk.length > 1 ? "\nIf the chat has become too long, begin a new one." : ""));
   }
+  clearTimeout(slow);
   if (asking === own) {
     asking = null;
     $("send").disabled = false;

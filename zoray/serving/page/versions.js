@@ -1,8 +1,10 @@
 // Versions with their scores before and after; to promote one, and to roll back.
-import { $, button, count, element, list, say, sure, tell, when } from "./parts.js";
+import { $, button, count, element, list, put, say, sure, tell, when } from "./parts.js";
 import { post, remove } from "./server.js";
 
 let live; // as last shown
+let all = false; // whether those that did not pass are shown as well
+let again = () => {};
 
 function score(measured) {
   return measured.score !== null ? measured.score.toFixed(3) : measured.loss.toFixed(3);
@@ -66,7 +68,13 @@ function row({ version, isLive, back, learns, base }) {
 export function showVersions(found, base, learns) {
   const been = new Set(found.history.map((entry) => entry.version));
   const newest = [...found.data].reverse();
-  const rows = [...newest, { id: base, base: true }].map((version) => ({
+  const told = newest.filter((version, place) => all || place === 0 || version.passed || been.has(version.id));
+  const more = newest.filter((version, place) => place > 0 && !version.passed && !been.has(version.id)).length;
+  $("more").hidden = !more;
+  $("more").setAttribute("aria-expanded", String(all));
+  put("more", all ? "Hide earlier versions that did not pass" : `Show ${count(more, "earlier version")} that did not pass`);
+  again = () => showVersions(found, base, learns);
+  const rows = [...told, { id: base, base: true }].map((version) => ({
     version, base, learns, back: been.has(version.id), isLive: found.live === (version.base ? null : version.id),
   }));
   list($("versions"), rows, ({ version }) => version.id, row);
@@ -78,5 +86,8 @@ export function showVersions(found, base, learns) {
   });
   if (live !== undefined && live !== found.live) say(`${found.live || base} is live`);
   live = found.live;
-  return count(found.data.length, "version");
+}
+
+export function begin() {
+  $("more").addEventListener("click", () => { all = !all; again(); });
 }
