@@ -33,6 +33,7 @@ from served import labelled
 
 from zoray.models import cache_dir
 
+pytestmark = pytest.mark.slow
 REQUESTS = int(os.environ.get("ZORAY_FUZZ_REQUESTS", "1000"))
 CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)
 ENDED = ("succeeded", "failed", "cancelled")
@@ -268,14 +269,14 @@ def test_deleted_data_are_nowhere(server):
     assert wrong.status_code == 400 and mark in wrong.text
     messages = [{"role": "user", "content": f"{mark}?"}, {"role": "assistant", "content": f"{mark}!"}]
     server.http.post("/v1/conversations", json={"messages": messages, "up": True}).raise_for_status()
-    assert server.ask("tiny", mark)
+    server.ask("tiny", mark)
     name = f"forget-{time.time_ns()}"  # of the server's log, which says which job ran
     body = {"training_file": number, "suffix": name, "use": use, "hyperparameters": {"steps": 10}}
     server.http.post("/v1/fine_tuning/jobs", json=body).raise_for_status()
     server.wait(lambda: server.job(name)["status"] == "succeeded", 120)
     versions = [version["id"] for version in server.http.get("/v1/versions").json()["data"]]
     assert any(version.startswith(name) for version in versions)
-    assert server.ask(f"{name}@10", mark)
+    server.ask(f"{name}@10", mark)
     private = server.folder.stat().st_mode & 0o777
     assert private == 0o700 and holding(mark.encode(), [server.folder])
 

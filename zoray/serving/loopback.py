@@ -27,4 +27,4 @@ def listen_here_only() -> None:
         return bind(server, address.replace("[::]", "127.0.0.1").replace("0.0.0.0", "127.0.0.1"))
 
     bind_here.here_only = True  # type: ignore[attr-defined]
-    replica.add_port_to_grpc_server = bind_here  # type: ignore[attr-defined]
+    replica.add_port_to_grpc_server = bind_here  # pyright: ignore[reportPrivateImportUsage]
