@@ -21,9 +21,10 @@ from zoray.cli import build, build_experiment, compose, conf_dir, group_options
 from zoray.experiment import Experiment
 from zoray.optimizers import GlobalAdaptive, Sign
 from zoray.records import ConfigError
-from zoray.serve import check_model, claim, main
+from zoray.serve import check_model, main
 from zoray.serving.gate import Gate
 from zoray.serving.settings import KEY, PARTS, settings_of
+from zoray.serving.store import claim
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml"))

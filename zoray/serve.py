@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import socket
 import threading
@@ -12,6 +11,7 @@ from typing import Any
 from zoray.cli import run_main
 from zoray.records import ConfigError
 from zoray.serving.settings import Settings, settings_of
+from zoray.serving.store import claim
 
 
 def main(config: Any) -> int:
@@ -20,7 +20,7 @@ def main(config: Any) -> int:
     key = settings.key  # refused before anything is started
     _check_port(settings.host, settings.port)
     check_model(settings)
-    held = claim(Path(settings.folder))
+    claim(Path(settings.folder)).close()  # the tuner holds it from here on
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
@@ -33,7 +33,6 @@ def main(config: Any) -> int:
             print("requests need the key of ZORAY_API_KEY", flush=True)
         ended.wait()
         print("stopping; jobs go on when the server is started again", flush=True)
-    held.close()
     return 0
 
 
@@ -42,25 +41,6 @@ def check_model(settings: Settings) -> None:
     from zoray.models import linear_matrices
 
     settings.space.select(linear_matrices(settings.model.resolve(), settings.space.targets))
-
-
-def claim(folder: Path) -> Any:
-    """Keep a server's folder for this process, as long as what this returns is open.
-
-    Raises:
-        ConfigError: another server has it: both would write the same journals.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise ConfigError(f"can't write serve.folder={folder}: {error.strerror}. Choose another") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise ConfigError(f"expected serve.folder={folder} for this server alone; another one uses it") from None
-    return file
 
 
 def _check_port(host: str, port: int) -> None:

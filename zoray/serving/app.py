@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -21,7 +22,7 @@ from zoray.serving.gateway import Refused, build_app
 from zoray.serving.loopback import listen_here_only
 from zoray.serving.placing import gpus
 from zoray.serving.settings import settings_of
-from zoray.serving.store import NotFound
+from zoray.serving.store import NotFound, claim
 from zoray.serving.tuner import Tuner
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 APP = "zoray"  # the application's name in Ray Serve
 LIVE = "live"  # the model's name that stands for the version that answers at the time
 MEASURE_SECONDS = 600.0
+TAKEOVER_SECONDS = 60.0  # that a tuner before this one may take to end
 MOST_WAITING = 512  # requests beside those that engines are answering; further ones are told to come again
 QUIET = {"enable_access_log": False}  # engines ask the tuner twice a second
 CALLS = (  # of the tuner, that requests may lead to
@@ -46,6 +48,7 @@ class TunerServer:
 
     def __init__(self, settings: Settings) -> None:
         listen_here_only()
+        self._claim = claim(Path(settings.folder), TAKEOVER_SECONDS)
         self.tuner = Tuner(settings, self._measure)
         self._engine: Any = None
         # Imports that take seconds, before anybody waits for them; and by one thread: transformers' own are not safe.

@@ -204,7 +204,7 @@ def build_app(gateway: Any) -> FastAPI:
     async def versions() -> Any:
         return await gateway.tuner.versions()
 
-    @app.post("/v1/versions/{version}/promote")
+    @app.post("/v1/versions/{version:path}/promote")
     async def promote(version: str) -> Any:
         return await gateway.promote(version)
 

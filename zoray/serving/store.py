@@ -11,6 +11,7 @@ lead out of the folder; only the owner may enter it; what is deleted is gone fro
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -210,6 +211,35 @@ class Store:
         if folder is None or not folder.is_dir():
             raise NotFound(f"there is no {what} {shown(name)}")
         return folder
+
+
+def claim(folder: Path, patience: float = 0.0) -> Any:
+    """Keep a server's folder for this process, as long as what this returns is open.
+
+    Args:
+        folder: of a server; it need not be there.
+        patience: seconds to wait for another one to end.
+
+    Raises:
+        ConfigError: another server has it: both would write the same journals.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"can't write serve.folder={folder}: {error.strerror}. Choose another") from None
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise ConfigError(
+                    f"expected serve.folder={folder} for this server alone; another one uses it"
+                ) from None
+        time.sleep(0.2)
 
 
 def read_json(path: Path) -> Any:
