@@ -118,6 +118,16 @@ def test_strangers_are_dropped_and_replicas_still_get_in(kind, listener, monkeyp
         thread.join()
 
 
+def test_a_replica_that_nobody_has_taken_is_let_go_when_the_listener_closes(listener):
+    far = connect(listener.address, listener.key)
+    far.send_bytes(b"hello")
+    assert select.select([listener], [], [], 20)[0]
+    listener.close()
+    assert far.poll(20)
+    with pytest.raises(EOFError):
+        far.recv_bytes()
+
+
 def test_a_replica_with_another_key_is_told_so(listener):
     with pytest.raises(ConfigError, match=rf"expected the driver at {HOST}:{listener.address[1]}.*cluster.port"):
         connect(listener.address, b"another run's")

@@ -69,11 +69,14 @@ class Listener:
         return found
 
     def close(self) -> None:
-        """Take no more connections; those that there are stay."""
+        """Take no more connections; those that have been taken stay, and those that wait to be are closed."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which a mere close does not
         for end in (self._socket, self._bell, self._ringer):
             end.close()
+        with suppress(queue.Empty):
+            while True:  # they would wait for ever for what nobody sends
+                self._come.get_nowait()[0].close()
 
     def _accept(self) -> None:
         while True:
