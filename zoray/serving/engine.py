@@ -7,6 +7,8 @@ its last token: a slot that a request uses is not written.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import threading
 from collections import OrderedDict
 from contextlib import asynccontextmanager, suppress
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from zoray.replica import ReplicaInfo
     from zoray.serving.settings import Settings
 
+log = logging.getLogger(__name__)
 SLOT_SECONDS = 60.0  # that a request waits for a slot, where all are in use by other versions
 JOIN_SECONDS = 0.5  # between questions to the tuner whether there is a job
 
@@ -213,6 +216,17 @@ class TuningMember(ReplicaActor):
         """Connect to a driver, and do what it asks for until it is gone."""
         self._thread = threading.Thread(target=self._serve, args=(name, address, key), name="zoray-tuning", daemon=True)
         self._thread.start()
+
+    def call(self, message: bytes) -> bytes:
+        """As ReplicaActor.call; where vLLM's core has died, this process ends, and Serve starts another.
+
+        The driver would take the error for the job's own, and end the job; a connection that breaks is waited for.
+        """
+        answer = super().call(message)
+        if self._server.client.errored:
+            log.error("vLLM's core has died, so this engine ends")
+            os._exit(1)
+        return answer
 
     def load(self, spec: ReplicaSpec, cores: tuple[int, int] | None) -> ReplicaInfo:
         """The job's data; the model is there."""
