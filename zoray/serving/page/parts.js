@@ -68,7 +68,7 @@ export async function guarded(does) {
   } finally {
     page.busy -= 1;
   }
-  try { await page.refresh(); } catch { /* said in the header */ }
+  page.refresh(); // not waited for: the next thing can be done meanwhile
 }
 
 // Ask before something is done for good.
