@@ -122,9 +122,8 @@ class File(Task):
         """Read every row once, check it, and split them."""
         tables = open_rows(self.path)
         rows = tables["train"]
-        stamps = (
-            rows.stamps if isinstance(rows, TextFiles) else None
-        )  # others hold their rows, which are not to be kept
+        # Others hold their rows, which are not to be kept.
+        stamps = rows.stamps if isinstance(rows, TextFiles) else None
         if stamps is not None and (known := scanned.recall(self, stamps)) is not None:
             taken, lines = known
         else:
