@@ -32,13 +32,17 @@ STEPS, INTERVAL = 9, 3
 class Fragile(ReplicaActor):
     """A replica that can be damaged: by the commits that `catch_up` gets, which are a word."""
 
-    stays = False  # whether each rebuilding ends with the damage
+    stays = False  # whether it is damaged anew whenever it has been rebuilt
 
     def catch_up(self, commits: Any, digest: bool) -> str | None:
         import torch
 
+        found = None
         if not isinstance(commits, str):
-            return super().catch_up(commits, digest)
+            found = super().catch_up(commits, digest)
+            if not self.stays:
+                return found
+            commits = "state"
         assert self.replica is not None
         engine: Any = self.replica.engine
         self.stays |= commits == "stays"
@@ -48,12 +52,7 @@ class Fragile(ReplicaActor):
             else:
                 weight = engine.model.model.layers[0].mlp.down_proj.weight
                 weight[3] = float("nan") if commits == "nan" else weight[3] + 0.5
-        return None
-
-    def reset(self) -> None:
-        super().reset()
-        if self.stays:
-            self.catch_up("stays", False)
+        return found
 
 
 @pytest.fixture
