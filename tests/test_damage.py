@@ -7,10 +7,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import toy
 from ray import cloudpickle
 
 import zoray.pool
-from zoray.actor import ReplicaActor
 from zoray.cluster import Cluster
 from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STEPS, INTERVAL = 9, 3
 
 
-class Fragile(ReplicaActor):
+class Fragile(toy.Toy):
     """A replica that can be damaged: by the commits that `catch_up` gets, which are a word."""
 
     stays = False  # whether it is damaged anew whenever it has been rebuilt
@@ -50,7 +50,7 @@ class Fragile(ReplicaActor):
             if commits in ("state", "stays"):
                 engine.state.flat[17] += 2**-20
             else:
-                weight = engine.model.model.layers[0].mlp.down_proj.weight
+                weight = engine.weights["model.layers.0.mlp.down_proj"]
                 weight[3] = float("nan") if commits == "nan" else weight[3] + 0.5
         return found
 
@@ -59,10 +59,12 @@ class Fragile(ReplicaActor):
 def fragile(monkeypatch) -> Iterator[None]:
     """Pools of such replicas."""
     module = sys.modules[__name__]
-    cloudpickle.register_pickle_by_value(module)
+    for each in (toy, module):
+        cloudpickle.register_pickle_by_value(each)
     monkeypatch.setattr(zoray.pool, "ReplicaActor", Fragile)
     yield
-    cloudpickle.unregister_pickle_by_value(module)
+    for each in (toy, module):
+        cloudpickle.unregister_pickle_by_value(each)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +104,8 @@ def all_back(pool: Pool, replicas: int) -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_damage_is_found_within_the_interval_and_mended(local_ray, spec, fragile):
-    with Pool.start(spec, Cluster(replicas=1), "sound") as pool:
-        sound = steps(pool)
+    losses, digests = toy.by_itself(spec, STEPS)
+    sound = {step: (losses[step], None if step % INTERVAL else digests[step]) for step in range(STEPS)}
     said: list[str] = []
     with Pool.start(spec, Cluster(replicas=2), "damaged", said.append) as pool:
         damage_at = {1: "state"}

@@ -1,4 +1,4 @@
-"""The tile grid and its sums; the pool with real Ray actors on the reference engine, and what it does when one dies."""
+"""The tile grid and its sums; the pool with real Ray actors, and what it does when one dies."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import toy
 from loop import tile_grid
 from orders import batch_indices, stratified_indices
+from ray import cloudpickle
 
+import zoray.pool
 from zoray.cluster import Cluster, bind_cores
 from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
@@ -40,6 +43,8 @@ from zoray.tiles import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from zoray.members import Member
 
 PAIR = (Probe(0, 0, 0.1), Probe(0, 0, -0.1))
@@ -158,6 +163,21 @@ def spec(tiny_models, labelled_file) -> ReplicaSpec:
     return ReplicaSpec(model, task, ChoiceNLL(), space, pairs, Hf(), seed=1, data_seed=2, batch=8, tile_examples=2)
 
 
+@pytest.fixture
+def toys(local_ray, monkeypatch) -> Iterator[None]:
+    """Pools of replicas that start fast, see toy.py: what is looked at is the pool's."""
+    cloudpickle.register_pickle_by_value(toy)
+    monkeypatch.setattr(zoray.pool, "ReplicaActor", toy.Toy)
+    yield
+    cloudpickle.unregister_pickle_by_value(toy)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(spec) -> tuple[list[list[tuple[float, ...]]], list[str]]:
+    """Eight steps without any pool."""
+    return toy.by_itself(spec, 8)
+
+
 @pytest.mark.parametrize("stratify", [False, True])
 def test_a_replica_scores_the_examples_of_the_step(stratify, spec):
     """Tile by tile: its scores on the batch are those on the examples that the step sees."""
@@ -220,10 +240,7 @@ def member(pool: Pool, index: int = 0) -> Member:
 
 
 @pytest.mark.ray
-def test_one_two_and_dying_replicas_give_the_same_bits(local_ray, spec):
-    """hf scores every sequence alone, so nothing but the pool could make a difference."""
-    with Pool.start(spec, Cluster(replicas=1), "one") as pool:
-        undisturbed = run_steps(pool, 6)
+def test_two_and_dying_replicas_give_the_bits_of_one(toys, spec, undisturbed):
     with Pool.start(spec, Cluster(replicas=2), "two") as pool:
         assert run_steps(pool, 2) == (undisturbed[0][:2], undisturbed[1][:3])
         assert pool.size == 2 and not pool.lost
@@ -232,12 +249,12 @@ def test_one_two_and_dying_replicas_give_the_same_bits(local_ray, spec):
         assert end == (undisturbed[0][2:4], undisturbed[1][2:5])
         see_lost(pool)
         assert f"process {pid}" in pool.lost[0]
-        assert finish(pool, 6, size=2) == (undisturbed[0][4:], undisturbed[1][4:])  # it came back, and replayed
+        assert finish(pool, 8, size=2) == (undisturbed[0][4:], undisturbed[1][4:])  # it came back, and replayed
         assert member(pool).pid != pid and not pool.members.given_up
 
 
 @pytest.mark.ray
-def test_rewind_takes_every_replica_back_and_it_goes_on_as_before(local_ray, spec):
+def test_rewind_takes_every_replica_back_and_it_goes_on_as_before(toys, spec):
     """A space that folds into the base weights (after steps 2 and 4 here), so that these must come back as well."""
     spec = replace(spec, space=Lozo(rank=1, interval=2))
     state = spec.space.open(linear_matrices(spec.model.path), spec.seed, weights=base_weights(spec))
@@ -250,6 +267,7 @@ def test_rewind_takes_every_replica_back_and_it_goes_on_as_before(local_ray, spe
         losses, digests = run_steps(pool, 5)
         assert digests == expected
         assert pool.digest() == expected[5]  # of the commits that have not been sent yet as well
+        assert losses == toy.by_itself(spec, 5)[0]
         for step in (3, 2, 0):  # into an interval, onto a fold, to the start
             pool.rewind(step)
             assert len(pool.commits) == step
@@ -275,7 +293,7 @@ def test_deterministic_vllm_gives_the_same_bits_with_any_number_of_replicas(loca
 
 
 @pytest.mark.ray
-def test_losing_every_replica_is_survived_and_too_many_times_in_a_row_is_not(local_ray, spec):
+def test_losing_every_replica_is_survived_and_too_many_times_in_a_row_is_not(toys, spec):
     said: list[str] = []
     with Pool.start(spec, Cluster(replicas=1), "last", said.append) as pool:
         first = run_steps(pool, 2)
@@ -302,7 +320,7 @@ def test_losing_every_replica_is_survived_and_too_many_times_in_a_row_is_not(loc
 
 
 @pytest.mark.ray
-def test_the_run_waits_for_its_least_number_of_replicas(local_ray, spec, monkeypatch):
+def test_the_run_waits_for_its_least_number_of_replicas(toys, spec, monkeypatch):
     with pytest.raises(ConfigError, match=r"cluster.min_replicas of at most cluster.replicas=2; got 3"):
         Cluster(replicas=2, min_replicas=3)
     with Pool.start(spec, Cluster(replicas=2, min_replicas=2, wait_timeout_s=0.5), "least") as pool:
@@ -314,9 +332,7 @@ def test_the_run_waits_for_its_least_number_of_replicas(local_ray, spec, monkeyp
 
 
 @pytest.mark.ray
-def test_a_stopped_replica_is_late_and_its_tiles_go_to_another(local_ray, spec):
-    with Pool.start(spec, Cluster(replicas=1), "alone") as pool:
-        undisturbed = run_steps(pool, 8)
+def test_a_stopped_replica_is_late_and_its_tiles_go_to_another(toys, spec, undisturbed):
     cluster = Cluster(replicas=2, late_floor_s=0.3, late_factor=2.0, hang_timeout_s=8.0)
     with Pool.start(spec, cluster, "late") as pool:
         assert run_steps(pool, 3) == (undisturbed[0][:3], undisturbed[1][:4])
@@ -341,7 +357,7 @@ def test_a_stopped_replica_is_late_and_its_tiles_go_to_another(local_ray, spec):
 
 
 @pytest.mark.ray
-def test_what_a_replica_raises_reaches_the_driver_unless_another_one_does_better(local_ray, spec):
+def test_what_a_replica_raises_reaches_the_driver_unless_another_one_does_better(toys, spec):
     def fail(found: Member) -> None:
         pool.members.ask(found, "kill", then=lambda *_: None)
 
@@ -360,9 +376,7 @@ def test_what_a_replica_raises_reaches_the_driver_unless_another_one_does_better
 
 
 @pytest.mark.ray
-def test_a_replica_that_drifts_is_rebuilt_and_what_it_said_does_not_count(local_ray, spec):
-    with Pool.start(spec, Cluster(replicas=1), "sound") as pool:
-        undisturbed = run_steps(pool, 4)
+def test_a_replica_that_drifts_is_rebuilt_and_what_it_said_does_not_count(toys, spec, undisturbed):
     said: list[str] = []
     with Pool.start(spec, Cluster(replicas=2), "drift", said.append) as pool:
         run_steps(pool, 1)
@@ -370,7 +384,7 @@ def test_a_replica_that_drifts_is_rebuilt_and_what_it_said_does_not_count(local_
         wrong = (Commit(1, (0.5, 0.5)),)  # behind its back
         pool.members.ask(member(pool, 1), "catch_up", wrong, False, then=lambda *_: None)
         pool.members.pump(30.0)
-        rest = finish(pool, 4, size=2)
+        rest = finish(pool, 8, size=2)
         assert rest == (undisturbed[0][1:], undisturbed[1][1:])
         assert pool.rebuilt >= 1 and not pool.lost
         assert any("is not that of the others at step 1; it is rebuilt from the journal" in line for line in said)

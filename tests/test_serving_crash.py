@@ -13,7 +13,11 @@ from served import Served, labelled
 
 from zoray import journal
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]  # an engine that starts anew takes as long as it takes
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]  # an engine that starts anew takes as long as it takes
 
 
 @pytest.fixture(scope="module")
