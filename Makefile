@@ -13,7 +13,7 @@ export ACCEL PYTHON
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup prepare run test test-server lint format lock wheel clean
+.PHONY: help setup prepare run test test-slow lint format lock wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,14 +32,14 @@ prepare: setup ## put the model and the data into the cache (once)
 run: prepare ## tune SmolLM2-135M on movie reviews: the main job
 	$(PY) -m zoray.launch $(if $(filter-out null,$(EXPERIMENT)),$(if $(findstring run.resume=,$(ARGS)),,experiment=$(EXPERIMENT))) $(ARGS)
 
-test: prepare ## all checks: ruff, pyright, then every test but those of make test-server
+test: prepare ## ruff, pyright, and the tests but those of make test-slow
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not server" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
-test-server: prepare ## the tests that ask a real server, some by Chromium (Debian: chromium); about 8 minutes
-	$(PY) -m pytest -m server --timeout 900 $(ARGS)
+test-slow: prepare ## the tests that take minutes: everything dies, by Chromium, a million lines
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow --timeout 900 $(ARGS)
 
 lint: setup ## ruff and pyright, without the tests
 	$(PY) -m ruff check .

@@ -10,6 +10,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Replicas have as many threads as the machine has cores, and so have those of the tests beside: who waits must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tiny import tiny_llama, tiny_opt, tiny_qwen2
 

@@ -82,6 +82,7 @@ def replicas(cluster: Cluster) -> list[psutil.Process]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_survives_everything_and_has_the_undisturbed_journal(cluster, tmp_path, tiny_models, labelled_file):
     for _ in range(2):

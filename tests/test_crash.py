@@ -173,6 +173,6 @@ def imported() -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param("two_point-lora", marks=pytest.mark.slow), "evolution-lozo-adaptive"])
 def test_nine_kills_and_every_resume_gives_the_undisturbed_run(method, tmp_path, tiny_models, labelled_file, imported):
     survive(Inside, method, tmp_path, tiny_models["llama"], labelled_file, kills=9, torn=3)

@@ -45,6 +45,7 @@ def items(out: Path) -> dict[str, dict]:
     return {item["name"]: item for item in json.loads((out / "report.json").read_text())["items"]}
 
 
+@pytest.mark.slow
 def test_everything_holds_and_is_measured(out):
     found = items(out)
     assert len(found) == COUNT and all(item["holds"] and item["measured"] for item in found.values())
@@ -62,6 +63,7 @@ def test_everything_holds_and_is_measured(out):
         assert (out / picture).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_speed_is_told_of_every_contender_and_batch_size(out):
     found = items(out)
     one, four = (found[f"speed:opt-tiny{name}"]["measured"] for name in ("", "-lozo-4-pairs"))
@@ -123,6 +125,7 @@ def test_a_model_that_several_processes_want_is_written_once(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_run_again_and_what_failed_is(out, monkeypatch, capsys):
     stored = out / "items" / "correctness:directions.json"
     stored.write_text(json.dumps({**json.loads(stored.read_text()), "holds": False, "why": "it was late"}))

@@ -178,28 +178,30 @@ def test_two_runs_of_one_seed_are_equal(hf_run, tmp_path, tiny_models, labelled_
     assert replay(first).digest() == replay(second).digest()
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["Ctrl-C", "SIGTERM", "kill -9"]
-)
-def test_a_run_that_was_cut_short_resumes_to_the_same_digest(
-    number, hf_run, tmp_path, tiny_models, labelled_file, monkeypatch
+def test_a_run_that_is_cut_short_three_times_resumes_to_the_same_digest(
+    hf_run, tmp_path, tiny_models, labelled_file, monkeypatch
 ):
-    arguments = settings(tmp_path, tiny_models["llama"], labelled_file, "hf", "cut", "run.test=false")
+    """By kill -9, by SIGTERM and by Ctrl-C, each in a process of its own, some steps after the last."""
     folder = tmp_path / "cut"
-    process = subprocess.Popen(command("launch", *arguments), stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "journal.jsonl").exists() and (folder / "journal.jsonl").read_bytes().count(b"\n") > 3:
-            break
-        time.sleep(0.02)
-    os.kill(process.pid, number)
-    process.wait(timeout=120)
-    done = len(journal.read(folder / "journal.jsonl").steps)
-    assert 0 < done < STEPS
-    if number != signal.SIGKILL:
-        assert process.returncode == 3
-        assert "go on with run.resume=" in (process.stdout.read() if process.stdout else "")
-    launch_here(monkeypatch, f"run.resume={folder}", "cluster.dashboard=false")
+    path, begun = folder / "journal.jsonl", 0
+    arguments = settings(tmp_path, tiny_models["llama"], labelled_file, "hf", "cut", "run.test=false")
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        with (tmp_path / "said").open("w") as out:
+            process = subprocess.Popen(command("launch", *arguments), stdout=out)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if path.exists() and path.read_bytes().count(b"\n") > begun + 1:
+                break
+            time.sleep(0.02)
+        os.kill(process.pid, number)
+        process.wait(timeout=120)
+        done = len(journal.read(path).steps)
+        assert begun < done < STEPS
+        if number != signal.SIGKILL:
+            assert process.returncode == 3
+            assert "go on with run.resume=" in (tmp_path / "said").read_text()
+        begun, arguments = done, [f"run.resume={folder}", "cluster.dashboard=false"]
+    launch_here(monkeypatch, *arguments)
     assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS
     whole, cut = (journal.read(path / "journal.jsonl") for path in (hf_run, folder))
     assert [s.commit for s in cut.steps] == [s.commit for s in whole.steps]
@@ -423,6 +425,7 @@ def test_directions_that_say_nothing_are_counted_and_warned_of(
     assert [commit.coefficients for commit in commits] == [(0.0, 0.0)] * 2
 
 
+@pytest.mark.slow
 def test_joins_a_running_cluster_of_two_nodes(hf_run, tmp_path, tiny_models, labelled_file):
     """A head and a second raylet with one core each: one replica on either, and the same journal as on one machine."""
     from ray.cluster_utils import Cluster as RayCluster

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from served import labelled
 
+pytestmark = pytest.mark.slow
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
 

@@ -298,7 +298,6 @@ def other(nodes):
 
 @real
 @pytest.mark.ray
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_tunes_on_both_nodes_and_gives_them_back(nodes, submit, whole, other):
     job, folder = submit("both")

@@ -39,7 +39,7 @@ def scores(folder: Path, ranks: int) -> tuple[str, np.ndarray, dict[str, float]]
     return found
 
 
-@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize("architecture", [pytest.param("llama", marks=pytest.mark.slow), "opt"])
 def test_two_processes_give_the_digest_and_the_scores_of_one(architecture, tiny_models):
     one, two = (scores(tiny_models[architecture], ranks) for ranks in (1, 2))
     assert two[0] == one[0]
