@@ -5,28 +5,39 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Replicas have as many threads as the machine has cores, and so have those of the tests beside: who waits must not spin.
+# Replicas have as many threads as there are cores, and so have those of tests beside: who waits must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if TYPE_CHECKING:
+    from served import Served
 
 from tiny import tiny_llama, tiny_opt, tiny_qwen2
 
 FIRST = (
-    *("slurm", "launch", "chaos", "serving_crash", "pool", "crash", "serving", "serving_page", "serving_fuzz"),
-    *("tuning_cli", "ray", "gpu_report", "ports", "damage", "tensor_parallel"),
+    *("slurm", "launch", "chaos", "serving_crash", "serving", "tuning_cli", "serving_page", "serving_fuzz", "pool"),
+    *("crash", "ray", "gpu_report", "ports", "damage", "tensor_parallel"),
 )
+
+SERVERS: list[Served] = []  # that run
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take minutes come first, so that two workers end at about the same time."""
+    """The files that take minutes come first, so that two workers end at about the same time.
+
+    A worker gets a file as a whole, and all files that ask the one server.
+    """
+    asking = {item.path.stem for item in items if "server" in getattr(item, "fixturenames", ())}
     for item in items:
         if "server" in getattr(item, "fixturenames", ()):
             item.add_marker("server")  # before -m is looked at
+        item.add_marker(pytest.mark.xdist_group("server" if item.path.stem in asking else item.path.stem))
     place = {f"test_{name}": k for k, name in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
@@ -57,8 +68,18 @@ def server(tmp_path_factory: pytest.TempPathFactory):
 
     root = tmp_path_factory.mktemp("served")
     served = Served(chat_llama(root / "model"), root / "store").start()
+    SERVERS.append(served)
     yield served
-    assert served.stop() == 0
+    if served in SERVERS:
+        assert served.stop() == 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The server ends after the last file that asks it: it has an engine that looks for work."""
+    group = item.get_closest_marker("xdist_group")
+    if SERVERS and (nextitem is None or nextitem.get_closest_marker("xdist_group") != group):
+        assert SERVERS.pop().stop() == 0
 
 
 @pytest.fixture(scope="session")

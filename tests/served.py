@@ -54,7 +54,7 @@ class Served:
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=environment)
         try:
-            self.wait(self.answers, 180)
+            self.wait(self.answers, 280)
         except BaseException:
             self.kill()
             raise

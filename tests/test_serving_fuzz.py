@@ -33,7 +33,6 @@ from served import labelled
 
 from zoray.models import cache_dir
 
-pytestmark = pytest.mark.slow
 REQUESTS = int(os.environ.get("ZORAY_FUZZ_REQUESTS", "1000"))
 CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)
 ENDED = ("succeeded", "failed", "cancelled")
