@@ -21,12 +21,15 @@ import time
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from benchmarks.server import running
 from benchmarks.timing import ratio, spread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DEFAULTS = {
     "rounds": "5",
@@ -227,16 +230,24 @@ class Launched:
             compose("config", ["task=file", "objective=choice_nll", "space=lora", *shared, *plain, *task, *run, *quiet])
         )
         self._turn, self._left, self._seconds, self._over = threading.Condition(), 0, [], False  # type: ignore[var-annotated]
-        self._last = 0.0
+        self._last, self._there = 0.0, False
         (folder / "alone").mkdir()
         self._thread = threading.Thread(
             target=lambda: tune(e, load_workload(e.spec), {}, stopping=self._step), daemon=True
         )
         self._thread.start()
+        self._wait(lambda: self._there)
+
+    def _wait(self, true: Callable[[], bool]) -> None:
+        with self._turn:
+            while not true():
+                self._turn.wait(1.0)
+                if not self._thread.is_alive():
+                    raise RuntimeError("the run beside the server has ended")
 
     def _step(self) -> bool:
         with self._turn:
-            now = time.monotonic()
+            now, self._there = time.monotonic(), True
             if self._last:
                 self._seconds.append(now - self._last)
             self._left -= 1
@@ -253,11 +264,8 @@ class Launched:
             self._seconds.clear()
             self._left = count + 2
             self._turn.notify_all()
-            while self._left >= 0:
-                self._turn.wait(1.0)
-                if not self._thread.is_alive():
-                    raise RuntimeError("the run beside the server has ended")
-            return self._seconds[2:]
+        self._wait(lambda: self._left < 0)
+        return self._seconds[2:]
 
     def end(self) -> None:
         """Stop it."""

@@ -342,5 +342,7 @@ def test_engines_of_a_node_share_its_cores(replicas, nodes, gpus, number, cores,
     bound: list[list[int]] = []
     monkeypatch.setattr("os.sched_setaffinity", lambda pid, mine: bound.append(list(mine)))
     settings = replace(settings_of(compose("serve", [])), replicas=replicas, gpus=gpus)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray has it
     assert placing.share_cores(settings, number) == (cores or [0, 1, 2, 3])
+    assert placing.os.environ["OMP_NUM_THREADS"] == ("1" if gpus else str(len(cores or "0123")))
     assert bound == ([cores] if cores else [])

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from zoray.engines.throttle import BUSY_SHARE, DOUBT_SECONDS, IDLE_SLICE, TRAFFIC_SECONDS, Closed, Throttle, _line
+from zoray.engines.throttle import BUSY_SHARE, DOUBT_SECONDS, TRAFFIC_SECONDS, Closed, Throttle, _line
 from zoray.records import ConfigError
 
 
@@ -33,13 +33,13 @@ def busy(slowdown=1.5, first=0.2, step=0.1):
     return throttle, clock
 
 
-def given(throttle, least=1.0):
+def given(throttle, least=1.0, most=math.inf):
     """What a slice may do now; None where it has to wait."""
     found: list[float] = []
 
     def ask():
         with suppress(Closed):
-            found.append(throttle.wait("tokens", least))
+            found.append(throttle.wait("tokens", least, most))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -47,15 +47,24 @@ def given(throttle, least=1.0):
     return found[0] if found else None
 
 
-def test_without_traffic_slices_are_long_and_never_wait():
+def test_without_traffic_slices_are_as_large_as_they_want_to_be():
     clock = Clock()
     throttle = Throttle(1.5, clock)
-    assert throttle.wait("tokens", 64) == 64  # nothing is known yet
-    throttle.took("tokens", 64, 3.0)  # the first of all is slow; the second is not held back for that
-    assert throttle.wait("tokens", 64) == 64
-    for _ in range(64):
-        throttle.took("tokens", 100, 0.02)
-    assert throttle.wait("tokens", 64) == pytest.approx(100 * IDLE_SLICE / 0.02, rel=0.01)
+    assert throttle.wait("tokens", 64, 2048) == 2048  # nothing is known yet
+    throttle.took("tokens", 2048, 30.0)
+    assert throttle.wait("tokens", 64, 2048) == 2048  # nobody waits for it
+    assert throttle.wait("slots", 1, 3) == 3
+
+
+def test_large_slices_do_not_hide_what_small_ones_cost():
+    """Those of when nobody is expected are all of about one size, and what they say of smaller ones is noise."""
+    throttle, clock = busy()
+    clock.now += TRAFFIC_SECONDS + 1
+    for k in range(200):
+        throttle.took("tokens", 1000 + k % 7, 1.0 + 0.1 * (k % 3))
+    throttle.began()
+    throttle.ended()
+    assert given(throttle) == pytest.approx((0.5 * 0.2 - 0.010) / 0.001, rel=0.1)
 
 
 def test_between_requests_a_slice_takes_its_share_of_a_first_token():
@@ -65,7 +74,7 @@ def test_between_requests_a_slice_takes_its_share_of_a_first_token():
     throttle.close()
     throttle, clock = busy()
     clock.now += TRAFFIC_SECONDS + 1
-    assert given(throttle) == pytest.approx((IDLE_SLICE - 0.010) / 0.001)
+    assert given(throttle, most=2048.0) == 2048
 
 
 def test_during_requests_slices_are_shorter_and_have_a_small_share_together():

@@ -4,7 +4,8 @@ Scoring and requests take turns: what is scored between two steps of the request
 a slice can cause is its own length. Guarantees: with `max_slowdown` s, a slice that begins while requests are under way
 takes at most (s - 1) of their usual step, and all of them together at most `busy_share` of that time; one that begins
 between requests, while there is traffic, takes at most (s - 1) of the usual time to a first token. Both as far as the
-cost of a slice, estimated from those before it, is right. Without traffic nothing is held back. Where the smallest
+cost of a slice, estimated from those before it, is right. Without traffic nothing is held back, and slices are as large
+as is best for them: small ones cost up to half of the speed. Where the smallest
 slice takes too long there is no tuning during traffic, but for a try now and then: the estimate may be of a bad moment.
 """
 
@@ -21,13 +22,14 @@ from typing import TYPE_CHECKING
 from zoray.records import require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 TRAFFIC_SECONDS = 20.0  # after the last request, until nobody is expected
 BUSY_SHARE = 0.08  # of the time in which requests are under way
-IDLE_SLICE = 0.2  # seconds, where nobody is expected: who comes nevertheless waits no longer
+LONGEST_SLICE = 0.2  # seconds, while there is traffic
 DOUBT_SECONDS = 30.0  # that a slice is held back for its cost, until the highest cost seen is forgotten
 REMEMBERED = 32  # requests and slices that estimates are made from
+REMEMBERED_IDLE = 8  # further slices, of when nobody was expected: all large, they say little of small ones
 
 
 class Closed(Exception):
@@ -46,7 +48,7 @@ class Throttle:
         self._credit, self._credited = 0.0, clock()
         self._first: deque[float] = deque(maxlen=REMEMBERED)  # seconds to first tokens
         self._steps: deque[float] = deque(maxlen=4 * REMEMBERED)  # seconds between tokens of a request
-        self._slices: dict[str, deque[tuple[float, float]]] = {}  # kind -> (size, seconds)
+        self._slices: dict[str, list[tuple[float, float, bool]]] = {}  # kind -> (size, seconds, nobody was expected)
         self._lines: dict[str, tuple[float, float]] = {}  # kind -> what _line makes of these
         self._ran: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # slices, from when to when
         self._closed = False
@@ -83,12 +85,13 @@ class Throttle:
 
     # What the tuning thread asks.
 
-    def wait(self, kind: str, least: float) -> float:
+    def wait(self, kind: str, least: float, most: float = math.inf) -> float:
         """Hold back a slice until it may run; how much of its work, `least` at least, it may do then.
 
         Args:
             kind: of work, whose speed is known from earlier slices of it.
             least: the smallest slice, in the units of the work.
+            most: the largest one, which is taken where nobody is expected.
 
         Raises:
             Closed: the engine ends.
@@ -102,12 +105,10 @@ class Throttle:
                     self._doubt(kind)
                     doubted = self._clock()
                 seconds, for_how_long = self._allowed()
-                size = self._size(kind, seconds, least)
-                if size is None and math.isinf(for_how_long):  # nobody is expected: a slow slice is in nobody's way
-                    size = least
+                size = most if math.isinf(seconds) else self._size(kind, seconds, least)
                 if size is not None:
                     self.waited += self._clock() - began
-                    return size
+                    return min(size, most)
                 self._changed.wait(min(for_how_long, 0.25))
 
     def took(self, kind: str, size: float, seconds: float) -> None:
@@ -115,9 +116,13 @@ class Throttle:
         with self._changed:
             now = self._clock()
             self._ran.append((now - seconds, now))
-            known = self._slices.setdefault(kind, deque(maxlen=REMEMBERED))
-            known.append((size, seconds))
-            self._lines[kind] = _line(list(known))
+            idle = math.isinf(self._allowed()[0])
+            known = self._slices.setdefault(kind, [])
+            known.append((size, seconds, idle))
+            alike = [point for point in known if point[2] == idle]
+            if len(alike) > (REMEMBERED_IDLE if idle else REMEMBERED):
+                known.remove(alike[0])
+            self._lines[kind] = _line(known)
             if self._under_way:
                 self._settle()
                 self._credit -= seconds
@@ -142,15 +147,15 @@ class Throttle:
             return min(limit, self._credit), 0.02
         left = self._last_request + TRAFFIC_SECONDS - self._clock()
         if left <= 0:
-            return IDLE_SLICE, math.inf
+            return math.inf, math.inf
         limit = (self.max_slowdown - 1) * median(self._first) if self._first else 0.0
-        return min(limit, IDLE_SLICE), left
+        return min(limit, LONGEST_SLICE), left
 
     def _settle(self) -> None:
         """Credit for the time in which requests have been under way: never for more than two slices in a row."""
         now = self._clock()
         if self._under_way:
-            self._credit = min(self._credit + BUSY_SHARE * (now - self._credited), IDLE_SLICE)
+            self._credit = min(self._credit + BUSY_SHARE * (now - self._credited), LONGEST_SLICE)
         self._credited = now
 
     def _size(self, kind: str, seconds: float, least: float) -> float | None:
@@ -172,14 +177,14 @@ class Throttle:
         if known := self._slices.get(kind):
             known.remove(max(known, key=lambda point: point[1] / max(point[0], 1e-9)))
             if known:
-                self._lines[kind] = _line(list(known))
+                self._lines[kind] = _line(known)
             else:
                 del self._slices[kind], self._lines[kind]
 
 
-def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
+def _line(points: Sequence[tuple[float, ...]]) -> tuple[float, float]:
     """(fixed, each) of seconds = fixed + each * size, neither negative: Theil-Sen; one slow slice moves it little."""
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2) if a[0] != b[0]]
-    steepest = median(seconds / max(size, 1e-9) for size, seconds in points)  # through the origin
+    steepest = median(seconds / max(size, 1e-9) for size, seconds, *_ in points)  # through the origin
     each = min(max(median(slopes), 0.0), steepest) if slopes else steepest
-    return max(0.0, median(seconds - each * size for size, seconds in points)), each
+    return max(0.0, median(seconds - each * size for size, seconds, *_ in points)), each

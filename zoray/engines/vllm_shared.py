@@ -108,7 +108,7 @@ class SharedEngine(VllmEngine):
     ) -> None:
         self._link = Link(client, loop)
         super().__init__(self._link, space, matrices, seed, folder)
-        self.probe_slots, self.throttle = config.resident, throttle
+        self.probe_slots, self.throttle, self._forward_tokens = config.resident, throttle, config.max_tokens
         self._call("zoray_register")
 
     def warm(self) -> None:
@@ -142,7 +142,7 @@ class SharedEngine(VllmEngine):
         begin = 0
         while begin < len(order):
             done = ends[begin - 1] if begin else 0
-            tokens = self.throttle.wait("tokens", min(LEAST_TOKENS, float(ends[-1] - done)))
+            tokens = self.throttle.wait("tokens", min(LEAST_TOKENS, float(ends[-1] - done)), self._forward_tokens)
             stop = max(begin + 1, int(np.searchsorted(ends, done + tokens, side="right")))
             some = order[begin:stop]
             piece = SequenceTable.of([table[int(i)] for i in chosen[some]])
@@ -185,7 +185,7 @@ class SharedEngine(VllmEngine):
         """Completions of prompts (n,), each under what its slot (n,) holds, -1 for the bare model."""
         begin = 0
         while begin < len(prompts):
-            count = max(1, int(self.throttle.wait("completions", 1)))
+            count = max(1, int(self.throttle.wait("completions", 1, len(prompts))))
             numbers = range(begin, min(begin + count, len(prompts)))
             began = time.monotonic()
             calls = [self._complete(prompts[i], int(slot_of[i]), sampling, seeds[i], stops) for i in numbers]
@@ -223,7 +223,7 @@ class SharedEngine(VllmEngine):
     def _write(self, probes: tuple[Probe, ...]) -> None:
         begin = 0
         while begin < len(probes):
-            count = max(1, int(self.throttle.wait("slots", 1)))
+            count = max(1, int(self.throttle.wait("slots", 1, len(probes))))
             some = probes[begin : begin + count]
             began = time.monotonic()
             self._call("zoray_write_some", some, begin)

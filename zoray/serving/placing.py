@@ -43,11 +43,15 @@ def check_room(settings: Settings) -> None:
 def share_cores(settings: Settings, number: int) -> list[int]:
     """Bind this process to its share of the node's cores, if engines compute there; it is the `number`-th on its node.
 
-    Engines that start as many threads as a node has cores slow each other down several times.
+    Engines that start as many threads as a node has cores slow each other down several times. Ray lets processes like
+    this one have a single thread, and so would the engine's process, which takes over what is set here.
     """
+    cores = sorted(os.sched_getaffinity(0))
+    if gpus(settings):
+        return cores
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     here = -(-settings.replicas // nodes)
-    cores = sorted(os.sched_getaffinity(0))
-    if gpus(settings) or here == 1:
-        return cores
-    return bind_cores(number, max(1, len(cores) // here))
+    if here > 1:
+        cores = bind_cores(number, max(1, len(cores) // here))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(cores) // settings.engine.tensor_parallel))
+    return cores
