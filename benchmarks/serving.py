@@ -136,10 +136,8 @@ def chat(job: Job, url: str, options: dict[str, str]) -> dict[str, Any]:
                 job.turn(True)
                 while job.step() < before + 2:  # it is at work
                     time.sleep(0.2)
-                before = job.step()
-            talk(
-                url, job.model, 3.0, options, 0
-            )  # the load is steady: who comes first waits for a slice of an idle engine
+            talk(url, job.model, 3.0, options, 0)  # not counted: who comes first waits for a slice of an idle engine
+            before = job.step()
             found[on].append(talk(url, job.model, seconds, options, number))
             if on:
                 made.append(job.step() - before)
