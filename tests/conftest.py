@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,25 +19,37 @@ if TYPE_CHECKING:
 
 from tiny import tiny_llama, tiny_opt, tiny_qwen2
 
+ASKING = ("serving", "tuning_cli", "serving_page", "serving_fuzz")  # files that share one server
 FIRST = (
-    *("slurm", "launch", "chaos", "serving_crash", "serving", "tuning_cli", "serving_page", "serving_fuzz", "pool"),
-    *("crash", "ray", "gpu_report", "ports", "damage", "tensor_parallel"),
+    *("slurm", "launch", "chaos", "serving_crash", *ASKING, "pool", "crash", "ray", "gpu_report", "ports", "damage"),
+    "tensor_parallel",
 )
 
 SERVERS: list[Served] = []  # that run
 
 
+def scope(path: str) -> str:
+    """What a worker gets as a whole: a file, or all files that share the server."""
+    return "asking" if Path(path).stem.removeprefix("test_") in ASKING else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As --dist loadfile has it, by `scope`."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByScope(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope(super()._split_scope(nodeid))
+
+    return ByScope(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take minutes come first, so that two workers end at about the same time.
-
-    A worker gets a file as a whole, and all files that ask the one server.
-    """
-    asking = {item.path.stem for item in items if "server" in getattr(item, "fixturenames", ())}
+    """The files that take minutes come first, so that two workers end at about the same time."""
     for item in items:
         if "server" in getattr(item, "fixturenames", ()):
             item.add_marker("server")  # before -m is looked at
-        item.add_marker(pytest.mark.xdist_group("server" if item.path.stem in asking else item.path.stem))
     place = {f"test_{name}": k for k, name in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
@@ -77,8 +89,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """The server ends after the last file that asks it: it has an engine that looks for work."""
-    group = item.get_closest_marker("xdist_group")
-    if SERVERS and (nextitem is None or nextitem.get_closest_marker("xdist_group") != group):
+    if SERVERS and (nextitem is None or scope(nextitem.path.name) != scope(item.path.name)):
         assert SERVERS.pop().stop() == 0
 
 

@@ -156,6 +156,7 @@ def test_a_run_survives_everything_and_has_the_undisturbed_journal(cluster, tmp_
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_replica_without_room_joins_when_a_node_does(cluster, tmp_path, tiny_models, labelled_file):
     cluster.add_node(num_cpus=1)

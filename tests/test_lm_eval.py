@@ -33,7 +33,7 @@ metric_list:
 """
 
 
-@pytest.fixture(scope="module", params=["lora", pytest.param("lowrank", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["lora", "lowrank"])
 def run(request, tmp_path_factory):
     """A run's folder, a folder with the task, and how many examples the run's last state has right."""
     root = tmp_path_factory.mktemp("harness")
@@ -58,6 +58,7 @@ def harness(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_the_harness_scores_the_step(run, tmp_path):
     """Its accuracy at a step is that of zoray.evaluate there, and the bare model's is the start's."""
     folder, tasks, start = run

@@ -282,6 +282,7 @@ def test_rewind_takes_every_replica_back_and_it_goes_on_as_before(toys, spec):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_deterministic_vllm_gives_the_same_bits_with_any_number_of_replicas(local_ray, spec):
     """One replica with all cores and eight tiles a step, two with half of both: every tile is a forward of its own."""
     vllm = Vllm(slots=4, max_tokens=512, kv_cache_gib=0.25, deterministic=True)

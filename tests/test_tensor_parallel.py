@@ -48,6 +48,7 @@ def test_two_processes_give_the_digest_and_the_scores_of_one(architecture, tiny_
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_replica_of_two_ranks_in_the_pool(local_ray, tiny_models, labelled_file):
     """Placed in one bundle; the digest and the losses of a replica of one rank."""
     task = File(str(labelled_file), [" terrible", " great"])
