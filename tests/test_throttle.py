@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from zoray.engines.throttle import BUSY_SHARE, DOUBT_SECONDS, TRAFFIC_SECONDS, Closed, Throttle, _line
+from zoray.engines.throttle import BUSY_SHARE, DOUBT_SECONDS, TRAFFIC_SECONDS, Closed, Throttle, line
 from zoray.records import ConfigError
 
 
@@ -138,11 +138,11 @@ def test_the_end_of_a_request_wakes_who_waits_and_so_does_the_end_of_all():
 
 
 def test_the_cost_of_a_slice_is_a_line_that_never_falls():
-    assert _line([(10, 0.02), (20, 0.03), (40, 0.05)]) == (pytest.approx(0.01), pytest.approx(0.001))
-    assert _line([(10, 0.02)]) == (0.0, pytest.approx(0.002))
-    fixed, each = _line([(10, 0.05), (40, 0.01)])  # noise: the longer one was faster
+    assert line([(10, 0.02), (20, 0.03), (40, 0.05)]) == (pytest.approx(0.01), pytest.approx(0.001))
+    assert line([(10, 0.02)]) == (0.0, pytest.approx(0.002))
+    fixed, each = line([(10, 0.05), (40, 0.01)])  # noise: the longer one was faster
     assert each == 0 and fixed == pytest.approx(0.03)
-    assert all(math.isfinite(value) for value in _line([(0, 0.1), (0, 0.1)]))
+    assert all(math.isfinite(value) for value in line([(0, 0.1), (0, 0.1)]))
 
 
 def test_less_than_no_slowdown_is_refused():
@@ -152,7 +152,7 @@ def test_less_than_no_slowdown_is_refused():
 
 def test_one_slow_slice_does_not_change_what_slices_cost():
     points = [(size, 0.010 + 0.001 * size) for size in (10, 20, 30, 40, 50)]
-    assert _line([*points, (10, 20.0)]) == (pytest.approx(0.010, abs=2e-3), pytest.approx(0.001, rel=0.2))
+    assert line([*points, (10, 20.0)]) == (pytest.approx(0.010, abs=2e-3), pytest.approx(0.001, rel=0.2))
 
 
 def test_a_cost_that_was_of_a_bad_moment_is_doubted_after_a_while():

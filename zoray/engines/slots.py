@@ -28,6 +28,8 @@ STAGED_ELEMENTS = 1 << 26  # of a buffer for what goes into slots: 256 MiB
 KERNELS = "zoray_lora_kernels"  # in vLLM's additional_config: dense or punica
 BLOCKS = "zoray_blocks"  # the same: KV blocks that scoring has to itself, numbered from 1; without it, all of them
 PROBES = "zoray_probe_slots"  # the same: slots for probes, the first ones; without it, all of them
+SLOWDOWN = "zoray_max_slowdown"  # the same: by what factor scoring may stretch a step of requests
+SCORING = "tune-score-"  # what the names of requests begin with that score (vllm_piggyback.py)
 DENSE_COLUMNS = 128  # slots * rank up to which CUDA takes dense products (cuda_lora.py); to be measured on a card
 
 

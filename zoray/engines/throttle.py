@@ -49,7 +49,7 @@ class Throttle:
         self._first: deque[float] = deque(maxlen=REMEMBERED)  # seconds to first tokens
         self._steps: deque[float] = deque(maxlen=4 * REMEMBERED)  # seconds between tokens of a request
         self._slices: dict[str, list[tuple[float, float, bool]]] = {}  # kind -> (size, seconds, nobody was expected)
-        self._lines: dict[str, tuple[float, float]] = {}  # kind -> what _line makes of these
+        self._lines: dict[str, tuple[float, float]] = {}  # kind -> what line makes of these
         self._ran: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # slices, from when to when
         self._closed = False
         self.waited = 0.0  # seconds that slices have been held back
@@ -85,13 +85,16 @@ class Throttle:
 
     # What the tuning thread asks.
 
-    def wait(self, kind: str, least: float, most: float = math.inf) -> float:
+    def wait(self, kind: str, least: float, most: float = math.inf, join: bool = False) -> float:
         """Hold back a slice until it may run; how much of its work, `least` at least, it may do then.
+
+        0 says that requests are under way whose steps can take the work along, where it can `join` them.
 
         Args:
             kind: of work, whose speed is known from earlier slices of it.
             least: the smallest slice, in the units of the work.
             most: the largest one, which is taken where nobody is expected.
+            join: whether the work can be done in the steps of requests.
 
         Raises:
             Closed: the engine ends.
@@ -101,6 +104,9 @@ class Throttle:
             while True:
                 if self._closed:
                     raise Closed
+                if join and self._under_way:
+                    self.waited += self._clock() - began
+                    return 0.0
                 if self._clock() - doubted > DOUBT_SECONDS:
                     self._doubt(kind)
                     doubted = self._clock()
@@ -122,7 +128,7 @@ class Throttle:
             alike = [point for point in known if point[2] == idle]
             if len(alike) > (REMEMBERED_IDLE if idle else REMEMBERED):
                 known.remove(alike[0])
-            self._lines[kind] = _line(known)
+            self._lines[kind] = line(known)
             if self._under_way:
                 self._settle()
                 self._credit -= seconds
@@ -177,12 +183,12 @@ class Throttle:
         if known := self._slices.get(kind):
             known.remove(max(known, key=lambda point: point[1] / max(point[0], 1e-9)))
             if known:
-                self._lines[kind] = _line(known)
+                self._lines[kind] = line(known)
             else:
                 del self._slices[kind], self._lines[kind]
 
 
-def _line(points: Sequence[tuple[float, ...]]) -> tuple[float, float]:
+def line(points: Sequence[tuple[float, ...]]) -> tuple[float, float]:
     """(fixed, each) of seconds = fixed + each * size, neither negative: Theil-Sen; one slow slice moves it little."""
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2) if a[0] != b[0]]
     steepest = median(seconds / max(size, 1e-9) for size, seconds, *_ in points)  # through the origin

@@ -71,7 +71,7 @@ class Forward:
         sums = torch.zeros(int(table.n_outputs[chosen].sum()), dtype=torch.float64, device=self.device)
         for packed in pack(table, chosen, slots, self.max_tokens, self.blocks, self.block_size, self.share):
             hidden = self._forward(packed)
-            logps = self._log_probabilities(hidden, packed)
+            logps = self.log_probabilities(hidden, packed)
             sums.index_add_(0, torch.from_numpy(packed.outputs).to(self.device), logps.double())
         return sums.cpu().numpy()
 
@@ -98,7 +98,7 @@ class Forward:
                 input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None
             )
 
-    def _log_probabilities(self, hidden: torch.Tensor, packed: Pack) -> torch.Tensor:
+    def log_probabilities(self, hidden: torch.Tensor, packed: Pack) -> torch.Tensor:
         """(M,) float32: only the asked rows reach the LM head, in chunks of bounded size."""
         rows, row_of, targets = (
             torch.from_numpy(part).to(self.device) for part in (packed.rows, packed.target_rows, packed.targets)

@@ -1,7 +1,10 @@
-"""vLLM's scheduler with some of the KV cache put aside: room of zoray's own, where it scores between steps of requests.
+"""vLLM's scheduler, with room for zoray between the steps of requests and in them.
 
-`scheduler_cls` is vLLM's own place for this. Steps are not scheduled ahead of the device (no async scheduling): what is
-scored between two of them uses the runner's buffers. A core whose server was killed ends as well.
+Between two steps zoray scores in KV blocks of its own, which are put aside here. In a step it scores as requests whose
+names begin with `SCORING`, of which a step takes along as many tokens as budget.py allows: none while a request has not
+got its first token yet, so that prompts are read as fast as ever. `scheduler_cls` is vLLM's own place for this. Steps
+are not scheduled ahead of the device (no async scheduling): what is scored between two of them uses the runner's
+buffers. A core whose server was killed ends as well.
 """
 
 from __future__ import annotations
@@ -13,16 +16,22 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from zoray.engines.slots import BLOCKS
+from zoray.engines.budget import StepBudget
+from zoray.engines.slots import BLOCKS, SCORING, SLOWDOWN
+
+ALONE = 64  # tokens of scoring in a step without requests: the next one may come while it runs
 
 
 class SharingScheduler(Scheduler):
-    """Requests get no block of the first `zoray_blocks`."""
+    """Requests get no block of the first `zoray_blocks`; scoring gets the tokens that a step of requests has left."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         threading.Thread(target=_end_with, args=(os.getppid(),), name="zoray-parent", daemon=True).start()
-        own: int = dict(self.vllm_config.additional_config)[BLOCKS]  # type: ignore[call-overload]
+        settings: dict[str, Any] = dict(self.vllm_config.additional_config)  # type: ignore[arg-type]
+        self._budget = StepBudget(settings[SLOWDOWN], self.max_num_scheduled_tokens)
+        self._decoding, self._stuck, self._began = False, False, 0.0
+        own: int = settings[BLOCKS]
         pool = self.kv_cache_manager.block_pool
         if own >= pool.get_num_free_blocks():
             raise ValueError(
@@ -32,6 +41,61 @@ class SharingScheduler(Scheduler):
         taken = [block.block_id for block in pool.get_new_blocks(own)]
         if taken != list(range(1, own + 1)):
             raise RuntimeError(f"this vLLM hands out KV blocks in another order: {taken[:5]}...")
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, with scoring behind all requests, as far as there are tokens for it."""
+        self._began = time.monotonic()
+        queued = [r for r in self.waiting if _scores(r.request_id)] if any(map(_scores, self.requests)) else []
+        scoring = [r for r in self.running if _scores(r.request_id)]
+        others = [r for r in self.running if not _scores(r.request_id)]
+        waits = len(self.waiting) > len(queued)
+        self._decoding = bool(others) and not waits and all(_left(r) == 1 for r in others)
+        if not scoring and not queued:
+            self._stuck = False
+            return super().schedule(*args, **kwargs)
+        tokens = self._tokens(others, waits)
+        room = self.max_num_running_reqs - len(others) if tokens else 0
+        self.running = others + scoring[:room]
+        if not tokens:
+            self.waiting.remove_requests(queued)
+        whole = self.max_num_scheduled_tokens
+        if tokens:
+            self.max_num_scheduled_tokens = min(whole, len(others) + tokens)
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = whole
+            self.running += scoring[room:]
+            self._stuck = any(not _scores(r.request_id) for r in self.waiting)
+            if not tokens:
+                for request in queued:
+                    self.waiting.add_request(request)
+
+    def _tokens(self, others: list[Any], waits: bool) -> int:
+        """Of scoring, in the next step."""
+        if self._stuck:  # a request waits for blocks or for a place, which scoring may have: let it come to its end
+            return ALONE
+        if not others:
+            return 0 if waits else ALONE
+        return self._budget.tokens() if self._decoding else 0
+
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; how long the step has taken is noted."""
+        found = super().update_from_output(scheduler_output, *args, **kwargs)
+        if self._decoding:
+            counts = scheduler_output.num_scheduled_tokens.items()
+            scored = sum(count for name, count in counts if _scores(name))
+            self._budget.took(scored, time.monotonic() - self._began)
+        return found
+
+
+def _scores(name: str) -> bool:
+    return name.startswith(SCORING)
+
+
+def _left(request: Any) -> int:
+    """Tokens of a request that have no KV yet: 1 where it only goes on writing."""
+    return request.num_tokens_with_spec - request.num_computed_tokens
 
 
 def _end_with(parent: int) -> None:

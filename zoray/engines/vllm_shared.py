@@ -1,9 +1,10 @@
 """One vLLM engine that answers requests and tunes: vLLM's AsyncLLM, whose core is a process of its own.
 
-Requests go to `client`, as in vLLM's own server. Tuning uses `SharedEngine`, an engine as any other, whose plans are
-scored in slices between the steps of the requests, as long as throttle.py allows. Adapter slots are of two kinds: the
-first ones are of probes, the others of versions that answer requests. Both kinds act in the same forward, and the KV
-blocks that scoring uses are put aside (vllm_scheduler.py), so that nothing of a request is touched.
+Requests go to `client`, as in vLLM's own server. Tuning uses `SharedEngine`, an engine as any other. While requests are
+under way its sequences are scored in their steps (vllm_piggyback.py), as many tokens at a time as budget.py allows;
+else in slices, as long as throttle.py allows. Adapter slots are of two kinds: the first ones are of probes, the others
+of versions that answer requests. Both kinds act in the same forward, and the KV blocks that slices use are put aside
+(vllm_scheduler.py), so that nothing of a request is touched.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.engines.packing import Plan, SequenceTable, by_slots
-from zoray.engines.slots import BLOCKS, PROBES
+from zoray.engines.slots import BLOCKS, PROBES, SCORING, SLOWDOWN
 from zoray.engines.vllm import VllmEngine, check_lora_support, in_this_process
 from zoray.records import ConfigError, Probe, TokenSequence
 
@@ -32,11 +33,19 @@ if TYPE_CHECKING:
 
 LEAST_TOKENS = 64  # of a slice; a single sequence may be longer
 BLOCK = 32  # tokens of a KV block
-TUNING = "tune-"  # what the names of requests of tuning begin with
+TUNING = "tune-"  # what the names of requests of tuning begin with, SCORING among them
+JOINED_TOKENS = 256  # that are given to the steps of requests at a time; a single sequence may be longer
 
 
 def start_client(
-    config: Vllm, folder: Path | str, name: str, dtype: str, matrices: Mapping[str, Any], space: Space, versions: int
+    config: Vllm,
+    folder: Path | str,
+    name: str,
+    dtype: str,
+    matrices: Mapping[str, Any],
+    space: Space,
+    versions: int,
+    max_slowdown: float,
 ) -> Any:
     """vLLM's AsyncLLM for requests and tuning. `versions`: slots beside those of probes.
 
@@ -66,7 +75,7 @@ def start_client(
     }
     lora = config.lora_arguments(matrices, space)
     lora["max_loras"] = config.resident + versions
-    lora["additional_config"] |= {BLOCKS: own, PROBES: config.resident}
+    lora["additional_config"] |= {BLOCKS: own, PROBES: config.resident, SLOWDOWN: max_slowdown}
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, **lora))
     except ValueError as error:
@@ -110,6 +119,7 @@ class SharedEngine(VllmEngine):
         super().__init__(self._link, space, matrices, seed, folder)
         self.probe_slots, self.throttle, self._forward_tokens = config.resident, throttle, config.max_tokens
         self._call("zoray_register")
+        self._joins: bool = self._call("zoray_join")
 
     def warm(self) -> None:
         """Take what is slow the first time, and learn what slices cost, before anybody asks."""
@@ -134,7 +144,10 @@ class SharedEngine(VllmEngine):
         return plan.gather(self.probe_slots, part)
 
     def score_slots(self, table: SequenceTable, chosen: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """Sums of log-probabilities of chosen sequences (n,) of a table, each under what its slot (n,) holds."""
+        """Sums of log-probabilities of chosen sequences (n,) of a table, each under what its slot (n,) holds.
+
+        In slices between the steps of requests, or in these steps where there are any.
+        """
         order = np.argsort(slots, kind="stable")
         first = np.concatenate([[0], np.cumsum(table.n_outputs[chosen])]).astype(np.int64)
         sums = np.zeros(first[-1])
@@ -142,13 +155,17 @@ class SharedEngine(VllmEngine):
         begin = 0
         while begin < len(order):
             done = ends[begin - 1] if begin else 0
-            tokens = self.throttle.wait("tokens", min(LEAST_TOKENS, float(ends[-1] - done)), self._forward_tokens)
-            stop = max(begin + 1, int(np.searchsorted(ends, done + tokens, side="right")))
+            least = min(LEAST_TOKENS, float(ends[-1] - done))
+            tokens = self.throttle.wait("tokens", least, self._forward_tokens, self._joins)
+            stop = max(begin + 1, int(np.searchsorted(ends, done + (tokens or JOINED_TOKENS), side="right")))
             some = order[begin:stop]
             piece = SequenceTable.of([table[int(i)] for i in chosen[some]])
-            began = time.monotonic()
-            found = self._call("zoray_score_slots", piece, slots[some])
-            self.throttle.took("tokens", float(ends[stop - 1] - done), time.monotonic() - began)
+            if tokens:
+                began = time.monotonic()
+                found = self._call("zoray_score_slots", piece, slots[some])
+                self.throttle.took("tokens", float(ends[stop - 1] - done), time.monotonic() - began)
+            else:
+                found = self._join(piece, slots[some].tolist())
             at = 0
             for i in some.tolist():
                 count = first[i + 1] - first[i]
@@ -156,6 +173,21 @@ class SharedEngine(VllmEngine):
                 at += count
             begin = stop
         return sums
+
+    def _join(self, table: SequenceTable, slots: Sequence[int]) -> np.ndarray:
+        """As score_slots, all of a table, each sequence a request behind all others (vllm_piggyback.py)."""
+        from vllm import SamplingParams
+
+        names = [f"{SCORING}{uuid.uuid4().hex}" for _ in slots]
+        last = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)  # a prompt's end is a token's begin
+        self._call("zoray_expect", names, table, slots)
+        try:
+            self._together([(table[k].tokens.tolist(), slots[k], last, names[k]) for k in range(len(names))])
+        finally:
+            found = self._call("zoray_take", names)
+        if not np.isfinite(found).all():
+            raise RuntimeError("vLLM has ended a scored sequence before its end")
+        return found
 
     def generate(
         self,
@@ -188,37 +220,29 @@ class SharedEngine(VllmEngine):
             count = max(1, int(self.throttle.wait("completions", 1, len(prompts))))
             numbers = range(begin, min(begin + count, len(prompts)))
             began = time.monotonic()
-            calls = [self._complete(prompts[i], int(slot_of[i]), sampling, seeds[i], stops) for i in numbers]
-            found = asyncio.run_coroutine_threadsafe(_together(calls), self._link.loop).result()
+            found = self._together(
+                [(prompts[i], int(slot_of[i]), _parameters(sampling, seeds[i], stops), _name()) for i in numbers]
+            )
             self.throttle.took("completions", len(numbers), time.monotonic() - began)
             yield from zip(numbers, found, strict=True)
             begin += count
 
-    async def _complete(
-        self, prompt: Sequence[int], slot: int, sampling: Sampling, seed: int, stops: frozenset[int]
-    ) -> list[int]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+    def _together(self, asked: Sequence[tuple[Sequence[int], int, Any, str]]) -> list[list[int]]:
+        """What vLLM writes after prompts, each of (tokens, slot or -1, SamplingParams, its request's name)."""
 
-        parameters = SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=seed if sampling.temperature else None,
-            stop_token_ids=sorted(stops),
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        # A name of its own for each: what a slot holds changes, and cached prefixes go by the adapter's name.
-        name = f"{TUNING}{uuid.uuid4().hex}"
-        adapter = slot_request(name, slot) if slot >= 0 else None
-        answers = self._link.client.generate(
-            {"prompt_token_ids": list(prompt)}, parameters, name, lora_request=adapter, priority=1
-        )
-        async for answer in answers:
-            if answer.finished:
-                return list(answer.outputs[0].token_ids)
-        raise RuntimeError("vLLM has ended a completion without a last token")
+        async def one(tokens: Sequence[int], slot: int, parameters: Any, name: str) -> list[int]:
+            # What a slot holds changes, and cached prefixes go by the adapter's name and by the salt.
+            adapter = slot_request(name, slot) if slot >= 0 else None
+            prompt = {"prompt_token_ids": list(tokens), "cache_salt": name}
+            async for answer in self._link.client.generate(prompt, parameters, name, lora_request=adapter, priority=1):
+                if answer.finished:
+                    return list(answer.outputs[0].token_ids)
+            raise RuntimeError("vLLM has ended a request of tuning without a last token")
+
+        async def every() -> list[list[int]]:
+            return await asyncio.gather(*(one(*each) for each in asked))
+
+        return asyncio.run_coroutine_threadsafe(every(), self._link.loop).result()
 
     def _write(self, probes: tuple[Probe, ...]) -> None:
         begin = 0
@@ -264,5 +288,20 @@ def report(client: Any, throttle: Throttle) -> None:
     client.generate = watched
 
 
-async def _together(calls: Sequence[Any]) -> list[list[int]]:
-    return await asyncio.gather(*calls)
+def _name() -> str:
+    return f"{TUNING}{uuid.uuid4().hex}"
+
+
+def _parameters(sampling: Sampling, seed: int, stops: frozenset[int]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=seed if sampling.temperature else None,
+        stop_token_ids=sorted(stops),
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )

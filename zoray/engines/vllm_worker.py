@@ -21,6 +21,7 @@ from zoray.engines import cpu_gated, cpu_lora
 from zoray.engines.slots import PROBES, Slots
 from zoray.engines.vllm_forward import Forward
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits, takes_tokens
+from zoray.engines.vllm_piggyback import Piggyback
 from zoray.engines.vllm_selftest import prove_compiled, prove_live
 from zoray.models import restore
 from zoray.records import ConfigError
@@ -86,6 +87,15 @@ class ZorayWorker:
     def zoray_score_slots(self, table: SequenceTable, slots: np.ndarray) -> np.ndarray:
         return self._zoray.score_slots(table, np.arange(len(table)), slots)
 
+    def zoray_join(self) -> bool:
+        return self._zoray.joined.attach()
+
+    def zoray_expect(self, names: Sequence[str], table: SequenceTable, slots: Sequence[int]) -> None:
+        self._zoray.joined.expect(names, table, slots)
+
+    def zoray_take(self, names: Sequence[str]) -> np.ndarray:
+        return self._zoray.joined.take(names)
+
     def zoray_put(self, slot: int, arrays: Mapping[str, np.ndarray]) -> None:
         self._zoray.contents.put(slot, arrays)
 
@@ -124,6 +134,7 @@ class PackedScorer(Forward):
         super().__init__(runner, vllm_config, vllm_config.lora_config.max_loras)
         self.probe_slots: int = (vllm_config.additional_config or {}).get(PROBES, self.slots)
         self.space = space
+        self.joined = Piggyback(self)
         self.manager = _adapter_manager(runner)
         if self.device.type == "cpu":
             cpu_lora.join(self.manager.modules.values())

@@ -62,7 +62,8 @@ class EngineServer:
         folder, name = settings.model.resolve(), str(settings.name)
         matrices, loop = linear_matrices(folder), asyncio.get_running_loop()
         self.client = start_client(
-            settings.engine, folder, name, settings.model.dtype, matrices, settings.space, settings.slots
+            settings.engine,
+            *(folder, name, settings.model.dtype, matrices, settings.space, settings.slots, settings.max_slowdown),
         )
         about = (settings.engine, settings.space, matrices, settings.seed, folder, self.throttle)
         self.engine: SharedEngine = await asyncio.to_thread(SharedEngine, self.client, loop, *about)

@@ -1,0 +1,184 @@
+"""Scoring in the steps of requests: numbers as of a packed forward, behind all requests, within the budget."""
+
+import asyncio
+import threading
+from itertools import pairwise
+from statistics import median
+
+import numpy as np
+import pytest
+
+from zoray.engines.budget import FEWEST, RARE, SHARE, USUAL_OF, StepBudget
+from zoray.engines.packing import SequenceTable
+from zoray.records import Probe, TokenSequence
+from zoray.spaces.base import Space
+
+
+def budget(slowdown=1.5, most=512, step=0.1):
+    found = StepBudget(slowdown, most)
+    for _ in range(USUAL_OF):
+        found.took(0, step)
+    return found
+
+
+def run(found, steps, step=0.1, fixed=0.01, each=0.001):
+    """Steps in which tuning is taken along as the budget has it; (tokens, seconds added) of each."""
+    seen = []
+    for _ in range(steps):
+        tokens = found.tokens()
+        added = fixed + each * tokens if tokens else 0.0
+        found.took(tokens, step + added)
+        seen.append((tokens, added))
+    return seen
+
+
+def test_nothing_is_taken_along_before_a_usual_step_is_known():
+    found = StepBudget(1.5, 512)
+    for _ in range(USUAL_OF - 1):
+        assert found.tokens() == 0
+        found.took(0, 0.1)
+    found.took(0, 0.1)
+    assert found.tokens() == FEWEST
+
+
+def test_tuning_adds_no_more_than_its_share_of_a_step_and_of_the_time():
+    seen = run(budget(), 2000)
+    assert max(added for _, added in seen) <= 0.5 * 0.1 + 1e-6
+    share = sum(added for _, added in seen) / (2000 * 0.1)
+    assert 0.7 * SHARE < share <= SHARE + 0.01
+    assert max(tokens for tokens, _ in seen) == pytest.approx(40, abs=1)
+
+
+def test_where_tokens_cost_nothing_a_step_takes_all_there_is_room_for_but_no_leap_into_the_unknown():
+    tokens = [size for size, _ in run(budget(), 200, fixed=0.0, each=0.0) if size]
+    assert tokens[0] == FEWEST and tokens[1] == 2 * FEWEST and max(tokens) == 512
+    assert all(b <= 2 * max(tokens[:k]) for k, b in enumerate(tokens[1:], 1))
+
+
+def test_where_even_the_fewest_take_too_long_they_are_in_few_steps():
+    seen = run(budget(), 10 * RARE, fixed=0.2)
+    many = [k for k, (tokens, _) in enumerate(seen) if tokens]
+    assert {seen[k][0] for k in many} == {FEWEST} and 8 <= len(many) <= 11
+    assert all(b - a >= RARE for a, b in pairwise(many))
+
+
+def test_no_slowdown_is_no_tuning_beside_requests():
+    assert all(tokens == 0 for tokens, _ in run(budget(slowdown=1.0), 3 * RARE))
+
+
+def test_one_slow_step_changes_little():
+    found = budget()
+    run(found, 200)
+    found.took(40, 5.0)
+    for _ in range(200):  # it has spent credit for a while
+        found.took(0, 0.1)
+    assert found.tokens() == pytest.approx(40, abs=3)
+
+
+@pytest.fixture(scope="module")
+def shared(chat_model):
+    """An engine that answers requests and tunes, and the loop it runs on."""
+    from zoray.engines.throttle import Throttle
+    from zoray.engines.vllm import Vllm
+    from zoray.engines.vllm_shared import SharedEngine, report, start_client
+    from zoray.models import linear_matrices
+    from zoray.spaces import Lora
+
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    config = Vllm(slots=2, max_tokens=256, kv_cache_gib=0.05)
+    space: Space = Lora(rank=2, alpha=4.0)  # type: ignore[assignment]
+    matrices, throttle = linear_matrices(chat_model), Throttle(1e6)
+
+    async def start():
+        return start_client(config, chat_model, "tiny", "float32", matrices, space, 1, 1e6)
+
+    client = asyncio.run_coroutine_threadsafe(start(), loop).result(120)
+    engine = SharedEngine(client, loop, config, space, matrices, 0, chat_model, throttle)
+    report(client, throttle)
+    yield engine
+    client.shutdown()
+    loop.call_soon_threadsafe(loop.stop)
+
+
+def sequences(count=12):
+    """Texts of 5 to 90 tokens; some ask for several tokens of one row."""
+    draw = np.random.default_rng(3)
+    found = []
+    for k in range(count):
+        tokens = draw.integers(3, 90, 5 + 7 * k)
+        asked = np.sort(draw.choice(len(tokens), 4, replace=False))
+        rows = np.repeat(asked, 1 + k % 2)
+        outputs = np.arange(len(rows)) % 3
+        found.append(TokenSequence(tokens, rows, draw.integers(3, 90, len(rows)), outputs, 3))
+    return found
+
+
+def write(engine, text, tokens, begun):
+    """One request, and what it has got: the time of each token, and the tokens."""
+    from vllm import SamplingParams
+
+    async def ask():
+        got = []
+        parameters = SamplingParams(max_tokens=tokens, min_tokens=tokens, temperature=0.0)
+        async for answer in engine._link.client.generate({"prompt_token_ids": text}, parameters, f"chat-{text[0]}"):
+            got.append(len(answer.outputs[0].token_ids))
+            begun.set()
+        return list(answer.outputs[0].token_ids)
+
+    return asyncio.run_coroutine_threadsafe(ask(), engine._link.loop)
+
+
+def test_scores_are_those_of_a_packed_forward_whoever_is_in_the_batch(shared):
+    table = SequenceTable.of(sequences())
+    slots = np.arange(len(table)) % 3 - 1  # the bare model, and two probes
+    shared._write((Probe(0, 0, 0.5), Probe(0, 1, -0.5)))
+    alone = shared._call("zoray_score_slots", table, slots)
+    assert len(set(np.round(alone, 6))) == len(alone)
+    np.testing.assert_allclose(shared._join(table, slots.tolist()), alone, rtol=0, atol=2e-5)
+    quiet = write(shared, list(range(10, 20)), 40, threading.Event()).result(60)
+    for count in (3, len(table)):  # the first ones fit into the steps of the answer, all of them go on behind its end
+        begun = threading.Event()
+        answer = write(shared, list(range(10, 20)), 200, begun)
+        assert begun.wait(60)
+        found = shared._join(SequenceTable.of([table[k] for k in range(count)]), slots[:count].tolist())
+        assert not answer.done() or count > 3
+        np.testing.assert_allclose(found, alone[: 3 * count], rtol=0, atol=2e-5)
+        assert answer.result(60)[:40] == quiet
+
+
+def test_while_a_request_is_under_way_its_steps_take_the_work_along(shared):
+    """Not slices, which are forbidden here."""
+    table, slots = SequenceTable.of(sequences()), np.zeros(12, np.int64)
+    alone = shared._call("zoray_score_slots", table, slots)
+    begun = threading.Event()
+    answer = write(shared, list(range(30, 40)), 200, begun)
+    assert begun.wait(60)
+    took = shared.throttle.took
+    try:
+        shared.throttle.took = lambda *given: pytest.fail(f"a slice: {given}")
+        found = shared.score_slots(table, np.arange(12)[:2], slots[:2])
+        assert not answer.done()
+    finally:
+        shared.throttle.took = took
+    np.testing.assert_allclose(found, alone[:6], rtol=0, atol=2e-5)
+    answer.result(60)
+
+
+def test_a_request_that_ends_too_early_is_an_error_and_nothing_is_left(shared):
+    table = SequenceTable.of(sequences(2))
+    with pytest.raises(Exception, match=r"length|longer|maximum"):
+        shared._join(SequenceTable.of([_long()]), [0])
+    assert np.isfinite(shared._join(table, [0, 1])).all()
+
+
+def _long():
+    tokens = np.full(2000, 5)
+    return TokenSequence(tokens, np.array([0]), np.array([5]), np.array([0]), 1)
+
+
+def test_the_usual_step_is_a_median():
+    found = budget()
+    for seconds in (5.0, 0.09, 0.11):
+        found.took(0, seconds)
+    assert median(found._plain) == pytest.approx(0.1)

@@ -1,0 +1,128 @@
+"""Scoring inside the steps of requests: a scored sequence is a request, and its asked rows are read as its step ends.
+
+vLLM's own log-probabilities of a prompt are of each row over the whole vocabulary, and of tokens of the prompt only.
+Here, as in packed scoring, only asked rows reach the LM head, and any token may be asked for. The model runner hands
+the hidden states of each step to `_get_prompt_logprobs_dict`, on every rank; that is where they are read.
+Everything that reaches into vLLM's internals is in engines/vllm*.py, cpu_*.py and cuda_*.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from zoray.engines.packing import Pack
+from zoray.engines.slots import SCORING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zoray.engines.packing import SequenceTable
+    from zoray.engines.vllm_forward import Forward
+
+HOOK = "_get_prompt_logprobs_dict"
+NAME = len(SCORING) + 32  # characters of a name; vLLM adds some of its own
+
+
+@dataclass(eq=False)
+class Scored:
+    """One sequence under way."""
+
+    slot: int
+    rows: np.ndarray  # (M,) int64, ascending positions
+    targets: np.ndarray  # (M,) int64
+    outputs: np.ndarray  # (M,) int64
+    found: np.ndarray  # (M,) float64 log-probabilities; nan where its row has not run yet
+    n_outputs: int
+
+
+class Piggyback:
+    """The scored sequences of one worker that are requests."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._scored: dict[str, Scored] = {}
+
+    def attach(self) -> bool:
+        """Read along from now on; False where this vLLM's model runner has no place for it."""
+        runner = self._forward.runner
+        given = getattr(runner, HOOK, None)
+        if given is None:
+            return False
+
+        def read_along(hidden: torch.Tensor, counts: dict[str, int]) -> Any:
+            if self._scored:
+                self._read(hidden, counts)
+            return given(hidden, counts)
+
+        setattr(runner, HOOK, read_along)
+        return True
+
+    def expect(self, names: Sequence[str], table: SequenceTable, slots: Sequence[int]) -> None:
+        """Sequences of a table, all of them, come as requests of these names, each under its slot."""
+        for number, (name, slot) in enumerate(zip(names, slots, strict=True)):
+            one = table[number]
+            rows, targets, outputs = (np.asarray(part, np.int64) for part in (one.rows, one.targets, one.outputs))
+            self._scored[name] = Scored(slot, rows, targets, outputs, np.full(len(rows), np.nan), one.n_outputs)
+
+    def take(self, names: Sequence[str]) -> np.ndarray:
+        """Sums of log-probabilities of all outputs of these sequences, in their order, float64; they are forgotten.
+
+        nan where a sequence has not run to its end.
+        """
+        sums = []
+        for name in names:
+            one = self._scored.pop(name)
+            sums.append(np.zeros(one.n_outputs))
+            np.add.at(sums[-1], one.outputs, one.found)
+        return np.concatenate([np.zeros(0), *sums])
+
+    @torch.inference_mode()
+    def _read(self, hidden: torch.Tensor, counts: dict[str, int]) -> None:
+        """What a step of so many tokens of each request has computed of asked rows."""
+        runner, parts = self._forward.runner, []
+        for number, count in counts.items():
+            one = self._scored.get(number[:NAME])
+            if one is None:
+                continue
+            begin = runner.requests[number].num_computed_tokens  # before this step
+            first, end = np.searchsorted(one.rows, (begin, begin + count))
+            if end > first:
+                start = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[number]])
+                parts.append((start - begin, one, slice(int(first), int(end))))
+        if not parts:
+            return
+        parts.sort(key=lambda part: part[0] + int(part[1].rows[part[2].start]))  # rows ascend
+        found = self._forward.log_probabilities(hidden, _asked(parts, len(hidden))).double().cpu().numpy()
+        at = 0
+        for _, one, which in parts:
+            count = which.stop - which.start
+            one.found[which] = found[at : at + count]
+            at += count
+
+
+def _asked(parts: Sequence[tuple[int, Scored, slice]], tokens: int) -> Pack:
+    """The rows of one step as those of a pack, whose segments are from asked row to asked row."""
+    places = np.concatenate([one.rows[which] + shift for shift, one, which in parts])
+    new = np.diff(places, prepend=-1) > 0
+    rows, none = places[new], np.zeros(0, np.int64)
+    segments, begin = [], 0
+    for shift, one, which in parts:
+        end = int(one.rows[which.stop - 1]) + shift + 1
+        segments.append((one.slot, begin, end))
+        begin = end
+    return Pack(
+        tokens=np.zeros(tokens, np.int64),
+        positions=none,
+        lengths=none.astype(np.int32),
+        context=none.astype(np.int32),
+        blocks=none.astype(np.int32),
+        segments=tuple(segments),
+        rows=rows,
+        target_rows=np.cumsum(new) - 1,
+        targets=np.concatenate([one.targets[which] for _, one, which in parts]),
+        outputs=np.concatenate([one.outputs[which] for _, one, which in parts]),
+    )
