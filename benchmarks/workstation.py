@@ -67,7 +67,7 @@ def play(page: Any, url: str, story: Story, data: Path, template: str, started: 
         page.fill("#question", QUESTION)
         page.press("#question", "Enter")
         page.wait_for_selector(".rate >> nth=0")
-        return page.inner_text("#turns li:last-child small")
+        return page.inner_text("#turns li:last-child small").split(",")[0]  # and perhaps: why it was cut
 
     with story.step("start", "started, the page is open") as row:
         row["seconds"] = started

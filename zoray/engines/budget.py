@@ -40,12 +40,14 @@ class StepBudget:
         if self._line is None:  # somebody has to be the first
             return FEWEST if self._credit > 0 else 0
         fixed, each = self._line
-        seconds = min((self.max_slowdown - 1) * median(self._plain), self._credit)
+        seconds = min((self.max_slowdown - 1) * median(self._plain), MOST_CREDIT)
+        if self._credit < seconds:  # few large pieces rather than many small ones: each has its fixed cost
+            return 0
         found = (seconds - fixed) / each if each > 0 else self._most if seconds > fixed else 0.0
         if found >= FEWEST:
             largest = max(size for size, _ in self._mixed)  # twice what is known, and not further
             return int(min(found, 2 * largest, self._most))
-        return FEWEST if self._since >= RARE and self._credit > 0 else 0
+        return FEWEST if self._since >= RARE else 0
 
     def took(self, tokens: int, seconds: float) -> None:
         """A step in which all requests have got one token, and tuning has run so many."""

@@ -56,8 +56,8 @@ class SharingScheduler(Scheduler):
         tokens = self._tokens(others, waits)
         room = self.max_num_running_reqs - len(others) if tokens else 0
         self.running = others + scoring[:room]
-        if not tokens:
-            self.waiting.remove_requests(queued)
+        if held := queued if self._stuck or not tokens else []:
+            self.waiting.remove_requests(held)
         whole = self.max_num_scheduled_tokens
         if tokens:
             self.max_num_scheduled_tokens = min(whole, len(others) + tokens)
@@ -66,14 +66,13 @@ class SharingScheduler(Scheduler):
         finally:
             self.max_num_scheduled_tokens = whole
             self.running += scoring[room:]
-            self._stuck = any(not _scores(r.request_id) for r in self.waiting)
-            if not tokens:
-                for request in queued:
-                    self.waiting.add_request(request)
+            self._stuck = bool(scoring) and any(not _scores(r.request_id) for r in self.waiting)
+            for request in held:
+                self.waiting.add_request(request)
 
     def _tokens(self, others: list[Any], waits: bool) -> int:
         """Of scoring, in the next step."""
-        if self._stuck:  # a request waits for blocks or for a place, which scoring may have: let it come to its end
+        if self._stuck:  # a request waits for blocks or for a place, and scoring has some: let that come to its end
             return ALONE
         if not others:
             return 0 if waits else ALONE
