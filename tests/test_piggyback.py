@@ -43,22 +43,33 @@ def test_nothing_is_taken_along_before_a_usual_step_is_known():
 
 def test_tuning_adds_no_more_than_its_share_of_a_step_and_of_the_time():
     seen = run(budget(), 2000)
-    assert max(added for _, added in seen) <= 0.5 * 0.1 + 1e-6
     share = sum(added for _, added in seen) / (2000 * 0.1)
     assert 0.7 * SHARE < share <= SHARE + 0.01
-    assert max(tokens for tokens, _ in seen) == pytest.approx(40, abs=1)
+    long = [k for k, (_, added) in enumerate(seen) if added > 0.5 * 0.1 + 1e-6]
+    assert 11 <= len(long) <= 14 and all(b - a >= RARE for a, b in pairwise(long))
+    assert max(added for _, added in seen) <= 3 * 0.1 + 1e-6
+    usual = [tokens for k, (tokens, _) in enumerate(seen) if tokens and k not in long]
+    assert max(usual) == pytest.approx(40, abs=1) and len(usual) > 100
 
 
 def test_where_tokens_cost_nothing_a_step_takes_all_there_is_room_for_but_no_leap_into_the_unknown():
     tokens = [size for size, _ in run(budget(), 200, fixed=0.0, each=0.0) if size]
-    assert tokens[0] == FEWEST and tokens[1] == 2 * FEWEST and max(tokens) == 512
-    assert all(b <= 2 * max(tokens[:k]) for k, b in enumerate(tokens[1:], 1))
+    assert tokens[0] == FEWEST and tokens[1] == 4 * FEWEST and max(tokens) == 512
+    assert all(b <= 4 * max(tokens[:k]) for k, b in enumerate(tokens[1:], 1))
+
+
+def test_steps_that_are_slow_by_themselves_leave_more_room():
+    """What is promised is of the slow ones: requests have them anyway."""
+    found = StepBudget(1.5, 512)
+    for k in range(64):
+        found.took(0, 0.1 if k % 8 else 0.2)
+    assert max(added for _, added in run(found, 150)) == pytest.approx(1.5 * 0.2 - 0.1, rel=0.2)
 
 
 def test_where_even_the_fewest_take_too_long_they_are_in_few_steps():
     seen = run(budget(), 10 * RARE, fixed=0.2)
     many = [k for k, (tokens, _) in enumerate(seen) if tokens]
-    assert {seen[k][0] for k in many} == {FEWEST} and 8 <= len(many) <= 11
+    assert {seen[k][0] for k in many} == {FEWEST} and 8 <= len(many) <= 12
     assert all(b - a >= RARE for a, b in pairwise(many))
 
 
@@ -70,7 +81,7 @@ def test_one_slow_step_changes_little():
     found = budget()
     run(found, 200)
     found.took(40, 5.0)
-    for _ in range(200):  # it has spent credit for a while
+    for _ in range(RARE - 1):  # it has spent credit for a while
         found.took(0, 0.1)
     assert found.tokens() == pytest.approx(40, abs=3)
 
@@ -137,12 +148,12 @@ def test_scores_are_those_of_a_packed_forward_whoever_is_in_the_batch(shared):
     assert len(set(np.round(alone, 6))) == len(alone)
     np.testing.assert_allclose(shared._join(table, slots.tolist()), alone, rtol=0, atol=2e-5)
     quiet = write(shared, list(range(10, 20)), 40, threading.Event()).result(60)
-    for count in (3, len(table)):  # the first ones fit into the steps of the answer, all of them go on behind its end
+    for count in (2, len(table)):  # the first ones fit into the steps of the answer, all of them go on behind its end
         begun = threading.Event()
         answer = write(shared, list(range(10, 20)), 200, begun)
         assert begun.wait(60)
         found = shared._join(SequenceTable.of([table[k] for k in range(count)]), slots[:count].tolist())
-        assert not answer.done() or count > 3
+        assert not answer.done() or count > 2
         np.testing.assert_allclose(found, alone[: 3 * count], rtol=0, atol=2e-5)
         assert answer.result(60)[:40] == quiet
 

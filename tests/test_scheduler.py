@@ -25,14 +25,17 @@ def make(tiny_models, monkeypatch):
         settings = EngineArgs(
             model=str(tiny_models["llama"]),
             max_model_len=256,
-            max_num_batched_tokens=256,
+            max_num_batched_tokens=128,
             max_num_seqs=at_once,
             block_size=16,
             scheduling_policy="priority",
             async_scheduling=False,
+            enable_prefix_caching=False,
             additional_config={BLOCKS: OWN, SLOWDOWN: slowdown},
         ).create_engine_config()
-        group = KVCacheGroupSpec(["layer"], FullAttentionSpec(16, 2, 16, torch.float32))
+        group = KVCacheGroupSpec(
+            ["layer"], FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32)
+        )
         cache = KVCacheConfig(blocks, [], [group])
         settings.cache_config.num_gpu_blocks = blocks
         return vllm_scheduler.SharingScheduler(
@@ -68,9 +71,6 @@ def step(scheduler, seconds=None):
         req_ids=list(counts),
         req_id_to_index={name: k for k, name in enumerate(counts)},
         sampled_token_ids=list(ends.values()),
-        logprobs=None,
-        prompt_logprobs_dict={},
-        pooler_output=[],
     )
     scheduler.update_from_output(planned, answered)
     return counts

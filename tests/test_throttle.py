@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from zoray.engines.throttle import BUSY_SHARE, DOUBT_SECONDS, TRAFFIC_SECONDS, Closed, Throttle, line
+from zoray.engines.throttle import BUSY_SHARE, DOUBT_SECONDS, RARE, TRAFFIC_SECONDS, Closed, Throttle, line
 from zoray.records import ConfigError
 
 
@@ -192,3 +192,28 @@ def test_what_slices_have_delayed_does_not_allow_longer_ones():
         throttle.first_token(0.2 + allowed)
         throttle.ended()
     assert throttle._allowed()[0] == pytest.approx(0.5 * 0.2)
+
+
+def test_one_gap_in_many_may_be_as_long_as_a_pause_allows():
+    """Else what can't be split further, as a slot that is written, would never run during chats."""
+    throttle, clock = busy(first=0.3)
+    throttle.began()
+    throttle.began()
+    long = 0.010 + 0.001 * 80  # more than half of a step, less than half of a first token
+    seen = []
+    for _ in range(4 * RARE):
+        clock.now += 0.1
+        for _ in range(2):
+            throttle.token(0.1)
+        with throttle._changed:
+            allowed = throttle._size("tokens", throttle._allowed()[0], 80.0) is not None
+        seen.append(allowed)
+        if allowed:
+            throttle.took("tokens", 80, long)
+    assert seen.index(True) >= RARE - 11 and sum(seen) in (3, 4)  # the throttle has seen ten steps before
+    throttle, clock = busy(slowdown=1.0, first=0.3)
+    throttle.began()
+    for _ in range(4 * RARE):
+        clock.now += 0.1
+        throttle.token(0.1)
+    assert throttle._allowed()[0] == 0

@@ -2,21 +2,22 @@
 
 A step that decodes reads the whole model for a few tokens; further tokens in it cost their arithmetic only: on a GPU
 next to nothing, on a CPU most of what they cost anyway. (Sarathi-Serve, https://arxiv.org/abs/2403.02310, does it the
-other way round: decoding is piggybacked on chunks of prompts.) Guarantees: with `max_slowdown` s, what tuning adds to a
-step is expected to be at most (s - 1) of a usual step, and all of it together at most `SHARE` of the requests' time.
-Where even the fewest tokens are expected to take longer, they are in one step of `RARE`, too few to move the 99th
-percentile.
+other way round: decoding is piggybacked on chunks of prompts.) Guarantees: with `max_slowdown` s, a step that takes
+tokens along is expected to take at most s times as long as a slow step without (the 95th percentile), and all that
+tuning adds to steps is at most `SHARE` of the requests' time. One step in `RARE`, too few to move the 99th percentile,
+may take longer: by three usual steps with s = 1.5, or by what the fewest tokens take. It is the most productive one
+where the first token is dear, as it is on a CPU, where a step without adapters is twice as fast as one with any.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
+from statistics import median, quantiles
 
 from zoray.engines.throttle import line
 
-SHARE = 0.08  # of the time of requests' steps
-RARE = 200  # steps
+SHARE = 0.06  # of the time of requests' steps
+RARE = 150  # steps
 FEWEST = 8  # tokens
 MOST_CREDIT = 0.2  # seconds
 USUAL_OF = 16  # steps without tuning until a usual one is known
@@ -27,11 +28,11 @@ class StepBudget:
 
     def __init__(self, max_slowdown: float, most: int) -> None:
         self.max_slowdown, self._most = max_slowdown, most
-        self._plain: deque[float] = deque(maxlen=128)  # seconds of steps without tuning
+        self._plain: deque[float] = deque(maxlen=256)  # seconds of steps without tuning
         self._mixed: deque[tuple[float, float]] = deque(maxlen=32)  # (tokens of tuning, seconds that they added)
         self._line: tuple[float, float] | None = None  # what these make
         self._credit = 0.0
-        self._since = RARE  # steps since tuning was in one
+        self._since_long = RARE  # steps since the last one that tuning made longer than it may most of the time
 
     def tokens(self) -> int:
         """How many the next step may take along; 0 for none."""
@@ -40,19 +41,21 @@ class StepBudget:
         if self._line is None:  # somebody has to be the first
             return FEWEST if self._credit > 0 else 0
         fixed, each = self._line
-        seconds = min((self.max_slowdown - 1) * median(self._plain), MOST_CREDIT)
+        rare, seconds = self._since_long >= RARE, self._limit()
+        if rare:
+            seconds = max(seconds, min(min(6 * (self.max_slowdown - 1), 3.0) * median(self._plain), MOST_CREDIT))
         if self._credit < seconds:  # few large pieces rather than many small ones: each has its fixed cost
             return 0
         found = (seconds - fixed) / each if each > 0 else self._most if seconds > fixed else 0.0
         if found >= FEWEST:
-            largest = max(size for size, _ in self._mixed)  # twice what is known, and not further
-            return int(min(found, 2 * largest, self._most))
-        return FEWEST if self._since >= RARE else 0
+            largest = max(size for size, _ in self._mixed)  # four times what is known, and not further
+            return int(min(found, 4 * largest, self._most))
+        return FEWEST if rare else 0
 
     def took(self, tokens: int, seconds: float) -> None:
         """A step in which all requests have got one token, and tuning has run so many."""
         self._credit = min(self._credit + SHARE * seconds, MOST_CREDIT)
-        self._since += 1
+        self._since_long += 1
         if not tokens:
             self._plain.append(seconds)
         elif self._plain:
@@ -60,4 +63,10 @@ class StepBudget:
             self._mixed.append((float(tokens), added))
             self._line = line(self._mixed)
             self._credit = max(self._credit - added, -MOST_CREDIT)
-            self._since = 0
+            if len(self._plain) >= USUAL_OF and added > self._limit():
+                self._since_long = 0
+
+    def _limit(self) -> float:
+        """Seconds that tuning may add to any step."""
+        usual, slow = median(self._plain), quantiles(self._plain, n=20, method="inclusive")[-1]
+        return min(self.max_slowdown * slow - usual, 2 * usual, MOST_CREDIT)

@@ -1,12 +1,13 @@
 """When tuning may take an engine that answers people as well, and for how long at a time.
 
 Scoring and requests take turns: what is scored between two steps of the requests is a slice, and the longest delay that
-a slice can cause is its own length. Guarantees: with `max_slowdown` s, a slice that begins while requests are under way
-takes at most (s - 1) of their usual step, and all of them together at most `busy_share` of that time; one that begins
-between requests, while there is traffic, takes at most (s - 1) of the usual time to a first token. Both as far as the
-cost of a slice, estimated from those before it, is right. Without traffic nothing is held back, and slices are as large
-as is best for them: small ones cost up to half of the speed. Where the smallest
-slice takes too long there is no tuning during traffic, but for a try now and then: the estimate may be of a bad moment.
+a slice can cause is its own length. Guarantees: with `max_slowdown` s, a slice that begins between requests, while
+there is traffic, takes at most (s - 1) of the usual time to a first token. One that begins while requests are under way
+takes at most (s - 1) of their usual step, but for one in `RARE` steps that may take as long as one between requests,
+and all of them together take at most `BUSY_SHARE` of that time. All this as far as the cost of a slice, estimated from
+those before it, is right. Without traffic nothing is held back, and slices are as large as is best for them: small ones
+cost up to half of the speed. Where the smallest slice takes too long there is no tuning during traffic, but for a try
+now and then: the estimate may be of a bad moment.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 TRAFFIC_SECONDS = 20.0  # after the last request, until nobody is expected
 BUSY_SHARE = 0.08  # of the time in which requests are under way
+RARE = 150  # steps: one gap between tokens in so many does not move their 99th percentile
 LONGEST_SLICE = 0.2  # seconds, while there is traffic
 DOUBT_SECONDS = 30.0  # that a slice is held back for its cost, until the highest cost seen is forgotten
 REMEMBERED = 32  # requests and slices that estimates are made from
@@ -50,6 +52,7 @@ class Throttle:
         self._steps: deque[float] = deque(maxlen=4 * REMEMBERED)  # seconds between tokens of a request
         self._slices: dict[str, list[tuple[float, float, bool]]] = {}  # kind -> (size, seconds, nobody was expected)
         self._lines: dict[str, tuple[float, float]] = {}  # kind -> what line makes of these
+        self._since_long = 0  # tokens of requests since the last slice that took longer than a step allows
         self._ran: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # slices, from when to when
         self._closed = False
         self.waited = 0.0  # seconds that slices have been held back
@@ -69,6 +72,7 @@ class Throttle:
     def token(self, seconds: float) -> None:
         """A further one, so long after the one before."""
         self._steps.append(self._undisturbed(seconds))
+        self._since_long += 1
 
     def ended(self) -> None:
         """It has got its last token, or has gone."""
@@ -131,7 +135,9 @@ class Throttle:
             self._lines[kind] = line(known)
             if self._under_way:
                 self._settle()
-                self._credit -= seconds
+                self._credit = max(self._credit - seconds, -LONGEST_SLICE)
+                if seconds > self._in_a_step():
+                    self._since_long = 0
 
     def forget(self) -> None:
         """Forget what slices have cost: the first ones of an engine are slow."""
@@ -149,13 +155,18 @@ class Throttle:
         """(seconds that a slice may take now, seconds after which that may be more)."""
         self._settle()
         if self._under_way:
-            limit = (self.max_slowdown - 1) * median(self._steps) if self._steps else 0.0
-            return min(limit, self._credit), 0.02
+            rare = self._since_long >= RARE * self._under_way and self._credit > 0
+            return self._between() if rare else min(self._in_a_step(), self._credit), 0.02
         left = self._last_request + TRAFFIC_SECONDS - self._clock()
         if left <= 0:
             return math.inf, math.inf
-        limit = (self.max_slowdown - 1) * median(self._first) if self._first else 0.0
-        return min(limit, LONGEST_SLICE), left
+        return self._between(), left
+
+    def _in_a_step(self) -> float:
+        return (self.max_slowdown - 1) * median(self._steps) if self._steps else 0.0
+
+    def _between(self) -> float:
+        return min((self.max_slowdown - 1) * median(self._first), LONGEST_SLICE) if self._first else 0.0
 
     def _settle(self) -> None:
         """Credit for the time in which requests have been under way: never for more than two slices in a row."""
