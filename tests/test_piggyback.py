@@ -2,6 +2,9 @@
 
 import asyncio
 import threading
+import time
+import uuid
+from contextlib import contextmanager
 from itertools import pairwise
 from statistics import median
 
@@ -125,19 +128,43 @@ def sequences(count=12):
     return found
 
 
-def write(engine, text, tokens, begun):
-    """One request, and what it has got: the time of each token, and the tokens."""
+async def write(engine, text, tokens):
+    """What a request gets."""
     from vllm import SamplingParams
 
-    async def ask():
-        got = []
-        parameters = SamplingParams(max_tokens=tokens, min_tokens=tokens, temperature=0.0)
-        async for answer in engine._link.client.generate({"prompt_token_ids": text}, parameters, f"chat-{text[0]}"):
-            got.append(len(answer.outputs[0].token_ids))
-            begun.set()
-        return list(answer.outputs[0].token_ids)
+    parameters = SamplingParams(max_tokens=tokens, min_tokens=tokens, temperature=0.0)
+    client, name = engine._link.client, f"chat-{uuid.uuid4().hex}"
+    async for answer in client.generate({"prompt_token_ids": text}, parameters, name):
+        if answer.finished:
+            return list(answer.outputs[0].token_ids)
+    raise AssertionError("no last token")
 
-    return asyncio.run_coroutine_threadsafe(ask(), engine._link.loop)
+
+def once(engine, text, tokens):
+    return asyncio.run_coroutine_threadsafe(write(engine, text, tokens), engine._link.loop).result(60)
+
+
+@contextmanager
+def company(engine, text):
+    """At each moment a request under way that is past its prompt; a list of what they get."""
+    answers, stop = [], threading.Event()
+
+    async def one(tokens):
+        while not stop.is_set():
+            answers.append(await write(engine, text, tokens))
+
+    async def two():
+        await asyncio.gather(one(40), one(60))  # when the first one ends, the other one goes on
+
+    running = asyncio.run_coroutine_threadsafe(two(), engine._link.loop)
+    try:
+        deadline = time.monotonic() + 60
+        while not answers and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield answers
+    finally:
+        stop.set()
+        running.result(60)
 
 
 def test_scores_are_those_of_a_packed_forward_whoever_is_in_the_batch(shared):
@@ -147,33 +174,27 @@ def test_scores_are_those_of_a_packed_forward_whoever_is_in_the_batch(shared):
     alone = shared._call("zoray_score_slots", table, slots)
     assert len(set(np.round(alone, 6))) == len(alone)
     np.testing.assert_allclose(shared._join(table, slots.tolist()), alone, rtol=0, atol=2e-5)
-    quiet = write(shared, list(range(10, 20)), 40, threading.Event()).result(60)
-    for count in (2, len(table)):  # the first ones fit into the steps of the answer, all of them go on behind its end
-        begun = threading.Event()
-        answer = write(shared, list(range(10, 20)), 200, begun)
-        assert begun.wait(60)
-        found = shared._join(SequenceTable.of([table[k] for k in range(count)]), slots[:count].tolist())
-        assert not answer.done() or count > 2
-        np.testing.assert_allclose(found, alone[: 3 * count], rtol=0, atol=2e-5)
-        assert answer.result(60)[:40] == quiet
+    text = list(range(10, 20))
+    quiet = once(shared, text, 60)
+    with company(shared, text) as answers:  # in their steps
+        found = shared._join(SequenceTable.of([table[0], table[1]]), slots[:2].tolist())
+    np.testing.assert_allclose(found, alone[:6], rtol=0, atol=2e-5)
+    assert len(answers) > 2 and all(answer == quiet[: len(answer)] for answer in answers)
+    answer = asyncio.run_coroutine_threadsafe(write(shared, text, 60), shared._link.loop)
+    found = shared._join(table, slots.tolist())  # begins in its steps, goes on behind its end
+    np.testing.assert_allclose(found, alone, rtol=0, atol=2e-5)
+    assert answer.result(60) == quiet
 
 
-def test_while_a_request_is_under_way_its_steps_take_the_work_along(shared):
+def test_while_a_request_is_under_way_its_steps_take_the_work_along(shared, monkeypatch):
     """Not slices, which are forbidden here."""
     table, slots = SequenceTable.of(sequences()), np.zeros(12, np.int64)
     alone = shared._call("zoray_score_slots", table, slots)
-    begun = threading.Event()
-    answer = write(shared, list(range(30, 40)), 200, begun)
-    assert begun.wait(60)
-    took = shared.throttle.took
-    try:
-        shared.throttle.took = lambda *given: pytest.fail(f"a slice: {given}")
+    monkeypatch.setattr(shared.throttle, "took", lambda *given: pytest.fail(f"a slice: {given}"))
+    with company(shared, list(range(30, 40))) as answers:
         found = shared.score_slots(table, np.arange(12)[:2], slots[:2])
-        assert not answer.done()
-    finally:
-        shared.throttle.took = took
     np.testing.assert_allclose(found, alone[:6], rtol=0, atol=2e-5)
-    answer.result(60)
+    assert len({tuple(answer[:40]) for answer in answers}) == 1
 
 
 def test_a_request_that_ends_too_early_is_an_error_and_nothing_is_left(shared):
