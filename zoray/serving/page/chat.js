@@ -76,8 +76,8 @@ async function ask() {
   const slow = setTimeout(() => { item.children[0].textContent = "waiting: a server that has just been started needs a while"; }, 5000);
   try {
     const messages = talk.map(({ role, content }) => ({ role, content }));
-    // At temperature 1 small models write nonsense.
-    const json = { model: $("model").value, messages, stream: true, temperature: 0.3, top_p: 0.9 };
+    // At temperature 1 small models write nonsense, at low ones they repeat themselves.
+    const json = { model: $("model").value, messages, stream: true, temperature: 0.3, top_p: 0.9, frequency_penalty: 0.5 };
     const response = await call("/v1/chat/completions", { method: "POST", raw: true, signal: own.signal, json });
     let parts = 0;
     for await (const event of events(response)) {
