@@ -1,5 +1,5 @@
 // Requests to the server that this page comes from, with its key where it has one.
-import { $ } from "./parts.js";
+import { $, page } from "./parts.js";
 
 const kept = { key: sessionStorage.getItem("key") || "" };
 
@@ -19,6 +19,8 @@ export async function call(path, options = {}) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server does not answer. Is it still running?");
   }
+  // What is being asked for may not know of this change yet: shown, it would take a new upload back out of use.
+  if (options.method) page.round += 1;
   if (response.ok) return options.raw ? response : response.json();
   let text = `${response.status} ${response.statusText}`;
   try { text = (await response.json()).error.message; } catch { /* not of our own making */ }
