@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,18 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "ch
 PATIENCE = 60_000  # milliseconds: machines that run tests are busy
 HOSTILE = '<img src=x onerror="document.title=1">'
 CONTROLS = "button, input, select, textarea, summary"
+HOLD = """() => {  // the first request of each kind waits in `held`: one that changes something before it is sent
+  const real = fetch, kinds = new Set(["POST files", "GET files", "POST preview"]);
+  window.held = {};
+  const wait = (kind) => kinds.delete(kind) ? new Promise((go) => { held[kind] = go; }) : null;
+  window.fetch = async (path, options) => {
+    const method = options.method || "GET", kind = `${method} ${path.split("/").pop()}`;
+    if (method !== "GET") await wait(kind);
+    const response = await real(path, options);
+    if (method === "GET" && held["POST files"]) await wait(kind);
+    return response;
+  };
+}"""
 
 
 @dataclass
@@ -293,6 +306,31 @@ def test_files_that_cannot_be_used_are_refused_in_plain_words(page, watched, ser
     page.get_by_role("button", name="Delete broken.csv").click()
     confirm(page)
     expect(page.locator("#files > li")).to_have_count(1, timeout=PATIENCE)
+
+
+def test_what_was_asked_for_before_an_upload_does_not_take_the_file_out_of_use(page):
+    def held(what: str) -> None:
+        deadline = time.monotonic() + PATIENCE / 1000
+        while not page.evaluate("what => Boolean(held[what])", what):  # the page's policy keeps wait_for_function out
+            assert time.monotonic() < deadline, f"{what} was not asked for"
+            page.wait_for_timeout(50)
+
+    def free(what: str) -> None:
+        held(what)
+        page.evaluate("what => held[what]()", what)
+
+    page.evaluate(HOLD)
+    upload(page, "late.csv", labelled(24))
+    held("POST files")
+    page.set_checked("#learning", not page.is_checked("#learning"))  # asks for all there is, before the file is there
+    held("GET files")
+    free("POST files")
+    held("POST preview")
+    free("GET files")
+    page.wait_for_timeout(1000)  # for what must not happen
+    expect(page.locator("#use")).to_be_visible()
+    free("POST preview")
+    expect(page.locator("#learn")).to_be_enabled(timeout=PATIENCE)
 
 
 def test_text_from_outside_is_never_markup(page, server):
