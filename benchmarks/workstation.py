@@ -29,7 +29,7 @@ TEMPLATE = "{subject}: {text} This is"
 QUESTION = (
     "Payroll: Salaries go out at noon and the file was refused. We need your release now. Is this urgent or private?"
 )
-MOST_SECONDS = 3600.0
+MOST_SECONDS = 1800.0  # a step: a job of 400 takes half of it
 
 
 class Story:
