@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import queue
 import select
 import socket
 import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
@@ -126,6 +128,88 @@ def test_a_replica_that_nobody_has_taken_is_let_go_when_the_listener_closes(list
     assert far.poll(20)
     with pytest.raises(EOFError):
         far.recv_bytes()
+
+
+class Counted(channel.Connection):
+    """Counts how often it is closed: a second time may close a descriptor that another has been given since."""
+
+    every: ClassVar[list[Counted]] = []
+
+    def __init__(self, handle: int) -> None:
+        super().__init__(handle)
+        self.closes = 0
+        self.every.append(self)
+
+    def close(self) -> None:
+        self.closes += 1
+        super().close()
+
+
+class SlowQueue(queue.SimpleQueue):
+    """Holds a thread up between handing a connection over and ringing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.put_once = threading.Event()
+
+    def put(self, *args, **options) -> None:
+        super().put(*args, **options)
+        self.put_once.set()
+        time.sleep(0.5)
+
+
+@pytest.mark.parametrize("moment", ["handed over", "being handed over", "still proving itself"])
+def test_a_replica_that_comes_while_the_listener_closes_is_closed_once(moment, listener, monkeypatch):
+    monkeypatch.setattr(Counted, "every", [])
+    monkeypatch.setattr(channel, "Connection", Counted)
+    if moment == "being handed over":
+        listener._come = SlowQueue()
+    far = connect(listener.address, listener.key)
+    if moment != "still proving itself":
+        far.send_bytes(b"hello")
+        if moment == "handed over":
+            assert select.select([listener], [], [], 20)[0]
+        else:
+            assert listener._come.put_once.wait(20)
+    listener.close()
+    if moment == "still proving itself":
+        far.send_bytes(b"hello")
+    assert far.poll(20)
+    with pytest.raises(EOFError):
+        far.recv_bytes()
+    time.sleep(1)  # whoever would close it again has had the time to
+    assert [one.closes for one in Counted.every if one is not far] == [1]
+
+
+def test_a_listener_closes_in_the_middle_of_a_crowd():
+    """A served job that had ended well was marked as failed: two threads closed one connection (EBADF)."""
+    for _ in range(20):
+        listener = Listener(HOST, 0)
+        with ThreadPoolExecutor(8) as threads:
+            tries = [threads.submit(connect, listener.address, listener.key) for _ in range(8)]
+            time.sleep(0.005)
+            for near, _ in listener.arrivals():
+                near.close()
+            listener.close()
+            for one in tries:
+                with suppress(ConfigError):  # came too late
+                    one.result().close()
+
+
+def test_replicas_are_found_where_nobody_has_listened_to_the_bell(listener):
+    with pytest.raises(BlockingIOError):
+        while True:
+            listener._ringer.send(b"!" * 64)
+    for _ in range(2):
+        pair(listener)
+
+
+def test_a_limit_that_is_refused_leaves_the_connection_to_its_owner(listener):
+    near, far = pair(listener)
+    with pytest.raises(struct.error):
+        channel._limit(near, 1 << 63)
+    near.send_bytes(b"still here")
+    assert far.recv_bytes() == b"still here"
 
 
 def test_a_replica_with_another_key_is_told_so(listener):

@@ -48,6 +48,9 @@ class Listener:
         self._come: queue.SimpleQueue[tuple[Connection, bytes]] = queue.SimpleQueue()
         self._bell, self._ringer = socket.socketpair()
         self._bell.setblocking(False)
+        self._ringer.setblocking(False)
+        self._handing_over = threading.Lock()
+        self._closed = False
         threading.Thread(target=self._accept, name="zoray-listener", daemon=True).start()
 
     def fileno(self) -> int:
@@ -70,6 +73,8 @@ class Listener:
 
     def close(self) -> None:
         """Take no more connections; those that have been taken stay, and those that wait to be are closed."""
+        with self._handing_over:
+            self._closed = True  # from here on, whoever is still proving itself is closed by its own thread
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which a mere close does not
         for end in (self._socket, self._bell, self._ringer):
@@ -94,10 +99,17 @@ class Listener:
             answer_challenge(connection, self.key)
             first = connection.recv_bytes()
             _limit(connection, STUCK_SECONDS)
-            self._come.put((connection, first))
-            self._ringer.send(b"!")
         except (AuthenticationError, EOFError, OSError, AssertionError):  # silent, gone, or another program
             connection.close()
+            return
+        # One thread closes a connection, never two: the second might close a descriptor that is by then another's.
+        with self._handing_over:
+            if not self._closed:
+                self._come.put((connection, first))
+                with suppress(BlockingIOError):  # so many rings that nobody has heard: one is enough
+                    self._ringer.send(b"!")
+                return
+        connection.close()
 
 
 def connect(address: tuple[str, int], key: bytes) -> Connection:
@@ -134,7 +146,9 @@ def _open(peer: socket.socket) -> Connection:
 
 def _limit(connection: Connection, seconds: int) -> None:
     """Let reads and writes fail after some seconds; 0 is never."""
-    with socket.socket(fileno=connection.fileno()) as same:
+    same = socket.socket(fileno=connection.fileno())
+    try:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             same.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
-        same.detach()  # still the connection's
+    finally:
+        same.detach()  # still the connection's, which closes it
