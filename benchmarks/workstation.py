@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--template", default=TEMPLATE, help="how the model is asked")
     parser.add_argument("--size", default="1280x800", help="of the window; 390x800 is a phone")
     parser.add_argument("--scheme", default="light", choices=["light", "dark"])
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     from playwright.sync_api import sync_playwright
 
     chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)

@@ -100,6 +100,43 @@ def test_a_file_is_learnt_from_and_the_gate_promotes(server, versions):
     assert server.openai.models.retrieve(live).id == live
 
 
+def test_versions_are_the_jobs_checkpoints_and_files_can_be_had_back(server, versions):
+    checkpoints = server.openai.fine_tuning.jobs.checkpoints
+    some = checkpoints.list("story", limit=5)
+    assert [one.id for one in some.data] == versions[::-1][:5] and some.has_more
+    assert [one.id for one in some] == versions[::-1]  # the client asks for the further ones
+    assert some.data[0].step_number == 120 and some.data[0].fine_tuning_job_id == "story"
+    last = next(e for e in metrics(server)["evaluations"] if (e["step"], e["split"]) == (120, "dev"))
+    assert some.data[0].metrics.full_valid_loss == pytest.approx(last["loss"], rel=1e-3)
+    with pytest.raises(openai.NotFoundError, match="there is no checkpoint 'x'"):
+        checkpoints.list("story", after="x")
+    number = server.openai.fine_tuning.jobs.retrieve("story").training_file
+    assert server.openai.files.content(number).content == labelled()
+
+
+def test_any_step_can_be_gone_back_to_and_is_what_it_was(server, versions):
+    """One that was measured and deleted is the same again, and one that has never been a version answers."""
+    before = server.http.get("/v1/versions").json()
+    live, gone = before["live"], versions[1]
+    assert gone != live
+    digest = next(v for v in before["data"] if v["id"] == gone)["digest"]
+    answers = [ask(server, gone, question)[1] for question in QUESTIONS]
+    server.http.delete(f"/v1/versions/{gone}").raise_for_status()
+    with pytest.raises(openai.NotFoundError):
+        ask(server, gone, "It was")
+    for name in (gone, "story@37"):
+        server.http.post(f"/v1/versions/{name}/promote").raise_for_status()
+        assert ask(server, "live", "It was")[0] == name
+    assert [ask(server, gone, question)[1] for question in QUESTIONS] == answers
+    found = {v["id"]: v for v in server.http.get("/v1/versions").json()["data"]}
+    assert found[gone]["digest"] == digest and found[gone]["measured"]["score"] is not None
+    assert found["story@37"]["compared_with"] is None and found["story@37"]["measured"]["score"] is None
+    with pytest.raises(openai.NotFoundError, match="story has taken 120 steps"):
+        server.openai.post("/versions/story@121/promote", cast_to=object)
+    server.http.post(f"/v1/versions/{live}/promote").raise_for_status()
+    server.http.delete("/v1/versions/story@37").raise_for_status()
+
+
 def metrics(server):
     return server.http.get("/v1/fine_tuning/jobs/story/metrics").json()
 

@@ -182,6 +182,15 @@ def test_a_file_is_learnt_from_promoted_answers_and_is_rolled_back(page):
     page.get_by_role("button", name=f"Roll back to {version}").click()
     said(page.locator("#alert-text"), f"{version} answers as live from now on")
     assert chat(page) == version
+    page.fill("#step-name", f"{version.partition('@')[0]}@7")
+    page.press("#step-name", "Enter")
+    said(page.locator("#alert-text"), "@7 answers as live from now on")
+    said(page.locator("#versions tr", has=page.locator(".badge", has_text="live")), "not judged")
+    assert chat(page).endswith("@7")
+    fits(page, 360)
+    page.fill("#step-name", "7")
+    page.click("#step-promote")
+    said(page.locator("#alert-text"), "Expected a job and a step, such as mail@60; got 7")
 
 
 def test_a_version_that_did_not_pass_is_promoted_only_after_a_question(page, server):

@@ -11,7 +11,8 @@ from typing import Any
 from zoray.cli import run_main
 from zoray.records import ConfigError
 from zoray.serving.settings import Settings, settings_of
-from zoray.serving.store import claim
+from zoray.serving.store import Store, claim
+from zoray.serving.versions import check_live
 
 
 def main(config: Any) -> int:
@@ -20,7 +21,8 @@ def main(config: Any) -> int:
     key = settings.key  # refused before anything is started
     _check_port(settings.host, settings.port)
     check_model(settings)
-    claim(Path(settings.folder)).close()  # the tuner holds it from here on
+    with claim(Path(settings.folder)):  # the tuner holds it from here on
+        check_live(Store(settings.folder, clear=False), settings)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())

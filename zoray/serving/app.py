@@ -37,8 +37,8 @@ TAKEOVER_SECONDS = 60.0  # that a tuner before this one may take to end
 MOST_WAITING = 512  # requests beside those that engines are answering; further ones are told to come again
 QUIET = {"enable_access_log": False}  # engines ask the tuner twice a second
 CALLS = (  # of the tuner, that requests may lead to
-    "add_file", "files", "file", "delete_file", "preview", "create", "jobs", "job", "events", "metrics", "pause",
-    "resume", "cancel", "delete", "versions", "delete_version", "is_learning", "set_learning", "rated", "rate",
+    "add_file", "files", "file", "file_content", "delete_file", "preview", "create", "jobs", "job", "events", "metrics",
+    "pause", "resume", "cancel", "delete", "versions", "delete_version", "is_learning", "set_learning", "rated", "rate",
     "unrate", "file_of_conversations", "delete_all",
 )  # fmt: skip
 

@@ -28,6 +28,9 @@ ERROR: dict[str, Any] = {
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer, or a stream of its pieces", "content": {"text/event-stream": {}}}
 }
+CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The file as it was uploaded", "content": {"application/octet-stream": {}}}
+}
 FORM: dict[str, Any] = {
     "requestBody": {
         "required": True,

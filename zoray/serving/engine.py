@@ -247,7 +247,8 @@ class TuningMember(ReplicaActor):
         score, metric, _ = metrics(workload, "dev", found.losses, {"score": found.scores, **found.columns})
         sums = pinned.score_plan(Plan.of([(None, part) for part in self._server.neutral]))
         spread = neutral.perplexity([sums], self._server.neutral)
-        return Measured(score, mean(found.losses.tolist()), spread, metric)
+        rows = found.scores if np.isfinite(score) else -found.losses
+        return Measured(score, mean(found.losses.tolist()), spread, metric, tuple(rows.tolist()))
 
     def _serve(self, name: str, address: tuple[str, int], key: bytes) -> None:
         with suppress(ConfigError):  # the driver has gone before this was connected

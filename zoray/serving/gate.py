@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 from zoray.records import require
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,7 @@ class Measured:
     loss: float  # mean loss
     perplexity: float  # on the neutral text
     metric: str | None = None  # what the score is called
+    rows: tuple[float, ...] = ()  # what each row is worth, higher is better: its score, or where there is none -loss
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,19 @@ class Gate:
         automatic: promote what passes; else people do.
         margin: by how much a version must beat the live one on held-out rows: in its metric (0.02 of accuracy is two
             points), or where there is none by that share of the loss.
+        confidence: how sure it must be that this is more than luck of the rows, see `confidence`; 0.5 asks for nothing.
         max_forgetting: by what share perplexity on a neutral text may be above the base model's.
     """
 
     automatic: bool = True
     margin: float = 0.02
+    confidence: float = 0.9
     max_forgetting: float = 0.05
 
     def __post_init__(self) -> None:
         require(isinstance(self.automatic, bool), "gate.automatic to be true or false", self.automatic)
         require(self.margin >= 0, "gate.margin of 0 or more", self.margin)
+        require(0.5 <= self.confidence < 1, "gate.confidence of at least 0.5 and below 1", self.confidence)
         require(self.max_forgetting > 0, "gate.max_forgetting over 0", self.max_forgetting)
 
     def judge(self, new: Measured, live: Measured, base_perplexity: float) -> Verdict:
@@ -58,10 +67,29 @@ class Gate:
             compared = f"loss {new.loss:.4f}, live {live.loss:.4f}"
         if not (better >= needed and better > 0):
             return Verdict(False, f"{compared}: not better by the margin of {needed:.3g}")
+        sure = confidence(new.rows, live.rows)
+        if sure < self.confidence:
+            return Verdict(
+                False,
+                f"{compared}: that may be luck of {len(new.rows)} held-out rows ({sure:.0%} sure, at least "
+                f"{self.confidence:.0%} asked for)",
+            )
         if forgets:
             return Verdict(
                 False,
                 f"{compared}, but it forgets: perplexity on a neutral text {new.perplexity:.2f}, base model "
                 f"{base_perplexity:.2f}, at most {limit:.2f}",
             )
+        compared += f" ({sure:.0%} sure on {len(new.rows)} rows)"
         return Verdict(True, f"{compared}; perplexity on a neutral text {new.perplexity:.2f} (at most {limit:.2f})")
+
+
+def confidence(new: Sequence[float], live: Sequence[float]) -> float:
+    """How likely it is that rows are worth more under `new`, from as many paired rows (n,); 0.5 where nothing says so.
+
+    The normal distribution at sum(d) / sqrt(sum(d^2)) of the differences d. For accuracy, where d is -1, 0 or 1, that
+    is McNemar's test (https://doi.org/10.1007/BF02295996), one-sided and without a correction for continuity.
+    """
+    differences = [a - b for a, b in zip(new, live, strict=True)]
+    spread = math.sqrt(math.fsum(d * d for d in differences))
+    return NormalDist().cdf(math.fsum(differences) / spread) if 0 < spread < math.inf else 0.5

@@ -23,7 +23,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from zoray.engines.vllm_openai import EngineGone, failure
 from zoray.records import ConfigError
 from zoray.serving.asked import Asked, Chat, Completion
-from zoray.serving.described import ERROR, FORM, STREAMED
+from zoray.serving.described import CONTENT, ERROR, FORM, STREAMED
 from zoray.serving.door import Door, Refused
 from zoray.serving.requests import NewJob, Rated, Use, Wish
 from zoray.serving.store import NotFound
@@ -148,6 +148,11 @@ def build_app(gateway: Any) -> FastAPI:
     async def file(number: str) -> Any:
         return _file(await gateway.tuner.file(number))
 
+    @app.get("/v1/files/{number}/content", responses=CONTENT)
+    async def content(number: str) -> Response:
+        data = await gateway.tuner.file_content(number)
+        return Response(data, media_type="application/octet-stream", headers={"Content-Disposition": "attachment"})
+
     @app.delete("/v1/files/{number}")
     async def delete_file(number: str) -> Any:
         await gateway.tuner.delete_file(number)
@@ -167,13 +172,7 @@ def build_app(gateway: Any) -> FastAPI:
 
     @app.get("/v1/fine_tuning/jobs")
     async def jobs(limit: int = 20, after: str | None = None) -> Any:
-        found = [_job(job, settings.name) for job in reversed(await gateway.tuner.jobs())]
-        ids = [job["id"] for job in found]
-        if after is not None and after not in ids:
-            raise Refused(404, f"there is no job {after[:100]!r}", "after")
-        start = 0 if after is None else ids.index(after) + 1
-        limit = max(1, min(limit, 100))
-        return {"object": "list", "data": found[start : start + limit], "has_more": len(found) > start + limit}
+        return _page([_job(job, settings.name) for job in reversed(await gateway.tuner.jobs())], limit, after, "job")
 
     @app.get("/v1/fine_tuning/jobs/{name}")
     async def job(name: str) -> Any:
@@ -184,6 +183,12 @@ def build_app(gateway: Any) -> FastAPI:
         found = await gateway.tuner.events(name)
         data = [_event(name, number, event) for number, event in enumerate(found)][::-1][: max(1, min(limit, 1000))]
         return {"object": "list", "data": data, "has_more": len(found) > len(data)}
+
+    @app.get("/v1/fine_tuning/jobs/{name}/checkpoints")
+    async def checkpoints(name: str, limit: int = 10, after: str | None = None) -> Any:
+        job = await gateway.tuner.job(name)
+        found = [v for v in (await gateway.tuner.versions())["data"] if v["job"] == job["id"]]
+        return _page([_checkpoint(version) for version in reversed(found)], limit, after, "checkpoint")
 
     @app.get("/v1/fine_tuning/jobs/{name}/metrics")
     async def metrics(name: str, after: int = 0) -> Any:
@@ -278,6 +283,17 @@ def _turn(gateway: Any, verb: str, base: str) -> Any:
     return turn
 
 
+def _page(found: list[dict[str, Any]], limit: int, after: str | None, what: str) -> dict[str, Any]:
+    """A piece of a list, behind the one of which the id is `after`."""
+    ids = [one["id"] for one in found]
+    if after is not None and after not in ids:
+        raise Refused(404, f"there is no {what} {after[:100]!r}", "after")
+    start = 0 if after is None else ids.index(after) + 1
+    some = found[start : start + max(1, min(limit, 100))]
+    ends = {"first_id": some[0]["id"], "last_id": some[-1]["id"]} if some else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": some, **ends, "has_more": len(found) > start + len(some)}
+
+
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "zoray"}
 
@@ -312,6 +328,21 @@ def _job(job: dict[str, Any], base: str) -> dict[str, Any]:
         "steps": job["steps"],
         "first": job["first"],
         "last": last,
+    }
+
+
+def _checkpoint(version: dict[str, Any]) -> dict[str, Any]:
+    """A version as OpenAI's API shows a checkpoint; its own record beside."""
+    measured = version["measured"]
+    return {
+        "id": version["id"],
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": int(version["created_at"]),
+        "fine_tuned_model_checkpoint": version["id"],
+        "fine_tuning_job_id": version["job"],
+        "step_number": version["step"],
+        "metrics": {"step": version["step"], "full_valid_loss": measured["loss"]},
+        "version": version,
     }
 
 

@@ -6,9 +6,7 @@ rows the state becomes a version, is measured, and the gate decides whether it a
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 import threading
 import time
 import uuid
@@ -17,7 +15,6 @@ from functools import partial
 from traceback import format_tb
 from typing import TYPE_CHECKING, Any
 
-from zoray.adapters import write_peft
 from zoray.channel import Listener
 from zoray.cluster import Cluster, own_host
 from zoray.data import load_workload
@@ -28,24 +25,21 @@ from zoray.monitoring import Logging
 from zoray.optimizers import LEAST_DECAY
 from zoray.preview import preview
 from zoray.records import ConfigError, record
+from zoray.serving import versions
 from zoray.serving.conversations import Conversations
-from zoray.serving.gate import Gate
 from zoray.serving.pool import PATIENT, start_pool
+from zoray.serving.promotion import BY_HAND, Promotion
 from zoray.serving.requests import NewJob, Use, plainly
-from zoray.serving.store import Store, append_json, read_json, read_lines, write_json
+from zoray.serving.store import NotFound, Store, append_json, read_json, read_lines, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zoray.pool import Pool
-    from zoray.records import Evaluation
-    from zoray.serving.gate import Measured
     from zoray.serving.settings import Settings
 
 log = logging.getLogger(__name__)
 GOING = ("queued", "running")
 MOST_FILES, MOST_JOBS = 1000, 500  # each is looked at for a list
-KEPT = 20  # versions of a job that were not promoted
 ENDS_SECONDS = 120.0  # that a job may take to end after its step
 
 
@@ -55,16 +49,19 @@ class Tuner:
     def __init__(self, settings: Settings, measure: Any) -> None:
         self.settings, self.store, self._measure = settings, Store(settings.folder), measure
         self.conversations = Conversations(self.store.folder / "conversations")
-        self._gate: Gate = settings.gate
         self._wake = threading.Condition()
         self._current: str | None = None
         self._listener: Listener | None = None
-        self._known: dict[str | None, Measured] = {}
         self._closed = False
         self._worker = threading.Thread(target=self._work, name="zoray-jobs", daemon=True)
 
     def start(self) -> None:
-        """Go on with what a server before this one has left."""
+        """Go on with what a server before this one has left.
+
+        Raises:
+            ConfigError: what is live can't answer on this server.
+        """
+        versions.check_live(self.store, self.settings)
         for name in self.store.jobs():
             if self.state(name)["status"] == "running":
                 self._set(name, status="queued")
@@ -236,7 +233,7 @@ class Tuner:
         if not (run / "metrics.jsonl").exists():
             return [], []
         steps, evaluations = read_metrics(run)
-        return [_plain(step) for step in steps], [_plain(evaluation) for evaluation in evaluations]
+        return [versions.plain(step) for step in steps], [versions.plain(evaluation) for evaluation in evaluations]
 
     def preview(self, number: str, use: Use) -> list[str]:
         """How an upload (or task:NAME) would be used, in lines for people; ConfigError names what is wrong with it."""
@@ -269,8 +266,24 @@ class Tuner:
         """An upload's record."""
         return self.store.file(number)
 
-    def promote(self, version: str | None, reason: str = "by hand") -> None:
-        """Let a version (None: the base model) answer from now on; to roll back is the same."""
+    def file_content(self, number: str) -> bytes:
+        """An upload as it came."""
+        try:
+            return self.store.data_path(number).read_bytes()
+        except FileNotFoundError:
+            raise NotFound(f"there is no file {number}") from None  # deleted just now
+
+    def promote(self, version: str | None, reason: str = BY_HAND) -> None:
+        """Let a version (None: the base model) answer from now on; to roll back is the same.
+
+        It may be any step of a job: one that is not kept is made of the journal.
+
+        Raises:
+            NotFound: there is no such job, or it has not come so far.
+            ConfigError: it was learnt from another base model, or with another space.
+        """
+        if version is not None:
+            versions.make_sure(self.store, version, self.settings)
         self.store.set_live(version, reason)
         if version is not None:
             job = version.partition("@")[0]
@@ -299,6 +312,8 @@ class Tuner:
                     return
                 self._current = name
                 self._set(name, status="running")
+                if not any(event["kind"] == "started" for event in self.events(name)):
+                    self._event(name, "started", "its first step is under way")
             try:
                 summary = self._run(name)
                 with self._wake:
@@ -321,7 +336,7 @@ class Tuner:
         workload = load_workload(experiment.spec)
         (folder / "run").mkdir(exist_ok=True)
         config = {key: record(getattr(experiment, key)) for key in ("model", "task", "space", "estimator")}
-        self._known.clear()
+        promotion = Promotion(self.settings, self.store, self._measure, partial(self._event, name), self.promote)
         self._listener = Listener(own_host(elastic=False), 0)
         try:
             return tune(
@@ -330,52 +345,10 @@ class Tuner:
                 config,
                 partial(start_pool, self._listener, self.settings.replicas),
                 stopping=lambda: self._closed or not self.learning or self.state(name)["status"] != "running",
-                on_dev=partial(self._evaluated, name),
+                on_dev=lambda pool, found: promotion.evaluated(name, self.events(name), pool, found),
             )
         finally:
             self._listener = None
-
-    def _evaluated(self, name: str, pool: Pool, evaluation: Evaluation) -> None:
-        """Make a version of the state, measure it, and let the gate decide."""
-        if evaluation.step == 0 or any(event.get("step") == evaluation.step for event in self.events(name)):
-            return
-        version = f"{name}@{evaluation.step}"
-        arrays, digest = pool.adapter()
-        space, folder = self.settings.space, self.store.new_version(version)
-        write_peft(folder, arrays, space.rank, space.alpha, self.settings.model.path, space.targets)
-        live = self.store.live()
-        new, base, current = (self._measured(one) for one in (version, None, live))
-        verdict = self._gate.judge(new, current, base.perplexity)
-        meta = {
-            "id": version,
-            "job": name,
-            "step": evaluation.step,
-            "digest": digest,
-            "created_at": time.time(),
-            "measured": _plain(new),
-            "compared_with": {"version": live, **_plain(current)},
-            "passed": verdict.promote,
-            "reason": verdict.reason,
-        }
-        write_json(folder / "meta.json", meta)
-        said = "passed" if verdict.promote else "did not pass"
-        self._event(name, "evaluated", f"step {evaluation.step} {said}: {verdict.reason}", step=evaluation.step)
-        if verdict.promote and self._gate.automatic:
-            self.promote(version, f"passed the gate: {verdict.reason}")
-        self._prune(name)
-
-    def _measured(self, version: str | None) -> Measured:
-        """A version never changes, nor do a job's held-out rows: each is measured once a job."""
-        if version not in self._known:
-            self._known[version] = self._measure(version)
-        return self._known[version]
-
-    def _prune(self, name: str) -> None:
-        """Keep the last few versions of a job, and those that have been live."""
-        been = {entry["version"] for entry in self.store.live_history()}
-        own = [v["id"] for v in self.store.versions() if v["job"] == name and v["id"] not in been]
-        for version in own[:-KEPT]:
-            self.store.delete_version(version)
 
     def _experiment(self, name: str, request: NewJob) -> Experiment:
         s, numbers = self.settings, request.hyperparameters
@@ -411,7 +384,7 @@ class Tuner:
                 if found not in of:
                     raise ConfigError(f"{name} is {found}: expected one that is {' or '.join(of)}")
                 self._set(name, status=status)
-                self._event(name, status, "by hand")
+                self._event(name, status, BY_HAND)
             self._wake.notify_all()
         return self.job(name)
 
@@ -449,14 +422,6 @@ class Tuner:
 def _asked(request: dict[str, Any]) -> dict[str, Any]:
     """A stored request without what the server has added."""
     return {key: value for key, value in request.items() if key in NewJob.model_fields}
-
-
-def _plain(numbers: Any) -> dict[str, Any]:
-    """A record of numbers for JSON, which has no NaN."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in dataclasses.asdict(numbers).items()
-    }
 
 
 def _outcome(summary: dict[str, Any]) -> str:

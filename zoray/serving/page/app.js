@@ -25,7 +25,7 @@ async function refresh() {
   chat.showKept(conversations.data);
   data.showFiles(files.data);
   learning.showJob(jobs.data, job, numbers, on.on);
-  versions.showVersions(found, base, on.on && jobs.data.some((one) => ["running", "queued"].includes(one.status)));
+  versions.showVersions(found, base, on.on && jobs.data.some((one) => ["running", "queued"].includes(one.status)), job);
   stored.showStored(files.data, conversations.data, jobs.data, found.data, found.folder);
   $("learning").checked = on.on;
 }

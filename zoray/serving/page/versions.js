@@ -1,13 +1,14 @@
 // Versions with their scores before and after; to promote one, and to roll back.
-import { $, button, count, element, list, put, say, sure, tell, when } from "./parts.js";
+import { $, acts, button, count, element, list, put, say, sure, tell, when } from "./parts.js";
 import { post, remove } from "./server.js";
 
 let live; // as last shown
 let all = false; // whether those that did not pass are shown as well
 let again = () => {};
+let learning = false; // whether a job is at work
 
 function score(measured) {
-  return measured.score !== null ? measured.score.toFixed(3) : measured.loss.toFixed(3);
+  return (measured.score ?? measured.loss)?.toFixed(3) ?? "–";
 }
 
 function cell(label, ...parts) {
@@ -31,8 +32,16 @@ function before({ job, compared_with: then }, base) {
 async function promote(version, back, learns) {
   if (!version.base && !version.passed && !await sure(`${version.id} did not pass the gate: ${version.reason}\n\nPromote it all the same?`, "Promote it")) return;
   await post(`/v1/versions/${encodeURIComponent(version.id)}/promote`);
-  const goes = learns ? " A job is still learning and may promote a version again; switch active learning off to prevent that." : "";
+  const goes = learns ? " The job that is learning promotes nothing by itself any more: its versions wait for you." : "";
   tell(`${version.id} answers as live from now on.${goes}`);
+}
+
+// Any step of a job: one that is not among the versions is made from the job's journal.
+async function promoteStep(learns) {
+  const name = $("step-name").value.trim();
+  if (!/^[^@\s]+@\d+$/.test(name)) throw new Error(`Expected a job and a step, such as mail@60; got ${name || "nothing"}`);
+  await promote({ id: name, passed: true }, false, learns);
+  $("step-name").value = "";
 }
 
 function row({ version, isLive, back, learns, base }) {
@@ -42,9 +51,11 @@ function row({ version, isLive, back, learns, base }) {
   made.append(name);
   if (version.base) made.append(cell(""), cell(""), cell(""));
   else {
-    const then = cell("Before", element("strong", score(version.compared_with)), element("small", before(version, base)));
-    const after = cell("After", element("strong", score(version.measured)), element("small", change(version)));
-    const gate = cell("Gate", element("span", version.passed ? "passed" : "not passed", { class: version.passed ? "badge" : "badge no" }), element("small", version.reason));
+    const judged = version.compared_with !== null; // else it was made from the journal
+    const then = judged ? cell("Before", element("strong", score(version.compared_with)), element("small", before(version, base))) : cell("");
+    const after = cell("After", element("strong", score(version.measured)), element("small", judged ? change(version) : ""));
+    const verdict = !judged ? "not judged" : version.passed ? "passed" : "not passed";
+    const gate = cell("Gate", element("span", verdict, { class: version.passed ? "badge" : "badge no" }), element("small", version.reason));
     gate.classList.add("wide");
     made.append(then, after, gate);
   }
@@ -65,7 +76,10 @@ function row({ version, isLive, back, learns, base }) {
   return made;
 }
 
-export function showVersions(found, base, learns) {
+export function showVersions(found, base, learns, job) {
+  learning = learns;
+  $("any-step").hidden = !job?.step;
+  $("step-name").placeholder = job?.step ? `${job.id}@${job.step}` : "";
   const been = new Set(found.history.map((entry) => entry.version));
   const newest = [...found.data].reverse();
   const told = newest.filter((version, place) => all || place === 0 || version.passed || been.has(version.id));
@@ -73,7 +87,7 @@ export function showVersions(found, base, learns) {
   $("more").hidden = !more;
   $("more").setAttribute("aria-expanded", String(all));
   put("more", all ? "Hide earlier versions that did not pass" : `Show ${count(more, "earlier version")} that did not pass`);
-  again = () => showVersions(found, base, learns);
+  again = () => showVersions(found, base, learns, job);
   const rows = [...told, { id: base, base: true }].map((version) => ({
     version, base, learns, back: been.has(version.id), isLive: found.live === (version.base ? null : version.id),
   }));
@@ -90,4 +104,6 @@ export function showVersions(found, base, learns) {
 
 export function begin() {
   $("more").addEventListener("click", () => { all = !all; again(); });
+  acts($("step-promote"), () => promoteStep(learning));
+  $("step-name").addEventListener("keydown", (event) => { if (event.key === "Enter") $("step-promote").click(); });
 }

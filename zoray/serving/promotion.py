@@ -1,0 +1,103 @@
+"""What becomes of a job's state after an evaluation: a version, measured, judged by the gate, and perhaps what is live.
+
+Guarantees: a version is on disk before it is measured, and measured before it is judged; what people have chosen by
+hand since a job began (or was resumed) is not undone by the gate.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from zoray.models import weights_hash
+from zoray.records import ConfigError
+from zoray.serving import versions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zoray.pool import Pool
+    from zoray.records import Evaluation
+    from zoray.serving.gate import Gate, Measured
+    from zoray.serving.settings import Settings
+    from zoray.serving.store import Store
+
+BY_HAND = "by hand"  # why something became live that people have chosen
+KEPT = 20  # versions of a job that have never been live
+
+
+class Promotion:
+    """The evaluations of one job, from when it is taken up until it ends or is put down.
+
+    Args:
+        settings: of the server, with its gate.
+        store: where versions are kept, and what is live.
+        measure: asks an engine what a version (None: the base model) is worth, see EngineServer.measure.
+        note: appends an event to the job: kind, message, more.
+        promote: lets a version answer: its name, and why.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        measure: Callable[[str | None], Measured],
+        note: Callable[..., None],
+        promote: Callable[[str, str], None],
+    ) -> None:
+        self._settings, self._store, self._measure = settings, store, measure
+        self._note, self._promote = note, promote
+        self._gate: Gate = settings.gate
+        self._known: dict[str | None, Measured] = {}
+
+    def evaluated(self, job: str, events: list[dict[str, Any]], pool: Pool, evaluation: Evaluation) -> None:
+        """Make a version of the state that has been evaluated, measure it, and let the gate decide; once a step."""
+        if evaluation.step == 0 or any(event.get("step") == evaluation.step for event in events):
+            return
+        version, store = f"{job}@{evaluation.step}", self._store
+        arrays, digest = pool.adapter()
+        folder = versions.write(store, version, arrays, self._settings.space, self._settings.model.path)
+        live = store.live()
+        new, base, current = (self._measured(one) for one in (version, None, live))
+        verdict = self._gate.judge(new, current, base.perplexity)
+        versions.describe(
+            folder,
+            weights_hash(self._settings.model.resolve()),
+            digest,
+            measured=_plain(new),
+            compared_with={"version": live, **_plain(current)},
+            passed=verdict.promote,
+            reason=verdict.reason,
+        )
+        said = "passed" if verdict.promote else "did not pass"
+        self._note("evaluated", f"step {evaluation.step} {said}: {verdict.reason}", step=evaluation.step)
+        if verdict.promote and self._gate.automatic:
+            if overruled(events, store.live_history()):
+                self._note("held", f"{version} waits for you: what is live has been chosen by hand meanwhile")
+            else:
+                self._promote(version, f"passed the gate: {verdict.reason}")
+        self._prune(job)
+
+    def _measured(self, version: str | None) -> Measured:
+        """A version never changes, nor do a job's held-out rows: each is measured once."""
+        if version not in self._known:
+            self._known[version] = self._measure(version)
+        return self._known[version]
+
+    def _prune(self, job: str) -> None:
+        """Keep the last few versions of a job, and those that have been live."""
+        been = {entry["version"] for entry in self._store.live_history()}
+        own = [v["id"] for v in self._store.versions() if v["job"] == job and v["id"] not in been]
+        for version in own[:-KEPT]:
+            with suppress(ConfigError):  # promoted or deleted by somebody just now
+                self._store.delete_version(version)
+
+
+def overruled(events: list[dict[str, Any]], history: list[dict[str, Any]]) -> bool:
+    """Whether people have chosen what is live since a job began, or since they have resumed it."""
+    began = max((event["time"] for event in events if event["kind"] in ("started", "queued")), default=0.0)
+    return any(entry["reason"] == BY_HAND and entry["time"] > began for entry in history)
+
+
+def _plain(found: Measured) -> dict[str, Any]:
+    return {**versions.plain(found), "rows": len(found.rows)}

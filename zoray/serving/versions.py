@@ -1,0 +1,134 @@
+"""States of jobs as versions, which requests can be answered by: kept as they come, or made of a job's journal.
+
+A version is a PEFT adapter and what is known of it. Any step of a job can be one: the journal rebuilds its state, bit
+for bit. Guarantees: a version that becomes live is an adapter of this server's base model and space; what another model
+or rank has learnt is refused, not answered with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from zoray import journal
+from zoray.adapters import peft_space, write_peft
+from zoray.history import read_metrics
+from zoray.models import weights_hash
+from zoray.records import ConfigError, JournalError
+from zoray.serving.store import VERSION, NotFound, read_json, shown, write_json
+from zoray.spaces import from_record
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import numpy as np
+
+    from zoray.serving.settings import Settings
+    from zoray.serving.store import Store
+    from zoray.spaces.base import Space
+
+log = logging.getLogger(__name__)
+META, METRICS = "meta.json", "metrics.jsonl"
+UNKNOWN = {"score": None, "loss": None, "perplexity": None, "metric": None, "rows": None}
+
+
+def write(store: Store, name: str, arrays: Mapping[str, np.ndarray], space: Space, base: str) -> Path:
+    """A version's adapter, as a whole; its folder. `base`: what the adapter names as its base model."""
+    folder = store.new_version(name)
+    write_peft(folder, arrays, space.rank, space.alpha, base, space.targets)  # type: ignore[attr-defined]
+    return folder
+
+
+def describe(folder: Path, weights: str, digest: str, **known: Any) -> None:
+    """Write down what is known of a version: of which base model (weights_hash), digest of its state, and more."""
+    job, _, step = folder.name.partition("@")
+    about = {"id": folder.name, "job": job, "step": int(step), "weights": weights, "digest": digest}
+    write_json(folder / META, {**about, "created_at": time.time(), **known})
+
+
+def make_sure(store: Store, name: str, settings: Settings) -> None:
+    """Let there be a version that this server can answer by: one that is not kept is made of the journal of its job.
+
+    Raises:
+        NotFound: there is no such job, or it has not come so far.
+        ConfigError: it was learnt from another base model, or with another space.
+    """
+    try:
+        there = (store.version_folder(name) / META).exists()
+    except NotFound:
+        there = False
+    if not there:
+        _replay(store, name)
+    check(store, name, settings)
+
+
+def check_live(store: Store, settings: Settings) -> None:
+    """Raise ConfigError if what is live can't answer on this server: then no request could be answered."""
+    if (live := store.live()) is None:
+        return
+    try:
+        make_sure(store, live, settings)
+    except NotFound as error:
+        raise ConfigError(
+            f"expected what is live to be there: {error}. Delete {store.folder / 'live.json'} to go back to the base "
+            "model"
+        ) from None
+
+
+def check(store: Store, name: str, settings: Settings) -> None:
+    """Raise ConfigError unless a version is an adapter of this server's base model and space."""
+    folder, space = store.version_folder(name), settings.space
+    found, weights = peft_space(folder), weights_hash(settings.model.resolve())
+    if (found.rank, found.alpha) != (space.rank, space.alpha):
+        raise ConfigError(
+            f"expected {name} to be of space.rank={space.rank} and space.alpha={space.alpha:g}; it is of "
+            f"space.rank={found.rank} space.alpha={found.alpha:g}. Start the server with these to answer by it"
+        )
+    if (known := read_json(folder / META).get("weights", weights)) != weights:
+        raise ConfigError(
+            f"expected {name} to be learnt from {settings.model.path} (hash {weights}); it is of another base model "
+            f"(hash {known}). Start the server with that model to answer by it"
+        )
+
+
+def plain(numbers: Any) -> dict[str, Any]:
+    """A record of numbers for JSON, which has no NaN."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in dataclasses.asdict(numbers).items()
+    }
+
+
+def _replay(store: Store, name: str) -> None:
+    """A version out of the journal. It has been measured only if its step happens to have been evaluated."""
+    job, _, number = name.partition("@")
+    run = store.folder / "jobs" / job / "run"
+    if not VERSION.fullmatch(name) or not (run / journal.FILE_NAME).exists():
+        raise NotFound(f"there is no version {shown(name)}")
+    try:
+        contents = journal.read(run / journal.FILE_NAME)
+        if int(number) > len(contents.steps):
+            raise NotFound(f"there is no version {shown(name)}: {job} has taken {len(contents.steps)} steps")
+        header, state = contents.header, journal.replay(contents, int(number))
+    except JournalError as error:
+        log.error("%s", error)
+        raise ConfigError(
+            f"expected a whole journal of {job} to make {name} of; it is damaged, the server's log says where"
+        ) from None
+    folder = write(store, name, state.arrays(), from_record(header["space"]), header["model"])
+    evaluations = read_metrics(run)[1] if (run / METRICS).exists() else []
+    measured = next((e for e in evaluations if (e.step, e.split) == (int(number), "dev")), None)
+    known = {key: value for key, value in plain(measured).items() if key in UNKNOWN} if measured else {}
+    describe(
+        folder,
+        header["weights"],
+        state.digest(),
+        measured={**UNKNOWN, **known, "rows": measured and measured.count},
+        compared_with=None,
+        passed=False,
+        reason="made from the journal; the gate has not seen it",
+    )
