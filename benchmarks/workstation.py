@@ -3,14 +3,18 @@
     python -m benchmarks.workstation build/workstation
     python -m benchmarks.workstation build/workstation serve.steps=200 model.path=...  (settings of conf/serve.yaml)
 
-Saves a screenshot of each step, story.json, and prints a table: step, what, seconds, accuracy on held-out rows before
-and after. Needs playwright and a Chromium; the server is a real one, on a folder of its own that is deleted at the end.
+The file is 2,000 movie reviews (zoray/tasks/movie_reviews.py) as CSV, of which 200 are held out and 200 are for test;
+`--data` names another. Saves a screenshot of each step, story.json, and prints a table: step, what, seconds, accuracy on
+held-out rows before and after. Needs playwright and a Chromium; the server is a real one, on a folder of its own that is
+deleted at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import random
 import re
 import shutil
 import tempfile
@@ -24,11 +28,9 @@ from benchmarks.server import running
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MAIL = Path(__file__).parents[1] / "examples" / "mail.csv"
-TEMPLATE = "{subject}: {text} This is"
-QUESTION = (
-    "Payroll: Salaries go out at noon and the file was refused. We need your release now. Is this urgent or private?"
-)
+ROWS = 2000
+TEMPLATE = "{text} It was"
+QUESTION = "A film with wonderful actors and a story that I will not forget. Was it terrible or great?"
 MOST_SECONDS = 1800.0  # a step: a job of 400 takes half of it
 
 
@@ -91,6 +93,9 @@ def play(page: Any, url: str, story: Story, data: Path, template: str, started: 
     with story.step("learnt", "the job has ended", "#learning-title") as row:
         page.wait_for_selector("#job[data-status=succeeded]")
         row["before"], row["after"] = _scores(page.get_attribute("#score", "aria-label"))
+        page.click("summary:has-text('What has happened')")
+        expect(page.locator("#events")).to_contain_text("on test rows", timeout=patience)
+        row["outcome"] = page.locator("#events li", has_text="on test rows").inner_text()
     with story.step("promoted", "the gate has promoted a version", "#versions-title") as row:
         live = page.locator("#versions tr", has=page.locator(".badge", has_text="live"))
         version = live.locator("th").inner_text().split()[0]
@@ -100,6 +105,11 @@ def play(page: Any, url: str, story: Story, data: Path, template: str, started: 
         row["before"], row["after"] = map(float, live.locator("td strong").all_inner_texts())
     with story.step("chat-live", f"a new chat is answered by {version}") as row:
         row["answered_by"] = chat()
+    with story.step("any-step", "a step between versions answers, made of the journal", "#versions-title") as row:
+        row["version"] = f"{version.partition('@')[0]}@{int(version.partition('@')[2]) - 7}"
+        page.fill("#step-name", row["version"])
+        page.click("#step-promote")
+        expect(page.locator("#alert-text")).to_contain_text(f"{row['version']} answers as live", timeout=patience)
     with story.step("rolled-back", "rolled back to the base model", "#versions-title"):
         page.get_by_role("button", name=f"Roll back to {base}").click()
         expect(page.locator("#alert-text")).to_contain_text(f"{base} answers as live", timeout=patience)
@@ -112,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for the screenshots and story.json")
     parser.add_argument("settings", nargs="*", help="of the server, such as serve.steps=200")
-    parser.add_argument("--data", type=Path, default=MAIL, help="a labelled file")
+    parser.add_argument("--data", type=Path, help="a labelled file; else movie reviews")
     parser.add_argument("--template", default=TEMPLATE, help="how the model is asked")
     parser.add_argument("--size", default="1280x800", help="of the window; 390x800 is a phone")
     parser.add_argument("--scheme", default="light", choices=["light", "dark"])
@@ -135,11 +145,23 @@ def main() -> None:
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=asked.scheme)
         story = Story(page, asked.folder)
         try:
-            play(page, url, story, asked.data, asked.template, started)
+            play(page, url, story, asked.data or reviews(Path(folder)), asked.template, started)
         finally:
             browser.close()
             (asked.folder / "story.json").write_text(json.dumps(story.rows, indent=2) + "\n")
     print(table(story.rows))
+
+
+def reviews(folder: Path) -> Path:
+    """Movie reviews as a labelled file, as somebody would have them in a spreadsheet."""
+    from zoray.tasks.movie_reviews import published_file, read_ratings
+
+    texts = dict((text, rating) for rating, text in read_ratings(published_file()) if abs(rating) >= 1)
+    rows = random.Random(0).sample(sorted(texts), ROWS)
+    path = folder / "reviews.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *((t, ("terrible", "great")[texts[t] > 0]) for t in rows)])
+    return path
 
 
 def table(rows: list[dict[str, Any]]) -> str:

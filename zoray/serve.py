@@ -23,13 +23,23 @@ def main(config: Any) -> int:
     check_model(settings)
     with claim(Path(settings.folder)):  # the tuner holds it from here on
         check_live(Store(settings.folder, clear=False), settings)
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    up, ended = threading.Event(), threading.Event()
 
+    def stop(*_: object) -> None:
+        if not up.is_set() or ended.is_set():  # while it starts, or asked again: at once
+            raise KeyboardInterrupt
+        ended.set()
+
+    def listen() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+
+    listen()
     from zoray.serving.start import started
 
     with started(settings) as address:
+        up.set()
+        listen()  # Ray has put its own handler of SIGTERM in the place of this one
         print(f"{settings.name} at {address}/v1 (OpenAI's API), page: {address}/", flush=True)
         if key is not None:
             print("requests need the key of ZORAY_API_KEY", flush=True)

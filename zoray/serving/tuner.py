@@ -427,5 +427,11 @@ def _asked(request: dict[str, Any]) -> dict[str, Any]:
 def _outcome(summary: dict[str, Any]) -> str:
     first, final = summary["initial"], summary["final"]
     metric = next((key for key in ("accuracy", "f1", "loss") if key in first and key in final), "loss")
-    change = f"{first.get(metric, 0):.3f} -> {final.get(metric, 0):.3f}"
-    return f"{summary['steps']} steps; {metric} on held-out rows {change}"
+
+    def change(before: dict[str, Any], after: dict[str, Any]) -> str:
+        return f"{before.get(metric, 0):.3f} -> {after.get(metric, 0):.3f}"
+
+    told = f"{summary['steps']} steps; {metric} on held-out rows {change(first, final)}"
+    if "test" in first and "test" in final:
+        told += f", on test rows, which have decided nothing, {change(first['test'], final['test'])}"
+    return told
