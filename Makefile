@@ -38,7 +38,7 @@ test: prepare ## ruff, pyright, and the tests but those of make test-slow
 	$(PY) -m pyright
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
-test-slow: prepare ## the tests that take minutes: everything dies, by Chromium, a million lines
+test-slow: prepare ## the tests that take minutes: everything dies, odd requests by the thousand, a million lines
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow --timeout 900 $(ARGS)
 
 lint: setup ## ruff and pyright, without the tests

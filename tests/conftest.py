@@ -19,9 +19,23 @@ if TYPE_CHECKING:
 
 from tiny import tiny_llama, tiny_opt, tiny_qwen2
 
-ASKING = ("serving", "tuning_cli", "serving_page", "serving_fuzz")  # files that share one server
+pytest_plugins = ["browsing"]
+ASKING = ("serving", "tuning_cli", "serving_page", "serving_forms", "serving_fuzz")  # files that share one server
 FIRST = (
-    *("slurm", "launch", "chaos", "serving_crash", *ASKING, "pool", "crash", "ray", "gpu_report", "ports", "damage"),
+    *(
+        "slurm",
+        "launch",
+        "chaos",
+        "serving_crash",
+        *ASKING,
+        "serving_replicas",
+        "pool",
+        "crash",
+        "ray",
+        "gpu_report",
+        "ports",
+        "damage",
+    ),
     "tensor_parallel",
 )
 

@@ -38,7 +38,7 @@ class Served:
     def __init__(self, model: Path, folder: Path, *settings: str, key: str | None = None) -> None:
         self.folder, self.port, self.key = folder, _free_port(), key
         self.url = f"http://127.0.0.1:{self.port}"
-        self._log = folder.with_name(f"{folder.name}.log")
+        self.log = folder.with_name(f"{folder.name}.log")
         self._command = [
             *(sys.executable, "-m", "zoray.serve", f"model.path={model}", f"serve.folder={folder}"),
             *(f"serve.port={self.port}", *SMALL, *settings),
@@ -51,7 +51,7 @@ class Served:
     def start(self) -> Served:
         """Start it and wait until it answers."""
         environment = {**os.environ, "HYDRA_FULL_ERROR": "1", **({"ZORAY_API_KEY": self.key} if self.key else {})}
-        with self._log.open("ab") as log:
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=environment)
         try:
             self.wait(self.answers, 280)
@@ -63,7 +63,7 @@ class Served:
     def answers(self) -> bool:
         """Whether the server is there; what it has said is shown where it ends."""
         assert self.process is not None
-        assert self.process.poll() is None, self._log.read_text(errors="replace")[-4000:]
+        assert self.process.poll() is None, self.log.read_text(errors="replace")[-4000:]
         try:
             return self.http.get("/health").status_code == 200
         except httpx.TransportError:
@@ -74,7 +74,7 @@ class Served:
         deadline = time.monotonic() + seconds
         while not (found := true()):
             assert time.monotonic() < deadline, (
-                f"not within {seconds} s: {self._log.read_text(errors='replace')[-4000:]}"
+                f"not within {seconds} s: {self.log.read_text(errors='replace')[-4000:]}"
             )
             time.sleep(0.1)
         return found
@@ -103,11 +103,11 @@ class Served:
                 continue
         self.process.wait(30)
 
-    def stop(self) -> int:
+    def stop(self, number: int = signal.SIGINT) -> int:
         """End it as Ctrl-C does; its exit status."""
         if self.process is None or self.process.poll() is not None:
             return 0
-        self.process.send_signal(signal.SIGINT)
+        self.process.send_signal(number)
         try:
             return self.process.wait(60)
         except subprocess.TimeoutExpired:

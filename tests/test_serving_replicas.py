@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -73,3 +74,10 @@ def test_one_engine_that_is_killed_leaves_the_other_to_answer_and_to_tune(pair):
     pair.wait(lambda: pair.job("on")["step"] > step + 5, 120)
     pair.wait(lambda: len(pair.processes("ServeReplica:zoray:Engine")) == 2, 120)
     pair.openai.fine_tuning.jobs.cancel("on")
+
+
+def test_sigterm_ends_it_quietly(pair):
+    assert pair.stop(signal.SIGTERM) == 0
+    said = pair.log.read_text()
+    assert said.splitlines()[-1] == "stopping; jobs go on when the server is started again", said
+    assert "SIGTERM" not in said

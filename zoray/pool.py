@@ -146,11 +146,14 @@ class Pool:
 
         Raises:
             ConfigError: they did not come in time.
+            KeyboardInterrupt: the run is to stop.
         """
         members, cluster = self.members, self.members.cluster
         least = min(cluster.min_replicas, len(members.names))
         seen, progress = 0, time.monotonic()
         while len(members.ready) < len(members.names) - len(members.given_up):
+            if self.stopping():
+                raise KeyboardInterrupt
             members.pump(1.0)
             if len(members.connected) != seen or any(not m.ready for m in members.connected.values()):
                 seen, progress = len(members.connected), time.monotonic()

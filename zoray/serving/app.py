@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,20 +27,25 @@ from zoray.serving.store import NotFound, claim
 from zoray.serving.tuner import Tuner
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from zoray.serving.settings import Settings
 
+log = logging.getLogger(__name__)
 APP = "zoray"  # the application's name in Ray Serve
 LIVE = "live"  # the model's name that stands for the version that answers at the time
-MEASURE_SECONDS = 600.0
+MEASURE_SECONDS = 600.0  # for which a measurement that fails is tried again: engines take a while to start
+START_SECONDS = 30.0  # that a request waits for a tuner that has never answered
+LOST_SECONDS = 5.0  # after which the tuner is not waited for
+LOOK_SECONDS = 0.5  # between questions to the tuner what is live
 TAKEOVER_SECONDS = 60.0  # that a tuner before this one may take to end
+AT_ONCE = 64  # requests that an engine answers at the same time
 MOST_WAITING = 512  # requests beside those that engines are answering; further ones are told to come again
 QUIET = {"enable_access_log": False}  # engines ask the tuner twice a second
 CALLS = (  # of the tuner, that requests may lead to
     "add_file", "files", "file", "file_content", "delete_file", "preview", "create", "jobs", "job", "events", "metrics",
     "pause", "resume", "cancel", "delete", "versions", "delete_version", "is_learning", "set_learning", "rated", "rate",
-    "unrate", "file_of_conversations", "delete_all",
+    "overview", "unrate", "file_of_conversations", "delete_all",
 )  # fmt: skip
 
 
@@ -60,7 +66,7 @@ class TunerServer:
 
     async def call(self, name: str, *arguments: Any) -> tuple[str | None, str, Any]:
         """(kind of error or None, its text, result): exceptions would reach the gateway as Ray's own."""
-        if name not in (*CALLS, "promote", "live"):
+        if name not in (*CALLS, "promote", "answering"):
             return "ConfigError", f"there is no {name}", None
         try:
             return None, "", await asyncio.to_thread(getattr(self.tuner, name), *arguments)
@@ -73,18 +79,30 @@ class TunerServer:
         """See Tuner.where."""
         return self.tuner.where()
 
-    def _measure(self, version: str | None) -> Any:
-        """By any engine that has the job's data; one that has died meanwhile is replaced by another."""
-        deadline = time.monotonic() + MEASURE_SECONDS
-        while True:
+    def _measure(self, stopping: Callable[[], bool], version: str | None) -> Any:
+        """By any engine that has the job's data, however long people keep it busy; one that has died is replaced.
+
+        Raises:
+            ConfigError: as the engine says (NotFound: the version has been deleted).
+            KeyboardInterrupt: the job is to stop.
+        """
+        asked, failing = None, None
+        while not stopping():
             try:
                 if self._engine is None:
                     self._engine = serve.get_deployment_handle("Engine", app_name=APP)
-                return self._engine.measure.remote(version).result(timeout_s=MEASURE_SECONDS)
-            except (RayError, RuntimeError, TimeoutError):
-                if time.monotonic() > deadline:
+                asked = asked or self._engine.measure.remote(version)
+                return asked.result(timeout_s=1.0)
+            except (RayError, RuntimeError) as error:  # before TimeoutError: the engine's own is both
+                if isinstance(error, RayTaskError) and isinstance(error.cause, ConfigError):
+                    raise error.cause from None
+                failing, asked = failing or time.monotonic(), None
+                if time.monotonic() - failing > MEASURE_SECONDS:
                     raise
                 time.sleep(1.0)
+            except TimeoutError:
+                continue  # it is at work
+        raise KeyboardInterrupt
 
 
 class Calls:
@@ -112,8 +130,12 @@ class Gateway:
         self._engine, self.tuner = engine, Calls(tuner)
         self._live: str | None = None
         self._names: list[str] = []
-        self._known = 0.0
+        self._changes = 0  # of what is live, by requests to this gateway
+        self._looking: asyncio.Task[None] | None = None
+        self._seen = asyncio.Event()  # what is live has been told once
         self._ready = False
+        self._answering = 0
+        self._most = AT_ONCE * settings.replicas + MOST_WAITING
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve's place for an app whose routes are those of an object."""
@@ -128,18 +150,23 @@ class Gateway:
 
     async def names(self) -> list[str]:
         """What requests may call a model: the base, `live`, and each version."""
-        await self._look(at_once=True)
+        await self._look()
         return [self.settings.name, LIVE, *self._names]  # type: ignore[list-item]
 
     async def resolve(self, model: Any) -> str | None:
         """The version that a request is answered by, None for the base model; fixed from here on."""
-        if model in (None, "", LIVE):
-            await self._look()
-            return self._live
         if model == self.settings.name:
             return None
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._keep_looking())
+        try:
+            await asyncio.wait_for(self._seen.wait(), START_SECONDS)
+        except TimeoutError:
+            raise Refused(503, "what is live is not known yet; try again soon") from None
+        if model in (None, "", LIVE):
+            return self._live
         if model not in self._names:
-            await self._look(at_once=True)
+            await self._look()
         if model not in self._names:
             raise Refused(404, f"The model `{str(model)[:100]}` does not exist.", "model")
         return model
@@ -148,15 +175,25 @@ class Gateway:
         """Let a version (or the base model, by its name) answer from now on."""
         chosen = None if version == self.settings.name else version
         await self.tuner.promote(chosen)
-        self._live = chosen
+        self._live, self._changes = chosen, self._changes + 1
         return {"live": chosen}
 
     def forget(self) -> None:
         """All versions are gone."""
-        self._live, self._names = None, []
+        self._live, self._names, self._changes = None, [], self._changes + 1
 
     async def answer(self, kind: str, body: dict[str, Any], version: str | None) -> AsyncIterator[Any]:
         """An engine's answer; another one is asked where the first has died before it said anything."""
+        if self._answering >= self._most:
+            raise Refused(503, "too many requests are waiting already; try again in a few seconds")
+        self._answering += 1
+        try:
+            async for part in self._answer(kind, body, version):
+                yield part
+        finally:
+            self._answering -= 1
+
+    async def _answer(self, kind: str, body: dict[str, Any], version: str | None) -> AsyncIterator[Any]:
         for pause in (0.0, 3.0, 10.0):
             said = False
             await asyncio.sleep(pause)
@@ -170,14 +207,23 @@ class Gateway:
                 if said or wrong or pause == 10.0:
                     raise
 
-    async def _look(self, at_once: bool = False) -> None:
-        """Ask the tuner what is live, at most once a second; while it is being started anew, what was known counts."""
-        if not at_once and time.monotonic() - self._known < 1.0:
-            return
-        with suppress(RayError):
-            found = await self.tuner.versions()
-            self._live, self._names = found["live"], [v["id"] for v in found["data"]]
-            self._known = time.monotonic()
+    async def _look(self) -> None:
+        """Ask the tuner what is live; while it is being started anew, what was known counts."""
+        changes = self._changes
+        with suppress(RayError, TimeoutError):
+            found = await asyncio.wait_for(self.tuner.answering(), LOST_SECONDS)
+            if changes == self._changes:  # else it may be from before
+                self._live, self._names = found["live"], found["names"]
+                self._seen.set()
+
+    async def _keep_looking(self) -> None:
+        """What the gate promotes answers within a second, and no request waits for the tuner."""
+        while True:
+            try:
+                await self._look()
+            except Exception as error:  # this goes on as long as the gateway does
+                log.warning("what is live was not told: %s", type(error).__name__)
+            await asyncio.sleep(LOOK_SECONDS)
 
 
 def application(settings: Settings) -> Any:
@@ -188,8 +234,7 @@ def application(settings: Settings) -> Any:
     engine = serve.deployment(EngineServer).options(
         name="Engine",
         num_replicas=settings.replicas,
-        max_ongoing_requests=64,
-        max_queued_requests=MOST_WAITING,
+        max_ongoing_requests=AT_ONCE,
         logging_config=QUIET,
         health_check_period_s=2,
         health_check_timeout_s=60,
@@ -199,7 +244,7 @@ def application(settings: Settings) -> Any:
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
         name="Gateway",
         num_replicas=1,
-        max_ongoing_requests=512,
+        max_ongoing_requests=2 * (AT_ONCE * settings.replicas + MOST_WAITING),  # the page, health and rollback get in
         logging_config=QUIET,  # paths hold names that people have given
         ray_actor_options={"num_cpus": 0},
     )

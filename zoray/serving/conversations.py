@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
 import uuid
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+MOST_PAIRED = 4  # disliked answers, the latest, that each liked answer to the same question is preferred to
 ID = re.compile(r"talk-[0-9a-f]{24}")
 
 
@@ -53,17 +56,40 @@ class Conversations:
         """All of them, the oldest first."""
         return sorted(read_all(self._folder.glob("talk-*.json")), key=lambda one: one["created_at"])
 
+    def latest(self, most: int) -> list[dict[str, Any]]:
+        """The last ones, the oldest of them first."""
+        names = [name for _, name, _ in sorted(self._entries())[-most:]]
+        return list(read_all(self._folder / name for name in names))
+
+    def ids(self) -> list[str]:
+        """Of all of them."""
+        return [name.removesuffix(".json") for _, name, _ in self._entries()]
+
     @property
     def bytes(self) -> int:
         """What they take on disk."""
-        return sum(entry.stat().st_size for entry in os.scandir(self._folder) if entry.name.startswith("talk-"))
+        return sum(size for _, _, size in self._entries())
+
+    def delete_everything(self) -> None:
+        """Delete all of them from disk, those that were never finished among them."""
+        for path in self._folder.iterdir():
+            path.unlink(missing_ok=True)
+
+    def _entries(self) -> list[tuple[int, str, int]]:
+        """When each was rated last, its file's name and size."""
+        found = []
+        for entry in os.scandir(self._folder):
+            if entry.name.startswith("talk-"):
+                with suppress(FileNotFoundError):  # deleted just now
+                    found.append(((stat := entry.stat()).st_mtime_ns, entry.name, stat.st_size))
+        return found
 
     def delete(self, number: str) -> None:
         """Delete one from disk."""
         self._path(number).unlink(missing_ok=True)
 
-    def rows(self) -> bytes:
-        """What there is to learn from them, as lines of JSON.
+    def rows(self, most: float = math.inf) -> bytes:
+        """What there is to learn from them, as lines of JSON, the latest of them if it is more than `most` bytes.
 
         Where answers to the same question have been liked and disliked, these are preferences, and only they are used;
         else the liked answers are examples to imitate.
@@ -81,15 +107,15 @@ class Conversations:
             {"prompt": json.loads(key), "chosen": good, "rejected": bad}
             for key, answers in liked.items()
             for good in answers
-            for bad in disliked.get(key, [])
+            for bad in disliked.get(key, [])[-MOST_PAIRED:]
             if good.strip() != bad.strip()
         ]
         if len(pairs) >= 3:
-            return _lines(pairs)
+            return _lines(pairs, most)
         if len(liked) < 3:
             raise ConfigError(f"expected at least 3 conversations with thumbs up to learn from; got {len(liked)}")
         rows = [{"messages": [*json.loads(key), {"role": "assistant", "content": a[-1]}]} for key, a in liked.items()]
-        return _lines(rows)
+        return _lines(rows, most)
 
     def _path(self, number: str) -> Path:
         path = self._folder / f"{number}.json"
@@ -98,5 +124,12 @@ class Conversations:
         return path
 
 
-def _lines(rows: Sequence[Any]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+def _lines(rows: Sequence[Any], most: float) -> bytes:
+    lines: list[bytes] = []
+    left = most
+    for row in reversed(rows):
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        if (left := left - len(line)) < 0:
+            break
+        lines.append(line)
+    return b"".join(reversed(lines))

@@ -29,6 +29,7 @@ from zoray.serving.gate import Measured
 from zoray.serving.loopback import listen_here_only
 from zoray.serving.placing import share_cores
 from zoray.serving.store import Store
+from zoray.serving.versions import check
 from zoray.tiles import mean
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class EngineServer:
         report(self.client, self.throttle)
         self.versions = Versions(self)
         self.neutral = neutral.sequences(load_tokenizer(folder))
-        self.member = TuningMember(self)
+        self.member, self._measuring = TuningMember(self), asyncio.Lock()
         self._joining = asyncio.create_task(self._join())
 
     async def _warm(self) -> None:
@@ -105,17 +106,15 @@ class EngineServer:
         return True
 
     async def measure(self, version: str | None) -> Measured:
-        """A version on the dev rows of the job at hand, and on the neutral text."""
-        async with self.versions.held(version) as slot:
+        """A version on the dev rows of the job at hand, and on the neutral text; one at a time."""
+        async with self._measuring, self.versions.held(version) as slot:
             return await asyncio.to_thread(self.member.measure, slot)
 
     def arrays(self, version: str) -> dict[str, np.ndarray]:
         """A version's adapter, as Engine.adapter gives it."""
-        folder, space = self.store.version_folder(version), self.settings.space
-        found = peft_space(folder)
-        if found.rank != space.rank or found.alpha != space.alpha:
-            raise ConfigError(f"expected {version} to be of rank {space.rank} and alpha {space.alpha}; it is not")
-        factors = read_factors(folder, found, self._matrices)
+        check(self.store, version, self.settings)
+        folder = self.store.version_folder(version)
+        factors = read_factors(folder, peft_space(folder), self._matrices)
         return {name: factor.float().numpy() for name, factor in factors.items()}
 
     async def _join(self) -> None:
@@ -245,7 +244,7 @@ class TuningMember(ReplicaActor):
         scorer = Scorer(self.replica.spec, workload, pinned)  # type: ignore[arg-type]
         found = scorer.outcomes("dev", (Probe(0, 0, 0.0),), np.zeros(count, np.int64), np.arange(count), measured=True)
         score, metric, _ = metrics(workload, "dev", found.losses, {"score": found.scores, **found.columns})
-        sums = pinned.score_plan(Plan.of([(None, part) for part in self._server.neutral]))
+        sums = pinned.score_plan(Plan.of([(Probe(0, 0, 0.0), part) for part in self._server.neutral]))
         spread = neutral.perplexity([sums], self._server.neutral)
         rows = found.scores if np.isfinite(score) else -found.losses
         return Measured(score, mean(found.losses.tolist()), spread, metric, tuple(rows.tolist()))
@@ -256,14 +255,14 @@ class TuningMember(ReplicaActor):
 
 
 class Pinned:
-    """An engine for which every probe is what one slot of versions holds."""
+    """An engine for which every probe is what one slot of versions holds; the bare model stays what it is."""
 
     def __init__(self, engine: SharedEngine, slot: int) -> None:
         self._engine, self._slot = engine, slot
 
     def score_plan(self, plan: Plan) -> np.ndarray:
         """As Engine.score_plan."""
-        return self._engine.score_slots(plan.table, plan.chosen, np.full(len(plan.chosen), self._slot, np.int64))
+        return self._engine.score_slots(plan.table, plan.chosen, np.where(plan.probe_of < 0, -1, self._slot))
 
     def generate(
         self,
@@ -275,5 +274,5 @@ class Pinned:
         stops: frozenset[int],
     ) -> Iterator[tuple[int, list[int]]]:
         """As Engine.generate."""
-        slots = np.full(len(prompts), self._slot, np.int64)
+        slots = np.where(probe_of < 0, -1, self._slot)
         return self._engine.generate_slots(prompts, slots, sampling, seeds, stops)

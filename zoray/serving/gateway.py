@@ -6,8 +6,10 @@ requests.py), every name is checked against a pattern before it is a path (store
 
 from __future__ import annotations
 
+import json
 import logging
 from contextlib import aclosing
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from zoray.engines.vllm_openai import EngineGone, failure
 from zoray.records import ConfigError
+from zoray.serving import overview, shapes
 from zoray.serving.asked import Asked, Chat, Completion
 from zoray.serving.described import CONTENT, ERROR, FORM, STREAMED
 from zoray.serving.door import Door, Refused
@@ -95,13 +98,13 @@ def build_app(gateway: Any) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> Any:
-        return {"object": "list", "data": [_model(name) for name in await gateway.names()]}
+        return {"object": "list", "data": [shapes.model_of(name) for name in await gateway.names()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Any:
         if name not in await gateway.names():
             raise Refused(404, f"there is no model {name[:100]!r}", "model")
-        return _model(name)
+        return shapes.model_of(name)
 
     @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat(asked: Chat) -> Response:
@@ -119,6 +122,7 @@ def build_app(gateway: Any) -> FastAPI:
         except StopAsyncIteration:
             raise Refused(503, "the engine has ended without an answer; try again") from None
         if not streams:
+            await parts.aclose()
             return Response(first, status, media_type="application/json")
 
         async def events() -> AsyncIterator[bytes]:
@@ -138,15 +142,19 @@ def build_app(gateway: Any) -> FastAPI:
     @app.post(UPLOAD, openapi_extra=FORM)
     async def upload(request: Request) -> Any:
         name, data = await _upload(request, int(settings.max_upload_mb * 2**20))
-        return _file(await gateway.tuner.add_file(name, data))
+        return shapes.file_of(await gateway.tuner.add_file(name, data))
 
     @app.get("/v1/files")
     async def files() -> Any:
-        return {"object": "list", "data": [_file(one) for one in await gateway.tuner.files()], "has_more": False}
+        return {
+            "object": "list",
+            "data": [shapes.file_of(one) for one in await gateway.tuner.files()],
+            "has_more": False,
+        }
 
     @app.get("/v1/files/{number}")
     async def file(number: str) -> Any:
-        return _file(await gateway.tuner.file(number))
+        return shapes.file_of(await gateway.tuner.file(number))
 
     @app.get("/v1/files/{number}/content", responses=CONTENT)
     async def content(number: str) -> Response:
@@ -168,32 +176,32 @@ def build_app(gateway: Any) -> FastAPI:
     async def create(job: NewJob) -> Any:
         if job.model not in (None, settings.name):
             raise Refused(400, f"expected model {settings.name!r}, which this server tunes; got {job.model!r}", "model")
-        return _job(await gateway.tuner.create(job), settings.name)
+        return shapes.job_of(await gateway.tuner.create(job), settings.name)
 
     @app.get("/v1/fine_tuning/jobs")
     async def jobs(limit: int = 20, after: str | None = None) -> Any:
-        return _page([_job(job, settings.name) for job in reversed(await gateway.tuner.jobs())], limit, after, "job")
+        return shapes.page(
+            [shapes.job_of(job, settings.name) for job in reversed(await gateway.tuner.jobs())], limit, after, "job"
+        )
 
     @app.get("/v1/fine_tuning/jobs/{name}")
     async def job(name: str) -> Any:
-        return _job(await gateway.tuner.job(name), settings.name)
+        return shapes.job_of(await gateway.tuner.job(name), settings.name)
 
     @app.get("/v1/fine_tuning/jobs/{name}/events")
-    async def events(name: str, limit: int = 100) -> Any:
-        found = await gateway.tuner.events(name)
-        data = [_event(name, number, event) for number, event in enumerate(found)][::-1][: max(1, min(limit, 1000))]
-        return {"object": "list", "data": data, "has_more": len(found) > len(data)}
+    async def events(name: str, limit: int = 100, after: str | None = None) -> Any:
+        return shapes.page(shapes.events_of(name, await gateway.tuner.events(name)), limit, after, "event", 1000)
 
     @app.get("/v1/fine_tuning/jobs/{name}/checkpoints")
     async def checkpoints(name: str, limit: int = 10, after: str | None = None) -> Any:
         job = await gateway.tuner.job(name)
         found = [v for v in (await gateway.tuner.versions())["data"] if v["job"] == job["id"]]
-        return _page([_checkpoint(version) for version in reversed(found)], limit, after, "checkpoint")
+        return shapes.page([shapes.checkpoint_of(version) for version in reversed(found)], limit, after, "checkpoint")
 
     @app.get("/v1/fine_tuning/jobs/{name}/metrics")
     async def metrics(name: str, after: int = 0) -> Any:
         steps, evaluations = await gateway.tuner.metrics(name)
-        return {"steps": thin([step for step in steps if step["step"] > after]), "evaluations": evaluations}
+        return {"steps": shapes.thin([step for step in steps if step["step"] > after]), "evaluations": evaluations}
 
     for verb in ("pause", "resume", "cancel"):
         app.post(f"/v1/fine_tuning/jobs/{{name}}/{verb}")(_turn(gateway, verb, settings.name))
@@ -220,6 +228,14 @@ def build_app(gateway: Any) -> FastAPI:
 
     # What else is on the page.
 
+    @app.get("/v1/overview")
+    async def look(job: str = "", have: str = "") -> Any:
+        parts = overview.parts(await gateway.tuner.overview(job), settings)
+        marks = {name: blake2b(json.dumps(part).encode(), digest_size=6).hexdigest() for name, part in parts.items()}
+        known = have.split(",")
+        new = {name: part for name, part in parts.items() if f"{name}:{marks[name]}" not in known}
+        return {"marks": marks, "parts": new}
+
     @app.get("/v1/learning")
     async def learning() -> Any:
         return {"on": await gateway.tuner.is_learning()}
@@ -240,7 +256,7 @@ def build_app(gateway: Any) -> FastAPI:
 
     @app.post("/v1/conversations/file")
     async def file_of_conversations() -> Any:
-        return _file(await gateway.tuner.file_of_conversations())
+        return shapes.file_of(await gateway.tuner.file_of_conversations())
 
     @app.delete("/v1/conversations/{number}")
     async def unrate(number: str) -> Any:
@@ -269,94 +285,12 @@ def build_app(gateway: Any) -> FastAPI:
     return app
 
 
-def thin(rows: list[dict[str, Any]], most: int = 500) -> list[dict[str, Any]]:
-    """Evenly chosen rows, the last one among them: what a curve can show."""
-    every = -(-len(rows) // most) if rows else 1
-    return [row for i, row in enumerate(rows) if (len(rows) - 1 - i) % every == 0]
-
-
 def _turn(gateway: Any, verb: str, base: str) -> Any:
     async def turn(name: str) -> Any:
-        return _job(await getattr(gateway.tuner, verb)(name), base)
+        return shapes.job_of(await getattr(gateway.tuner, verb)(name), base)
 
     turn.__name__ = verb
     return turn
-
-
-def _page(found: list[dict[str, Any]], limit: int, after: str | None, what: str) -> dict[str, Any]:
-    """A piece of a list, behind the one of which the id is `after`."""
-    ids = [one["id"] for one in found]
-    if after is not None and after not in ids:
-        raise Refused(404, f"there is no {what} {after[:100]!r}", "after")
-    start = 0 if after is None else ids.index(after) + 1
-    some = found[start : start + max(1, min(limit, 100))]
-    ends = {"first_id": some[0]["id"], "last_id": some[-1]["id"]} if some else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": some, **ends, "has_more": len(found) > start + len(some)}
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "zoray"}
-
-
-def _file(file: dict[str, Any]) -> dict[str, Any]:
-    return {**file, "created_at": int(file["created_at"])}
-
-
-def _job(job: dict[str, Any], base: str) -> dict[str, Any]:
-    """A job as OpenAI's API shows it, with zoray's own fields beside."""
-    request, last = job["request"], job["last"]
-    ended = job["status"] in ("succeeded", "failed", "cancelled")
-    return {
-        "id": job["id"],
-        "object": "fine_tuning.job",
-        "created_at": int(request["created_at"]),
-        "finished_at": int(job["changed_at"]) if ended else None,
-        "model": base,
-        "fine_tuned_model": job["best_version"],
-        "organization_id": "local",
-        "status": job["status"],
-        "training_file": request.get("training_file") or f"task:{request['task']}",
-        "validation_file": None,
-        "result_files": [],
-        "seed": request.get("seed") or 0,
-        "hyperparameters": {"n_epochs": 1, "batch_size": job["batch"]},
-        "trained_tokens": job["tokens"],
-        "error": {"code": "failed", "message": job["error"], "param": None} if job.get("error") else None,
-        "filename": request["filename"],
-        "working": job["working"],
-        "step": job["step"],
-        "steps": job["steps"],
-        "first": job["first"],
-        "last": last,
-    }
-
-
-def _checkpoint(version: dict[str, Any]) -> dict[str, Any]:
-    """A version as OpenAI's API shows a checkpoint; its own record beside."""
-    measured = version["measured"]
-    return {
-        "id": version["id"],
-        "object": "fine_tuning.job.checkpoint",
-        "created_at": int(version["created_at"]),
-        "fine_tuned_model_checkpoint": version["id"],
-        "fine_tuning_job_id": version["job"],
-        "step_number": version["step"],
-        "metrics": {"step": version["step"], "full_valid_loss": measured["loss"]},
-        "version": version,
-    }
-
-
-def _event(job: str, number: int, event: dict[str, Any]) -> dict[str, Any]:
-    level = "error" if event["kind"] == "failed" else "info"
-    return {
-        "id": f"{job}-{number}",
-        "object": "fine_tuning.job.event",
-        "created_at": int(event["time"]),
-        "level": level,
-        "message": event["message"],
-        "type": "message",
-        "data": event,
-    }
 
 
 async def _upload(request: Request, limit: int) -> tuple[str, bytes]:

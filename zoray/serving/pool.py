@@ -50,6 +50,7 @@ class ServedHost:
 def start_pool(
     listener: Listener,
     replicas: int,
+    stopping: Callable[[], bool],
     spec: ReplicaSpec,
     cluster: Cluster,
     run_name: str,
@@ -58,12 +59,13 @@ def start_pool(
     known: Sequence[tuple[int, str]] = (),
     snapshot: Snapshot | None = None,
 ) -> Pool:
-    """As Pool.start, of engines that are there and connect to `listener`."""
+    """As Pool.start, of engines that are there and connect to `listener`; they are waited for until `stopping`."""
     host = ServedHost(listener)
     members = Members([f"engine-{i}" for i in range(replicas)], host, spec, cluster, None, say)
     members.commits += commits
     members.known, members.snapshot = known[-1] if known else None, snapshot
     pool = Pool(members, owns_ray=False)
+    pool.stopping = stopping
     try:
         pool.gather()
     except BaseException:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from zoray.models import weights_hash
 from zoray.records import ConfigError
 from zoray.serving import versions
+from zoray.serving.store import NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,8 +58,19 @@ class Promotion:
         version, store = f"{job}@{evaluation.step}", self._store
         arrays, digest = pool.adapter()
         folder = versions.write(store, version, arrays, self._settings.space, self._settings.model.path)
-        live = store.live()
-        new, base, current = (self._measured(one) for one in (version, None, live))
+        while True:
+            live = store.live()
+            try:
+                new, base, current = (self._measured(one) for one in (version, None, live))
+                break
+            except NotFound:
+                if not folder.exists():
+                    self._note(
+                        "evaluated", f"step {evaluation.step}: deleted before it was judged", step=evaluation.step
+                    )
+                    return
+                if store.live() == live:  # else what was live has been deleted meanwhile
+                    raise
         verdict = self._gate.judge(new, current, base.perplexity)
         versions.describe(
             folder,

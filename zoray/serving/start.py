@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from zoray.cluster import Cluster, connect, leave
+from zoray.records import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,14 +30,34 @@ def started(settings: Settings) -> Iterator[str]:
 
         if own_ray:
             check_room(settings)
+        else:
+            _check_free()
         try:
             serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
             serve.run(application(settings), name=APP, route_prefix="/")
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             yield f"http://{host}:{settings.port}"
-            serve.delete(APP)  # answers at hand have some seconds to end
+            if own_ray:
+                serve.delete(APP)  # answers at hand have some seconds to end
         finally:
-            if not own_ray:  # else Serve ends with Ray, without the error that its own shutdown has Ray print
-                serve.shutdown()
+            # In a Ray of our own, Serve ends with it, without the error that its own shutdown has Ray print.
+            if not own_ray:
+                serve.delete(APP)
+                if not serve.status().applications:  # of other people
+                    serve.shutdown()
     finally:
         leave(owns)
+
+
+def _check_free() -> None:
+    """Raise ConfigError if Ray Serve runs already on a cluster that was joined: it listens as others have said."""
+    import ray
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return
+    raise ConfigError(
+        "expected no Ray Serve on the cluster that was joined; there is one, whose address and port are not this "
+        "server's. Deploy to it with `serve run zoray.serving.app:build`, or unset RAY_ADDRESS"
+    )

@@ -44,13 +44,13 @@ class Store:
 
     def __init__(self, folder: Path | str, clear: bool = True) -> None:
         self.folder = Path(folder).absolute()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self.folder.mkdir(parents=True, exist_ok=True)
         os.chmod(self.folder, 0o700)  # private data
         for name in ("files", "jobs", "versions"):
             (self.folder / name).mkdir(exist_ok=True)
-        for partial in self.folder.glob("*/.partial-*") if clear else ():  # of a server that was killed
-            shutil.rmtree(partial, ignore_errors=True)
+        if clear:
+            self._sweep()
 
     # Files.
 
@@ -133,11 +133,15 @@ class Store:
         Raises:
             ConfigError: it is the live one.
         """
-        with self._lock:
+        with self.lock:
             folder = self.version_folder(name)
             if self.live() == name:
                 raise ConfigError(f"{name} is live: roll back to another version first")
             _remove(folder)
+
+    def version_names(self) -> list[str]:
+        """Names of all versions of which all is known."""
+        return [path.parent.name for path in self.folder.glob("versions/*@*/meta.json")]
 
     # Which one is live.
 
@@ -151,7 +155,7 @@ class Store:
 
     def set_live(self, version: str | None, reason: str) -> None:
         """Let a version answer from now on."""
-        with self._lock:
+        with self.lock:
             if version is not None:
                 self.version_folder(version)
             known = self._live()["history"]
@@ -160,7 +164,7 @@ class Store:
 
     def forget_history(self) -> None:
         """Forget which versions have been live."""
-        with self._lock:
+        with self.lock:
             write_json(self.folder / "live.json", {"version": self.live(), "history": []})
 
     def _live(self) -> dict[str, Any]:
@@ -185,7 +189,7 @@ class Store:
                 f"{shown(name)}"
             )
         folder = self.folder / "jobs" / name
-        with self._lock:
+        with self.lock:
             if folder.exists() or any(self.folder.glob(f"versions/{name}@*")):
                 raise ConfigError(f"there is a job {name} already, or versions of one; take another name")
             partial = self.folder / "jobs" / f".partial-{name}"
@@ -205,6 +209,25 @@ class Store:
     def delete_job(self, name: str) -> None:
         """Delete a job from disk, with what it has measured. Its versions stay."""
         _remove(self.job_folder(name))
+
+    def delete_everything(self) -> None:
+        """Delete all files, jobs and versions from disk, those that were never finished among them."""
+        with self.lock:
+            for kind in ("files", "jobs", "versions"):
+                for entry in (self.folder / kind).iterdir():
+                    _remove(entry) if entry.is_dir() else entry.unlink()
+
+    def _sweep(self) -> None:
+        """Remove what a server that was killed has left half done: its job makes it again, or there is none."""
+        jobs = {path.name for path in (self.folder / "jobs").iterdir()}
+        unknown = (
+            path
+            for path in self.folder.glob("versions/*@*")
+            if path.name.partition("@")[0] not in jobs and not (path / "meta.json").exists()
+        )
+        hidden = (path for pattern in ("*/.*", "jobs/*/.*", ".*.json.*") for path in self.folder.glob(pattern))
+        for path in [*unknown, *hidden]:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _folder(self, kind: str, name: str, pattern: re.Pattern[str], what: str) -> Path:
         folder = self.folder / kind / name if pattern.fullmatch(name) else None

@@ -10,24 +10,23 @@ import logging
 import threading
 import time
 import uuid
-from dataclasses import replace
+from contextlib import suppress
 from functools import partial
 from traceback import format_tb
 from typing import TYPE_CHECKING, Any
 
 from zoray.channel import Listener
-from zoray.cluster import Cluster, own_host
+from zoray.cluster import own_host
 from zoray.data import load_workload
 from zoray.driver import tune
-from zoray.experiment import Experiment, Run
 from zoray.history import read_metrics
-from zoray.monitoring import Logging
-from zoray.optimizers import LEAST_DECAY
 from zoray.preview import preview
 from zoray.records import ConfigError, record
 from zoray.serving import versions
 from zoray.serving.conversations import Conversations
-from zoray.serving.pool import PATIENT, start_pool
+from zoray.serving.experiments import experiment_of
+from zoray.serving.overview import gather
+from zoray.serving.pool import start_pool
 from zoray.serving.promotion import BY_HAND, Promotion
 from zoray.serving.requests import NewJob, Use, plainly
 from zoray.serving.store import NotFound, Store, append_json, read_json, read_lines, write_json
@@ -35,24 +34,34 @@ from zoray.serving.store import NotFound, Store, append_json, read_json, read_li
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from zoray.experiment import Experiment
     from zoray.serving.settings import Settings
 
 log = logging.getLogger(__name__)
 GOING = ("queued", "running")
 MOST_FILES, MOST_JOBS = 1000, 500  # each is looked at for a list
+MOST_READ = 32  # jobs whose metrics are kept in memory
+ASK_SECONDS = 5.0  # until the next job is looked for, where nobody says that there is one
 ENDS_SECONDS = 120.0  # that a job may take to end after its step
 
 
 class Tuner:
-    """Jobs, versions, and what is live. `measure(version)` asks an engine, see EngineServer.measure."""
+    """Jobs, versions, and what is live.
+
+    `measure(stopping, version)` asks an engine, see EngineServer.measure; KeyboardInterrupt says that it is to stop.
+    """
 
     def __init__(self, settings: Settings, measure: Any) -> None:
         self.settings, self.store, self._measure = settings, Store(settings.folder), measure
         self.conversations = Conversations(self.store.folder / "conversations")
         self._wake = threading.Condition()
+        self._reading = threading.Lock()
+        self._metrics: dict[
+            str, tuple[Any, list[Any], list[Any]]
+        ] = {}  # of jobs looked at last, with their file's mark
         self._current: str | None = None
         self._listener: Listener | None = None
-        self._closed = False
+        self._closed, self._deleting = False, 0
         self._worker = threading.Thread(target=self._work, name="zoray-jobs", daemon=True)
 
     def start(self) -> None:
@@ -126,25 +135,30 @@ class Tuner:
 
     def file_of_conversations(self) -> dict[str, Any]:
         """An upload made of the rated conversations."""
-        return self.add_file(f"conversations-{time.strftime('%Y-%m-%d-%H%M%S')}.jsonl", self.conversations.rows())
+        return self.add_file(
+            f"conversations-{time.strftime('%Y-%m-%d-%H%M%S')}.jsonl",
+            self.conversations.rows(self.settings.max_upload_mb * 2**20),
+        )
 
     def delete_all(self) -> None:
         """Delete all that people have given, and all that was learnt from it."""
-        self.store.set_live(None, "all data deleted")
-        for name in self.store.jobs():
-            if self.state(name)["status"] in (*GOING, "paused"):
-                self.cancel(name)
-        self._await_none(lambda name: True)
-        self.store.set_live(None, "all data deleted")  # the last of them may have passed the gate meanwhile
-        for file in self.store.files():
-            self.store.delete_file(file["id"])
-        for one in self.conversations.all():
-            self.conversations.delete(one["id"])
-        for name in self.store.jobs():
-            self.store.delete_job(name)
-        for version in self.store.versions():
-            self.store.delete_version(version["id"])
-        self.store.forget_history()
+        with self._wake:
+            self._deleting += 1  # no job is taken up meanwhile
+        try:
+            self.store.set_live(None, "all data deleted")
+            for name in self.store.jobs():
+                with suppress(ConfigError):  # it has just ended
+                    self.cancel(name)
+            self._await_none(lambda name: True)
+            with self._wake:
+                self.store.set_live(None, "all data deleted")  # the last of them may have passed the gate meanwhile
+                self.store.delete_everything()
+                self.conversations.delete_everything()
+                self.store.forget_history()
+        finally:
+            with self._wake:
+                self._deleting -= 1
+                self._wake.notify_all()
 
     # Jobs.
 
@@ -158,7 +172,9 @@ class Tuner:
         if len(self.store.jobs()) >= MOST_JOBS:
             raise ConfigError(f"expected at most {MOST_JOBS} jobs; delete some")
         name = request.suffix or f"job-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-        load_workload(self._experiment(name, request).spec)  # every mistake in the data shows before there is a job
+        load_workload(
+            experiment_of(self.settings, self.store, name, request).spec
+        )  # every mistake in the data shows before there is a job
         now = time.time()
         asked = {**request.model_dump(exclude_none=True), "created_at": now, "filename": source}
         self.store.new_job(name, asked, {"status": "queued", "changed_at": now})
@@ -180,9 +196,10 @@ class Tuner:
 
     def delete(self, name: str) -> None:
         """Delete a job that has ended, with its journal and numbers."""
-        if self.state(name)["status"] in GOING or self._current == name:
-            raise ConfigError(f"{name} is still at work: cancel it first")
-        self.store.delete_job(name)
+        with self._wake:
+            if self.state(name)["status"] in GOING or self._current == name:
+                raise ConfigError(f"{name} is still at work: cancel it first")
+            self.store.delete_job(name)
 
     def delete_file(self, number: str) -> None:
         """Delete an upload; jobs that learn from it are ended."""
@@ -194,13 +211,14 @@ class Tuner:
         self._await_none(lambda name: self._uses(name, number))
         self.store.delete_file(number)
 
-    def job(self, name: str) -> dict[str, Any]:
-        """All there is to know about a job but its events and numbers."""
+    def job(self, name: str, versions: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """All there is to know about a job but its events and numbers; `versions`: all, if they have been read."""
         folder = self.store.job_folder(name)
         request, state = read_json(folder / "request.json"), self.state(name)
         steps, evaluations = self.metrics(name)
         dev = [e for e in evaluations if e["split"] == "dev"]
-        own = [v for v in self.store.versions() if v["job"] == name and v["passed"]]
+        known = self.store.versions() if versions is None else versions
+        own = [v for v in known if v["job"] == name and v["passed"]]
         return {
             "id": name,
             "request": request,
@@ -217,7 +235,15 @@ class Tuner:
 
     def jobs(self) -> list[dict[str, Any]]:
         """All jobs, the oldest first."""
-        return [self.job(name) for name in self.store.jobs()]
+        found, known = [], self.store.versions()
+        for name in self.store.jobs():
+            with suppress(NotFound):  # deleted just now
+                found.append(self.job(name, known))
+        return found
+
+    def overview(self, job: str) -> dict[str, Any]:
+        """See overview.gather."""
+        return gather(self, job)
 
     def state(self, name: str) -> dict[str, Any]:
         """A job's status, and why."""
@@ -230,14 +256,26 @@ class Tuner:
     def metrics(self, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """A job's steps and evaluations so far."""
         run = self.store.job_folder(name) / "run"
-        if not (run / "metrics.jsonl").exists():
+        try:
+            stat = (run / "metrics.jsonl").stat()
+        except FileNotFoundError:
             return [], []
-        steps, evaluations = read_metrics(run)
-        return [versions.plain(step) for step in steps], [versions.plain(evaluation) for evaluation in evaluations]
+        mark = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        with self._reading:  # pages ask every two seconds, and most jobs have ended
+            known = self._metrics.pop(name, None)
+            if known is None or known[0] != mark:
+                steps, evaluations = read_metrics(run)
+                known = mark, [versions.plain(step) for step in steps], [versions.plain(one) for one in evaluations]
+            self._metrics[name] = known
+            while len(self._metrics) > MOST_READ:
+                del self._metrics[next(iter(self._metrics))]
+        return known[1], known[2]
 
     def preview(self, number: str, use: Use) -> list[str]:
         """How an upload (or task:NAME) would be used, in lines for people; ConfigError names what is wrong with it."""
-        experiment = self._experiment("preview", NewJob.model_construct(training_file=number, use=use))
+        experiment = experiment_of(
+            self.settings, self.store, "preview", NewJob.model_construct(training_file=number, use=use)
+        )
         workload = load_workload(experiment.spec)
         assert workload.encoder is not None
         lines = preview(experiment.task, workload.splits, workload.encoder)
@@ -248,6 +286,10 @@ class Tuner:
         return plainly(text, lambda number: self.store.file(number)["filename"])
 
     # Versions.
+
+    def answering(self) -> dict[str, Any]:
+        """What is live, and the names of all versions; asked twice a second."""
+        return {"live": self.store.live(), "names": self.store.version_names()}
 
     def versions(self) -> dict[str, Any]:
         """All versions, which one is live, and which have been."""
@@ -304,23 +346,19 @@ class Tuner:
     # The thread.
 
     def _work(self) -> None:
-        while True:
-            with self._wake:
-                while not self._closed and (name := self._next()) is None:
-                    self._wake.wait(5.0)
-                if self._closed:
-                    return
-                self._current = name
-                self._set(name, status="running")
-                if not any(event["kind"] == "started" for event in self.events(name)):
-                    self._event(name, "started", "its first step is under way")
+        while not self._closed:
             try:
-                summary = self._run(name)
-                with self._wake:
-                    if self.state(name)["status"] == "running":
-                        self._set(name, status="succeeded" if summary["finished"] else "queued")
-                        if summary["finished"]:
-                            self._event(name, "succeeded", _outcome(summary))
+                name = self._take_up()
+            except Exception as error:  # a file that can't be read: the jobs' thread must not be the end of all
+                log.error("%s: %s\n%s", type(error).__name__, error, "".join(format_tb(error.__traceback__)))
+                time.sleep(ASK_SECONDS)
+                continue
+            if name is None:
+                continue
+            try:
+                self._put_down(name, self._run(name))
+            except KeyboardInterrupt:  # asked to stop while it waited for engines
+                self._put_down(name, None)
             except ConfigError as error:
                 self._failed(name, self.plainly(str(error)))
             except Exception as error:  # a job's end must not be the end of all
@@ -330,52 +368,68 @@ class Tuner:
                 with self._wake:
                     self._current = None
 
+    def _take_up(self) -> str | None:
+        """The next job, which is at work from now on; None if there has been none for a while."""
+        with self._wake:
+            if (name := self._next()) is None:
+                self._wake.wait(ASK_SECONDS)
+                return None
+            self._set(name, status="running")
+            if not any(event["kind"] == "started" for event in self.events(name)):
+                self._event(name, "started", "its first step is under way")
+            self._current = name
+            return name
+
+    def _put_down(self, name: str, summary: dict[str, Any] | None) -> None:
+        """A job has come to its end, or has been stopped; `summary` is driver.tune's."""
+        with self._wake, suppress(NotFound):
+            finished = summary is not None and summary["finished"]
+            if self.state(name)["status"] == "running":
+                self._set(name, status="succeeded" if finished else "queued")
+                if finished:
+                    self._event(name, "succeeded", _outcome(summary))  # type: ignore[arg-type]
+
     def _run(self, name: str) -> dict[str, Any]:
         folder = self.store.job_folder(name)
-        experiment = self._experiment(name, NewJob(**_asked(read_json(folder / "request.json"))))
+        experiment = experiment_of(
+            self.settings, self.store, name, NewJob(**_asked(read_json(folder / "request.json")))
+        )
         workload = load_workload(experiment.spec)
         (folder / "run").mkdir(exist_ok=True)
         config = {key: record(getattr(experiment, key)) for key in ("model", "task", "space", "estimator")}
-        promotion = Promotion(self.settings, self.store, self._measure, partial(self._event, name), self.promote)
-        self._listener = Listener(own_host(elastic=False), 0)
+
+        def stopping() -> bool:
+            return self._closed or not self.learning or self.state(name)["status"] != "running"
+
+        promotion = Promotion(
+            *(self.settings, self.store, partial(self._measure, stopping)),
+            *(partial(self._event, name), self.promote),
+        )
+        self._listener = listener = Listener(own_host(elastic=False), 0)
         try:
             return tune(
                 experiment,
                 workload,
                 config,
-                partial(start_pool, self._listener, self.settings.replicas),
-                stopping=lambda: self._closed or not self.learning or self.state(name)["status"] != "running",
+                partial(start_pool, listener, self.settings.replicas, stopping),
+                stopping=stopping,
                 on_dev=lambda pool, found: promotion.evaluated(name, self.events(name), pool, found),
             )
         finally:
             self._listener = None
+            listener.close()  # an engine may have connected that nobody has taken
 
     def _experiment(self, name: str, request: NewJob) -> Experiment:
-        s, numbers = self.settings, request.hyperparameters
-        task, objective = request.lessons(self.store.data_path)
-        optimizer = s.optimizer
-        if numbers is not None and numbers.learning_rate is not None:
-            lr = numbers.learning_rate
-            optimizer = replace(optimizer, lr=lr, anchor=optimizer.anchor * (lr * optimizer.anchor >= LEAST_DECAY))
-        run = Run(
-            name="run",
-            folder=str(self.store.folder / "jobs" / name),
-            steps=(numbers and numbers.steps) or s.steps,
-            batch=(numbers and numbers.batch_size) or s.batch,
-            seed=s.seed,  # the engine has opened its adapters with it
-            data_seed=s.seed if request.seed is None else request.seed,
-            eval_every=s.eval_every,
-            too_long="cut",
-            test=request.use.test != 0,
-        )
-        cluster = Cluster(replicas=s.replicas, hang_timeout_s=PATIENT, late_floor_s=60.0)
-        logging_ = Logging(progress=False, curve=False)
-        return Experiment(s.model, task, objective, s.space, s.estimator, optimizer, s.engine, cluster, logging_, run)
+        return experiment_of(self.settings, self.store, name, request)
 
     def _next(self) -> str | None:
-        if not self.learning:
+        if self._deleting or not self.learning:
             return None
-        return next((name for name in self.store.jobs() if self.state(name)["status"] == "queued"), None)
+        for name in self.store.jobs():
+            with suppress(NotFound):  # deleted just now
+                if self.state(name)["status"] == "queued":
+                    return name
+        return None
 
     def _turn(self, name: str, of: tuple[str, ...], status: str) -> dict[str, Any]:
         with self._wake:
@@ -392,8 +446,9 @@ class Tuner:
         write_json(self.store.job_folder(name) / "state.json", {**values, "changed_at": time.time()})
 
     def _failed(self, name: str, why: str) -> None:
-        with self._wake:
-            self._set(name, status="failed", error=why)
+        with self._wake, suppress(NotFound):
+            if self.state(name)["status"] == "running":  # else people have paused or ended it meanwhile
+                self._set(name, status="failed", error=why)
             self._event(name, "failed", why)
 
     def _event(self, name: str, kind: str, message: str, **more: Any) -> None:

@@ -37,10 +37,14 @@ UNKNOWN = {"score": None, "loss": None, "perplexity": None, "metric": None, "row
 
 
 def write(store: Store, name: str, arrays: Mapping[str, np.ndarray], space: Space, base: str) -> Path:
-    """A version's adapter, as a whole; its folder. `base`: what the adapter names as its base model."""
-    folder = store.new_version(name)
-    write_peft(folder, arrays, space.rank, space.alpha, base, space.targets)  # type: ignore[attr-defined]
-    return folder
+    """A version's adapter; its folder. One that is there is left alone: it is the same, and may be answering.
+
+    `base`: what the adapter names as its base model.
+    """
+    with store.lock:
+        if not (folder := store.new_version(name)).exists():
+            write_peft(folder, arrays, space.rank, space.alpha, base, space.targets)  # type: ignore[attr-defined]
+        return folder
 
 
 def describe(folder: Path, weights: str, digest: str, **known: Any) -> None:
@@ -62,7 +66,7 @@ def make_sure(store: Store, name: str, settings: Settings) -> None:
     except NotFound:
         there = False
     if not there:
-        _replay(store, name)
+        _replay(store, name, settings)
     check(store, name, settings)
 
 
@@ -81,17 +85,23 @@ def check_live(store: Store, settings: Settings) -> None:
 
 def check(store: Store, name: str, settings: Settings) -> None:
     """Raise ConfigError unless a version is an adapter of this server's base model and space."""
-    folder, space = store.version_folder(name), settings.space
-    found, weights = peft_space(folder), weights_hash(settings.model.resolve())
-    if (found.rank, found.alpha) != (space.rank, space.alpha):
+    folder = store.version_folder(name)
+    found, meta = peft_space(folder), folder / META  # without META, it is of this server's job at hand
+    weights = read_json(meta).get("weights") if meta.exists() else None
+    _fits(name, found.rank, found.alpha, weights, settings)
+
+
+def _fits(name: str, rank: int, alpha: float, weights: str | None, settings: Settings) -> None:
+    space, own = settings.space, weights_hash(settings.model.resolve())
+    if (rank, alpha) != (space.rank, space.alpha):
         raise ConfigError(
             f"expected {name} to be of space.rank={space.rank} and space.alpha={space.alpha:g}; it is of "
-            f"space.rank={found.rank} space.alpha={found.alpha:g}. Start the server with these to answer by it"
+            f"space.rank={rank} space.alpha={alpha:g}. Start the server with these to answer by it"
         )
-    if (known := read_json(folder / META).get("weights", weights)) != weights:
+    if weights not in (None, own):
         raise ConfigError(
-            f"expected {name} to be learnt from {settings.model.path} (hash {weights}); it is of another base model "
-            f"(hash {known}). Start the server with that model to answer by it"
+            f"expected {name} to be learnt from {settings.model.path} (hash {own}); it is of another base model "
+            f"(hash {weights}). Start the server with that model to answer by it"
         )
 
 
@@ -103,7 +113,7 @@ def plain(numbers: Any) -> dict[str, Any]:
     }
 
 
-def _replay(store: Store, name: str) -> None:
+def _replay(store: Store, name: str, settings: Settings) -> None:
     """A version out of the journal. It has been measured only if its step happens to have been evaluated."""
     job, _, number = name.partition("@")
     run = store.folder / "jobs" / job / "run"
@@ -113,22 +123,26 @@ def _replay(store: Store, name: str) -> None:
         contents = journal.read(run / journal.FILE_NAME)
         if int(number) > len(contents.steps):
             raise NotFound(f"there is no version {shown(name)}: {job} has taken {len(contents.steps)} steps")
-        header, state = contents.header, journal.replay(contents, int(number))
+        header, space = contents.header, from_record(contents.header["space"])
+        _fits(name, space.rank, space.alpha, header["weights"], settings)
+        state = journal.replay(contents, int(number))
     except JournalError as error:
         log.error("%s", error)
         raise ConfigError(
             f"expected a whole journal of {job} to make {name} of; it is damaged, the server's log says where"
         ) from None
-    folder = write(store, name, state.arrays(), from_record(header["space"]), header["model"])
     evaluations = read_metrics(run)[1] if (run / METRICS).exists() else []
     measured = next((e for e in evaluations if (e.step, e.split) == (int(number), "dev")), None)
     known = {key: value for key, value in plain(measured).items() if key in UNKNOWN} if measured else {}
-    describe(
-        folder,
-        header["weights"],
-        state.digest(),
-        measured={**UNKNOWN, **known, "rows": measured and measured.count},
-        compared_with=None,
-        passed=False,
-        reason="made from the journal; the gate has not seen it",
-    )
+    with store.lock:
+        folder = write(store, name, state.arrays(), space, header["model"])
+        if not (folder / META).exists():  # else somebody else has made it meanwhile
+            describe(
+                folder,
+                header["weights"],
+                state.digest(),
+                measured={**UNKNOWN, **known, "rows": measured and measured.count},
+                compared_with=None,
+                passed=False,
+                reason="made from the journal; the gate has not seen it",
+            )

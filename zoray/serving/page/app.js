@@ -8,34 +8,46 @@ import * as stored from "./stored.js";
 import * as versions from "./versions.js";
 
 const SECONDS = 2;
+const parts = {}, marks = {}; // what the server has said, and how it knows each part of that again
+let unlocking = false;
+
+// Ask for what has changed; `job` is the one whose numbers are to be shown.
+async function look(job) {
+  const have = Object.entries(marks).map((pair) => pair.join(":")).join(",");
+  const found = await call(`/v1/overview?${new URLSearchParams({ have, ...(job ? { job } : {}) })}`);
+  for (const [name, part] of Object.entries(found.parts)) [parts[name], marks[name]] = [part, found.marks[name]];
+}
 
 async function refresh() {
   const round = (page.round += 1);
   const stale = () => round !== page.round; // something was done meanwhile
-  const [models, files, jobs, found, on, conversations] = await Promise.all([
-    call("/v1/models"), call("/v1/files"), call("/v1/fine_tuning/jobs?limit=100"), call("/v1/versions"),
-    call("/v1/learning"), call("/v1/conversations"),
-  ]);
+  await look(learning.shownJob(parts.jobs || [])?.id);
   if (stale()) return;
-  const job = learning.shownJob(jobs.data), numbers = await learning.numbersOf(job);
-  if (stale()) return;
-  const base = models.data[0].id;
-  put("name", base);
-  chat.showModels(models.data.map((model) => model.id), found.live);
-  chat.showKept(conversations.data);
-  data.showFiles(files.data);
-  learning.showJob(jobs.data, job, numbers, on.on);
-  versions.showVersions(found, base, on.on && jobs.data.some((one) => ["running", "queued"].includes(one.status)), job);
-  stored.showStored(files.data, conversations.data, jobs.data, found.data, found.folder);
-  $("learning").checked = on.on;
+  const job = learning.shownJob(parts.jobs);
+  if (job && parts.numbers.id !== job.id) {
+    await look(job.id);
+    if (stale()) return;
+  }
+  const { server, files, jobs, learning: on, conversations, numbers, versions: found } = parts;
+  put("name", server.name);
+  $("steps").placeholder = String(server.steps);
+  chat.showModels(server.name, found.data.map((version) => version.id), found.live);
+  chat.showKept(conversations.ids);
+  data.showFiles(files);
+  learning.showJob(jobs, job, numbers, on);
+  versions.showVersions(found, server.name, jobs, job);
+  stored.showStored(files, conversations, jobs, found.data, found.folder);
+  $("learning").checked = on;
 }
 
 async function asked() {
   if (locked()) return;
   try {
     await refresh();
+    if (unlocking) $("question").focus();
+    unlocking = false;
   } catch (error) {
-    put("state", locked() ? "Key needed" : `No connection: ${error.message}`);
+    put("state", locked() ? "Key needed" : error.status === 429 ? "Too many requests, waiting" : `No connection: ${error.message}`);
     $("state").className = "lost";
   }
 }
@@ -47,7 +59,12 @@ async function loop() {
 
 page.refresh = asked;
 for (const part of [chat, data, learning, stored, versions]) part.begin(asked);
-acts($("dismiss"), async () => { complain(""); $("question").focus(); });
+let before = null; // what had the focus before a message was dismissed
+addEventListener("focusin", (event) => { if (!$("messages").contains(event.target)) before = event.target; });
+acts($("dismiss"), async () => {
+  complain("");
+  (before?.checkVisibility() ? before : $("chat-title")).focus({ preventScroll: true });
+});
 $("learning").addEventListener("change", () => {
   const on = $("learning").checked;
   guarded(() => send("/v1/learning", { on }));
@@ -55,6 +72,7 @@ $("learning").addEventListener("change", () => {
 $("key").addEventListener("submit", (event) => {
   event.preventDefault();
   unlock($("key-value").value);
-  guarded(async () => {});
+  unlocking = !locked();
+  if (unlocking) guarded(async () => {});
 });
 loop();

@@ -3,21 +3,22 @@ import { $, button, choose, complain, element, say, thumb } from "./parts.js";
 import { call, post, remove } from "./server.js";
 
 const MOST_PARTS = 512; // of an answer, about as many tokens: a model that never ends is stopped
+// At temperature 1 small models write nonsense, at low ones they repeat themselves; another answer is to be another one.
+const SAMPLING = { temperature: 0.3, top_p: 0.9, frequency_penalty: 0.5 }, OTHER = { ...SAMPLING, temperature: 0.8 };
 let turns = [];
 let asking = null;
 
-export function showModels(names, live) {
-  const [base] = names, select = $("model");
+export function showModels(base, versions, live) {
+  const names = ["live", base, ...versions], select = $("model");
   const text = (name) => (name === "live" ? `live (now ${live || base})` : name === base ? `${name} (base model)` : name);
-  const order = ["live", ...names.filter((name) => name !== "live")];
-  const chosen = names.includes(select.value) ? select.value : "live";
-  choose(select, order.map((name) => [name, text(name)]), chosen);
+  choose(select, names.map((name) => [name, text(name)]), names.includes(select.value) ? select.value : "live");
 }
 
 // Ratings of conversations that have been deleted meanwhile are taken back.
-export function showKept(conversations) {
-  const ids = new Set(conversations.map((one) => one.id));
-  for (const turn of turns) {
+const rated = new Set();
+export function showKept(kept) {
+  const ids = new Set(kept);
+  for (const turn of rated) {
     if (turn.kept && !ids.has(turn.kept)) {
       turn.kept = turn.up = undefined;
       turn.mark();
@@ -32,14 +33,15 @@ function shownTurn(turn, mine) {
   return item;
 }
 
-function rating(talk, turn, item) {
+// Below an answer: whether it is good, and another one. `before` are the messages that it answers.
+function rating(talk, turn, item, before) {
   const row = element("div", null, { class: "row", role: "group", "aria-label": "Rate this answer" });
   const rate = (up) => async () => {
     if (turn.up === up) { // pressed again: taken back
       await remove(`/v1/conversations/${turn.kept}`);
       turn.kept = turn.up = undefined;
     } else {
-      const messages = talk.slice(0, talk.indexOf(turn) + 1).map(({ role, content }) => ({ role, content }));
+      const messages = [...before, { role: "assistant", content: turn.content }];
       const kept = await post("/v1/conversations", { messages, up, model: turn.model, id: turn.kept });
       [turn.kept, turn.up] = [kept.id, up];
     }
@@ -50,34 +52,59 @@ function rating(talk, turn, item) {
     made.append(thumb(up), up ? "Good answer" : "Bad answer");
     row.append(made);
   }
+  const again = button("Another answer", async () => {
+    if (asking || talk !== turns || talk.at(-1) !== turn) return;
+    talk.pop(); // the chat goes on from the answer that comes; this one stays in sight, to be compared and rated
+    row.firstChild.focus({ preventScroll: true });
+    again.remove();
+    if (await answer(talk, OTHER) || talk !== turns) return;
+    talk.push(turn);
+    row.append(again);
+  }, { class: "rate again" });
+  row.append(again);
   turn.mark = () => {
-    for (const one of row.children) one.setAttribute("aria-pressed", String(one.dataset.up === String(turn.up)));
+    for (const one of row.querySelectorAll("[data-up]")) one.setAttribute("aria-pressed", String(one.dataset.up === String(turn.up)));
   };
   turn.mark();
+  rated.add(turn);
   item.append(row);
 }
 
 async function ask() {
   const text = $("question").value.trim(), talk = turns;
   if (!text || asking) return;
-  const own = new AbortController();
-  asking = own;
   complain("");
   $("question").value = "";
   $("welcome").hidden = true;
   $("turns").hidden = false;
-  const question = { role: "user", content: text }, turn = { role: "assistant", content: "", model: "" };
+  for (const old of document.querySelectorAll("#turns .again")) old.remove(); // only the last answer can have another
+  const question = { role: "user", content: text };
   talk.push(question);
-  const asked = shownTurn(question, true), item = shownTurn(turn, false), log = $("turns");
+  const asked = shownTurn(question, true);
+  if (await answer(talk, SAMPLING) || talk !== turns) return;
+  talk.pop(); // as if it had not been asked
+  asked.remove();
+  $("question").value ||= text;
+  if (!talk.length) clear();
+}
+
+function busy(own) {
+  asking = own;
+  $("send").setAttribute("aria-disabled", String(own !== null)); // `disabled` would take the focus away
+  if (!own && document.activeElement === $("stop")) $("question").focus();
+  $("stop").hidden = !own;
+}
+
+// Stream the next answer of a talk; whether there is one.
+async function answer(talk, sampling) {
+  const own = new AbortController(), turn = { role: "assistant", content: "", model: "" };
+  const item = shownTurn(turn, false), log = $("turns"), messages = talk.map(({ role, content }) => ({ role, content }));
+  busy(own);
   log.scrollTop = log.scrollHeight;
-  $("send").disabled = true;
-  $("stop").hidden = false;
-  let cut = "";
-  const slow = setTimeout(() => { item.children[0].textContent = "waiting: a server that has just been started needs a while"; }, 5000);
+  let cut = "", failed = false;
+  const slow = setTimeout(() => { item.children[0].textContent = "waiting: the server is starting, or busy"; }, 5000);
   try {
-    const messages = talk.map(({ role, content }) => ({ role, content }));
-    // At temperature 1 small models write nonsense, at low ones they repeat themselves.
-    const json = { model: $("model").value, messages, stream: true, temperature: 0.3, top_p: 0.9, frequency_penalty: 0.5 };
+    const json = { model: $("model").value, messages, stream: true, ...sampling };
     const response = await call("/v1/chat/completions", { method: "POST", raw: true, signal: own.signal, json });
     let parts = 0;
     for await (const event of events(response)) {
@@ -96,41 +123,37 @@ async function ask() {
       }
     }
   } catch (error) {
-    if (error.name === "AbortError") cut = ", stopped";
-    else if (!error.shown) complain(error.message + (talk.length > 1 ? "\nIf the chat has become too long, begin a new one." : ""));
+    failed = true;
+    cut = error.name === "AbortError" ? ", stopped" : ", broken off";
+    if (error.name !== "AbortError" && !error.shown) {
+      complain(error.message + (talk.length > 1 ? "\nIf the chat has become too long, begin a new one." : ""));
+    }
   }
   clearTimeout(slow);
-  if (asking === own) {
-    asking = null;
-    $("send").disabled = false;
-    $("stop").hidden = true;
-  }
+  if (asking === own) busy(null);
   item.classList.remove("waiting");
-  if (talk !== turns) return; // a new chat has been begun meanwhile
-  if (turn.content) {
-    talk.push(turn);
-    item.children[0].textContent = turn.model + cut;
-    rating(talk, turn, item);
-    log.scrollTop = log.scrollHeight;
-    say(`${turn.model} has answered: ${turn.content}`);
-  } else { // as if it had not been asked
-    talk.pop();
-    asked.remove();
+  if (talk !== turns) return false; // a new chat has been begun meanwhile
+  if (!turn.content) {
     item.remove();
-    $("question").value ||= text;
-    if (!talk.length) clear();
+    if (!failed) complain(`${turn.model || "The model"} has answered with nothing. Ask in other words, or choose another version.`);
+    return false;
   }
+  talk.push(turn);
+  item.children[0].textContent = turn.model + cut;
+  rating(talk, turn, item, messages);
+  log.scrollTop = log.scrollHeight;
+  say(`${turn.model} has answered${cut}: ${turn.content}`);
+  return true;
 }
 
 function clear() {
   asking?.abort();
-  asking = null;
+  busy(null);
   turns = [];
+  rated.clear();
   $("turns").replaceChildren();
   $("turns").hidden = true;
   $("welcome").hidden = false;
-  $("send").disabled = false;
-  $("stop").hidden = true;
 }
 
 // The events of a stream: `data: {...}` lines up to [DONE].
@@ -150,9 +173,12 @@ async function* events(response) {
 }
 
 export function begin() {
+  const coarse = matchMedia("(pointer: coarse)"); // keyboards on a screen have no Shift+Enter
   $("ask").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
   $("question").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); ask(); }
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || coarse.matches) return;
+    event.preventDefault();
+    ask();
   });
   $("stop").addEventListener("click", () => { asking?.abort(); $("question").focus(); });
   $("clear").addEventListener("click", () => { clear(); complain(""); $("question").focus(); });

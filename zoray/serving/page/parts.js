@@ -36,7 +36,14 @@ export function acts(on, does) {
   on.addEventListener("click", async () => {
     if (going) return;
     going = true;
-    try { await guarded(does); } finally { going = false; }
+    const slow = setTimeout(() => { on.setAttribute("aria-busy", "true"); say("Still at work"); }, 1000);
+    try {
+      await guarded(does);
+    } finally {
+      clearTimeout(slow);
+      on.removeAttribute("aria-busy");
+      going = false;
+    }
   });
 }
 
@@ -51,9 +58,11 @@ export function tell(text, news = true) {
   $("alert-text").textContent = text;
 }
 
-// For those who listen to the page: what can be seen elsewhere on it.
+// For those who listen to the page: what can be seen elsewhere on it. What is said at the same time is said together.
+let saying = [];
 export function say(text) {
-  $("said").textContent = text;
+  if (!saying.length) setTimeout(() => { [$("said").textContent, saying] = [saying.join(". "), []]; }, 50);
+  saying.push(text);
 }
 
 // Do something that changes what the server has, then show that; what the server said before is not shown any more.

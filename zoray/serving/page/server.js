@@ -24,7 +24,7 @@ export async function call(path, options = {}) {
   if (response.ok) return options.raw ? response : response.json();
   let text = `${response.status} ${response.statusText}`;
   try { text = (await response.json()).error.message; } catch { /* not of our own making */ }
-  const error = new Error(text);
+  const error = Object.assign(new Error(text), { status: response.status });
   if (response.status === 401) {
     lock();
     error.shown = true;
@@ -39,14 +39,22 @@ export const remove = (path) => call(path, { method: "DELETE" });
 // Hide the page behind the form for the key.
 function lock() {
   if (locked()) return;
-  $("key-wrong").textContent = kept.key ? "The server does not take this key." : "";
-  $("key-wrong").hidden = !kept.key;
+  tellWrong(kept.key && "The server does not take this key.");
   $("key").hidden = false;
   $("main").hidden = true;
   $("key-value").focus();
 }
 
+function tellWrong(text) {
+  $("key-wrong").textContent = text;
+  $("key-wrong").hidden = !text;
+}
+
 export function unlock(key) {
+  if (!/^[\x21-\x7e]+$/.test(key)) { // of no header
+    tellWrong("Keys have letters, digits and plain signs only.");
+    return;
+  }
   kept.key = key;
   sessionStorage.setItem("key", key);
   $("key-value").value = "";

@@ -3,17 +3,17 @@ import { $, acts, button, count, element, list, put, size, sure, thumb } from ".
 import { post, remove } from "./server.js";
 import { use } from "./data.js";
 
-export function showStored(files, conversations, jobs, versions, folder) {
+export function showStored(files, { ids, latest }, jobs, versions, folder) {
   const total = size(files.reduce((sum, file) => sum + file.bytes, 0));
   const parts = [
-    `${count(files.length, "file")}${files.length ? ` (${total})` : ""}`, count(conversations.length, "rated conversation"),
+    `${count(files.length, "file")}${files.length ? ` (${total})` : ""}`, count(ids.length, "rated conversation"),
     count(jobs.length, "job"), count(versions.length, "version"),
   ];
-  const nothing = !files.length && !conversations.length && !jobs.length && !versions.length;
-  put("stored", nothing ? `Nothing. What you upload or rate is kept in ${folder} on the server, and nowhere else.` : `${parts.join(", ")}, all in ${folder} on the server, and nowhere else.`);
+  const nothing = !files.length && !ids.length && !jobs.length && !versions.length;
+  put("stored", nothing ? `Nothing. What you upload or rate is kept in ${folder} on the server, and nowhere else.` : `${parts.join(", ")}, all in ${folder} on the server, and nowhere else.${ids.length > latest.length ? ` Below are the last ${latest.length} conversations.` : ""}`);
   $("forget").hidden = nothing;
-  $("to-file").hidden = !conversations.length;
-  list($("conversations"), conversations, (one) => one.id, conversation);
+  $("to-file").hidden = !ids.length;
+  list($("conversations"), latest, (one) => one.id, conversation);
 }
 
 function conversation(one) {

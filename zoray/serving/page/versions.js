@@ -4,8 +4,7 @@ import { post, remove } from "./server.js";
 
 let live; // as last shown
 let all = false; // whether those that did not pass are shown as well
-let again = () => {};
-let learning = false; // whether a job is at work
+let last = null; // what is shown
 
 function score(measured) {
   return (measured.score ?? measured.loss)?.toFixed(3) ?? "–";
@@ -29,22 +28,24 @@ function before({ job, compared_with: then }, base) {
   return then.version === null ? base : then.version.startsWith(`${job}@`) ? `step ${then.version.slice(job.length + 1)}` : then.version;
 }
 
-async function promote(version, back, learns) {
-  if (!version.base && !version.passed && !await sure(`${version.id} did not pass the gate: ${version.reason}\n\nPromote it all the same?`, "Promote it")) return;
+// Whether it was promoted.
+async function promote(version, learns) {
+  const judged = !version.base && version.compared_with; // else it has never stood before the gate
+  if (judged && !version.passed && !await sure(`${version.id} did not pass the gate: ${version.reason}\n\nPromote it all the same?`, "Promote it")) return false;
   await post(`/v1/versions/${encodeURIComponent(version.id)}/promote`);
-  const goes = learns ? " The job that is learning promotes nothing by itself any more: its versions wait for you." : "";
+  const goes = learns ? " The job at work promotes nothing by itself any more, until you pause and resume it." : "";
   tell(`${version.id} answers as live from now on.${goes}`);
+  return true;
 }
 
 // Any step of a job: one that is not among the versions is made from the job's journal.
-async function promoteStep(learns) {
+async function promoteStep() {
   const name = $("step-name").value.trim();
   if (!/^[^@\s]+@\d+$/.test(name)) throw new Error(`Expected a job and a step, such as mail@60; got ${name || "nothing"}`);
-  await promote({ id: name, passed: true }, false, learns);
-  $("step-name").value = "";
+  if (await promote(last.found.data.find((one) => one.id === name) || { id: name }, last.learns)) $("step-name").value = "";
 }
 
-function row({ version, isLive, back, learns, base }) {
+function row({ version, isLive, back, learns, waits, base }) {
   const made = element("tr", null, { role: "row" }), name = element("th", `${version.id} `, { scope: "row", role: "rowheader" });
   if (isLive) name.append(element("span", "live", { class: "badge" }));
   if (version.base) name.append(element("small", "base model"));
@@ -55,7 +56,7 @@ function row({ version, isLive, back, learns, base }) {
     const then = judged ? cell("Before", element("strong", score(version.compared_with)), element("small", before(version, base))) : cell("");
     const after = cell("After", element("strong", score(version.measured)), element("small", judged ? change(version) : ""));
     const verdict = !judged ? "not judged" : version.passed ? "passed" : "not passed";
-    const gate = cell("Gate", element("span", verdict, { class: version.passed ? "badge" : "badge no" }), element("small", version.reason));
+    const gate = cell("Gate", element("span", verdict, { class: version.passed ? "badge" : "badge no" }), element("small", waits ? `${version.reason}. It waits for you: promote it if you like it` : version.reason));
     gate.classList.add("wide");
     made.append(then, after, gate);
   }
@@ -63,7 +64,7 @@ function row({ version, isLive, back, learns, base }) {
   if (!isLive) {
     const text = version.base || back ? "Roll back" : "Promote";
     const label = text === "Promote" ? `Promote ${version.id}` : `Roll back to ${version.id}`;
-    buttons.append(button(text, () => promote(version, back, learns), { class: "quiet", "aria-label": label }));
+    buttons.append(button(text, () => promote(version, learns), { class: "quiet", "aria-label": label }));
     if (!version.base) {
       buttons.append(button("Delete", async () => {
         if (await sure(`Delete version ${version.id}?`)) await remove(`/v1/versions/${encodeURIComponent(version.id)}`);
@@ -76,8 +77,9 @@ function row({ version, isLive, back, learns, base }) {
   return made;
 }
 
-export function showVersions(found, base, learns, job) {
-  learning = learns;
+export function showVersions(found, base, jobs, job) {
+  const learns = jobs.some((one) => one.status === "running" || (one.step > 0 && ["queued", "paused"].includes(one.status)));
+  last = { found, base, jobs, job, learns };
   $("any-step").hidden = !job?.step;
   $("step-name").placeholder = job?.step ? `${job.id}@${job.step}` : "";
   const been = new Set(found.history.map((entry) => entry.version));
@@ -87,9 +89,9 @@ export function showVersions(found, base, learns, job) {
   $("more").hidden = !more;
   $("more").setAttribute("aria-expanded", String(all));
   put("more", all ? "Hide earlier versions that did not pass" : `Show ${count(more, "earlier version")} that did not pass`);
-  again = () => showVersions(found, base, learns, job);
   const rows = [...told, { id: base, base: true }].map((version) => ({
     version, base, learns, back: been.has(version.id), isLive: found.live === (version.base ? null : version.id),
+    waits: version === newest[0] && version.passed && !been.has(version.id),
   }));
   list($("versions"), rows, ({ version }) => version.id, row);
   const changes = found.history.map((entry, at) => ({ ...entry, at })).reverse();
@@ -103,7 +105,10 @@ export function showVersions(found, base, learns, job) {
 }
 
 export function begin() {
-  $("more").addEventListener("click", () => { all = !all; again(); });
-  acts($("step-promote"), () => promoteStep(learning));
+  $("more").addEventListener("click", () => {
+    all = !all;
+    showVersions(last.found, last.base, last.jobs, last.job);
+  });
+  acts($("step-promote"), promoteStep);
   $("step-name").addEventListener("keydown", (event) => { if (event.key === "Enter") $("step-promote").click(); });
 }
