@@ -93,15 +93,18 @@ class TunerServer:
                     self._engine = serve.get_deployment_handle("Engine", app_name=APP)
                 asked = asked or self._engine.measure.remote(version)
                 return asked.result(timeout_s=1.0)
-            except (RayError, RuntimeError) as error:  # before TimeoutError: the engine's own is both
-                if isinstance(error, RayTaskError) and isinstance(error.cause, ConfigError):
+            except RayTaskError as error:  # before TimeoutError: the engine's own is both
+                if isinstance(error.cause, ConfigError):
                     raise error.cause from None
-                failing, asked = failing or time.monotonic(), None
-                if time.monotonic() - failing > MEASURE_SECONDS:
-                    raise
-                time.sleep(1.0)
-            except TimeoutError:
-                continue  # it is at work
+                failed = error
+            except TimeoutError:  # it is at work; Ray's is a RayError as well
+                continue
+            except (RayError, RuntimeError) as error:
+                failed = error
+            asked, failing = None, failing or time.monotonic()
+            if time.monotonic() - failing > MEASURE_SECONDS:
+                raise failed
+            time.sleep(1.0)
         raise KeyboardInterrupt
 
 
