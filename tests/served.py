@@ -39,7 +39,7 @@ class Served:
         self.folder, self.port, self.key = folder, _free_port(), key
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder.with_name(f"{folder.name}.log")
-        self._command = [
+        self.command = [
             *(sys.executable, "-m", "zoray.serve", f"model.path={model}", f"serve.folder={folder}"),
             *(f"serve.port={self.port}", *SMALL, *settings),
         ]
@@ -52,7 +52,7 @@ class Served:
         """Start it and wait until it answers."""
         environment = {**os.environ, "HYDRA_FULL_ERROR": "1", **({"ZORAY_API_KEY": self.key} if self.key else {})}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=environment)
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment)
         try:
             self.wait(self.answers, 280)
         except BaseException:

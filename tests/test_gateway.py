@@ -12,6 +12,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from zoray.engines.vllm_openai import EngineGone
+from zoray.records import ConfigError
 from zoray.serving.door import HEADERS, MOST_JSON, Rates
 from zoray.serving.store import NotFound, write_json
 
@@ -331,3 +332,51 @@ def test_learning_of_a_version_that_is_learnt_anew_has_another_mark(gateway):
     assert marks[0] != marks[1]
     with pytest.raises(NotFound):
         store.mark("mail@10")
+
+
+def test_the_page_is_sent_what_has_changed_only(client, gateway):
+    found = client.get("/v1/overview").json()
+    assert found["parts"].keys() == found["marks"].keys()
+    assert found["parts"]["server"] == {"name": "tiny", "steps": 400} and found["parts"]["numbers"]["id"] is None
+    have = ",".join(f"{name}:{mark}" for name, mark in found["marks"].items())
+    again = client.get("/v1/overview", params={"have": have}).json()
+    assert again == {"marks": found["marks"], "parts": {}}
+    number = client.upload(rows()).json()["id"]
+    body = {"training_file": number, "suffix": "mail"}
+    client.post("/v1/fine_tuning/jobs", json=body)
+    new = client.get("/v1/overview", params={"have": have, "job": "mail"}).json()["parts"]
+    assert new.keys() == {"files", "jobs", "numbers"}
+    assert [file["id"] for file in new["files"]] == [number] and [job["id"] for job in new["jobs"]] == ["mail"]
+    assert new["numbers"]["id"] == "mail" and new["numbers"]["events"][0]["message"] == "learns from mail.csv"
+    odd = client.get("/v1/overview", params={"have": "jobs:0,,:,x" * 50, "job": "../mail"})
+    assert odd.status_code == 200 and odd.json()["parts"]["numbers"]["id"] is None
+
+
+def test_lists_are_had_piece_by_piece_and_to_their_end(client, gateway):
+    number = client.upload(rows()).json()["id"]
+    client.post("/v1/fine_tuning/jobs", json={"training_file": number, "suffix": "mail"})
+    for turn in range(7):
+        client.post(f"/v1/fine_tuning/jobs/mail/{('pause', 'resume')[turn % 2]}")
+    seen, after = [], None
+    while True:
+        asked = {"limit": 3, **({"after": after} if after else {})}
+        found = client.get("/v1/fine_tuning/jobs/mail/events", params=asked).json()
+        seen += [event["id"] for event in found["data"]]
+        if not found["has_more"]:
+            break
+        after = found["last_id"]
+    assert seen == [f"mail-{k}" for k in range(7, -1, -1)]
+    assert error_of(client.get("/v1/fine_tuning/jobs/mail/events", params={"after": "x"}))["code"] == 404
+
+
+def test_a_cluster_that_has_ray_serve_already_is_refused(monkeypatch):
+    from zoray.serving import start
+
+    def none(*_, **__):
+        raise ValueError("there is no actor of that name")
+
+    monkeypatch.setattr("ray.get_actor", none)
+    start._check_free()
+    monkeypatch.setattr("ray.get_actor", lambda *_, **__: object())
+    with pytest.raises(ConfigError, match="expected no Ray Serve on the cluster that was joined"):
+        start._check_free()

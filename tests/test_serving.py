@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -110,6 +112,8 @@ def test_versions_are_the_jobs_checkpoints_and_files_can_be_had_back(server, ver
     assert some.data[0].metrics.full_valid_loss == pytest.approx(last["loss"], rel=1e-3)
     with pytest.raises(openai.NotFoundError, match="there is no checkpoint 'x'"):
         checkpoints.list("story", after="x")
+    events = server.openai.fine_tuning.jobs.list_events
+    assert [event.id for event in events("story", limit=4)] == [event.id for event in events("story", limit=90).data]
     number = server.openai.fine_tuning.jobs.retrieve("story").training_file
     assert server.openai.files.content(number).content == labelled()
 
@@ -200,3 +204,46 @@ def test_what_is_learnt_can_be_taken_back(server, versions):
     assert [entry["version"] for entry in history[-2:]] == [versions[-1], None]
     with pytest.raises(openai.NotFoundError):
         ask(server, "story@11", "It was")
+
+
+def test_the_gate_measures_what_the_job_does_and_preferences_against_the_base_model(server):
+    rows = [
+        {"prompt": f"the film {k}:", "chosen": " a wonderful thing", "rejected": " far too long"} for k in range(60)
+    ]
+    number = server.upload("pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    job = {"training_file": number, "suffix": "pairs", "hyperparameters": {"steps": 30}}
+    server.http.post("/v1/fine_tuning/jobs", json=job).raise_for_status()
+    server.wait(lambda: server.job("pairs")["status"] not in ("queued", "running"), 180)
+    assert server.job("pairs")["status"] == "succeeded", server.job("pairs")
+    evaluations = server.http.get("/v1/fine_tuning/jobs/pairs/metrics").json()["evaluations"]
+    dev = {e["step"]: e for e in evaluations if e["split"] == "dev"}
+    found = {v["step"]: v["measured"] for v in server.http.get("/v1/versions").json()["data"] if v["job"] == "pairs"}
+    assert sorted(found) == [10, 20, 30]
+    for step, measured in found.items():
+        assert measured["loss"] == pytest.approx(dev[step]["loss"], rel=1e-3)
+        assert measured["score"] == pytest.approx(dev[step]["score"])
+    assert found[30]["loss"] < math.log(2) - 0.01  # under the version itself as reference it would be log 2
+
+
+def test_rows_as_long_as_the_context_are_scored_in_the_steps_of_requests(server):
+    """They are requests there, and vLLM takes none that leave no room for a token to be written."""
+    text = "\n".join(f"{'a dull and lifeless story ' * 120}{k},{('bad', 'good')[k % 2]}" for k in range(40))
+    number = server.upload("long.csv", f"text,label\n{text}\n".encode())
+    job = {"training_file": number, "suffix": "long", "hyperparameters": {"steps": 6}}
+    over = threading.Event()
+
+    def talk():
+        while not over.is_set():
+            ask(server, "tiny", "It was")
+
+    threads = [threading.Thread(target=talk, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        server.http.post("/v1/fine_tuning/jobs", json=job).raise_for_status()
+        server.wait(lambda: server.job("long")["status"] not in ("queued", "running"), 240)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(30)
+    assert server.job("long")["status"] == "succeeded", server.job("long")["error"]

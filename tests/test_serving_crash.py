@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import threading
 import time
 
 import openai
+import psutil
 import pytest
 from chatty import chat_llama
 from served import Served, labelled
 
 from zoray import journal
+from zoray.cli import INTERRUPT_EXIT
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -51,7 +55,7 @@ class Talk(threading.Thread):
         while not self.ended.is_set():
             try:
                 events = self.served.openai.chat.completions.create(
-                    model="tiny", messages=[{"role": "user", "content": "It was"}], max_tokens=64, stream=True
+                    model="live", messages=[{"role": "user", "content": "It was"}], max_tokens=64, stream=True
                 )
                 last = [event.choices[0].finish_reason for event in events][-1]
                 self.ends.append("whole" if last else "cut off")
@@ -115,3 +119,16 @@ def test_after_a_crash_of_all_of_it_the_server_has_what_it_had(own):
     if (version := after["live"]) is not None:
         assert own.ask("live") == own.ask(version)
     assert json.loads((own.folder / "live.json").read_text())["version"] == after["live"]
+
+
+def test_ctrl_c_while_it_starts_ends_it_at_once(own):
+    assert own.stop() == 0
+    for pause in (6.0, 14.0):
+        with own.log.open("ab") as log:
+            own.process = subprocess.Popen(own.command, stdout=log, stderr=log)
+        time.sleep(pause)
+        everything = psutil.Process(own.process.pid).children(recursive=True)
+        own.process.send_signal(signal.SIGINT)
+        assert own.process.wait(30) == INTERRUPT_EXIT
+        gone, alive = psutil.wait_procs(everything, 15)
+        assert alive == [] and len(gone) == len(everything)

@@ -142,3 +142,29 @@ def test_rated_conversations_become_examples_and_pairs_become_preferences(tmp_pa
 def test_a_conversation_needs_an_answer(tmp_path, messages):
     with pytest.raises(ConfigError, match="expected messages that end with"):
         Conversations(tmp_path).add(messages, True, "base")
+
+
+def talk(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_pairs_of_one_question_do_not_multiply_and_rows_are_bounded(tmp_path):
+    kept = Conversations(tmp_path)
+    for number in range(40):
+        kept.add(talk("Hello", f"{'good' if number % 2 else 'bad'} {number}"), bool(number % 2), "tiny")
+    pairs = [json.loads(line) for line in kept.rows().splitlines()]
+    assert len(pairs) == 20 * 4 and {pair["rejected"] for pair in pairs} == {f"bad {n}" for n in (32, 34, 36, 38)}
+    few = [json.loads(line) for line in kept.rows(most=500).splitlines()]
+    assert few == pairs[-len(few) :] and 0 < len(few) < 10
+
+
+def test_the_latest_conversations_are_told_apart_from_all(tmp_path):
+    kept = Conversations(tmp_path)
+    ids = [kept.add(talk(f"question {number}", "yes"), True, "tiny")["id"] for number in range(5)]
+    assert sorted(kept.ids()) == sorted(ids)
+    assert [one["id"] for one in kept.latest(2)] == ids[-2:]
+    kept.add(talk("question 0", "yes"), False, "tiny", ids[0])  # rated anew
+    assert [one["id"] for one in kept.latest(2)] == [ids[-1], ids[0]]
+    (tmp_path / ".talk-x.json.123").write_text("half")
+    kept.delete_everything()
+    assert kept.ids() == [] and list(tmp_path.iterdir()) == []
