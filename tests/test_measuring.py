@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from zoray.engines.throttle import Closed
 from zoray.serving import app
+from zoray.serving.engine import EngineServer
 from zoray.serving.store import NotFound
 
 FOUND = object()
@@ -19,7 +24,12 @@ def raised_there(cause: Exception) -> Exception:
 
 
 @pytest.fixture
-def measure(monkeypatch):
+def cancelled():
+    return []
+
+
+@pytest.fixture
+def measure(monkeypatch, cancelled):
     """Measure with an engine that does one thing after the other: exceptions are raised, anything else is returned."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(app.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
@@ -35,7 +45,7 @@ def measure(monkeypatch):
 
         def remote(version):
             asked.append(version)
-            return SimpleNamespace(result=result)
+            return SimpleNamespace(result=result, cancel=lambda: cancelled.append(version))
 
         asked, what = [], iter(does)
         tuner = object.__new__(app.TunerServer)
@@ -66,6 +76,42 @@ def test_the_engines_own_time_limit_is_tried_again_and_not_for_ever(measure):
         measure(*[busy] * 1000)
 
 
-def test_it_ends_when_the_job_is_to_stop(measure):
+def test_it_ends_when_the_job_is_to_stop(measure, cancelled):
     with pytest.raises(KeyboardInterrupt):
         measure(*[GetTimeoutError("not yet")] * 1000, stops_after=30)
+    assert cancelled == ["mail@25"]
+
+
+def test_an_engine_holds_the_slot_until_a_cancelled_measurement_has_ended():
+    """Else the slot could be written while something is scored under it."""
+    held, ended = [], []
+
+    @asynccontextmanager
+    async def hold(version):
+        held.append(version)
+        try:
+            yield 3
+        finally:
+            assert ended == [3]
+            held.remove(version)
+
+    def score(slot, stopping):
+        while not stopping():
+            time.sleep(0.01)
+        time.sleep(0.05)
+        ended.append(slot)
+        raise Closed
+
+    async def main():
+        server = object.__new__(EngineServer)
+        server._measuring = asyncio.Lock()
+        server.versions, server.member = SimpleNamespace(held=hold), SimpleNamespace(measure=score)
+        task = asyncio.create_task(server.measure("mail@25"))
+        await asyncio.sleep(0.05)
+        assert held == ["mail@25"]
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert held == [] and not server._measuring.locked()
+
+    asyncio.run(main())

@@ -35,7 +35,7 @@ REMEMBERED_IDLE = 8  # further slices, of when nobody was expected: all large, t
 
 
 class Closed(Exception):
-    """The engine is about to end."""
+    """The engine is about to end, or nobody waits for what it scores any more."""
 
 
 class Throttle:

@@ -19,11 +19,12 @@ import numpy as np
 
 from zoray.engines.packing import Plan, SequenceTable, by_slots
 from zoray.engines.slots import BLOCKS, PROBES, SCORING, SLOWDOWN
+from zoray.engines.throttle import Closed
 from zoray.engines.vllm import VllmEngine, check_lora_support, in_this_process
 from zoray.records import ConfigError, Probe, TokenSequence
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from zoray.engines.throttle import Throttle
@@ -143,10 +144,19 @@ class SharedEngine(VllmEngine):
 
         return plan.gather(self.probe_slots, part)
 
-    def score_slots(self, table: SequenceTable, chosen: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    def score_slots(
+        self,
+        table: SequenceTable,
+        chosen: np.ndarray,
+        slots: np.ndarray,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> np.ndarray:
         """Sums of log-probabilities of chosen sequences (n,) of a table, each under what its slot (n,) holds.
 
         In slices between the steps of requests, or in these steps where there are any.
+
+        Raises:
+            Closed: it was `stopping`, between two slices.
         """
         order = np.argsort(slots, kind="stable")
         first = np.concatenate([[0], np.cumsum(table.n_outputs[chosen])]).astype(np.int64)
@@ -154,6 +164,8 @@ class SharedEngine(VllmEngine):
         ends = np.cumsum(table.lengths[chosen[order]])
         begin = 0
         while begin < len(order):
+            if stopping():
+                raise Closed
             done = ends[begin - 1] if begin else 0
             least = min(LEAST_TOKENS, float(ends[-1] - done))
             tokens = self.throttle.wait("tokens", least, self._forward_tokens, self._joins)

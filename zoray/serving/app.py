@@ -105,6 +105,8 @@ class TunerServer:
             if time.monotonic() - failing > MEASURE_SECONDS:
                 raise failed
             time.sleep(1.0)
+        if asked is not None:
+            asked.cancel()
         raise KeyboardInterrupt
 
 

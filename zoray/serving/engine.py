@@ -33,7 +33,7 @@ from zoray.serving.versions import check
 from zoray.tiles import mean
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from zoray.data import ReplicaSpec
     from zoray.engines.vllm_shared import SharedEngine
@@ -108,7 +108,14 @@ class EngineServer:
     async def measure(self, version: str | None) -> Measured:
         """A version on the dev rows of the job at hand, and on the neutral text; one at a time."""
         async with self._measuring, self.versions.held(version) as slot:
-            return await asyncio.to_thread(self.member.measure, slot)
+            over = threading.Event()
+            task = asyncio.create_task(asyncio.to_thread(self.member.measure, slot, over.is_set))
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:  # the slot is held until nothing is scored under it any more
+                over.set()
+                await asyncio.gather(task, return_exceptions=True)
+                raise
 
     def arrays(self, version: str) -> dict[str, np.ndarray]:
         """A version's adapter, as Engine.adapter gives it."""
@@ -235,11 +242,15 @@ class TuningMember(ReplicaActor):
             self.replica = Replica(spec, engine=self._server.engine)
         return self.replica.info
 
-    def measure(self, slot: int) -> Measured:
-        """What a slot holds (-1: the base model), on the dev rows of the job and on the neutral text."""
+    def measure(self, slot: int, stopping: Callable[[], bool]) -> Measured:
+        """What a slot holds (-1: the base model), on the dev rows of the job and on the neutral text.
+
+        Raises:
+            Closed: it was `stopping`, between two slices.
+        """
         if self.replica is None:
             raise RuntimeError("this replica has no job's data yet")
-        workload, pinned = self.replica.workload, Pinned(self._server.engine, slot)
+        workload, pinned = self.replica.workload, Pinned(self._server.engine, slot, stopping)
         count = len(workload.splits.dev)
         scorer = Scorer(self.replica.spec, workload, pinned)  # type: ignore[arg-type]
         found = scorer.outcomes("dev", (Probe(0, 0, 0.0),), np.zeros(count, np.int64), np.arange(count), measured=True)
@@ -257,12 +268,13 @@ class TuningMember(ReplicaActor):
 class Pinned:
     """An engine for which every probe is what one slot of versions holds; the bare model stays what it is."""
 
-    def __init__(self, engine: SharedEngine, slot: int) -> None:
-        self._engine, self._slot = engine, slot
+    def __init__(self, engine: SharedEngine, slot: int, stopping: Callable[[], bool]) -> None:
+        self._engine, self._slot, self._stopping = engine, slot, stopping
 
     def score_plan(self, plan: Plan) -> np.ndarray:
         """As Engine.score_plan."""
-        return self._engine.score_slots(plan.table, plan.chosen, np.where(plan.probe_of < 0, -1, self._slot))
+        slots = np.where(plan.probe_of < 0, -1, self._slot)
+        return self._engine.score_slots(plan.table, plan.chosen, slots, self._stopping)
 
     def generate(
         self,

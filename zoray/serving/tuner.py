@@ -56,9 +56,7 @@ class Tuner:
         self.conversations = Conversations(self.store.folder / "conversations")
         self._wake = threading.Condition()
         self._reading = threading.Lock()
-        self._metrics: dict[
-            str, tuple[Any, list[Any], list[Any]]
-        ] = {}  # of jobs looked at last, with their file's mark
+        self._metrics: dict[str, tuple[Any, list[Any], list[Any]]] = {}  # of jobs looked at last: file's mark, numbers
         self._current: str | None = None
         self._listener: Listener | None = None
         self._closed, self._deleting = False, 0
@@ -391,9 +389,7 @@ class Tuner:
 
     def _run(self, name: str) -> dict[str, Any]:
         folder = self.store.job_folder(name)
-        experiment = experiment_of(
-            self.settings, self.store, name, NewJob(**_asked(read_json(folder / "request.json")))
-        )
+        experiment = self._experiment(name, NewJob(**_asked(read_json(folder / "request.json"))))
         workload = load_workload(experiment.spec)
         (folder / "run").mkdir(exist_ok=True)
         config = {key: record(getattr(experiment, key)) for key in ("model", "task", "space", "estimator")}
