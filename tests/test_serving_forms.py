@@ -173,3 +173,19 @@ def test_a_job_that_fails_says_so_wherever_one_looks(page, server):
     page.click("#resume")
     said(page.locator("#alert-text"), "torn has failed: JournalError")
     page.wait_for_selector("#job[data-status=failed]")
+
+
+def test_the_job_at_work_is_shown_unless_another_has_been_picked(page, server):
+    number = server.upload("two.csv", labelled())
+    for name, steps in (("short", 5), ("endless", 100_000)):
+        job = {"training_file": number, "suffix": name, "hyperparameters": {"steps": steps}}
+        server.http.post("/v1/fine_tuning/jobs", json=job).raise_for_status()
+    said(page.locator("#job"), "endless, from two.csv: learning")
+    page.select_option("#jobs", "short")
+    said(page.locator("#job"), "short, from two.csv: finished, step 5 of 5")
+    page.wait_for_timeout(2500)  # a refresh
+    said(page.locator("#job"), "short, from two.csv: finished")
+    page.select_option("#jobs", "endless")
+    page.click("#cancel")
+    confirm(page)
+    said(page.locator("#job"), "endless, from two.csv: ended early")

@@ -6,17 +6,19 @@ import { curve, smooth } from "./curve.js";
 const GOING = ["running", "queued", "paused"];
 const WORDS = { running: "learning", queued: "waits for its turn", paused: "paused", succeeded: "finished", cancelled: "ended early", failed: "failed" };
 let followed = null; // the job that was chosen to be shown
+let picked = false; // by hand, from the list
 let shown = null; // the one that is
 const known = new Map(); // job -> its status as last seen
 
-export function follow(job) {
-  followed = job;
+export function follow(job, byHand = false) {
+  [followed, picked] = [job, byHand];
 }
 
-// The job that is shown: the one that was chosen, until it has ended and another is at work; else that, or the latest.
+// The job that is shown: the one that was picked; or that was begun here, until it has ended and another is at work; else
+// the one at work, or the latest.
 export function shownJob(jobs) {
   const chosen = jobs.find((one) => one.id === followed), running = jobs.find((one) => one.status === "running");
-  const found = (chosen && (GOING.includes(chosen.status) || !running) && chosen) || running ||
+  const found = (chosen && (picked || GOING.includes(chosen.status) || !running) && chosen) || running ||
     jobs.find((one) => GOING.includes(one.status)) || jobs[0];
   shown = found?.id ?? null;
   return found;
@@ -98,5 +100,5 @@ export function begin(refresh) {
     await remove(`/v1/fine_tuning/jobs/${job}`);
     $("learning-title").focus();
   });
-  $("jobs").addEventListener("change", () => { follow($("jobs").value); refresh(); });
+  $("jobs").addEventListener("change", () => { follow($("jobs").value, true); refresh(); });
 }
