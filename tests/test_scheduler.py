@@ -121,6 +121,26 @@ def test_where_a_prompt_is_read_nothing_is_taken_along(make):
     assert any(scored(step(scheduler, seconds=0.1)) for _ in range(60))
 
 
+def test_right_after_a_request_has_ended_nothing_is_taken_along_unless_tuning_starves(make):
+    scheduler = make()
+    add(scheduler, "chat-0", 10, most=500)
+    for _ in range(40):
+        step(scheduler, seconds=0.1)
+    add(scheduler, f"{SCORING}0", 250)
+    budget = scheduler._budget
+
+    def end_one(name, credit):
+        add(scheduler, name, 10, most=3)
+        while name in scheduler.requests:
+            budget._credit = -1.0  # nothing is taken along meanwhile
+            step(scheduler, seconds=0.1)
+        budget._credit, budget._since_long = credit, 10**6
+        return [bool(scored(step(scheduler, seconds=0.1))) for _ in range(3)]
+
+    assert end_one("chat-1", 0.19) == [False, False, True]
+    assert end_one("chat-2", 0.2)[0] is True
+
+
 def test_max_slowdown_1_holds_scoring_back_until_requests_have_gone(make):
     scheduler = make(slowdown=1.0)
     add(scheduler, "chat-0", 10, most=100)

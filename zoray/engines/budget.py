@@ -5,9 +5,9 @@ next to nothing, on a CPU most of what they cost anyway. (Sarathi-Serve, https:/
 other way round: decoding is piggybacked on chunks of prompts.) Guarantees: with `max_slowdown` s, a step that takes
 tokens along is expected to take at most s times as long as a slow step without (the 95th percentile), and all that
 tuning adds to steps is at most `SHARE` of the requests' time. One step in `RARE`, too few to move the 99th percentile,
-may take longer: by two usual steps with s = 1.5, or by what the fewest tokens take. (With three, first tokens, of which
-2 to 3 in 100 come upon such a step, had a 99th percentile of 1.46 times that without.) It is the most productive one
-where the first token is dear, as it is on a CPU, where a step without adapters is twice as fast as one with any.
+may take longer: by one usual step with s = 1.5, or by what the fewest tokens take, where the first token is dear, as it
+is on a CPU: a step without adapters is twice as fast there as one with any. (With two or three, first tokens that came
+upon such a step had a 99th percentile of 1.4 to 1.7 times that without.)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StepBudget:
         fixed, each = self._line
         rare, seconds = self._since_long >= RARE, self._limit()
         if rare:
-            seconds = max(seconds, min(min(4 * (self.max_slowdown - 1), 2.0) * median(self._plain), MOST_CREDIT))
+            seconds = max(seconds, min(min(2 * (self.max_slowdown - 1), 1.0) * median(self._plain), MOST_CREDIT))
         if self._credit < seconds:  # few large pieces rather than many small ones: each has its fixed cost
             return 0
         found = (seconds - fixed) / each if each > 0 else self._most if seconds > fixed else 0.0
@@ -52,6 +52,11 @@ class StepBudget:
             largest = max(size for size, _ in self._mixed)  # four times what is known, and not further
             return int(min(found, 4 * largest, self._most))
         return FEWEST if rare else 0
+
+    @property
+    def starved(self) -> bool:
+        """Whether tuning has had nothing for seconds, and has all the credit that there is."""
+        return self._credit >= MOST_CREDIT
 
     def took(self, tokens: int, seconds: float) -> None:
         """A step in which all requests have got one token, and tuning has run so many."""

@@ -2,7 +2,8 @@
 
 Between two steps zoray scores in KV blocks of its own, which are put aside here. In a step it scores as requests whose
 names begin with `SCORING`, of which a step takes along as many tokens as budget.py allows: none while a request has not
-got its first token yet, so that prompts are read as fast as ever. `scheduler_cls` is vLLM's own place for this. Steps
+got its first token yet, so that prompts are read as fast as ever; and none right after one has ended, since programs
+ask the next question then, which would have to wait for the step. `scheduler_cls` is vLLM's own place for this. Steps
 are not scheduled ahead of the device (no async scheduling): what is scored between two of them uses the runner's
 buffers. A core whose server was killed ends as well.
 """
@@ -19,6 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from zoray.engines.budget import StepBudget
 from zoray.engines.slots import BLOCKS, SCORING, SLOWDOWN
 
+QUIET = 2  # steps after a request has ended
 ALONE = 64  # tokens of scoring in a step without requests: the next one may come while it runs
 
 
@@ -31,6 +33,8 @@ class SharingScheduler(Scheduler):
         settings: dict[str, Any] = dict(self.vllm_config.additional_config)  # type: ignore[arg-type]
         self._budget = StepBudget(settings[SLOWDOWN], self.max_num_scheduled_tokens)
         self._decoding, self._stuck, self._began = False, False, 0.0
+        self._asking: set[str] = set()  # requests, as of the last step
+        self._quiet = 0  # steps that are to take nothing along
         own: int = settings[BLOCKS]
         pool = self.kv_cache_manager.block_pool
         if own >= pool.get_num_free_blocks():
@@ -49,6 +53,8 @@ class SharingScheduler(Scheduler):
         scoring = [r for r in self.running if _scores(r.request_id)]
         others = [r for r in self.running if not _scores(r.request_id)]
         waits = len(self.waiting) > len(queued)
+        asking = {name for name in self.requests if not _scores(name)}
+        self._quiet, self._asking = QUIET if self._asking - asking else max(0, self._quiet - 1), asking
         self._decoding = bool(others) and not waits and all(_left(r) == 1 for r in others)
         if not scoring and not queued:
             self._stuck = False
@@ -76,7 +82,8 @@ class SharingScheduler(Scheduler):
             return ALONE
         if not others:
             return 0 if waits else ALONE
-        return self._budget.tokens() if self._decoding else 0
+        quiet = self._quiet and not self._budget.starved  # of many requests one ends all the time
+        return self._budget.tokens() if self._decoding and not quiet else 0
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; how long the step has taken is noted."""
