@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 import pytest
 
-from zoray.engines.budget import FEWEST, RARE, SHARE, USUAL_OF, StepBudget
+from zoray.engines.budget import FEWEST, MOST_ALONE, RARE, SHARE, USUAL_OF, StepBudget
 from zoray.engines.packing import SequenceTable
 from zoray.records import Probe, TokenSequence
 from zoray.spaces.base import Space
@@ -74,6 +74,21 @@ def test_where_even_the_fewest_take_too_long_they_are_in_few_steps():
     many = [k for k, (tokens, _) in enumerate(seen) if tokens]
     assert {seen[k][0] for k in many} == {FEWEST} and 8 <= len(many) <= 12
     assert all(b - a >= RARE for a, b in pairwise(many))
+
+
+def test_a_step_without_requests_is_short_as_well():
+    """The next request may come while it runs."""
+    assert StepBudget(1.5, 512).alone() == MOST_ALONE  # nobody has been there yet
+    found = budget()
+    assert found.alone() == FEWEST
+    run(found, 300)  # 0.01 s and 0.001 s a token
+    assert found.alone() == pytest.approx((0.5 * 0.1 - 0.01) / 0.001, abs=1)
+    slow = budget()
+    run(slow, 300, each=0.02)
+    assert slow.alone() == FEWEST
+    free = budget()
+    run(free, 300, fixed=0.0, each=0.0)
+    assert free.alone() == MOST_ALONE
 
 
 def test_no_slowdown_is_no_tuning_beside_requests():

@@ -12,6 +12,7 @@ upon such a step had a 99th percentile of 1.4 to 1.7 times that without.)
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from statistics import median, quantiles
 
@@ -20,6 +21,7 @@ from zoray.engines.throttle import line
 SHARE = 0.06  # of the time of requests' steps
 RARE = 150  # steps
 FEWEST = 8  # tokens
+MOST_ALONE = 64  # tokens of a step without requests
 MOST_CREDIT = 0.2  # seconds
 USUAL_OF = 16  # steps without tuning until a usual one is known
 
@@ -52,6 +54,17 @@ class StepBudget:
             largest = max(size for size, _ in self._mixed)  # four times what is known, and not further
             return int(min(found, 4 * largest, self._most))
         return FEWEST if rare else 0
+
+    def alone(self) -> int:
+        """How many tokens a step without requests may have, which the next request may have to wait for.
+
+        It is expected to take `max_slowdown` times as long as a usual step of requests, or what the fewest tokens take.
+        """
+        if self._line is None or not self._plain:
+            return FEWEST if self._plain else MOST_ALONE
+        fixed, each = self._line
+        room = (self.max_slowdown - 1) * median(self._plain) - fixed
+        return int(min(max(room / each if each > 0 else math.inf, FEWEST), MOST_ALONE))
 
     @property
     def starved(self) -> bool:

@@ -17,11 +17,10 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from zoray.engines.budget import StepBudget
+from zoray.engines.budget import MOST_ALONE, StepBudget
 from zoray.engines.slots import BLOCKS, SCORING, SLOWDOWN
 
 QUIET = 2  # steps after a request has ended
-ALONE = 64  # tokens of scoring in a step without requests: the next one may come while it runs
 
 
 class SharingScheduler(Scheduler):
@@ -79,9 +78,9 @@ class SharingScheduler(Scheduler):
     def _tokens(self, others: list[Any], waits: bool) -> int:
         """Of scoring, in the next step."""
         if self._stuck:  # a request waits for blocks or for a place, and scoring has some: let that come to its end
-            return ALONE
+            return MOST_ALONE
         if not others:
-            return 0 if waits else ALONE
+            return 0 if waits else self._budget.alone()
         quiet = self._quiet and not self._budget.starved  # of many requests one ends all the time
         return self._budget.tokens() if self._decoding and not quiet else 0
 
