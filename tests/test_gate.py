@@ -67,6 +67,12 @@ def test_what_may_be_luck_of_the_rows_does_not_pass(won, lost, promote):
     assert GATE.judge(*scores, 20.0).promote
 
 
+def test_nothing_is_said_to_be_quite_sure():
+    new, live = worth(20, 0)
+    verdict = Gate().judge(replace(LIVE, score=1.0, rows=new), replace(LIVE, rows=live), 20.0)
+    assert verdict.promote and "(over 99% sure on 100 rows)" in verdict.reason
+
+
 def test_forgetting_is_measured_against_the_base_and_not_the_live_version():
     drifted = replace(LIVE, perplexity=20.9)  # each step a little: the sum of them is what counts
     assert not GATE.judge(replace(drifted, score=0.9, perplexity=21.5), drifted, 20.0).promote

@@ -71,7 +71,7 @@ class Gate:
         if sure < self.confidence:
             return Verdict(
                 False,
-                f"{compared}: that may be luck of {len(new.rows)} held-out rows ({sure:.0%} sure, at least "
+                f"{compared}: that may be luck of {len(new.rows)} held-out rows ({_percent(sure)} sure, at least "
                 f"{self.confidence:.0%} asked for)",
             )
         if forgets:
@@ -80,7 +80,7 @@ class Gate:
                 f"{compared}, but it forgets: perplexity on a neutral text {new.perplexity:.2f}, base model "
                 f"{base_perplexity:.2f}, at most {limit:.2f}",
             )
-        compared += f" ({sure:.0%} sure on {len(new.rows)} rows)"
+        compared += f" ({_percent(sure)} sure on {len(new.rows)} rows)"
         return Verdict(True, f"{compared}; perplexity on a neutral text {new.perplexity:.2f} (at most {limit:.2f})")
 
 
@@ -93,3 +93,8 @@ def confidence(new: Sequence[float], live: Sequence[float]) -> float:
     differences = [a - b for a, b in zip(new, live, strict=True)]
     spread = math.sqrt(math.fsum(d * d for d in differences))
     return NormalDist().cdf(math.fsum(differences) / spread) if 0 < spread < math.inf else 0.5
+
+
+def _percent(sure: float) -> str:
+    """Nothing is quite sure."""
+    return "over 99%" if sure > 0.99 else f"{sure:.0%}"
