@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from zoray.engines.budget import FEWEST
 from zoray.engines.slots import BLOCKS, SCORING, SLOWDOWN
 
 OWN = 4  # KV blocks that slices have
@@ -147,7 +148,8 @@ def test_max_slowdown_1_holds_scoring_back_until_requests_have_gone(make):
     step(scheduler)
     add(scheduler, f"{SCORING}0", 20)
     counts = [step(scheduler, seconds=0.1) for _ in range(100)]
-    assert all(counts[k] == {"chat-0": 1} for k in range(99)) and counts[99] == {f"{SCORING}0": 20}
+    assert all(counts[k] == {"chat-0": 1} for k in range(99))
+    assert counts[99] == {f"{SCORING}0": FEWEST}  # it is not known what they cost, and the next request may come
 
 
 def test_a_request_that_finds_no_blocks_gets_those_of_scoring(make):

@@ -223,6 +223,7 @@ def test_the_gate_measures_what_the_job_does_and_preferences_against_the_base_mo
         assert measured["loss"] == pytest.approx(dev[step]["loss"], rel=1e-3)
         assert measured["score"] == pytest.approx(dev[step]["score"])
     assert found[30]["loss"] < math.log(2) - 0.01  # under the version itself as reference it would be log 2
+    server.http.post("/v1/versions/tiny/promote").raise_for_status()
 
 
 def test_rows_as_long_as_the_context_are_scored_in_the_steps_of_requests(server):
