@@ -77,6 +77,15 @@ def step(scheduler, seconds=None):
     return counts
 
 
+def chatting(make):
+    """A scheduler that knows how long a step of its one request takes."""
+    scheduler = make()
+    add(scheduler, "chat-0", 10, most=500)
+    for _ in range(40):
+        step(scheduler, seconds=0.1)
+    return scheduler
+
+
 def scored(counts):
     return sum(count for name, count in counts.items() if name.startswith(SCORING))
 
@@ -108,10 +117,7 @@ def test_a_step_of_requests_takes_along_what_the_budget_allows_and_each_request_
 
 
 def test_where_a_prompt_is_read_nothing_is_taken_along(make):
-    scheduler = make()
-    add(scheduler, "chat-0", 10, most=500)
-    for _ in range(40):
-        step(scheduler, seconds=0.1)
+    scheduler = chatting(make)
     add(scheduler, f"{SCORING}0", 200)
     while not scored(step(scheduler, seconds=0.1)):
         pass
@@ -123,10 +129,7 @@ def test_where_a_prompt_is_read_nothing_is_taken_along(make):
 
 
 def test_right_after_a_request_has_ended_nothing_is_taken_along_unless_tuning_starves(make):
-    scheduler = make()
-    add(scheduler, "chat-0", 10, most=500)
-    for _ in range(40):
-        step(scheduler, seconds=0.1)
+    scheduler = chatting(make)
     add(scheduler, f"{SCORING}0", 250)
     budget = scheduler._budget
 

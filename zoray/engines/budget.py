@@ -6,8 +6,7 @@ other way round: decoding is piggybacked on chunks of prompts.) Guarantees: with
 tokens along is expected to take at most s times as long as a slow step without (the 95th percentile), and all that
 tuning adds to steps is at most `SHARE` of the requests' time. One step in `RARE`, too few to move the 99th percentile,
 may take longer: by one usual step with s = 1.5, or by what the fewest tokens take, where the first token is dear, as it
-is on a CPU: a step without adapters is twice as fast there as one with any. (With two or three, first tokens that came
-upon such a step had a 99th percentile of 1.4 to 1.7 times that without.)
+is on a CPU: a step without adapters is twice as fast there as one with any.
 """
 
 from __future__ import annotations

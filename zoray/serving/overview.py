@@ -17,7 +17,8 @@ MOST_SHOWN = 100  # rated conversations
 
 def gather(tuner: Any, job: str) -> dict[str, Any]:
     """Files, jobs, versions and the rest, and the numbers and events of one job, if it is there, from the Tuner."""
-    jobs = tuner.jobs()
+    versions = tuner.versions()
+    jobs = tuner.jobs(versions["data"])
     numbers: dict[str, Any] = {"id": None, "steps": [], "evaluations": [], "events": []}
     if any(one["id"] == job for one in jobs):
         with suppress(NotFound):  # deleted just now
@@ -27,7 +28,7 @@ def gather(tuner: Any, job: str) -> dict[str, Any]:
     return {
         "files": tuner.files(),
         "jobs": jobs,
-        "versions": tuner.versions(),
+        "versions": versions,
         "learning": tuner.learning,
         "conversations": {"ids": talks.ids(), "latest": talks.latest(MOST_SHOWN)},
         "numbers": numbers,

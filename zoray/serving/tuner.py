@@ -231,9 +231,9 @@ class Tuner:
             "last": dev[-1] if dev else None,
         }
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """All jobs, the oldest first."""
-        found, known = [], self.store.versions()
+    def jobs(self, versions: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+        """All jobs, the oldest first; `versions` as in `job`."""
+        found, known = [], self.store.versions() if versions is None else versions
         for name in self.store.jobs():
             with suppress(NotFound):  # deleted just now
                 found.append(self.job(name, known))
