@@ -42,7 +42,7 @@ def message(*overrides: str, config: str = "config") -> str:
         ("+foo.bar=1", ["unknown config key 'foo.bar'; the keys are model"]),
         ("estimater=two_point", ["unknown config key 'estimater'", "Did you mean estimator?"]),
         ("task=moviereviews", ["task to be one of boolq, cb, ", "got 'moviereviews'. Did you mean movie_reviews?"]),
-        ("model=org/name", ["model to be one of hf, smollm2-135m; got 'org/name'", "model.KEY=VALUE"]),
+        ("model=org/name", ["model to be one of gemma3-270m, hf, smollm2-135m; got 'org/name'", "model.KEY=VALUE"]),
         ("engine=null", ["engine to be one of hf, vllm; got 'null'"]),
         ("steps", ["arguments of the form key=value; got 'steps'", "--help"]),
         ("=3", ["arguments of the form key=value; got '=3'"]),

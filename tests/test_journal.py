@@ -27,7 +27,16 @@ RECORDS = [
     StepRecord(Commit(2, (to_float32(1e-45), to_float32(3.4e38), -0.0)), (0.1 + 0.2, 1.0, -2.0, 3.0, 4.0, 5.0)),
     StepRecord(Commit(3, (-7.0,)), (1.0, 2.0), "0123456789abcdef"),
     StepRecord(
-        Commit(4, (0.5,), decay=0.99, anchor=0.75, momentum=to_float32(0.9), rate=to_float32(-1 / 3)),
+        Commit(
+            4,
+            (0.5,),
+            decay=0.99,
+            anchor=0.75,
+            momentum=to_float32(0.9),
+            rate=to_float32(-1 / 3),
+            gains=(to_float32(0.1), 0.0),
+            signs=bytes(range(256)),
+        ),
         (1.0, -1.0),
         "fedcba9876543210",
         (0.1 + 0.2, 0.99**5, 5e-324, 1.0),
@@ -66,7 +75,7 @@ def plain(record: StepRecord) -> StepRecord:
 
 def test_round_trip(path):
     contents = journal.read(path)
-    assert contents.header == {"format": 2, **HEADER}
+    assert contents.header == {"format": 3, **HEADER}
     assert [plain(record) for record in contents.steps] == [plain(record) for record in RECORDS]
     assert contents.valid_bytes == path.stat().st_size
     for found, put in zip(contents.steps, RECORDS, strict=True):
@@ -77,7 +86,7 @@ def test_round_trip(path):
 
 def test_records_use_every_field_that_there_is():
     """So that the round trip is one of all fields, and a field that is added needs a value here."""
-    neutral = {"decay": 1.0, "anchor": 1.0, "momentum": None, "rate": 1.0}
+    neutral = {"decay": 1.0, "anchor": 1.0, "momentum": None, "rate": 1.0, "gains": (), "signs": b""}
     assert {field.name for field in fields(Commit)} == {"step", "coefficients", *neutral}
     assert {field.name for field in fields(StepRecord)} == {"commit", "losses", "digest", "optimizer"}
     assert all(getattr(RECORDS[4].commit, name) != value for name, value in neutral.items())
@@ -199,7 +208,7 @@ def test_the_file_is_as_the_format_describes_it(path):
         body |= {"optimizer": list(record.optimizer)} if record.optimizer else {}
         body |= {"digest": record.digest} if record.digest else {}
         bodies.append(body)
-    assert path.read_bytes() == by_hand({"format": 2, **HEADER}, bodies)
+    assert path.read_bytes() == by_hand({"format": 3, **HEADER}, bodies)
 
 
 def test_a_line_is_plain_json_with_short_numbers(path):

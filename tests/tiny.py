@@ -108,6 +108,22 @@ def tiny_qwen2(folder: str | Path, seed: int = 0) -> Path:
     return _save(config, folder, seed, bos=False)
 
 
+def tiny_gemma3(folder: str | Path, seed: int = 0) -> Path:
+    """Two Gemma 3 layers: norms before and behind attention and MLP, whose weights are less one; sliding windows."""
+    from transformers import Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        **GROUPED,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+        tie_word_embeddings=True,
+        **IDS,
+    )
+    return _save(config, folder, seed, bos=True)
+
+
 def tiny_work(step: int) -> list[tuple[Probe, TokenSequence]]:
     """Sequences of three lengths under the centre and three probes of a step, two targets each."""
     random, work = np.random.default_rng(0), []

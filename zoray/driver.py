@@ -22,6 +22,7 @@ from zoray.models import weights_hash
 from zoray.monitoring import Monitor
 from zoray.pool import Pool
 from zoray.records import ConfigError, JournalError, StepResult, record, require
+from zoray.spaces.signs import packed
 from zoray.tiles import Grid, mean, scored
 
 if TYPE_CHECKING:
@@ -123,7 +124,10 @@ def tune(
                 failed += scores.failed
                 losses, examples = losses_of(probes, grid, scores)
                 estimate = e.estimator.tell(probes, losses, pool.info.noise / math.sqrt(examples))
-                memory, commit = e.optimizer.update(memory, step, run.steps, estimate.weights)
+                guide: tuple[Any, ...] = ()
+                if scores.feedback is not None:
+                    guide = (estimate.gains or (1.0,) * len(header["matrices"]), packed(scores.feedback, step))
+                memory, commit = e.optimizer.update(memory, step, run.steps, estimate.weights, *guide)
                 log.append(journal.StepRecord(commit, tuple(map(mean, losses)), digest, memory))
                 every = e.cluster.snapshot_every
                 if digest is not None and every and step - last_snapshot >= every:

@@ -38,10 +38,13 @@ class Estimate:
     dropped: int = 0  # directions left out because a loss was not finite
     ties: int = 0  # directions whose probes scored exactly the same, so that they carry no information
     buried: int = 0  # directions whose probes differ by no more than the score noise; ties are not among them
+    gains: tuple[float, ...] = ()  # of the feedback of each matrix, where there is any; none are all 1
 
 
 class InGroups(Protocol):
     """Which probes there are; a replica asks for those of its own tiles only."""
+
+    guided: ClassVar[bool] = False  # whether the centre's forward pass gives feedback as well, see feedback.py
 
     @property
     def groups(self) -> int:
@@ -113,7 +116,7 @@ class TwoPoint(InGroups):
     max_dropped: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_count(self.pairs, "pairs", 1)
+        check_count(self.pairs, "pairs", 1)
         _check_size(self.eps, "eps")
         require(isinstance(self.shared, bool), "estimator.shared to be true or false", self.shared)
         _check_share(self.max_dropped)
@@ -173,7 +176,7 @@ class OneSided(InGroups):
 
     def __post_init__(self) -> None:
         require(self.scale in ("std", "none"), "estimator.scale to be std or none", self.scale)
-        _check_count(self.probes, "probes", 2 if self.scale == "std" else 1)
+        check_count(self.probes, "probes", 2 if self.scale == "std" else 1)
         _check_size(self.eps, "eps")
         _check_share(self.max_dropped)
 
@@ -247,7 +250,7 @@ class Evolution(InGroups):
     max_dropped: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_count(self.population, "population", 2)
+        check_count(self.population, "population", 2)
         require(isinstance(self.antithetic, bool), "estimator.antithetic to be true or false", self.antithetic)
         if self.antithetic and self.population % 2:
             raise ConfigError(
@@ -348,7 +351,7 @@ def _finite_mean(values: Sequence[float]) -> float:
     return mean([value for value in values if is_finite(value)])
 
 
-def _check_count(value: object, name: str, least: int) -> None:
+def check_count(value: object, name: str, least: int) -> None:
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(ok, f"estimator.{name} to be a whole number of at least {least}", value)
 

@@ -112,6 +112,11 @@ class Experiment:
                 f"expected optimizer.momentum=0 with space=lowrank, whose momentum would be as large as the model; got "
                 f"{self.optimizer.momentum}. Take space=lozo or space=lora"
             )
+        if self.estimator.guided and space != "lora":
+            raise ConfigError(
+                f"expected space=lora with estimator=feedback, whose signs move the numbers of an adapter; got space="
+                f"{space}"
+            )
         if self.space.folds and self.optimizer.anchor and not self.space.keep_base:
             raise ConfigError(
                 f"expected space.keep_base=true with optimizer.anchor={self.optimizer.anchor} and space={space}: steps "

@@ -9,6 +9,7 @@ is an error that names the line.
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import hashlib
 import json
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from zoray.spaces import State
 
-FORMAT = 2  # 1 had neither anchor, momentum, rate nor optimizer state; it is read as well
+FORMAT = 3  # 2 had no feedback, 1 neither anchor, momentum, rate nor optimizer state; they are read as well
 FILE_NAME = "journal.jsonl"
 
 
@@ -96,7 +97,7 @@ def read(path: Path) -> Contents:
     if not lines:
         raise JournalError(f"{path} holds no whole line: the run ended before its header was written; start it anew")
     header = _unseal(lines[0], 1, path)
-    if header.get("format") not in (1, FORMAT):
+    if header.get("format") not in (1, 2, FORMAT):
         raise JournalError(
             f"{path}: expected journal format {FORMAT}, got {header.get('format')!r}; use that zoray version"
         )
@@ -112,6 +113,8 @@ def read(path: Path) -> Contents:
             step=body["step"],
             coefficients=tuple(body["c"]),
             **{name: body[name] for name in ("decay", "anchor", "momentum", "rate") if name in body},
+            gains=tuple(body.get("gains", ())),
+            signs=base64.b85decode(body.get("signs", "")),
         )
         steps.append(StepRecord(commit, losses, body.get("digest"), tuple(body.get("optimizer", ()))))
         previous = _hash(line)
@@ -206,6 +209,8 @@ class Journal:
         for name, neutral in (("decay", 1.0), ("anchor", 1.0), ("momentum", None), ("rate", 1.0)):
             if getattr(commit, name) != neutral:
                 body[name] = getattr(commit, name)
+        if commit.signs:
+            body["gains"], body["signs"] = list(commit.gains), base64.b85encode(commit.signs).decode()
         body["losses"] = _plain(record.losses)
         if record.optimizer:
             body["optimizer"] = list(record.optimizer)

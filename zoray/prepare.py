@@ -1,6 +1,6 @@
-"""`python -m zoray.prepare`: the default model and data into the cache, so that a run needs no network.
+"""`python -m zoray.prepare [MODEL ...]`: models and the default data into the cache, so that a run needs no network.
 
-A second call finds both, and imports neither torch nor transformers.
+A second call finds all of it, and imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from zoray.models import SMOLLM2_135M, Model, package_folder
+from zoray.models import GEMMA3_270M, SMOLLM2_135M, Model, package_folder
 from zoray.records import ConfigError
 from zoray.tasks.movie_reviews import published_file, published_path
+
+MODELS = {"smollm2-135m": SMOLLM2_135M, "gemma3-270m": GEMMA3_270M}  # as in conf/model; the first is the default
 
 
 def prepare(what: str, target: Path, make: Callable[[], Path]) -> None:
@@ -23,9 +25,13 @@ def prepare(what: str, target: Path, make: Callable[[], Path]) -> None:
 
 
 def main() -> None:
-    """Prepare everything that `python -m zoray.launch` uses by default."""
+    """Prepare everything that `python -m zoray.launch` uses by default, or other models than the default one."""
+    names = [argument.removeprefix("model=") for argument in sys.argv[1:]] or [next(iter(MODELS))]
+    if unknown := [name for name in names if name not in MODELS]:
+        sys.exit(f"zoray.prepare: expected models out of {', '.join(MODELS)}; got {' '.join(unknown)}")
     try:
-        prepare("model", package_folder(SMOLLM2_135M)[1], Model(SMOLLM2_135M).resolve)
+        for name in names:
+            prepare("model", package_folder(MODELS[name]), Model(MODELS[name]).resolve)
         prepare("data", published_path(), published_file)
     except ConfigError as error:
         sys.exit(f"zoray.prepare: {error}")

@@ -47,10 +47,11 @@ class Commit:
 
         x <- decay * x
         x <- x0 + anchor * (x - x0)                 x0: x before the first step
-        m <- momentum * m + sum_k coefficients[k] * z(step, k)
+        m <- momentum * m + sum_k coefficients[k] * z(step, k) + sum_b gains[b] * s_b
         x <- x + rate * m
 
-    Without momentum there is no m: x <- x + sum_k coefficients[k] * z(step, k), and the rate is 1.
+    Without momentum there is no m: both sums are added to x, and the rate is 1. s_b are the signs of a step's feedback
+    (feedback.py) in the b-th matrix that moves, +1 or -1 for each number, packed as one bit each.
     """
 
     step: int
@@ -59,17 +60,30 @@ class Commit:
     anchor: float = 1.0
     momentum: float | None = None
     rate: float = 1.0
+    gains: tuple[float, ...] = ()  # float32 values, one for each matrix
+    signs: bytes = b""  # of the numbers in the order of the state's layout, eight a byte, the first one its highest bit
 
     def __post_init__(self) -> None:
         if self.momentum is None and self.rate != 1.0:
             raise ValueError(f"a commit without momentum has rate 1; got {self.rate}")
+        if bool(self.gains) != bool(self.signs):
+            raise ValueError(f"a commit has gains and signs, or neither; got {len(self.gains)} and {len(self.signs)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Four bytes a coefficient between processes, where pickle would take nine; the very same numbers arrive."""
-        return _commit, (self.step, _packed(self.coefficients), self.decay, self.anchor, self.momentum, self.rate)
+        rest = (_packed(self.gains), self.signs) if self.signs else ()
+        return _commit, (
+            self.step,
+            _packed(self.coefficients),
+            self.decay,
+            self.anchor,
+            self.momentum,
+            self.rate,
+            *rest,
+        )
 
 
-@lru_cache(maxsize=4)  # the same commit goes to every replica
+@lru_cache(maxsize=8)  # the same commit goes to every replica
 def _packed(coefficients: tuple[float, ...]) -> bytes | tuple[float, ...]:
     packed = np.array(coefficients, np.float32).tobytes()
     return packed if _unpacked(packed) == coefficients else coefficients
@@ -82,7 +96,9 @@ def _unpacked(packed: bytes) -> tuple[float, ...]:
 
 
 def _commit(step: int, coefficients: bytes | tuple[float, ...], *rest: Any) -> Commit:
-    return Commit(step, _unpacked(coefficients) if isinstance(coefficients, bytes) else coefficients, *rest)
+    numbers, gains, signs = rest[:4], rest[4] if len(rest) > 4 else (), rest[5] if len(rest) > 5 else b""
+    weights, factors = (_unpacked(part) if isinstance(part, bytes) else part for part in (coefficients, gains))
+    return Commit(step, weights, *numbers, gains=factors, signs=signs)
 
 
 class Tile(NamedTuple):
@@ -111,15 +127,21 @@ class Scores:
     written: int = 0  # completions that were judged
     failed: int = 0  # of them those whose reward could not be had
     failure: str = ""  # the first one's traceback
+    feedback: np.ndarray | None = (
+        None  # (numbers of the layout,) a whole number each, summed over tiles, see feedback.py
+    )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The bare numbers, which costs a fraction of what pickling an array does."""
-        rest = (self.columns, self.written, self.failed, self.failure) if self.columns or self.written else ()
-        return _scores, (self.losses.tobytes(), self.losses.dtype.char, self.score, self.tokens, *rest)
+        rest = (self.columns, self.written, self.failed, self.failure)
+        own = rest if self.columns or self.written or self.feedback is not None else ()
+        fed = () if self.feedback is None else (self.feedback.tobytes(), self.feedback.dtype.char)
+        return _scores, (self.losses.tobytes(), self.losses.dtype.char, self.score, self.tokens, own, *fed)
 
 
-def _scores(losses: bytes, dtype: str, *rest: Any) -> Scores:
-    return Scores(np.frombuffer(losses, dtype), *rest)
+def _scores(losses: bytes, dtype: str, score: float, tokens: int, rest: tuple[Any, ...], *fed: Any) -> Scores:
+    feedback = np.frombuffer(*fed) if fed else None
+    return Scores(np.frombuffer(losses, dtype), score, tokens, *rest, feedback=feedback)
 
 
 class Message(NamedTuple):

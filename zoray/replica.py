@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zoray.data import ReplicaSpec, Workload, load_workload, order_of
+from zoray.feedback import quantised
+from zoray.guidance import Guidance
 from zoray.noise import score_noise
 from zoray.records import Probe, Scores, Tile
 from zoray.scorer import Scorer
-from zoray.tiles import LARGEST, Grid, join_scores, mean, summed
+from zoray.tiles import LARGEST, Grid, gives_feedback, join_scores, mean, summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +55,9 @@ class Replica:
             self.workload.folder, spec.model.dtype, self.workload.matrices, spec.space, spec.seed
         )
         self.scorer = Scorer(spec, self.workload, self.engine)
+        if spec.estimator.guided:
+            self.guidance = Guidance(self.scorer, self.engine, spec.estimator.samples)
+            self.guidance.fit_lens(spec.estimator.lens)
         noise, canary_noise = score_noise(self.scorer, spec.estimator.ask(self.engine.step()))
         self.info = ReplicaInfo(
             digest=self.engine.digest(),
@@ -74,12 +79,15 @@ class Replica:
         """Apply the commits not seen yet, then score the tiles. The digest is of the state that was scored.
 
         All tiles go to the engine together and share its forward passes, unless the engine is deterministic: then each
-        tile is scored alone, and its bits do not depend on the others.
+        tile is scored alone, and its bits do not depend on the others. Those that give feedback are always alone.
         """
         self.apply(commits)
-        groups = [[i] for i in range(len(tiles))] if self.spec.engine.deterministic else [range(len(tiles))]
+        guided = {i for i, tile in enumerate(tiles) if self.spec.estimator.guided and gives_feedback(tile)}
+        others = [i for i in range(len(tiles)) if i not in guided]
+        groups = [[i] for i in others] if self.spec.engine.deterministic else [others]
         answers = [(group, self._score([tiles[i] for i in group], per_example)) for group in groups if group]
-        if len(groups) == 1 and answers:
+        answers += [([i], self._guide(tiles[i], per_example)) for i in sorted(guided)]
+        if len(answers) == 1:
             scores = answers[0][1]
         else:
             scores = join_scores(tiles, answers, per_example) if answers else Scores(np.zeros(0, np.int64), 0.0, 0)
@@ -141,6 +149,17 @@ class Replica:
             found.written,
             found.failed,
             found.failure,
+        )
+
+    def _guide(self, tile: Tile, per_example: bool) -> Scores:
+        """A tile of the centre: its losses, and its feedback in whole numbers."""
+        found, feedback, doubt = self.guidance(tile.probes[0], self._indices(tile))
+        levels = self.grid(tile.probes[0].step, "train").levels
+        whole = quantised(feedback, levels, doubt)
+        rest = (found.written, found.failed, found.failure, whole)
+        losses = np.where(np.abs(found.losses) < LARGEST, found.losses, np.nan)
+        return Scores(
+            losses if per_example else summed([tile], losses), math.fsum(found.scores), found.tokens, None, *rest
         )
 
     def _indices(self, tile: Tile) -> np.ndarray:

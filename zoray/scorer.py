@@ -56,7 +56,7 @@ class Scorer:
             return Outcomes(np.zeros(0), np.zeros(0))
         if len(self.parts) == 1:
             return self._of_part(0, split, probes, probe_of, examples, step, measured)
-        part_of = self._parts(split)[examples]
+        part_of = self.parts_of(split)[examples]
         found = {}
         for part in np.unique(part_of).tolist():
             own = part_of == part
@@ -134,7 +134,7 @@ class Scorer:
         `evaluated` is the part whose evaluator's sequences are meant; None for the objectives'. With a reference, each
         example is scored once by the bare model as well.
         """
-        encoded, chosen = self._table(split, evaluated).take(examples)
+        encoded, chosen = self.table(split, evaluated).take(examples)
         if not reference:
             values = self._engine.score_plan(encoded.plan(probes, probe_of, chosen))
             return encoded.sums(values, chosen), int(encoded.tokens[chosen].sum())
@@ -146,7 +146,8 @@ class Scorer:
         sums = encoded.sums(values, chosen, encoded.spread(by_bare, once, of_once))
         return sums, int(encoded.tokens[everything].sum())
 
-    def _table(self, split: str, evaluated: int | None) -> EncodedSplit:
+    def table(self, split: str, evaluated: int | None = None) -> EncodedSplit:
+        """The sequences of a split, as the objectives have them; or the evaluator of a part."""
         if (split, evaluated) not in self._tables:
             examples = self.workload.splits[split]
             if evaluated is None:
@@ -160,7 +161,8 @@ class Scorer:
             self._tables[split, evaluated] = EncodedSplit(examples, sequences)
         return self._tables[split, evaluated]
 
-    def _parts(self, split: str) -> np.ndarray:
+    def parts_of(self, split: str) -> np.ndarray:
+        """The part of a mixture that each example of a split belongs to."""
         if split not in self._part_of:
             self._part_of[split] = part_numbers(self.workload.splits[split])
         return self._part_of[split]

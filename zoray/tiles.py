@@ -25,6 +25,7 @@ LARGEST = 2.0**13  # nats; a loss above is no more use than one that is not fini
 MAX_TILE = 1023  # examples, so that a sum stays below 2^63 units
 NOT_FINITE = -(2**63)
 EVALUATED = 32  # examples of a tile of dev or test
+LEVELS = 127  # the sum over all tiles of a number's feedback is at most that: one byte
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Grid:
     tile_examples: int = EVALUATED
     shared: bool = True
     per_example: bool = False  # whether the loss of each example is asked for, not only sums
+    guided: bool = False  # whether tiles of the centre (scale 0) give feedback as well, see feedback.py
 
     @classmethod
     def of(cls, spec: Any, step: int, split: str = "train", count: int = 0, pooled: bool = False) -> Grid:
@@ -57,7 +59,7 @@ class Grid:
         e = spec.estimator
         group, examples = partial(e.group, step), spec.batch
         per_example = e.per_example or pooled
-        return cls(step, split, e.groups, group, examples, spec.tile_examples, e.shared, per_example)
+        return cls(step, split, e.groups, group, examples, spec.tile_examples, e.shared, per_example, e.guided)
 
     @property
     def _width(self) -> int:
@@ -77,10 +79,20 @@ class Grid:
         start = first + piece * self.tile_examples
         return Tile(self.group(k), start, min(start + self.tile_examples, first + width), self.split)
 
+    @property
+    def levels(self) -> int:
+        """The largest whole number that a tile's feedback is made of, so that the sum over all tiles is a byte."""
+        return max(1, LEVELS // -(-self._width // self.tile_examples))
+
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
         """All of them."""
         return tuple(self[number] for number in range(len(self)))
+
+
+def gives_feedback(tile: Tile) -> bool:
+    """Whether a tile of a guided step is of the centre, see feedback.py."""
+    return tile.split == "train" and len(tile.probes) == 1 and not tile.probes[0].scale
 
 
 def probes_of(tiles: Sequence[Tile]) -> list[Probe]:
@@ -134,7 +146,16 @@ def join_scores(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], Sc
         )
     tokens, written, failed = (sum(getattr(part, name) for part in parts) for name in ("tokens", "written", "failed"))
     failure = next((part.failure for part in parts if part.failure), "")
-    return Scores(joined, math.fsum(part.score for part in parts), tokens, columns, written, failed, failure)
+    feedback = _joined_feedback([part.feedback for part in parts if part.feedback is not None])
+    return Scores(joined, math.fsum(part.score for part in parts), tokens, columns, written, failed, failure, feedback)
+
+
+def _joined_feedback(parts: Sequence[np.ndarray]) -> np.ndarray | None:
+    """The sum of the feedback of some tiles, which is exact in any order; one byte a number where that holds it."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    total = np.asarray(np.sum(parts, axis=0, dtype=np.int32))
+    return total.astype(np.int8) if int(np.abs(total).max(initial=0)) <= LEVELS else total
 
 
 def _in_order(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], np.ndarray]]) -> np.ndarray:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from zoray.engines.base import Engine
     from zoray.prompts import Encoder
-    from zoray.records import Example, Probe
+    from zoray.records import Example, Probe, Sampling
 
 _SAMPLE = name_hash("zoray.writer.sample")
 
@@ -33,6 +33,7 @@ class Writer:
         self._stops = encoder.stop_ids(objective.sampling.stop)
         self._judge = objective.judge()
         self.texts: list[str] = []  # of the last call, in its order
+        self.tokens: list[tuple[list[int], list[int]]] = []  # likewise, of prompts and of what was written
 
     def outcomes(
         self,
@@ -41,20 +42,27 @@ class Writer:
         probe_of: np.ndarray,
         chosen: np.ndarray,
         step: int,
+        sampling: Sampling | None = None,
+        turns: np.ndarray | None = None,
     ) -> Outcomes:
-        """What completions of `chosen` (n,) examples under `probes[probe_of]`, probe_of (n,), are worth."""
-        sampling = self.objective.sampling
+        """What completions of `chosen` (n,) examples under `probes[probe_of]`, probe_of (n,), are worth.
+
+        `sampling` in the place of the objective's own; `turns` (n,) tell several completions of one prompt apart.
+        """
+        sampling = sampling or self.objective.sampling
+        assert sampling is not None
         asked = {int(i): examples[int(i)] for i in np.unique(chosen)}
         prompts = {i: self._encoder.tokens(example.prompt, sampling.max_tokens) for i, example in asked.items()}
         shown = {i: self._encoder.text(example.prompt) for i, example in asked.items()}
         told = {i: facts(example, shown[i]) for i, example in asked.items()}
         numbers = [int(i) for i in chosen]
-        self.texts = [""] * len(numbers)
+        self.texts, self.tokens = [""] * len(numbers), [(prompts[i], []) for i in numbers]
         judged: list[Any] = [None] * len(numbers)
         lengths, ended = np.zeros(len(numbers)), np.zeros(len(numbers))
         for at, tokens in self._engine.generate(
-            [prompts[i] for i in numbers], probes, probe_of, sampling, self._seeds(chosen, step), self._stops
+            [prompts[i] for i in numbers], probes, probe_of, sampling, self._seeds(chosen, step, turns), self._stops
         ):
+            self.tokens[at] = (prompts[numbers[at]], list(tokens))
             written = tokens[:-1] if tokens and tokens[-1] in self._stops else tokens
             text, cut = self._encoder.written(tokens, sampling.stop)
             lengths[at], ended[at] = len(written), len(written) < len(tokens) or cut
@@ -69,7 +77,8 @@ class Writer:
         failure = failures[0] if failures else ""
         return replace(outcomes, tokens=tokens, written=len(numbers), failed=len(failures), failure=failure)
 
-    def _seeds(self, chosen: np.ndarray, step: int) -> list[int]:
-        """A seed for each completion: all probes of a step draw the same numbers for an example."""
+    def _seeds(self, chosen: np.ndarray, step: int, turns: np.ndarray | None) -> list[int]:
+        """A seed for each completion: all probes of a step draw the same numbers for an example, and its turn."""
         key = (self._seed, _SAMPLE & 0xFFFFFFFF)
-        return philox_numpy((chosen, step, 0, _SAMPLE >> 32), key)[:, 0].astype(np.int64).tolist()
+        turn = 0 if turns is None else turns
+        return philox_numpy((chosen, step, turn, _SAMPLE >> 32), key)[:, 0].astype(np.int64).tolist()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from zoray.engines.packing import Plan, split_outputs
+from zoray.engines.packing import Plan, SequenceTable, split_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
 
@@ -30,6 +30,34 @@ class Engine(Protocol):
 
     def score_plan(self, plan: Plan) -> np.ndarray:
         """Sums of log-probabilities of all outputs of a plan, in its order, float64; any number of tokens."""
+        ...
+
+    def feedback(
+        self, plan: Plan, gradient: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As `score_plan`, and the residual feedback (zoray/feedback.py) of the trained numbers at the plan's probe.
+
+        Returns the sums, and {`<matrix>.<part>`: array} of every trained tensor, float32, in the order of the state's
+        layout.
+
+        Args:
+            plan: sequences under one probe of scale 0, or of the bare model, which give sums only.
+            gradient: all sums of the plan -> d loss / d sum of each, (outputs,).
+
+        Raises:
+            ConfigError: the plan has other probes, or does not fit one forward pass.
+        """
+        ...
+
+    def fit_lens(self, table: SequenceTable, rank: int) -> None:
+        """Fit the maps (lens.py) that `feedback` goes through from here on, to the bare model on all of a table's rows.
+
+        rank 0 takes none: the stream is taken to carry the gradient down as it is.
+        """
+        ...
+
+    def at_once(self) -> tuple[int, int, int]:
+        """Of one forward pass for `feedback`: most tokens, most asked rows; and tokens of a KV block."""
         ...
 
     def generate(

@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.engines.base import Pairs
+from zoray.engines.lens import Map, fit
+from zoray.engines.residual import family_of, norm_behind, outer, reader_of
 from zoray.models import restore
-from zoray.records import require
+from zoray.records import ConfigError, require
 from zoray.snapshots import pack, unpack
 from zoray.spaces.base import is_embedding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from zoray.engines.packing import Plan
+    from zoray.engines.lens import Streams
+    from zoray.engines.packing import Plan, SequenceTable
+    from zoray.engines.residual import Family
     from zoray.records import Commit, Probe, Sampling, TokenSequence
     from zoray.spaces.base import Space
 
@@ -85,6 +89,7 @@ class HfEngine(Pairs):
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.self_test: dict[str, float] = {}
         self._active: dict[str, tuple[Any, Any]] = {}
+        self._maps: dict[str, Map] = {}
         for name in self.state.matrices:
             model.get_submodule(name).register_forward_hook(self._hook(name))
 
@@ -117,6 +122,88 @@ class HfEngine(Pairs):
                 result[first[i] : first[i + 1]] = self._score_one(plan.table[int(plan.chosen[i])])
         self._active = {}
         return result
+
+    def feedback(
+        self, plan: Plan, gradient: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Sums and residual feedback, see base.py; the final norm, the head and norms behind matrices by autograd."""
+        import torch
+
+        if any(probe.scale for probe in plan.probes) or len(plan.probes) > 1:
+            raise ConfigError(f"expected a plan of one probe of scale 0; got {plan.probes}")
+        family = family_of(self._folder, self.state.matrices)
+        sums = self.score_plan(plan)
+        slopes, first = gradient(sums), plan.first_output
+        factors = {name: (a, b) for probe in plan.probes for name, a, b in self.state.factors(probe)}
+        found = {name: [torch.zeros_like(a), torch.zeros_like(b)] for name, (a, b) in factors.items()}
+        for i in np.flatnonzero(plan.probe_of >= 0):
+            self._active = factors
+            one, own = plan.table[int(plan.chosen[i])], slopes[first[i] : first[i + 1]]
+            for name, delta, x in self._deltas(family, one, own):
+                for total, part in zip(found[name], outer(delta, x, *factors[name], self.space.scaling), strict=True):
+                    total += part
+        self._active = {}
+        state: Any = self.state
+        tensors = {f"{name}.lora_{part}": pair["AB".index(part)] for name, pair in found.items() for part in "AB"}
+        return sums, {name: tensors[name].cpu().numpy() for name in state.layout.shapes}
+
+    def fit_lens(self, table: SequenceTable, rank: int) -> None:
+        """Fit the maps of feedback, see base.py."""
+        import torch
+
+        self._maps = {}
+        if not rank:
+            return
+        family = family_of(self._folder, self.state.matrices)
+        layers = self.model.config.get_text_config().num_hidden_layers
+        readers = {name: reader_of(family, name, layers) for name in self.state.matrices}
+
+        def run(number: int, streams: Streams) -> None:
+            one = table[number]
+            streams.rows = torch.from_numpy(one.rows.astype(np.int64)).to(self.model.device)
+            self.model(input_ids=torch.from_numpy(one.tokens.astype(np.int64))[None].to(self.model.device))
+
+        hidden = self.model.config.get_text_config().hidden_size
+        with torch.inference_mode():
+            maps = fit(readers, family.norm, range(len(table)), run, self.model, hidden, rank)
+        self._maps = {name: Map(one.u.clone(), one.v.clone()) for name, one in maps.items()}
+
+    def at_once(self) -> tuple[int, int, int]:
+        """Any number: each sequence has a forward pass of its own."""
+        return 1 << 62, 1 << 62, 1
+
+    def _deltas(self, family: Family, one: TokenSequence, slopes: np.ndarray) -> Iterator[tuple[str, Any, Any]]:
+        """For each matrix: its name, the gradient at its output (R, out) and its input (R, in), at the asked rows."""
+        import torch
+
+        device, seen, hooks = self.model.device, dict[str, Any](), []
+        for name in self.state.matrices:
+            keep = partial(seen.__setitem__, name)
+            hook = lambda _, inputs, output, keep=keep: keep((inputs[0], output))  # noqa: E731
+            hooks.append(self.model.get_submodule(name).register_forward_hook(hook))
+        norm = self.model.get_submodule(family.norm)
+        hooks.append(norm.register_forward_pre_hook(lambda _, inputs: seen.__setitem__("", inputs[0])))
+        rows = torch.from_numpy(np.unique(one.rows).astype(np.int64)).to(device)
+        with torch.no_grad():
+            self.model(input_ids=torch.from_numpy(one.tokens.astype(np.int64))[None].to(device))
+        for hook in hooks:
+            hook.remove()
+        stream = seen[""].flatten(0, -2)[rows].detach().clone().requires_grad_()
+        with torch.enable_grad():
+            logits = self.model.get_output_embeddings()(norm(stream)).float()
+            cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+            logits = cap * torch.tanh(logits / cap) if cap else logits
+            at = torch.searchsorted(rows, torch.from_numpy(one.rows.astype(np.int64)).to(device))
+            picked = logits.log_softmax(-1)[at, torch.from_numpy(one.targets.astype(np.int64)).to(device)]
+            weights = torch.from_numpy(slopes[one.outputs]).to(picked)
+            (delta,) = torch.autograd.grad((picked * weights).sum(), stream)
+        for name in self.state.matrices:
+            x, y = (part.flatten(0, -2)[rows].detach().clone() for part in seen[name])
+            own = self._maps[name].back(delta) if name in self._maps else delta
+            if (behind := norm_behind(family, name)) is not None:
+                with torch.enable_grad():
+                    own = torch.autograd.grad(self.model.get_submodule(behind)(y.requires_grad_()), y, own)[0]
+            yield name, own.float(), x
 
     def _score_one(self, sequence: TokenSequence) -> np.ndarray:
         import torch

@@ -16,11 +16,11 @@ from zoray.engines.slots import DENSE_COLUMNS, KERNELS
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy as np
 
-    from zoray.engines.packing import Plan
+    from zoray.engines.packing import Plan, SequenceTable
     from zoray.records import Commit, Probe, Sampling
     from zoray.spaces.base import Space
 
@@ -236,6 +236,20 @@ class VllmEngine(Worker):
         if self.scoring == "direct":
             return self._call("zoray_score", plan)
         return self._by_requests(plan)
+
+    def feedback(
+        self, plan: Plan, gradient: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Sums and residual feedback, see base.py and vllm_feedback.py."""
+        return self._call("zoray_feedback", plan, gradient)
+
+    def fit_lens(self, table: SequenceTable, rank: int) -> None:
+        """Fit the maps of feedback, see base.py."""
+        self._call("zoray_fit_lens", table, rank)
+
+    def at_once(self) -> tuple[int, int, int]:
+        """Tokens and rows of one forward pass for feedback, and those of a KV block, see base.py."""
+        return self._call("zoray_at_once")
 
     def _by_requests(self, plan: Plan) -> np.ndarray:
         from vllm.lora.request import LoRARequest

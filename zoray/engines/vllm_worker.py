@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 from zoray.directions import MANY_ELEMENTS, compile_directions
 from zoray.engines import cpu_gated, cpu_lora
 from zoray.engines.slots import PROBES, Slots
+from zoray.engines.vllm_feedback import Feedback
 from zoray.engines.vllm_forward import Forward
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits, takes_tokens
 from zoray.engines.vllm_piggyback import Piggyback
@@ -74,6 +75,16 @@ class ZorayWorker:
 
     def zoray_score(self, plan: Plan) -> np.ndarray:
         return self._zoray.score(plan)
+
+    def zoray_feedback(self, plan: Plan, gradient: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        return self._zoray.feedback(plan, gradient)
+
+    def zoray_fit_lens(self, table: SequenceTable, rank: int) -> None:
+        self._zoray.feedback.fit_lens(table, rank)
+
+    def zoray_at_once(self) -> tuple[int, int, int]:
+        scorer = self._zoray
+        return min(scorer.max_tokens, scorer.blocks * scorer.block_size), scorer.feedback.most_rows, scorer.block_size
 
     def zoray_register(self) -> int:
         return self._zoray.register_slots()
@@ -142,7 +153,7 @@ class PackedScorer(Forward):
                 compile_directions(space.distribution)
         self.wrapper = self._lora_wrapper()
         fused = cpu_gated.fuse(runner.model, self.wrapper, space.rank) if self.device.type == "cpu" else []
-        self.matrices = space.select(matrices)
+        self.all_matrices, self.matrices = dict(matrices), space.select(matrices)
         self.contents = Slots(space, find_slots(self.manager, self.matrices))
         self.weights = find_weights(self.manager, self.matrices) if space.folds else {}
         self.head_moves = any(gives_logits(module) for module in self.manager.modules.values())
@@ -153,6 +164,11 @@ class PackedScorer(Forward):
             self.self_test |= cpu_gated.settle(fused, self.wrapper, self.slots)
         self.self_test |= prove_compiled(self)
         self.contents.forget()
+
+    @cached_property
+    def feedback(self) -> Feedback:
+        """What makes residual feedback, see Engine.feedback."""
+        return Feedback(self)
 
     def reset(self, folder: str) -> None:
         """Back to journal index 0; folded base weights are read from the model's folder again."""

@@ -66,3 +66,7 @@ class AnswerNLL(Objective):
         """Losses; there is no score."""
         losses = -batch.sums / batch.counts
         return Outcomes(losses, np.full(len(losses), np.nan))
+
+    def slopes(self, batch: Sums) -> np.ndarray:
+        """-1 / T."""
+        return -1.0 / batch.counts

@@ -93,6 +93,18 @@ class Objective(Protocol):
         """Sums of log-probabilities -> losses and scores."""
         ...
 
+    def slopes(self, batch: Sums) -> np.ndarray:
+        """d loss / d sum of each output (O,): what feedback begins with. Where the loss has no gradient, a policy's.
+
+        Raises:
+            ConfigError: there is none; of one with `sampling`, rewards of completions take its place (scorer.py).
+        """
+        raise ConfigError(f"{type(self).__name__.lower()} has no gradient at the log-probabilities")
+
+    def doubts(self, batch: Sums, slopes: np.ndarray) -> np.ndarray:
+        """How wrong the model is about each example (E,), about 0 to 1: what weighs the feedback of some examples."""
+        return np.maximum.reduceat(np.abs(slopes) * batch.counts, batch.first)
+
     def pool(self, losses: Sequence[float], labels: np.ndarray) -> float:
         """The loss of a batch of examples with these labels."""
         return mean(losses)

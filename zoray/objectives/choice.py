@@ -86,12 +86,7 @@ class ChoiceNLL(Objective):
 
     def reduce(self, batch: Sums) -> Outcomes:
         """Losses, whether the likeliest option is right, and which it is."""
-        if self.calibration == "none":
-            logits, options, right = batch.sums / batch.counts, batch.outputs, batch.right
-        else:  # of each example's outputs, the second half is the calibration's
-            options = batch.outputs // 2
-            at = np.arange(len(batch.sums)) - np.repeat(batch.first, batch.outputs) < np.repeat(options, batch.outputs)
-            logits, right = batch.sums[at] - batch.sums[~at], batch.right[at]
+        logits, options, right = self._logits(batch)
         first = np.cumsum(options) - options
         top = np.maximum.reduceat(logits, first)
         of_example = np.repeat(top, options)
@@ -101,6 +96,40 @@ class ChoiceNLL(Objective):
         found = np.where(predicted < len(logits), predicted, first)  # a loss that is not finite has no likeliest option
         correct = right[found] & (predicted < len(logits))
         return Outcomes(losses, correct.astype(np.float64), {"predicted": (found - first).astype(np.float64)})
+
+    def slopes(self, batch: Sums) -> np.ndarray:
+        """Those of the cross-entropy: softmax - 1 for the right option, by the option's logit."""
+        _, options, _ = self._logits(batch)
+        chances = self._chances(batch)
+        chances[np.cumsum(options) - options + batch.labels] -= 1.0
+        return self._spread(batch, chances)
+
+    def _chances(self, batch: Sums) -> np.ndarray:
+        """The softmax over each example's options."""
+        logits, options, _ = self._logits(batch)
+        first = np.cumsum(options) - options
+        weights = np.exp(logits - np.repeat(np.maximum.reduceat(logits, first), options))
+        return weights / np.repeat(np.add.reduceat(weights, first), options)
+
+    def _logits(self, batch: Sums) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(logits of all options, options of each example, whether each option is right)."""
+        if self.calibration == "none":
+            return batch.sums / batch.counts, batch.outputs, batch.right
+        options, at = batch.outputs // 2, self._asked(batch)
+        return batch.sums[at] - batch.sums[~at], options, batch.right[at]
+
+    def _asked(self, batch: Sums) -> np.ndarray:
+        """With a calibration: which outputs are the options'. Of an example's, the second half is the calibration's."""
+        place = np.arange(len(batch.sums)) - np.repeat(batch.first, batch.outputs)
+        return place < np.repeat(batch.outputs // 2, batch.outputs)
+
+    def _spread(self, batch: Sums, by_logit: np.ndarray) -> np.ndarray:
+        """d loss / d logit of each option -> d loss / d sum of each output."""
+        if self.calibration == "none":
+            return by_logit / batch.counts
+        slopes, at = np.zeros(len(batch.sums)), self._asked(batch)
+        slopes[at], slopes[~at] = by_logit, -by_logit
+        return slopes
 
 
 def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:

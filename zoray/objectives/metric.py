@@ -73,6 +73,16 @@ class ChoiceMetric(ChoiceNLL):
         losses = outcomes.columns["predicted"] if self.pooled else 1.0 - outcomes.scores
         return replace(outcomes, losses=np.where(finite, losses, np.nan))
 
+    def slopes(self, batch: Sums) -> np.ndarray:
+        """Those of 1 - the chance that an option drawn from the softmax is right: the policy gradient of accuracy.
+
+        It guides F1 as well, which is of a batch and has no gradient of its own.
+        """
+        _, options, right = self._logits(batch)
+        chances, first = self._chances(batch), np.cumsum(options) - options
+        hit = np.add.reduceat(np.where(right, chances, 0.0), first)
+        return self._spread(batch, -chances * (right - np.repeat(hit, options)))
+
     def metrics(self, scores: np.ndarray, columns: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
         """Accuracy, and F1 as the mean over classes."""
         return {"accuracy": float(np.mean(scores)), "f1": macro_f1(columns["predicted"], labels)}

@@ -53,10 +53,22 @@ class Preference(Objective):
         chosen, rejected = example.options[example.label], example.options[1 - example.label]
         return tuple(encoder.answer(example.prompt, text, self.eos) for text in (chosen, rejected))
 
-    def reduce(self, batch: Sums) -> Outcomes:
-        """Losses, and how often the margin is positive."""
+    def slopes(self, batch: Sums) -> np.ndarray:
+        """-beta sigmoid(-margin) for the chosen answer, + for the rejected one (eq. 7's gradient, section 4)."""
+        doubt = self.beta / (1.0 + np.exp(np.clip(self._margins(batch), -500, 500)))
+        return np.stack([-doubt, doubt], axis=1).flatten()
+
+    def doubts(self, batch: Sums, slopes: np.ndarray) -> np.ndarray:
+        """sigmoid(-margin)."""
+        return np.abs(slopes[::2]) / self.beta
+
+    def _margins(self, batch: Sums) -> np.ndarray:
         assert batch.reference is not None
         gain = batch.sums - batch.reference
-        margins = self.beta * (gain[::2] - gain[1::2])
+        return self.beta * (gain[::2] - gain[1::2])
+
+    def reduce(self, batch: Sums) -> Outcomes:
+        """Losses, and how often the margin is positive."""
+        margins = self._margins(batch)
         losses = np.logaddexp(0.0, -margins)
         return Outcomes(losses, (margins > 0).astype(np.float64), {"margin": margins})

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from zoray.records import Probe
 
 ALL = "all-linear"
+RESIDUAL = "residual"
+WRITERS = ("o_proj", "out_proj", "down_proj", "fc2")  # what families call the matrices that write to the stream
 B_PARTS = ("lora_B", "lozo_U", "lowrank_U")  # what spaces call a factor of shape (out, rank)
 MAX_RANK = 512  # the largest LoRA rank that vLLM has slots for
 CACHED_ELEMENTS = 1 << 28  # of a step's directions kept between scoring and commit: 1 GiB
@@ -155,9 +157,12 @@ def select(matrices: Mapping[str, tuple[int, int]], targets: str | tuple[str, ..
     """The target matrices out of a model's matrices, {canonical name: (out, in)}, in the model's order.
 
     A target is the last part or parts of a name (`q_proj`, `self_attn.q_proj`), with * ? [] as in file names, or
-    all-linear, which may stand beside the LM head's and the embedding's names.
+    all-linear, which may stand beside the LM head's and the embedding's names; or residual, those that write to the
+    residual stream, as residual:0.5 only in the layers from that share of them on.
     """
-    wanted = (targets,) if isinstance(targets, str) else targets
+    wanted = tuple(
+        name for target in ((targets,) if isinstance(targets, str) else targets) for name in _residual(matrices, target)
+    )
     unknown = [target for target in wanted if target != ALL and not any(_matches(name, target) for name in matrices)]
     if unknown:
         suffixes = {name.rsplit(".", 1)[-1] for name in matrices}
@@ -167,6 +172,31 @@ def select(matrices: Mapping[str, tuple[int, int]], targets: str | tuple[str, ..
         )
     chosen = wanted if ALL not in wanted else ("*",)
     return {name: shape for name, shape in matrices.items() if any(_matches(name, target) for target in chosen)}
+
+
+def _residual(matrices: Mapping[str, tuple[int, int]], target: str) -> tuple[str, ...]:
+    """A target as it is; that of what writes to the residual stream as the names of those matrices."""
+    if target.partition(":")[0] != RESIDUAL:
+        return (target,)
+    try:
+        share = float(target.partition(":")[2] or 0.0)
+    except ValueError:
+        share = -1.0
+    require(0 <= share < 1, f"space.targets={RESIDUAL}:SHARE with a share in [0, 1)", target)
+    layer_of = {name: layer_number(name) for name in matrices}
+    layers = 1 + max((layer for layer in layer_of.values() if layer is not None), default=0)
+    names = tuple(
+        name
+        for name, layer in layer_of.items()
+        if layer is not None and layer >= share * layers and name.rpartition(".")[2] in WRITERS
+    )
+    require(bool(names), f"a model with matrices called {', '.join(WRITERS)} for space.targets={target}", "none")
+    return names
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a matrix is in."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def is_embedding(name: str) -> bool:
@@ -247,7 +277,7 @@ class Moved:
     def take(self, commit: Commit) -> bool:
         """Take a commit, if it is one that can wait."""
         chosen = [(k, c) for k, c in enumerate(commit.coefficients) if c != 0.0]
-        if commit.momentum is not None or commit.anchor != 1.0 or not chosen:
+        if commit.momentum is not None or commit.anchor != 1.0 or commit.signs or not chosen:
             return False
         decays = [commit.decay] + [1.0] * (len(chosen) - 1)
         moves = (Move(commit.step, k, decay, c) for (k, c), decay in zip(chosen, decays, strict=True))
@@ -304,10 +334,12 @@ def advance(
     commit: Commit,
     direction: Callable[[int, int], torch.Tensor],
     initial: Callable[[], torch.Tensor] | None = None,
+    guide: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Apply a commit (records.Commit has the formula) to a flat vector in place; returns the momentum buffer.
 
-    `initial` gives the vector before the first step; None if that was zero.
+    `initial` gives the vector before the first step; None if that was zero. `guide`: gains times signs, where the
+    commit has any.
     """
     import torch
 
@@ -325,6 +357,8 @@ def advance(
     for index, coefficient in enumerate(commit.coefficients):
         if coefficient != 0.0:
             target.add_(direction(commit.step, index) * coefficient)
+    if guide is not None:
+        target.add_(guide)
     if momentum is not None and commit.momentum is not None:
         x.add_(momentum * commit.rate)
     return momentum

@@ -21,6 +21,7 @@ from zoray.spaces.base import (
     perturbed,
     select,
 )
+from zoray.spaces.signs import guide
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping
@@ -175,7 +176,8 @@ class LoraState:
         """Take the commit of the next step."""
         expect(commit, self.step)
         if not self._moved.take(commit):
-            self.momentum = advance(self.flat, self.momentum, commit, self.direction, self.initial)
+            guided = guide(self.layout, commit.signs, commit.gains) if commit.signs else None
+            self.momentum = advance(self.flat, self.momentum, commit, self.direction, self.initial, guided)
         self.step += 1
 
     def numbers(self) -> dict[str, torch.Tensor]:

@@ -1,0 +1,205 @@
+"""Training examples at the state as it is -> their losses and their residual feedback, through an engine.
+
+The gradient at the log-probabilities comes from the objective; of completions it is a policy's. As many sequences as
+fit share a forward pass; what several passes give is added up. Shapes: n examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoray.engines.packing import Plan, SequenceTable
+from zoray.objectives.base import Outcomes, Sums
+from zoray.records import TokenSequence
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from zoray.engines.base import Engine
+    from zoray.objectives.base import Objective
+    from zoray.records import Probe
+    from zoray.scorer import Scorer
+
+LENS_ROWS, LENS_EXAMPLES = 2_500, 1_000  # that the maps of feedback are fitted to, at most
+SKIPPED = 4  # first tokens of a sequence, whose streams are hundreds of times as large as others (attention sinks)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """All sums of a forward pass -> d loss / d sum of each; it travels to an engine in another process.
+
+    Args:
+        objective: whose loss.
+        of: what is known of the examples but their sums.
+        bare: how many sums are the bare model's, which come first, for an objective that compares with it.
+    """
+
+    objective: Objective
+    of: Sums
+    bare: int
+
+    def batch(self, values: np.ndarray) -> Sums:
+        """The sums as the objective takes them."""
+        return replace(self.of, sums=values[self.bare :], reference=values[: self.bare] if self.bare else None)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        slopes = self.objective.slopes(self.batch(values))
+        return np.concatenate([np.zeros(self.bare), np.where(np.isfinite(slopes), slopes, 0.0)])
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """Slopes that are known before the forward pass."""
+
+    slopes: np.ndarray
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return self.slopes
+
+
+class Total(dict[str, np.ndarray]):
+    """Feedback of several forward passes."""
+
+    def add(self, feedback: dict[str, np.ndarray]) -> None:
+        """One more."""
+        for name, values in feedback.items():
+            self[name] = self[name] + values if name in self else values
+
+
+class Guidance:
+    """The feedback of a replica's examples.
+
+    Args:
+        scorer: the replica's examples.
+        engine: its model.
+        samples: completions of each prompt, for an objective that is about these.
+    """
+
+    def __init__(self, scorer: Scorer, engine: Engine, samples: int) -> None:
+        self._scorer, self._engine, self._samples = scorer, engine, samples
+
+    def fit_lens(self, rank: int) -> None:
+        """Let the engine fit the maps of feedback (engines/lens.py) to the first training examples."""
+        found: list[TokenSequence] = []
+        rows, encoded = 0, self._scorer.workload.encoded["train"]
+        for index in range(min(len(self._scorer.workload.splits.train), LENS_EXAMPLES)):
+            for sequence in encoded[index]:
+                own = np.arange(SKIPPED, len(sequence.tokens), dtype=np.int32)
+                if len(own) and rows < LENS_ROWS:
+                    found.append(TokenSequence(sequence.tokens, own, np.zeros_like(own), np.zeros_like(own), 1))
+                    rows += len(own)
+        self._engine.fit_lens(SequenceTable.of(found), rank)
+
+    def __call__(self, centre: Probe, examples: np.ndarray) -> tuple[Outcomes, dict[str, np.ndarray], float]:
+        """Outcomes of training examples (n,), the feedback of the sum of their losses, and its weight, 0 to 1.
+
+        The feedback is {`<matrix>.<part>`: float32 array}; the weight says how wrong the model is about the examples.
+        """
+        total, parts, places, doubts = Total(), list[Outcomes](), list[np.ndarray](), [np.zeros(0)]
+        for number, own in self._by_part(examples):
+            objective = self._scorer.parts[number].objective
+            by = self._by_loss if objective.sampling is None else self._by_reward
+            for some, outcomes, feedback, doubt in by(objective, centre, examples[own]):
+                places.append(own[some])
+                parts.append(outcomes)
+                doubts.append(doubt)
+                total.add(feedback)
+        everyone = np.minimum(np.concatenate(doubts), 1.0)
+        return _in_order(parts, np.concatenate(places)), total, float(np.sqrt(np.mean(everyone**2)))
+
+    def _by_part(self, examples: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Where among examples those of each part of a mixture are."""
+        if len(self._scorer.parts) == 1:
+            return [(0, np.arange(len(examples)))]
+        part_of = self._scorer.parts_of("train")[examples]
+        return [(int(part), np.flatnonzero(part_of == part)) for part in np.unique(part_of)]
+
+    def _by_loss(self, objective: Objective, centre: Probe, examples: np.ndarray) -> Iterable[tuple[Any, ...]]:
+        """(places, outcomes, feedback, doubts) of as many examples as fit a forward pass, in turn."""
+        encoded, chosen = self._scorer.table("train").take(examples)
+        table, first = encoded.table, encoded.first_sequence
+        each = [slice(first[number], first[number + 1]) for number in chosen]
+        factor = 2 if objective.reference else 1
+        sizes = [(factor * table.lengths[own], factor * table.n_targets[own]) for own in each]
+        for some in self._passes(sizes):
+            own = chosen[some]
+            count = len(own) if objective.reference else 0
+            everything, probe_of = np.concatenate([own[:count], own]), np.repeat([-1, 0], [count, len(own)])
+            bare = int(encoded.n_outputs[everything[:count]].sum())
+            gradient = Gradient(objective, encoded.sums(np.zeros(0), own), bare)
+            values, feedback = self._engine.feedback(encoded.plan((centre,), probe_of, everything), gradient)
+            batch = gradient.batch(values)
+            outcomes = replace(objective.reduce(batch), tokens=int(encoded.tokens[everything].sum()))
+            yield some, outcomes, feedback, objective.doubts(batch, gradient(values)[bare:])
+
+    def _by_reward(self, objective: Any, centre: Probe, examples: np.ndarray) -> Iterable[tuple[Any, ...]]:
+        """The policy gradient (REINFORCE) of completions, the mean of a prompt's other ones as baseline (RLOO).
+
+        Ahmadian et al., arXiv 2402.14740. Where the objective takes the likeliest tokens, which do not vary, those that
+        guide are drawn at a temperature of 1.
+        """
+        writer, samples = self._scorer.writer(objective), self._samples
+        chosen, turns = np.repeat(examples, samples), np.tile(np.arange(samples), len(examples))
+        sampling = objective.sampling
+        sampling = sampling if sampling.temperature else replace(sampling, temperature=1.0)
+        centres, split = np.zeros(len(chosen), np.int64), self._scorer.workload.splits["train"]
+        found = writer.outcomes(split, (centre,), centres, chosen, centre.step, sampling, turns)
+        losses = found.losses.reshape(-1, samples)
+        slopes = ((losses - losses.mean(axis=1, keepdims=True)) * samples / (samples - 1)).flatten()
+        written = [_completion(*tokens) for tokens in writer.tokens]
+        telling = [i for i, sequence in enumerate(written) if sequence is not None and slopes[i]] or [0]
+        sequences = [written[i] or SILENT for i in telling]
+        total, tokens = Total(), 0
+        for some in self._passes([(np.array([len(s.tokens)]), np.array([len(s.rows)])) for s in sequences]):
+            table = SequenceTable.of([sequences[i] for i in some])
+            plan = Plan(table, (centre,), np.zeros(len(some), np.int64), np.arange(len(some)))
+            total.add(self._engine.feedback(plan, Constant(slopes[[telling[i] for i in some]]))[1])
+            tokens += int(table.lengths.sum())
+        means = replace(
+            found,
+            losses=losses.mean(axis=1),
+            scores=found.scores.reshape(-1, samples).mean(axis=1),
+            columns={},
+            tokens=found.tokens + tokens,
+        )
+        yield np.arange(len(examples)), means, total, np.ones(len(examples))
+
+    def _passes(self, sizes: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+        """Runs of numbers whose (tokens, asked rows) of each sequence fit one forward pass of the engine together."""
+        most_tokens, most_rows, block = self._engine.at_once()
+        runs: list[list[int]] = [[]]
+        tokens = rows = 0
+        for number, (lengths, asked) in enumerate(sizes):
+            more = int((-(-lengths // block) * block).sum()), int(asked.sum())
+            if runs[-1] and (tokens + more[0] > most_tokens or rows + more[1] > most_rows):
+                runs.append([])
+                tokens = rows = 0
+            runs[-1].append(number)
+            tokens, rows = tokens + more[0], rows + more[1]
+        return [np.array(run, np.int64) for run in runs]
+
+
+NOTHING = np.zeros(0, np.int32)
+SILENT = TokenSequence(np.zeros(1, np.int32), NOTHING, NOTHING, NOTHING, 1)  # of which nothing is asked
+
+
+def _completion(prompt: Sequence[int], written: Sequence[int]) -> TokenSequence | None:
+    """A completion behind its prompt, all its tokens asked for; None for an empty one."""
+    if not written:
+        return None
+    tokens = np.array([*prompt, *written], np.int32)
+    rows = np.arange(len(prompt) - 1, len(tokens) - 1, dtype=np.int32)
+    return TokenSequence(tokens[:-1], rows, tokens[rows + 1], np.zeros(len(rows), np.int32), 1)
+
+
+def _in_order(parts: Sequence[Outcomes], places: np.ndarray) -> Outcomes:
+    """The outcomes of some examples, which are at these places, as those of all."""
+    losses, scores = np.zeros(len(places)), np.zeros(len(places))
+    losses[places] = np.concatenate([part.losses for part in parts])
+    scores[places] = np.concatenate([part.scores for part in parts])
+    tokens, written, failed = (sum(getattr(part, name) for part in parts) for name in ("tokens", "written", "failed"))
+    failure = next((part.failure for part in parts if part.failure), "")
+    return Outcomes(losses, scores, {}, tokens, written, failed, failure)
