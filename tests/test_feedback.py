@@ -269,5 +269,5 @@ def test_the_estimator_asks_for_the_centre_once():
     assert estimator.tell(estimator.ask(0), [(0.5,)]).loss == 0.5
     with pytest.raises(FloatingPointError, match="loss is not finite"):
         estimator.tell(estimator.ask(0), [(float("nan"),)])
-    with pytest.raises(ConfigError, match="of 0 or more"):
+    with pytest.raises(ConfigError, match="of at least 0"):
         Feedback(lens=-1)

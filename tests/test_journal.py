@@ -1,5 +1,6 @@
 """The journal: what goes in comes out, every damage is found where it is, and a killed process loses nothing."""
 
+import base64
 import json
 import math
 import os
@@ -40,6 +41,7 @@ RECORDS = [
         (1.0, -1.0),
         "fedcba9876543210",
         (0.1 + 0.2, 0.99**5, 5e-324, 1.0),
+        (3.0, -0.25),
     ),
     StepRecord(Commit(5, (), momentum=0.0), (), optimizer=(-0.0,)),
 ]
@@ -88,9 +90,9 @@ def test_records_use_every_field_that_there_is():
     """So that the round trip is one of all fields, and a field that is added needs a value here."""
     neutral = {"decay": 1.0, "anchor": 1.0, "momentum": None, "rate": 1.0, "gains": (), "signs": b""}
     assert {field.name for field in fields(Commit)} == {"step", "coefficients", *neutral}
-    assert {field.name for field in fields(StepRecord)} == {"commit", "losses", "digest", "optimizer"}
+    assert {field.name for field in fields(StepRecord)} == {"commit", "losses", "digest", "optimizer", "trust"}
     assert all(getattr(RECORDS[4].commit, name) != value for name, value in neutral.items())
-    assert RECORDS[4].digest is not None and RECORDS[4].optimizer
+    assert RECORDS[4].digest is not None and RECORDS[4].optimizer and RECORDS[4].trust
 
 
 @pytest.mark.parametrize("momentum", [None, 0.0, 0.5])
@@ -204,8 +206,11 @@ def test_the_file_is_as_the_format_describes_it(path):
         body |= {"anchor": commit.anchor} if commit.anchor != 1 else {}
         body |= {"momentum": commit.momentum} if commit.momentum is not None else {}
         body |= {"rate": commit.rate} if commit.rate != 1 else {}
+        signs = base64.b85encode(commit.signs).decode()
+        body |= {"gains": list(commit.gains), "signs": signs} if commit.signs else {}
         body |= {"losses": [loss if math.isfinite(loss) else None for loss in record.losses]}
         body |= {"optimizer": list(record.optimizer)} if record.optimizer else {}
+        body |= {"trust": list(record.trust)} if record.trust else {}
         body |= {"digest": record.digest} if record.digest else {}
         bodies.append(body)
     assert path.read_bytes() == by_hand({"format": 3, **HEADER}, bodies)
@@ -275,10 +280,10 @@ def test_a_wrong_next_step_is_refused_and_writes_nothing(path, step):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [0, 3, "1", "2", None])
+@pytest.mark.parametrize("number", [0, 4, "1", "2", None])
 def test_another_format_is_refused(tmp_path, number):
     Journal.create(tmp_path / "journal.jsonl", {"format": number, "model": "tiny"}).close()
-    with pytest.raises(JournalError, match=f"expected journal format 2, got {number!r}; use that zoray version"):
+    with pytest.raises(JournalError, match=f"expected journal format 3, got {number!r}; use that zoray version"):
         journal.read(tmp_path / "journal.jsonl")
 
 
@@ -399,7 +404,7 @@ def test_swapped_doubled_and_removed_lines_are_found(path, order, number):
 def test_a_removed_header_and_a_second_one_are_found(path):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[1:]))
-    with pytest.raises(JournalError, match="expected journal format 2, got None"):
+    with pytest.raises(JournalError, match="expected journal format 3, got None"):
         journal.read(path)
     path.write_bytes(b"".join([lines[0], *lines]))
     with pytest.raises(JournalError, match="line 2: does not follow the line before"):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from zoray import journal, snapshots
 from zoray.adapters import write_peft
 from zoray.data import order_of
+from zoray.feedback import gains, trusted
 from zoray.history import best, stalled, summarise
 from zoray.measure import Losses, check_rewards, evaluate
 from zoray.models import weights_hash
@@ -96,7 +97,7 @@ def tune(
                 )
             if workload.encoder is not None and workload.encoder.shortened:
                 monitor.message(f"{workload.encoder.shortened} sequences were too long and have lost their beginning")
-            memory = done[-1].optimizer if done else e.optimizer.init()
+            memory, trust = (done[-1].optimizer, done[-1].trust) if done else (e.optimizer.init(), ())
             early, failed, last_snapshot = False, 0, snapshot.step if snapshot else 0
 
             for step in range(log.next_step, run.steps):
@@ -126,9 +127,10 @@ def tune(
                 estimate = e.estimator.tell(probes, losses, pool.info.noise / math.sqrt(examples))
                 guide: tuple[Any, ...] = ()
                 if scores.feedback is not None:
-                    guide = (estimate.gains or (1.0,) * len(header["matrices"]), packed(scores.feedback, step))
+                    trust = e.estimator.judge(trust, probes, losses)
+                    guide = (gains(trust, len(header["matrices"])), packed(scores.feedback, step))
                 memory, commit = e.optimizer.update(memory, step, run.steps, estimate.weights, *guide)
-                log.append(journal.StepRecord(commit, tuple(map(mean, losses)), digest, memory))
+                log.append(journal.StepRecord(commit, tuple(map(mean, losses)), digest, memory, trust))
                 every = e.cluster.snapshot_every
                 if digest is not None and every and step - last_snapshot >= every:
                     log.sync()  # a snapshot is of no use to a journal that has lost its step
@@ -184,6 +186,7 @@ def tune(
                     name: sum(getattr(s, name) for s in steps) for name in ("dropped", "ties", "buried")
                 },
                 "score_noise": pool.info.noise,
+                **({"trust": trusted(trust)} if trust else {}),
                 "failed_rewards": sum(s.failed for s in steps),
                 "digest": digest,
                 "replicas": pool.size,

@@ -38,7 +38,6 @@ class Estimate:
     dropped: int = 0  # directions left out because a loss was not finite
     ties: int = 0  # directions whose probes scored exactly the same, so that they carry no information
     buried: int = 0  # directions whose probes differ by no more than the score noise; ties are not among them
-    gains: tuple[float, ...] = ()  # of the feedback of each matrix, where there is any; none are all 1
 
 
 class InGroups(Protocol):

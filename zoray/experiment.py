@@ -112,16 +112,25 @@ class Experiment:
                 f"expected optimizer.momentum=0 with space=lowrank, whose momentum would be as large as the model; got "
                 f"{self.optimizer.momentum}. Take space=lozo or space=lora"
             )
-        if self.estimator.guided and space != "lora":
-            raise ConfigError(
-                f"expected space=lora with estimator=feedback, whose signs move the numbers of an adapter; got space="
-                f"{space}"
-            )
+        if self.estimator.guided:
+            self._check_guided(space)
         if self.space.folds and self.optimizer.anchor and not self.space.keep_base:
             raise ConfigError(
                 f"expected space.keep_base=true with optimizer.anchor={self.optimizer.anchor} and space={space}: steps "
                 "are folded into the base weights, so the decay towards them needs a copy"
             )
+
+    def _check_guided(self, space: str) -> None:
+        if space != "lora":
+            raise ConfigError(
+                f"expected space=lora with estimator=feedback, whose signs move the numbers of an adapter; got space="
+                f"{space}"
+            )
+        require(
+            not self.estimator.pairs or self.optimizer.momentum > 0,
+            "optimizer.momentum above 0 with estimator.pairs, whose probes go along it (optimizer=feedback has it)",
+            self.optimizer.momentum,
+        )
 
     @cached_property
     def spec(self) -> ReplicaSpec:

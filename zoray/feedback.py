@@ -13,6 +13,7 @@ to the bit from the journal alone, on any device; with momentum beta, x moves by
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from zoray.estimators import Estimate, InGroups, check_count
 from zoray.records import Probe, is_finite, require
+from zoray.spaces.signs import ALONG, GROUPS, group_of, pattern
 from zoray.tiles import mean
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
     from zoray.estimators import Losses
 
+WINDOW = 200.0  # probes along the guide that its worth is the mean of
+DOUBT = 40.0  # probes that count for as much as the belief that all of the guide is good
 REACH = 4.0  # root mean squares of a tensor's feedback that its largest whole number stands for
 
 
@@ -39,31 +43,50 @@ class Feedback(InGroups):
     M_l is how the stream goes on from layer l to its end, a linear map fitted to the base model before the first step
     (engines/lens.py); without it, the identity.
 
+    With `pairs`, each step also scores plus and minus of that many directions along the guide itself: its momentum,
+    each group of matrices forth or back by chance. Their losses are unbiased; averaged over the steps they are the
+    slope of the loss along each group's guide, and groups whose guide leads nowhere are moved less:
+
+    slope_g <- mean over probes of pattern_g * (L(x + eps z) - L(x - eps z)) / (2 eps)
+    trust_g = clip(slope_g / mean of the positive slopes, 0, 1), drawn towards 1 while there are few probes
+
     Args:
         lens: rank of the maps M_l - 1; 0 for none.
+        pairs: of probes along the guide, of one example each, that judge it; 0 trusts it everywhere.
+        eps: their size, in the momentum's own units (signs).
         samples: completions of each prompt that a reward's policy gradient is taken over.
     """
-
-    lens: int = 64
-    samples: int = 4
-
-    def __post_init__(self) -> None:
-        check_count(self.samples, "samples", 2)
-        ok = isinstance(self.lens, int) and not isinstance(self.lens, bool) and self.lens >= 0
-        require(ok, "estimator.lens to be a whole number of 0 or more", self.lens)
 
     guided: ClassVar[bool] = True
     shared: ClassVar[bool] = True
     per_example: ClassVar[bool] = False
     directions: ClassVar[int] = 0
-    groups: ClassVar[int] = 1
+
+    lens: int = 64
+    pairs: int = 0
+    eps: float = 1e-2
+    samples: int = 4
+
+    def __post_init__(self) -> None:
+        check_count(self.samples, "samples", 2)
+        check_count(self.lens, "lens", 0)
+        check_count(self.pairs, "pairs", 0)
+        require(is_finite(self.eps) and self.eps > 0, "estimator.eps to be a positive number", self.eps)
+
+    @property
+    def groups(self) -> int:
+        """The centre and each pair."""
+        return 1 + self.pairs
 
     def group(self, step: int, number: int) -> tuple[Probe, ...]:
-        """The centre."""
-        return (Probe(step, 0, 0.0),)
+        """The centre is group 0."""
+        if not number:
+            return (Probe(step, 0, 0.0),)
+        index = ALONG + number - 1
+        return Probe(step, index, self.eps), Probe(step, index, -self.eps)
 
     def tell(self, probes: Sequence[Probe], losses: Losses, noise: float = 0.0) -> Estimate:
-        """The loss of the centre; its feedback comes beside it.
+        """The loss of the centre; its feedback comes beside it, and `judge` says what that is worth.
 
         Raises:
             FloatingPointError: it is not finite.
@@ -72,6 +95,36 @@ class Feedback(InGroups):
         if not is_finite(loss):
             raise FloatingPointError(f"step {probes[0].step}: the loss is not finite ({loss}); lower optimizer.lr")
         return Estimate((), loss)
+
+    def judge(self, trust: tuple[float, ...], probes: Sequence[Probe], losses: Losses) -> tuple[float, ...]:
+        """What is known of the guide's worth: (probes so far, the slope of each group); () before the first."""
+        count, slopes = (trust[0], list(trust[1:])) if trust else (0.0, [0.0] * GROUPS)
+        means = [mean(row) for row in losses[1:]]
+        for probe, plus, minus in zip(probes[1::2], means[::2], means[1::2], strict=True):
+            if not is_finite(plus) or not is_finite(minus) or plus == minus:
+                continue
+            count += 1.0
+            slope, share = (plus - minus) / (2 * self.eps), 1 / min(count, WINDOW)
+            signs = pattern(probe.step, probe.index).tolist()
+            slopes = [old + (sign * slope - old) * share for old, sign in zip(slopes, signs, strict=True)]
+        return (count, *slopes) if count else ()
+
+
+def trusted(trust: tuple[float, ...]) -> tuple[float, ...]:
+    """How far each group's guide is trusted, 0 to 1, (GROUPS,)."""
+    if not trust:
+        return (1.0,) * GROUPS
+    count, slopes = trust[0], trust[1:]
+    positive = [slope for slope in slopes if slope > 0]
+    usual = sum(positive) / len(positive) if positive else math.inf
+    known = count / (count + DOUBT)
+    return tuple(min(1.0, max(0.0, 1 - known + known * slope / usual)) for slope in slopes)
+
+
+def gains(trust: tuple[float, ...], matrices: int) -> tuple[float, ...]:
+    """The same for each of the matrices that move."""
+    of_group = trusted(trust)
+    return tuple(of_group[group_of(number, matrices)] for number in range(matrices))
 
 
 def quantised(feedback: Mapping[str, np.ndarray], levels: int, weight: float) -> np.ndarray:

@@ -46,6 +46,7 @@ class StepRecord:
     losses: tuple[float, ...]  # one per probe, in the order of `ask`; nan where a loss was not finite
     digest: str | None = None
     optimizer: tuple[float, ...] = ()  # the optimizer's state after this step
+    trust: tuple[float, ...] = ()  # what is known of the feedback's worth after this step, see feedback.py
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,11 @@ def read(path: Path) -> Contents:
             gains=tuple(body.get("gains", ())),
             signs=base64.b85decode(body.get("signs", "")),
         )
-        steps.append(StepRecord(commit, losses, body.get("digest"), tuple(body.get("optimizer", ()))))
+        steps.append(
+            StepRecord(
+                commit, losses, body.get("digest"), *(tuple(body.get(name, ())) for name in ("optimizer", "trust"))
+            )
+        )
         previous = _hash(line)
     return Contents(header, tuple(steps), len(whole), previous)
 
@@ -214,6 +219,8 @@ class Journal:
         body["losses"] = _plain(record.losses)
         if record.optimizer:
             body["optimizer"] = list(record.optimizer)
+        if record.trust:
+            body["trust"] = list(record.trust)
         if record.digest is not None:
             body["digest"] = record.digest
         line = _seal({**body, "prev": self._previous})

@@ -35,7 +35,8 @@ class Grid:
     Each group of probes (plus and minus of a direction, or the centre) is scored on `examples` examples, in tiles of up
     to `tile_examples`. All probes of a group stay in one tile, so that one replica scores them: what a device adds to
     all of them cancels in their differences. With `shared=False` the groups share the examples out among them: group k
-    of K sees examples [k * n/K, (k + 1) * n/K). Tiles are made when they are asked for: a replica needs only its own.
+    of K sees examples [k * n/K, (k + 1) * n/K). In a guided step the first group sees all of them, and each other group
+    one. Tiles are made when they are asked for: a replica needs only its own.
     """
 
     step: int
@@ -46,7 +47,7 @@ class Grid:
     tile_examples: int = EVALUATED
     shared: bool = True
     per_example: bool = False  # whether the loss of each example is asked for, not only sums
-    guided: bool = False  # whether tiles of the centre (scale 0) give feedback as well, see feedback.py
+    guided: bool = False  # whether the first group is the centre, which gives feedback as well, see feedback.py
 
     @classmethod
     def of(cls, spec: Any, step: int, split: str = "train", count: int = 0, pooled: bool = False) -> Grid:
@@ -67,14 +68,19 @@ class Grid:
         return self.examples if self.shared else self.examples // self.groups
 
     def __len__(self) -> int:
-        return self.groups * -(-self._width // self.tile_examples) if self.groups else 0
+        pieces = -(-self._width // self.tile_examples)
+        return pieces + self.groups - 1 if self.guided else self.groups * pieces if self.groups else 0
 
     def __getitem__(self, number: int) -> Tile:
         """A tile."""
         if not 0 <= number < len(self):
             raise IndexError(f"expected a tile from 0 to {len(self) - 1}; got {number}")
-        width = self._width
-        k, piece = divmod(number, -(-width // self.tile_examples))
+        width, pieces = self._width, -(-self._width // self.tile_examples)
+        if self.guided and number >= pieces:
+            k = number - pieces + 1
+            start = (self.step * (self.groups - 1) + k - 1) % width
+            return Tile(self.group(k), start, start + 1, self.split)
+        k, piece = divmod(number, pieces)
         first = 0 if self.shared else k * width
         start = first + piece * self.tile_examples
         return Tile(self.group(k), start, min(start + self.tile_examples, first + width), self.split)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from zoray.directions import has_kernels, table_of
 from zoray.spaces.base import fill, is_b
+from zoray.spaces.signs import ALONG
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -92,7 +93,8 @@ class Slots:
         a_is_there = all(self._a_in.get(slot) == key for slot, key in keys.items())
         moving = state.moving()
         device = next(iter(self.sites.values())).a.device
-        if has_kernels(device) and len({probe.step for probe in probes}) == 1:
+        drawn = all(probe.index < ALONG for probe in probes)
+        if drawn and has_kernels(device) and len({probe.step for probe in probes}) == 1:
             for part in moving:
                 self._by_kernel(part, probes, first)
         elif len(probes) * sum(part.z.layout.size for part in moving) <= STAGED_ELEMENTS:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 from zoray.directions import Layout
 from zoray.records import is_finite, require
 from zoray.spaces.base import (
-    Directions,
     Moved,
     Moving,
     advance,
@@ -21,7 +20,7 @@ from zoray.spaces.base import (
     perturbed,
     select,
 )
-from zoray.spaces.signs import guide
+from zoray.spaces.signs import AlongGuide, guide
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping
@@ -112,7 +111,7 @@ class LoraState:
         self._a_initial = Layout(a_shapes, device)
         self.layout = Layout({**b_shapes, **a_shapes} if space.train == "AB" else b_shapes, device)
         self._a_layout = self.layout if space.train == "AB" else self._a_initial
-        self.direction = Directions(self.layout, seed, space.distribution)
+        self.direction = AlongGuide(self.layout, seed, space.distribution, lambda: self.momentum)
         flat = torch.zeros(self.layout.size, dtype=torch.float32, device=self.layout.device)
         self._moved = Moved(flat, self.direction)
         self._a_flat = flat if space.train == "AB" else torch.zeros(self._a_layout.size, device=device)

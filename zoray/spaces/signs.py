@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from zoray.directions import name_hash, philox_numpy
 from zoray.records import JournalError
+from zoray.spaces.base import Directions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
     from zoray.directions import Layout
+    from zoray.records import Probe
+
+ALONG = 1 << 30  # indices of probes from here on are along the guide: the momentum, each group of matrices + or -
+GROUPS = 8  # of matrices, each a run of layers, whose feedback is trusted alike
+_PATTERN = name_hash("zoray.feedback.pattern")
 
 
 def packed(feedback: np.ndarray, step: int) -> bytes:
@@ -60,3 +67,53 @@ def numbers_of(names: Iterable[str]) -> dict[str, int]:
     """The number of the matrix that each tensor `<matrix>.<part>` belongs to; in order of their first tensor."""
     numbers: dict[str, int] = {}
     return {name: numbers.setdefault(name.rpartition(".")[0], len(numbers)) for name in names}
+
+
+def pattern(step: int, index: int) -> np.ndarray:
+    """+1 or -1 for each group of matrices, (GROUPS,), under the probe at (step, index)."""
+    words = philox_numpy((np.arange(GROUPS), index, step, _PATTERN >> 32), (0, _PATTERN & 0xFFFFFFFF))
+    return np.where(words[:, 0] & 1, 1.0, -1.0)
+
+
+def group_of(matrix: int, matrices: int) -> int:
+    """The group of a matrix, by its number among those that move."""
+    return matrix * GROUPS // max(1, matrices)
+
+
+class AlongGuide(Directions):
+    """Directions of a state whose probes from ALONG on go along its momentum, group by group forth or back.
+
+    `momentum`: the state's, (size,); None before its first step, when such a direction is zero.
+    """
+
+    def __init__(
+        self, layout: Layout, seed: int, distribution: str, momentum: Callable[[], torch.Tensor | None]
+    ) -> None:
+        super().__init__(layout, seed, distribution)
+        self._momentum = momentum
+
+    def __call__(self, step: int, index: int) -> torch.Tensor:
+        return super().__call__(step, index) if index < ALONG else self._along(step, index)
+
+    def prepare(self, probes: Iterable[Probe]) -> None:
+        """See Directions.prepare."""
+        super().prepare([probe for probe in probes if probe.index < ALONG])
+
+    def part(self, step: int, index: int, name: str) -> torch.Tensor:
+        """See Directions.part."""
+        if index < ALONG:
+            return super().part(step, index, name)
+        return self.layout.view(self._along(step, index), name)
+
+    def _along(self, step: int, index: int) -> torch.Tensor:
+        import torch
+
+        momentum = self._momentum()
+        if momentum is None:
+            return torch.zeros(self.layout.size, dtype=torch.float32, device=self.layout.device)
+        signs, flat, numbers = pattern(step, index), momentum.clone(), numbers_of(self.layout.shapes)
+        count = 1 + max(numbers.values())
+        for name, number in numbers.items():
+            if signs[group_of(number, count)] < 0:
+                self.layout.view(flat, name).neg_()
+        return flat
