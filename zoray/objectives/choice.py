@@ -104,6 +104,11 @@ class ChoiceNLL(Objective):
         chances[np.cumsum(options) - options + batch.labels] -= 1.0
         return self._spread(batch, chances)
 
+    def doubts(self, batch: Sums, slopes: np.ndarray) -> np.ndarray:
+        """The largest slope by an option's logit: that is a mean over its tokens, or with a calibration a sum."""
+        by_logit = slopes * batch.counts if self.calibration == "none" else slopes
+        return np.maximum.reduceat(np.abs(by_logit), batch.first)
+
     def _chances(self, batch: Sums) -> np.ndarray:
         """The softmax over each example's options."""
         logits, options, _ = self._logits(batch)
