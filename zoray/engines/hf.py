@@ -49,8 +49,8 @@ class Hf:
         require(self.deterministic is True, "engine.deterministic to be true for engine=hf", self.deterministic)
         require(self.max_length is None or self.max_length >= 8, "engine.max_length >= 8 or null", self.max_length)
 
-    def for_probes(self, probes: int) -> Hf:
-        """Itself: it has no slots."""
+    def for_probes(self, probes: int, guided: bool = False) -> Hf:
+        """Itself: it has no slots, and feedback by hooks."""
         return self
 
     def check(self, space: Space) -> None:
@@ -199,10 +199,10 @@ class HfEngine(Pairs):
             (delta,) = torch.autograd.grad((picked * weights).sum(), stream)
         for name in self.state.matrices:
             x, y = (part.flatten(0, -2)[rows].detach().clone() for part in seen[name])
-            own = self._maps[name].back(delta) if name in self._maps else delta
+            own = self._maps[name].back(delta.float()) if name in self._maps else delta
             if (behind := norm_behind(family, name)) is not None:
                 with torch.enable_grad():
-                    own = torch.autograd.grad(self.model.get_submodule(behind)(y.requires_grad_()), y, own)[0]
+                    own = torch.autograd.grad(self.model.get_submodule(behind)(y.requires_grad_()), y, own.to(y))[0]
             yield name, own.float(), x
 
     def _score_one(self, sequence: TokenSequence) -> np.ndarray:

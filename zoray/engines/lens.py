@@ -50,8 +50,8 @@ class Products:
         self.xx, self.xy = self.xx + x.t() @ x, self.xy + x.t() @ gain
 
     def fit(self, rank: int) -> Map:
-        """The best map of a rank of those that the regression gives; the identity without rows."""
-        n = max(1, self.count)
+        """The best map of a rank of those that the regression gives; from one row at least."""
+        n = self.count
         mean_x, mean_y = self.x / n, self.y / n
         cov = self.xx / n - torch.outer(mean_x, mean_x)
         cross = self.xy / n - torch.outer(mean_x, mean_y)
@@ -98,7 +98,7 @@ class Streams:
 def fit(
     readers: Mapping[str, str], end: str, passes: Sequence[Any], run: Any, model: Any, hidden: int, rank: int
 ) -> dict[str, Map]:
-    """The map of every matrix in `readers`.
+    """The map of every matrix in `readers`; none without rows, where all texts are too short.
 
     Args:
         readers: matrix -> the norm that reads the stream right after it.
@@ -123,5 +123,5 @@ def fit(
                 streams.found.clear()
         finally:
             streams.close()
-        maps |= {name: product.fit(rank) for name, product in products.items()}
+        maps |= {name: product.fit(rank) for name, product in products.items() if product.count}
     return maps
