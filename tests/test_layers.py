@@ -35,6 +35,7 @@ ORDER = [
         "engines.base",
         "engines.residual",
         "engines.lens",
+        "engines.kept",
         "engines.vllm_layers",
         "engines.cpu_lora",
         "engines.cpu_gated",

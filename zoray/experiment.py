@@ -141,7 +141,7 @@ class Experiment:
             self.objective,
             self.space,
             self.estimator,
-            self.engine.for_probes(len(self.estimator.ask(0))),
+            self.engine.for_probes(len(self.estimator.ask(0)), self.estimator.guided),
             self.run.seed,
             self.run.data_seed,
             self.run.batch,

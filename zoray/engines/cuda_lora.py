@@ -21,9 +21,11 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
+from zoray.engines.kept import Keeping, StaticRows, keep_stream, most_rows
 from zoray.engines.packing import slots_of_tokens
-from zoray.engines.slots import DENSE_COLUMNS, KERNELS
-from zoray.engines.vllm_layers import gives_logits, join_a, join_b, slots_of, takes_tokens
+from zoray.engines.residual import family_of, norm_behind
+from zoray.engines.slots import DENSE_COLUMNS, FEEDBACK, KERNELS
+from zoray.engines.vllm_layers import gives_logits, join_a, join_b, names_in, slots_of, takes_tokens
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ class CudaLora(PunicaWrapperGPU):  # type: ignore[misc]  # final to its authors'
     """vLLM's own kernels, with their tables filled by the host."""
 
     linear_only = True  # no adapter of an embedding or a head
+    kept: StaticRows | None = None  # where feedback's rows go, in an engine that was started for it
 
     def map_tokens(
         self, segments: Sequence[tuple[int, int, int]], vocabulary: int, row_slots: Sequence[int], padded: int
@@ -157,9 +160,12 @@ def register() -> None:
 
     def create(manager: Any) -> None:
         original(manager)
-        config: Any = get_current_vllm_config().additional_config
-        if isinstance(config, dict) and KERNELS in config:
-            prepare(manager, dense=config[KERNELS] == "dense")
+        config = get_current_vllm_config()
+        more: Any = config.additional_config
+        if isinstance(more, dict) and KERNELS in more:
+            prepare(manager, dense=more[KERNELS] == "dense")
+            if more.get(FEEDBACK):
+                keep_rows(manager, more[FEEDBACK], config.model_config.model, config.model_config.dtype)
 
     LoRAModelManager._create_lora_modules = create  # type: ignore[method-assign]
 
@@ -189,6 +195,29 @@ def prepare(manager: Any, dense: bool) -> None:
         wrapper.mask = Mask(manager.max_num_batched_tokens, config.max_loras, config.lora_dtype, manager.device)
         for module in linear:
             module.set_mapping(DenseLayer(wrapper.mask.values, join_a(module), join_b(module)))
+
+
+def keep_rows(manager: Any, names: Sequence[str], folder: str, dtype: torch.dtype) -> StaticRows:
+    """Let the layers of some matrices, and the final norm, keep what feedback needs; other layers stay as they are.
+
+    Before the model is compiled, and after `prepare`. `dtype`: of the model in `folder`.
+    """
+    family, wanted, widths, layers = family_of(folder, names), set(names), dict[str, tuple[int, int]](), {}
+    for module_name, module in manager.modules.items():
+        for name in wanted.intersection(names_in(manager, module_name)):
+            ((a, b),) = slots_of(module)
+            widths[name] = (a.shape[3], b.shape[2] if norm_behind(family, name) else 0)
+            layers[name] = module
+    norm = manager.model.get_submodule(family.norm)
+    hidden = len(norm.weight)
+    most = min(most_rows(manager.model, widths, hidden, dtype), manager.max_num_batched_tokens)
+    rows = StaticRows(widths, hidden, most, dtype, manager.device)
+    for name, module in layers.items():
+        module.set_mapping(Keeping(module.punica_wrapper, rows, name))
+    keep_stream(norm, rows)
+    for wrapper in manager.punica_wrapper_mapping.values():
+        wrapper.kept = rows
+    return rows
 
 
 def forget_addresses(modules: Sequence[Any]) -> None:

@@ -161,7 +161,8 @@ class Head(NamedTuple):
                 own = place[row_of] >= 0
                 back.index_put_((place[row_of[own]], targets[own]), slopes[own] * self.scale, accumulate=True)
                 back *= 1 - (capped / cap).square()
-            gradient[some] += (back.to(weight.dtype) @ weight).float()
+            each = size[some, None].clamp(min=torch.finfo(torch.float32).tiny)  # of a row: 16 bits underflow early
+            gradient[some] += ((back / each).to(weight.dtype) @ weight).float() * each
         return gradient
 
 

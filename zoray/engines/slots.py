@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STAGED_ELEMENTS = 1 << 26  # of a buffer for what goes into slots: 256 MiB
 KERNELS = "zoray_lora_kernels"  # in vLLM's additional_config: dense or punica
+FEEDBACK = "zoray_feedback"  # the same: names of the matrices that residual feedback is of; without it, none
 BLOCKS = "zoray_blocks"  # the same: KV blocks that scoring has to itself, numbered from 1; without it, all of them
 PROBES = "zoray_probe_slots"  # the same: slots for probes, the first ones; without it, all of them
 SLOWDOWN = "zoray_max_slowdown"  # the same: by what factor scoring may stretch a step of requests

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from zoray.engines.base import Pairs
 from zoray.engines.packing import by_slots
-from zoray.engines.slots import DENSE_COLUMNS, KERNELS
+from zoray.engines.residual import family_of
+from zoray.engines.slots import DENSE_COLUMNS, FEEDBACK, KERNELS
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Vllm:
             "auto": dense up to 128 columns.
         tensor_parallel: over how many GPUs (or processes of a CPU) the model is shared out; with space=lora only.
         load_format: "auto", or "dummy" for random weights in place of the model's: for benchmarks without any.
+        feedback: let every forward keep what estimator=feedback needs of it, and prove at start that it is right. A run
+            with that estimator sets it by itself; on a CPU it only adds the proof.
     """
 
     slots: int | None = None
@@ -58,6 +61,7 @@ class Vllm:
     lora_kernels: str = "auto"
     tensor_parallel: int = 1
     load_format: str = "auto"
+    feedback: bool = False
 
     def __post_init__(self) -> None:
         ok = self.slots is None or (isinstance(self.slots, int) and self.slots >= 1)
@@ -74,6 +78,9 @@ class Vllm:
         require(self.load_format in ("auto", "dummy"), "engine.load_format to be auto or dummy", self.load_format)
         kinds = ("auto", "dense", "punica")
         require(self.lora_kernels in kinds, f"engine.lora_kernels to be one of {', '.join(kinds)}", self.lora_kernels)
+        require(isinstance(self.feedback, bool), "engine.feedback to be true or false", self.feedback)
+        if self.feedback and self.tensor_parallel > 1:
+            raise ConfigError("expected engine.tensor_parallel=1 with estimator=feedback; take more replicas instead")
         require(self.kv_cache_gib > 0, "engine.kv_cache_gib to be positive", self.kv_cache_gib)
 
     @property
@@ -81,9 +88,13 @@ class Vllm:
         """How many slots there are."""
         return self.slots or SLOTS
 
-    def for_probes(self, probes: int) -> Vllm:
-        """With slots for a step of so many probes, unless their number is set: what is not used costs time on CUDA."""
-        return self if self.slots else replace(self, slots=min(probes, SLOTS))
+    def for_probes(self, probes: int, guided: bool = False) -> Vllm:
+        """With slots for a step of so many probes, unless their number is set: what is not used costs time on CUDA.
+
+        `guided`: with feedback.
+        """
+        found = self if self.slots else replace(self, slots=min(probes, SLOTS))
+        return replace(found, feedback=True) if guided else found
 
     def dense(self, rank: int) -> bool:
         """Whether CUDA takes dense products for adapters of a rank."""
@@ -110,6 +121,8 @@ class Vllm:
             ConfigError: vLLM cannot run this model, or has no LoRA for it.
         """
         self.check(space)
+        if self.feedback:
+            family_of(folder, space.select(matrices))
         in_this_process()
         check_lora_support(folder)
         with plain_cpu_weights() if space.folds else nullcontext():
@@ -148,7 +161,7 @@ class Vllm:
             "max_lora_rank": slot_rank(space.rank),
             "lora_dtype": "auto",
             "lora_target_modules": sorted({name.rsplit(".", 1)[-1] for name in space.select(matrices)}),
-            "additional_config": self._compiled_for(space.rank),
+            "additional_config": self._compiled_for(space.rank, sorted(space.select(matrices))),
         }
 
     def llm_arguments(self, folder: Path | str, dtype: str) -> dict[str, Any]:
@@ -178,10 +191,15 @@ class Vllm:
             block_size=32 if _on_cpu() else None,  # CPU's own 128 is mostly padding
         )
 
-    def _compiled_for(self, rank: int) -> dict[str, str]:
-        """What decides how LoRA layers look to torch.compile: vLLM keeps compiled models on disk, by their config."""
-        source = Path(__file__).with_name("cuda_lora.py").read_bytes()
-        return {KERNELS: "dense" if self.dense(rank) else "punica", "zoray": hashlib.sha256(source).hexdigest()[:16]}
+    def _compiled_for(self, rank: int, names: Sequence[str] = ()) -> dict[str, Any]:
+        """What decides how layers look to torch.compile: vLLM keeps compiled models on disk, by their config.
+
+        `names`: of the matrices that have adapters.
+        """
+        sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("cuda_lora.py", "kept.py"))
+        kept = {FEEDBACK: list(names)} if self.feedback else {}
+        kernels = "dense" if self.dense(rank) else "punica"
+        return {KERNELS: kernels, "zoray": hashlib.sha256(sources).hexdigest()[:16], **kept}
 
 
 class Worker(Pairs):

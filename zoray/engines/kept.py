@@ -1,0 +1,193 @@
+"""What a forward pass keeps of itself for residual feedback, at the rows that are asked for, and nothing else.
+
+Two kinds. `Rows` is for layers that Python calls: they hand their tensors over, and the asked rows of them are taken.
+`StaticRows` is for a model that torch compiles and a CUDA graph holds, in which no Python is called: every forward
+copies the rows of a table into buffers, both allocated once, before the model is compiled. That is the only copy, and
+its size is bounded (`most_rows`); it is made whether anybody asks or not, of row 0 where nobody does. Shapes: R rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping, Sequence
+
+ROW_BYTES = 1 << 26  # of a forward's rows that are kept, at least
+ROW_SHARE = 0.04  # of the bytes of the model's weights
+
+
+class Kept(NamedTuple):
+    """What feedback needs of some rows; matrices by what their layers call themselves."""
+
+    inputs: Mapping[Hashable, torch.Tensor]  # (R, in)
+    outputs: Mapping[Hashable, torch.Tensor]  # (R, out) of those with a norm behind them
+    stream: torch.Tensor  # (R, hidden) before the final norm, float32
+    hidden: torch.Tensor  # (R, hidden) behind it
+
+
+def joined(parts: Sequence[Kept]) -> Kept:
+    """All rows of some parts."""
+    inputs, outputs = (
+        {layer: torch.cat([getattr(part, field)[layer] for part in parts]) for layer in getattr(parts[0], field)}
+        for field in ("inputs", "outputs")
+    )
+    return Kept(
+        inputs, outputs, *(torch.cat([getattr(part, field) for part in parts]) for field in ("stream", "hidden"))
+    )
+
+
+class Rows:
+    """Of the asked rows: each matrix's input, of some its output, and the stream before the final norm.
+
+    Args:
+        layers: what a matrix's layer calls itself -> whether its output is wanted as well.
+    """
+
+    def __init__(self, layers: Mapping[Hashable, bool]) -> None:
+        self.layers = dict(layers)
+        self.at: torch.Tensor | None = None  # (R,) tokens of the forward; None takes nothing
+        self.whole = False  # or, where that is not known before, all of them; `of` asks afterwards
+        self.inputs: dict[Hashable, torch.Tensor] = {}  # (R, in)
+        self.outputs: dict[Hashable, torch.Tensor] = {}  # (R, out)
+        self.stream: torch.Tensor | None = None  # (R, hidden) float32
+
+    def ask(self, at: torch.Tensor) -> None:
+        """Of the next forward, these tokens (R,)."""
+        self.at = at
+
+    def fits(self, rows: int) -> bool:
+        """Whether so many can be asked of a forward that has been compiled or captured."""
+        return True
+
+    def keep(self, layer: Hashable, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Called by every LoRA layer with its input and its final output."""
+        if layer not in self.layers or (self.at is None and not self.whole):
+            return
+        self.inputs[layer] = x.clone() if self.at is None else x.index_select(0, self.at)
+        if self.layers[layer]:
+            self.outputs[layer] = y.clone() if self.at is None else y.index_select(0, self.at)
+
+    def keep_stream(self, x: torch.Tensor, rest: torch.Tensor | None = None) -> None:
+        """Called before the final norm, with hidden states and what has been left to be added to them."""
+        if self.at is not None or self.whole:
+            self.stream = taken(self.at, x, rest)
+
+    def of(self, at: torch.Tensor, hidden: torch.Tensor) -> Kept:
+        """Of the last forward, kept as a `whole`, these tokens (R,); `hidden` are its hidden states."""
+        assert self.stream is not None
+        inputs, outputs = (
+            {layer: part.index_select(0, at) for layer, part in parts.items()} for parts in (self.inputs, self.outputs)
+        )
+        return Kept(inputs, outputs, self.stream.index_select(0, at), hidden.index_select(0, at))
+
+    def clear(self) -> None:
+        """Ask for nothing, and forget what was kept."""
+        self.at = self.stream = None
+        self.inputs.clear()
+        self.outputs.clear()
+
+
+class StaticRows(Rows):
+    """The same from buffers. More rows than these have are taken by Python, of a forward that runs without graphs.
+
+    Args:
+        widths: name of a matrix -> (in, out), or (in, 0) where its output is not wanted.
+        hidden: H.
+        most: rows.
+        dtype: of the model.
+        device: of the model.
+    """
+
+    def __init__(
+        self, widths: Mapping[str, tuple[int, int]], hidden: int, most: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__({name: out > 0 for name, (_, out) in widths.items()})
+        self.most = most
+        self.table = torch.zeros(most, dtype=torch.long, device=device)
+        options: Any = {"dtype": dtype, "device": device}
+        self.input_buffers = {name: torch.zeros(most, into, **options) for name, (into, _) in widths.items()}
+        self.output_buffers = {name: torch.zeros(most, out, **options) for name, (_, out) in widths.items() if out}
+        self.stream_buffer = torch.zeros(most, hidden, dtype=torch.float32, device=device)
+
+    def ask(self, at: torch.Tensor) -> None:
+        """See Rows.ask. What is read of the buffers is what the next forward puts there."""
+        count = len(at)
+        if not self.fits(count):
+            super().ask(at)
+            return
+        self.table[:count].copy_(at)
+        self.inputs = {name: buffer[:count] for name, buffer in self.input_buffers.items()}
+        self.outputs = {name: buffer[:count] for name, buffer in self.output_buffers.items()}
+        self.stream = self.stream_buffer[:count]
+
+    def fits(self, rows: int) -> bool:
+        """See Rows.fits."""
+        return rows <= self.most
+
+    def keep(self, layer: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+        """See Rows.keep; torch.compile sees the copies alone."""
+        if self.at is not None:
+            super().keep(layer, x, y)
+            return
+        self.input_buffers[layer].copy_(x.index_select(0, self.table))
+        if layer in self.output_buffers:
+            self.output_buffers[layer].copy_(y.index_select(0, self.table))
+
+    def keep_stream(self, x: torch.Tensor, rest: torch.Tensor | None = None) -> None:
+        """See Rows.keep_stream; likewise."""
+        if self.at is not None:
+            super().keep_stream(x, rest)
+            return
+        self.stream_buffer.copy_(taken(self.table, x, rest))
+
+    def clear(self) -> None:
+        """Ask for row 0, which every forward has: later ones may be shorter than what was asked for."""
+        super().clear()
+        self.table.zero_()
+
+
+class Keeping:
+    """In the place of a LoRA layer's wrapper: what that does, then the rows are kept."""
+
+    def __init__(self, wrapper: Any, rows: Rows, name: str) -> None:
+        self.wrapper, self.rows, self.name = wrapper, rows, name
+
+    def add_lora_linear(self, y: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See DenseLayer and vLLM's wrappers."""
+        result = self.wrapper.add_lora_linear(y, x, *args, **kwargs)
+        self.rows.keep(self.name, x, y)
+        return result
+
+
+def keep_stream(norm: Any, rows: Rows) -> None:
+    """Let a final norm hand over what it is given.
+
+    Through its class, since compiled code does not call an instance's own `forward`, and finds a hook by a number that
+    is another one in the next process.
+    """
+    kind = type(norm)
+
+    def forward(self: Any, x: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        self.kept_rows.keep_stream(x, *rest[:1])
+        return kind.forward(self, x, *rest, **options)
+
+    norm.kept_rows = rows
+    norm.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def taken(at: torch.Tensor | None, x: torch.Tensor, rest: torch.Tensor | None) -> torch.Tensor:
+    """Rows (all for None) of hidden states and of what is left to be added to them, as float32; never x itself."""
+    some = x.to(torch.float32, copy=True) if at is None else x.index_select(0, at).float()
+    if rest is None:
+        return some
+    return some + (rest if at is None else rest.index_select(0, at)).float()
+
+
+def most_rows(model: Any, widths: Mapping[str, tuple[int, int]], hidden: int, dtype: torch.dtype) -> int:
+    """How many rows may be kept of a forward: by the bytes of each, see StaticRows, and of the model's weights."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    row = sum(into + out for into, out in widths.values()) * dtype.itemsize + 4 * hidden
+    return max(1, int(max(ROW_BYTES, ROW_SHARE * weights)) // row)
