@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoray.engines.residual import family_of
 from zoray.models import linear_matrices, load_tokenizer, max_length, quantisation
 from zoray.order import Order, labels_of, part_numbers
 from zoray.prompts import Encoder
@@ -85,7 +86,8 @@ def load_workload(spec: ReplicaSpec) -> Workload:
     """Resolve the model's folder, load and tokenise all splits, and check what can be checked without the weights.
 
     Raises:
-        ConfigError: as the model, task, objective and space say; or an example is too long for model and engine.
+        ConfigError: as the model, task, objective and space say; feedback does not know the model or these matrices; or
+            an example is too long for model and engine.
     """
     splits = spec.task.load()
     if not len(splits.train):
@@ -94,6 +96,8 @@ def load_workload(spec: ReplicaSpec) -> Workload:
     folder = spec.model.resolve()
     matrices = linear_matrices(folder, spec.space.targets)
     chosen = spec.space.select(matrices)
+    if spec.estimator.guided:
+        family_of(folder, chosen)
     if spec.space.folds:
         _check_fold(spec, folder, chosen.keys() - linear_matrices(folder).keys(), parts)
     model_limit = max_length(folder)

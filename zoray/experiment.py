@@ -131,6 +131,8 @@ class Experiment:
             "optimizer.momentum above 0 with estimator.pairs, whose probes go along it (optimizer=feedback has it)",
             self.optimizer.momentum,
         )
+        ranks = getattr(self.engine, "tensor_parallel", 1)
+        require(ranks == 1, "engine.tensor_parallel=1 with estimator=feedback", ranks, "Take more replicas instead")
 
     @cached_property
     def spec(self) -> ReplicaSpec:
