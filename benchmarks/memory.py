@@ -1,6 +1,7 @@
 """How much memory does tuning take beyond plain serving? Peak of a replica against vLLM with the same KV cache.
 
     python -m benchmarks.memory [space=lora] [batch=16] [pairs=1] [model=smollm2] [steps=3]
+    python -m benchmarks.memory estimator=feedback [task=text]
 
 Each side is a process of its own (`apart=0`: one after the other in this one, which counts what Python takes in both).
 `plain` is vLLM without LoRA that generates one token for as many sequences as a step scores; `zoray` a replica that
@@ -21,7 +22,7 @@ from typing import Any
 from benchmarks.options import parse
 
 DEFAULTS = {"space": "lora", "batch": "16", "pairs": "1", "model": "smollm2", "dtype": "auto", "steps": "3", "side": ""}
-DEFAULTS |= {"apart": "1"}
+DEFAULTS |= {"apart": "1", "estimator": "two_point", "task": "choice"}
 
 
 def main(arguments: list[str]) -> None:

@@ -22,7 +22,7 @@ from zoray.members import Members
 from zoray.pool import Pool
 from zoray.records import Scores
 from zoray.replica import ReplicaInfo
-from zoray.tiles import Grid, scored, summed
+from zoray.tiles import LEVELS, Grid, gives_feedback, scored, summed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +60,11 @@ class NullReplica:
         """Scores of tiles that nobody has scored; the losses differ between probes, as an estimator expects."""
         tiles = [grid[i] for first, end in share for i in range(first, end)]
         losses = 0.5 + 0.001 * (np.arange(scored(tiles)) % 17)
-        return Scores(losses if grid.per_example else summed(tiles, losses), 0.0, 26 * scored(tiles))
+        scores = losses if grid.per_example else summed(tiles, losses)
+        if not any(map(gives_feedback, tiles)):
+            return Scores(scores, 0.0, 26 * scored(tiles))
+        feedback = np.random.default_rng(0).integers(-LEVELS, LEVELS + 1, self.spec.numbers, np.int8)
+        return Scores(scores, 0.0, 26 * scored(tiles), feedback=feedback)
 
 
 def serve(names: list[str], address: tuple[str, int], key: bytes, replica: tuple[Any, ...]) -> None:
@@ -148,16 +152,19 @@ def start(
     seconds: float = 0.0,
     cluster: Cluster | None = None,
     each: int | None = None,
+    numbers: int = 0,
 ) -> Callable[..., Pool]:
     """What driver.tune takes in place of Pool.start: a pool of null replicas.
 
     `counts` of examples in dev and test; `weights` is the hash of the model's; a tile takes `seconds`; a process stands
-    for `each` replicas, or for all.
+    for `each` replicas, or for all. `numbers`: that an adapter has, of which a guided step's feedback is made.
     """
     from types import SimpleNamespace
 
     def begin(spec: Any, *_: Any) -> Pool:
-        light = SimpleNamespace(estimator=spec.estimator, batch=spec.batch, tile_examples=spec.tile_examples)
+        light = SimpleNamespace(
+            estimator=spec.estimator, batch=spec.batch, tile_examples=spec.tile_examples, numbers=numbers
+        )
         names = [f"null-{i}" for i in range(replicas)]
         host = NullHost(names, each or replicas, (light, counts, weights, seconds))
         members = Members(names, host, spec, cluster or Cluster(replicas=replicas))

@@ -5,12 +5,17 @@
 The pool's own messages to a replica and its answers, for steps of 2 to 512 probes, all to one replica: a line through
 them is so many bytes a probe plus a constant. Where an estimator centres by prompt (EGGROLL) each example's loss is
 asked for, and the answer grows with the batch.
+
+`feedback` is by the size of the adapter, of rank 8 on the writers of the upper half of some models, by their shapes
+only: a commit has a bit for each number, an answer a byte. `journal` is the step's line.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +24,12 @@ import numpy as np
 from benchmarks.null import start
 from benchmarks.options import parse
 from zoray.estimators import Evolution, OneSided, TwoPoint
+from zoray.feedback import Feedback
+from zoray.journal import FILE_NAME, Journal, StepRecord
 from zoray.optimizers import to_float32
-from zoray.records import Commit
+from zoray.records import Commit, Scores
+from zoray.spaces import Lora
+from zoray.spaces.signs import packed
 from zoray.tiles import Grid
 
 FRAME = 4  # bytes before each message that say how long it is
@@ -31,6 +40,8 @@ ESTIMATORS = {
     "evolution": lambda n: Evolution(population=2 * n),
     "evolution_by_prompt": lambda n: Evolution(population=2 * n, centring="prompt"),
 }
+MODELS = {"smollm2-135m": (30, 576, 1536), "llama-3-8b": (32, 4096, 14336), "opt-13b": (40, 5120, 20480)}
+GUIDED = Lora(rank=8, alpha=16.0, targets="residual:0.5", train="AB")
 
 
 class Scale:
@@ -70,18 +81,45 @@ def measure() -> dict[str, Any]:
             "bytes_per_probe": round(float(slope), 2),
             "constant": round(float(constant)),
         }
-    return result
+    return result | {"feedback": {name: feedback_bytes(writers(*shape)) for name, shape in MODELS.items()}}
 
 
 def step_bytes(estimator: Any) -> tuple[int, int, int]:
     """(probes, bytes to the replica, bytes back) of a step that carries the commit of the one before."""
+    values = np.random.default_rng(0).normal(size=estimator.directions).tolist()
+    _, there, back = exchange(estimator, Commit(1000, tuple(map(to_float32, values))))
+    return len(estimator.ask(0)), there, back
+
+
+def exchange(estimator: Any, commit: Commit, numbers: int = 0) -> tuple[Scores, int, int]:
+    """A step of a replica whose adapter has `numbers`, with the commit before: its answer, bytes to it and back."""
     spec = SimpleNamespace(estimator=estimator, batch=BATCH, tile_examples=4)
-    with start(1, {})(spec) as pool:
+    with start(1, {}, numbers=numbers)(spec) as pool:
         pool.members.ready[0].connection = scale = Scale(pool.members.ready[0].connection)  # type: ignore[assignment]
-        values = np.random.default_rng(0).normal(size=estimator.directions).tolist()
-        pool.commit(Commit(1000, tuple(map(to_float32, values))))
-        pool.evaluate(Grid.of(spec, 1001), digest=True)
-    return len(estimator.ask(0)), scale.sent, scale.received
+        pool.commit(commit)
+        scores, _ = pool.evaluate(Grid.of(spec, commit.step + 1), digest=True)
+    return scores, scale.sent, scale.received
+
+
+def writers(layers: int, hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    """The matrices of a model that write to its residual stream."""
+    names = {"self_attn.o_proj": (hidden, hidden), "mlp.down_proj": (hidden, inner)}
+    return {f"model.layers.{k}.{name}": shape for k in range(layers) for name, shape in names.items()}
+
+
+def feedback_bytes(matrices: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """The bytes of a feedback step: to a replica, from it, and in the journal."""
+    numbers, chosen = GUIDED.trained(matrices), GUIDED.select(matrices)
+    gains = tuple(to_float32(gain) for gain in np.random.default_rng(0).uniform(0.05, 0.1, len(chosen)))
+    signs = packed(np.random.default_rng(0).integers(-1, 2, numbers), 1000)
+    commit = Commit(1000, (), momentum=to_float32(0.9), rate=to_float32(-0.002), gains=gains, signs=signs)
+    scores, there, back = exchange(Feedback(), commit, numbers)
+    assert scores.feedback is not None and len(scores.feedback) == numbers
+    with tempfile.TemporaryDirectory() as folder, Journal.create(Path(folder) / FILE_NAME, {}) as journal:
+        journal.next_step, header = commit.step, journal.path.stat().st_size
+        journal.append(StepRecord(commit, (0.5,), "0" * 16))
+        line = journal.path.stat().st_size - header
+    return {"numbers": numbers, "matrices": len(chosen), "to_replica": there, "from_replica": back, "journal": line}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,21 @@ import numpy as np
 import psutil
 import pytest
 
-from benchmarks import device, host, kernels, learn, memory, noise, scale, shapes, step, wire, workload
+from benchmarks import (
+    cosines,
+    device,
+    feedback_step,
+    host,
+    kernels,
+    learn,
+    memory,
+    noise,
+    scale,
+    shapes,
+    step,
+    wire,
+    workload,
+)
 from benchmarks.methods import METHODS, run, table
 from benchmarks.training_loop import TrainingLoop, option_batch
 from zoray.cli import build_experiment, compose
@@ -61,6 +75,61 @@ def test_a_step_is_timed_against_the_bare_forward_and_the_training_loop(space, t
     for name in ("seconds_per_step", "zo_tax", "speedup_over_training_loop", "bare_seconds", "loop_seconds"):
         assert 0 < result[name]["low"] <= result[name]["median"] <= result[name]["high"], name
     assert result["tokens_per_step"] > 4 * 4 * 5
+
+
+def test_a_feedback_step_is_timed_against_the_bare_forward_of_the_same_tokens(tiny_models, labelled_file, tmp_path):
+    words = "task.words=[' terrible',' great']"
+    where = ("model=hf", f"model.path={tiny_models['opt']}", "task=file", f"task.path={labelled_file}", words)
+    options = {**feedback_step.DEFAULTS, "batch": "4", "rounds": "3", "memory": "false"}
+    result = feedback_step.measure(options, tmp_path, (*where, "task.dev=10", "task.test=20", "engine=hf"))
+    for task in ("choice", "text"):
+        for name in ("feedback_seconds", "bare_seconds", "tax"):
+            found = result[f"{task}_{name}"]
+            assert 0 < found["low"] <= found["median"] <= found["high"], (task, name)
+        assert result[f"{task}_numbers"] == 8 * (64 + 64 + 64 + 128)  # the writers of the second layer
+    assert result["choice_rows"] == 4 and result["choice_tokens"] < result["text_tokens"]
+    assert 20 < result["text_rows"] < result["text_tokens"]
+
+
+def test_completions_are_asked_for_behind_their_prompts(tiny_models):
+    (a,), (b,) = workload.random_examples(2, 500)
+    folder = tiny_models["llama"]
+    found = workload.completions(workload.Workload(folder, {}, None, {"train": ((a,), (b,)), "dev": ()}))
+    ((one,), (other,)) = found.encoded["train"]
+    assert np.array_equal(np.append(one.tokens, one.targets[-1]), np.concatenate([a.tokens, b.tokens]))
+    assert np.array_equal(one.targets, b.tokens) and np.array_equal(other.targets, a.tokens)
+    assert one.rows[0] == len(a.tokens) - 1 and one.rows[-1] == len(one.tokens) - 1 and one.n_outputs == 1
+
+
+@pytest.mark.parametrize("task", ["choice", "text"])
+def test_cosines_are_one_in_the_last_matrix_and_less_in_others(task, tiny_models, labelled_file, tmp_path):
+    words = "task.words=[' terrible',' great']"
+    where = ["model=hf", f"model.path={tiny_models['opt']}", "task=file", f"task.path={labelled_file}", words]
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(f"{k} things that were said of the film, and {k * 7} others" for k in range(400)))
+    options = {**cosines.DEFAULTS, "file": str(lines), "ranks": "4,full", "batch": "4", "batches": "2"}
+    result = cosines.measure(options, task, [*where, "task.dev=20", "task.test=20"])
+    rows = {row["matrix"]: row for row in result["rows"]}
+    assert result["settings"] == ["identity", "4", "full"] and result["examples"] == 8
+    last = rows["model.decoder.layers.1.fc2"]
+    assert all(last[name] == pytest.approx(1.0, abs=1e-6) for name in result["settings"])
+    for name in ("model.decoder.layers.0.fc2", "all", "all, descent by signs"):
+        found = [rows[name][setting] for setting in result["settings"]]
+        assert len(set(found)) == 3 and min(found) > 0.1 and max(found) < 0.999, name
+    assert sum(row["share"] or 0.0 for row in result["rows"]) == pytest.approx(1.0)
+    printed = cosines.table(result).splitlines()
+    assert printed[0] == "out_proj / fc2" and printed[4].startswith("| 0 |") and printed[5].startswith("| 1 |")
+    cosines.draw([result, {**result, "settings": ["identity"]}, result], tmp_path / "cosines.png")
+    assert (tmp_path / "cosines.png").stat().st_size > 10_000
+
+
+def test_descent_is_one_along_the_gradient_itself():
+    rng = np.random.default_rng(0)
+    gradient = rng.normal(size=1000)
+    assert cosines.descent(gradient, gradient) == pytest.approx(1) and cosines.cosine(gradient, gradient) > 0.999
+    assert cosines.descent(-3 * gradient, gradient) == pytest.approx(-1)
+    assert abs(cosines.descent(rng.normal(size=1000), gradient)) < 0.1
+    assert cosines.descent(gradient, 0 * gradient) == cosines.cosine(gradient, 0 * gradient) == 0.0
 
 
 def test_the_training_loop_takes_the_steps_of_the_official_one(tiny_models, labelled_file):
@@ -221,6 +290,21 @@ def test_a_probe_takes_at_most_sixteen_bytes_on_the_wire(name, local_ray):
     sizes = [to_replica + from_replica for _, to_replica, from_replica in (few, many)]
     assert 8 <= (sizes[1] - sizes[0]) / (many[0] - few[0]) <= 12.2 and many[0] >= 500
     assert sizes[0] <= 1024
+
+
+@pytest.mark.ray
+def test_feedback_takes_a_bit_a_number_there_and_a_byte_back(local_ray):
+    found = wire.feedback_bytes(wire.writers(4, 64, 256))
+    assert found["numbers"] == 2 * 8 * (64 + 64 + 64 + 256) and found["matrices"] == 4
+    assert found["numbers"] / 8 < found["to_replica"] <= found["numbers"] / 8 + 1024
+    assert found["numbers"] < found["from_replica"] <= found["numbers"] + 256
+    assert found["numbers"] / 8 < found["journal"] <= found["numbers"] / 8 * 1.25 + 1024
+
+
+@pytest.mark.parametrize("name", ["opt-13b", "llama-3-8b"])
+def test_the_writers_are_those_of_the_shapes(name, tmp_path):
+    matrices = linear_matrices(shapes.make_model(name, tmp_path))
+    assert wire.GUIDED.trained(matrices) == wire.GUIDED.trained(wire.writers(*wire.MODELS[name]))
 
 
 @pytest.mark.ray
