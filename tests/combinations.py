@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from zoray.estimators import Evolution, OneSided, TwoPoint
+from zoray.feedback import Feedback
 from zoray.optimizers import GlobalAdaptive, Sgd, Sign
 from zoray.spaces import Lora, LowRank, Lozo
 
@@ -35,6 +36,7 @@ ESTIMATORS = {
     "es-prompt": Evolution(population=8, sigma=1e-3, centring="prompt"),
 }
 SHAPED = {"fzoo", "es-zscore", "es-rank", "es-prompt"}  # weights without a unit: lr is a step in the parameters
+GUIDED = {"feedback": Feedback(lens=0), "feedback-judged": Feedback(lens=0, pairs=2, eps=0.1)}
 OPTIMIZERS = {
     "sgd": Sgd(schedule="linear"),
     "momentum": Sgd(schedule="constant", momentum=0.5, warmup=3),
@@ -52,9 +54,18 @@ def sensible(space: str, optimizer: str) -> bool:
 
 
 def combinations(spaces: Iterable[str]) -> list[Any]:
-    """All sensible ones, as parameters of a test."""
+    """All sensible ones, as parameters of a test; without residual feedback."""
     return [
         pytest.param(*names, id="-".join(names))
         for names in product(spaces, ESTIMATORS, OPTIMIZERS)
         if sensible(names[0], names[2])
+    ]
+
+
+def guided_combinations(spaces: Iterable[str]) -> list[Any]:
+    """Those of residual feedback, of which links know nothing, and whose probes along the guide need a momentum."""
+    return [
+        pytest.param(*names, id="-".join(names))
+        for names in product(spaces, GUIDED, ("sgd", "momentum", "decay"))
+        if isinstance(LM_SPACES[names[0]], Lora) and (names[2] == "momentum" or not GUIDED[names[1]].pairs)
     ]

@@ -5,6 +5,7 @@ The loop is that of driver.tune without Ray, files and plots; replicas share a s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +13,10 @@ import torch
 
 from zoray import journal
 from zoray.directions import direction_numpy
+from zoray.feedback import gains, quantised
 from zoray.records import Probe, Scores, Tile
-from zoray.tiles import Grid, contiguous, join_scores, losses_of, mean, summed
+from zoray.spaces.signs import packed
+from zoray.tiles import Grid, contiguous, gives_feedback, join_scores, losses_of, mean, summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,21 +70,43 @@ class Quadratic:
             for i in examples
         )
 
+    def feedback(self, probe: Probe, examples: range) -> dict[str, np.ndarray]:
+        """The gradient of the sum of their losses, exactly."""
+        found, missing, scaling = {}, self.missing(probe), self.space.scaling
+        for name, a, b in self.state.factors(probe):
+            whole = sum((missing[name] - self.own[name][i % EXAMPLES]) / missing[name].size for i in examples)
+            found[f"{name}.lora_A"] = scaling * b.double().numpy().T @ whole
+            found[f"{name}.lora_B"] = scaling * whole @ a.double().numpy().T
+        return {name: found[name] for name in self.state.layout.shapes}
+
     def evaluate(
-        self, commits: Sequence[Any], tiles: Sequence[Tile], digest: bool, per_example: bool = False
+        self,
+        commits: Sequence[Any],
+        tiles: Sequence[Tile],
+        digest: bool,
+        per_example: bool = False,
+        levels: int = 0,
     ) -> tuple[Scores, str]:
-        """As Replica.evaluate; the step's examples are `batch`-sized runs, one after another."""
+        """As Replica.evaluate; the step's examples are `batch`-sized runs, one after another.
+
+        `levels`: of the feedback of tiles of the centre; 0 for a step without.
+        """
         for commit in commits:
             if commit.step >= self.state.step:
                 self.state.apply(commit)
         rows: list[tuple[float, ...]] = []
+        fed: list[np.ndarray] = []
         for tile in tiles:
             first = 16 * tile.probes[0].step
-            rows += [self.losses(p, range(first + tile.start, first + tile.stop)) for p in tile.probes]
+            examples = range(first + tile.start, first + tile.stop)
+            rows += [self.losses(p, examples) for p in tile.probes]
+            if levels and gives_feedback(tile):
+                fed.append(quantised(self.feedback(tile.probes[0], examples), levels, 1.0))
         losses = np.array([loss for row in rows for loss in row])
         if not per_example:
             losses = summed(tiles, losses)
-        return Scores(losses, 0.0, 0), self.state.digest()
+        feedback = np.sum(fed, axis=0, dtype=np.int32) if fed else None
+        return Scores(losses, 0.0, 0, feedback=feedback), self.state.digest()
 
 
 def by_direction(probes: Sequence[Probe]) -> dict[int, tuple[Probe, ...]]:
@@ -113,19 +138,26 @@ def drive(
     records = list(done)
     memory = records[-1].optimizer if records else optimizer.init()
     for step in range(len(records), steps if stop is None else stop):
-        probes = estimator.ask(step)
-        tiles = tile_grid(probes, batch, tile, shared=estimator.shared)
+        probes, trust = estimator.ask(step), records[-1].trust if records else ()
+        tiles, levels = tile_grid(probes, batch, tile, shared=estimator.shared), ()
+        if estimator.guided:
+            grid = Grid(step, "train", estimator.groups, partial(estimator.group, step), batch, tile, guided=True)
+            tiles, levels = grid.tiles, (grid.levels,)
         commits, answers, digests = [r.commit for r in records], [], set()
         for replica, share in zip(replicas, contiguous(list(range(len(tiles))), len(replicas)), strict=True):
-            answer, digest = replica.evaluate(commits, [tiles[i] for i in share], True, estimator.per_example)
+            answer, digest = replica.evaluate(commits, [tiles[i] for i in share], True, estimator.per_example, *levels)
             answers += [(share, answer)] if share else []
             digests.add(digest)
         assert len(digests) == 1, f"replicas disagree at step {step}"
         scores = join_scores(tiles, answers, estimator.per_example)
         losses, _ = losses_of(probes, tiles, scores, estimator.per_example)
         estimate = estimator.tell(probes, losses)
-        memory, commit = optimizer.update(memory, step, steps, estimate.weights)
-        records.append(journal.StepRecord(commit, tuple(map(mean, losses)), digests.pop(), memory))
+        guide: tuple[Any, ...] = ()
+        if scores.feedback is not None:
+            trust = estimator.judge(trust, probes, losses)
+            guide = (gains(trust, len(MATRICES)), packed(scores.feedback, step))
+        memory, commit = optimizer.update(memory, step, steps, estimate.weights, *guide)
+        records.append(journal.StepRecord(commit, tuple(map(mean, losses)), digests.pop(), memory, trust))
     return records
 
 
