@@ -8,7 +8,7 @@ cpu_*.py and cuda_*.py.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +23,9 @@ from zoray.records import ConfigError, Probe
 from zoray.spaces.base import layer_number
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from zoray.engines.packing import Plan, SequenceTable
+    from zoray.engines.packing import Pack, Plan, SequenceTable
 
 LENS_TOKENS = 1024  # of a forward pass whose streams are kept for a moment
 
@@ -46,20 +46,20 @@ class Feedback:
         if config.parallel_config.tensor_parallel_size > 1:
             raise ConfigError("expected engine.tensor_parallel=1 with estimator=feedback; take more replicas instead")
         family = family_of(config.model_config.model, scorer.matrices)
-        self._family = family
+        self.family = family
         self._maps: dict[str, Map] = {}
         behind = {name: norm for name in scorer.matrices if (norm := norm_behind(family, name)) is not None}
-        self._behind = {name: Norm.of(model.get_submodule(norm)) for name, norm in behind.items()}
+        self.behind = {name: Norm.of(model.get_submodule(norm)) for name, norm in behind.items()}
         final = model.get_submodule(family.norm)
         self._norm = Norm.of(final)
         self._head = head_of(model, config.model_config.get_vocab_size())
         self._chunk = max(1, LOGITS_ELEMENTS // len(self._head.weight))
         if isinstance(scorer.wrapper.kept, StaticRows):
-            self.rows, self._layers = scorer.wrapper.kept, {name: name for name in scorer.matrices}
+            self.rows, self.layers = scorer.wrapper.kept, {name: name for name in scorer.matrices}
             self.most_rows = scorer.wrapper.kept.most
         elif scorer.device.type == "cpu":
-            self._layers = layers_of(scorer)
-            self.rows = scorer.wrapper.kept = Rows({layer: name in behind for name, layer in self._layers.items()})
+            self.layers = layers_of(scorer)
+            self.rows = scorer.wrapper.kept = Rows({layer: name in behind for name, layer in self.layers.items()})
             final.register_forward_pre_hook(lambda _, inputs: self.rows.keep_stream(*inputs[:2]))
             widths = {name: (into, out * (name in behind)) for name, (out, into) in scorer.matrices.items()}
             self.most_rows = most_rows(model, widths, len(self._norm.weight), config.model_config.dtype)
@@ -69,6 +69,12 @@ class Feedback:
                 "needs; this one was not. Set engine.feedback=true"
             )
 
+    @property
+    def readers(self) -> dict[str, str]:
+        """Matrix -> the norm that reads the stream right after it."""
+        layers = 1 + max(layer_number(name) or 0 for name in self._scorer.all_matrices)
+        return {name: reader_of(self.family, name, layers) for name in self.layers}
+
     @torch.inference_mode()
     def fit_lens(self, table: SequenceTable, rank: int) -> None:
         """See Engine.fit_lens. Without CUDA graphs and compiled code, in which hooks are not called."""
@@ -76,19 +82,17 @@ class Feedback:
         if not rank:
             self._maps = {}
             return
-        layers = 1 + max(layer_number(name) or 0 for name in scorer.all_matrices)
-        readers = {name: reader_of(self._family, name, layers) for name in self._layers}
         chosen, bare = np.arange(len(table)), np.full(len(table), -1, np.int64)
         tokens = min(scorer.max_tokens, LENS_TOKENS)
         passes = list(pack(table, chosen, bare, tokens, scorer.blocks, scorer.block_size, False))
 
-        def run(packed: Any, streams: Streams) -> None:
+        def run(packed: Pack, streams: Streams) -> None:
             streams.rows = torch.from_numpy(packed.rows).to(scorer.device)
             scorer._forward(packed)
 
-        with plainly(scorer.graphs):
+        with scorer.graphs.plainly():
             hidden = len(self._norm.weight)
-            self._maps = fit(readers, self._family.norm, passes, run, scorer.runner.model, hidden, rank)
+            self._maps = fit(self.readers, self.family.norm, passes, run, scorer.runner.model, hidden, rank)
 
     @torch.inference_mode()
     def __call__(
@@ -99,26 +103,31 @@ class Feedback:
         if any(probe.scale for probe in plan.probes) or len(plan.probes) > 1:
             raise ConfigError(f"expected a plan of one probe of scale 0; got {plan.probes}")
         scorer.write_all(plan.probes or (Probe(scorer.state.step, 0, 0.0),))
-        packs = list(
-            pack(plan.table, plan.chosen, plan.probe_of, scorer.max_tokens, scorer.blocks, scorer.block_size, False)
-        )
-        if len(packs) != 1:
-            raise ConfigError(f"expected sequences of one forward pass for feedback; got {len(packs)} passes")
-        (packed,) = packs
+        packed = self.packed(plan)
         at = torch.from_numpy(packed.rows).to(scorer.device)
         self.rows.ask(at)
         try:
-            with nullcontext() if self.rows.fits(len(at)) else plainly(scorer.graphs):
+            with nullcontext() if self.rows.fits(len(at)) else scorer.graphs.plainly():
                 hidden = scorer._forward(packed)
             return self._made(plan, gradient, packed, hidden, at)
         finally:
             self.rows.clear()
 
+    def packed(self, plan: Plan) -> Pack:
+        """A plan's one forward pass."""
+        scorer = self._scorer
+        packs = list(
+            pack(plan.table, plan.chosen, plan.probe_of, scorer.max_tokens, scorer.blocks, scorer.block_size, False)
+        )
+        if len(packs) != 1:
+            raise ConfigError(f"expected sequences of one forward pass for feedback; got {len(packs)} passes")
+        return packs[0]
+
     def _made(
         self,
         plan: Plan,
         gradient: Callable[[np.ndarray], np.ndarray],
-        packed: Any,
+        packed: Pack,
         hidden: torch.Tensor,
         at: torch.Tensor,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -143,7 +152,7 @@ class Feedback:
         delta = self._norm.back(kept.stream, delta)
         scorer, tensors = self._scorer, {}
         for name, a, b in scorer.state.tensors(scorer.state.flat):
-            layer, behind = self._layers[name], self._behind.get(name)
+            layer, behind = self.layers[name], self.behind.get(name)
             own = self._maps[name].back(delta) if name in self._maps else delta
             own = own if behind is None else behind.back(kept.outputs[layer], own)
             found = outer(own, kept.inputs[layer], a, b, scorer.space.scaling)
@@ -159,16 +168,6 @@ def layers_of(scorer: Any) -> dict[str, int]:
         if len(names) == 1 and names[0] in scorer.matrices:
             found[names[0]] = id(module.lora_b_stacked)
     return found
-
-
-@contextmanager
-def plainly(graphs: Any) -> Iterator[None]:
-    """Within it, forwards use neither CUDA graphs nor compiled code, in which no Python is called."""
-    plain, graphs.plain = graphs.plain, True
-    try:
-        yield
-    finally:
-        graphs.plain = plain
 
 
 def head_of(model: Any, vocabulary: int) -> Head:

@@ -9,12 +9,16 @@ it. Without graphs (on a CPU, with engine.eager=true, for more tokens than the l
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SMALLEST, PER_OCTAVE = 64, 8  # sizes of graphs: at most an eighth is padding, a sixteenth on average
 
@@ -51,6 +55,15 @@ class Graphs:
         return self.runner.cudagraph_dispatcher.dispatch(
             tokens, has_lora=self.slots > 0, num_active_loras=self.slots, invalid_modes={CUDAGraphMode.FULL}
         )
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Within it, forwards use neither graphs nor compiled code, in which no Python is called."""
+        plain, self.plain = self.plain, True
+        try:
+            yield
+        finally:
+            self.plain = plain
 
     def inputs(self, tokens: np.ndarray, positions: np.ndarray, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and positions (T,) in the runner's buffers, with zeros up to `padded`."""

@@ -1,19 +1,22 @@
 """What zoray relies on in a vLLM build, checked on the loaded model before the first step.
 
 Guarantees: a slot whose B is zero changes no bit of any LoRA layer's output; every layer computes W x + s B A x with
-the adapter of each token's slot; and, for a folding space, a base weight written in place is the one that acts.
+the adapter of each token's slot; and, for a folding space, a base weight written in place is the one that acts. With
+feedback: what a forward keeps is what its layers are given, and of the last matrix it makes the gradient of the scores.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from zoray.engines.packing import SequenceTable
+from zoray.engines.kept import taken
+from zoray.engines.packing import Plan, SequenceTable
 from zoray.engines.vllm_layers import gives_logits, names_in, slots_of, takes_tokens
 from zoray.records import ConfigError, Probe, TokenSequence
 
@@ -89,6 +92,151 @@ def prove_compiled(scorer: Scorer) -> dict[str, float]:
         graphs.plain = True
         return {}
     return {"compiled_error": error}
+
+
+@torch.inference_mode()
+def prove_feedback(scorer: Scorer) -> dict[str, float]:
+    """Check residual feedback at journal index 0, through compiled code and a CUDA graph where there are any.
+
+    What is kept, against what hooks see of a forward through neither. Then, where a matrix is the last one to write to
+    the stream, so that its feedback is its exact gradient, against a central difference of the scores along it.
+
+    Returns:
+        The largest relative error of what is kept, and that of the slope along the feedback.
+
+    Raises:
+        ConfigError: one of them is too large.
+    """
+    config, feedback = scorer.vllm_config.model_config, scorer.feedback
+    exact = config.dtype == torch.float32
+    plan = _plan_of_some(scorer)
+    slopes, kept = np.sin(1.0 + np.arange(int(plan.first_output[-1]))), dict[str, torch.Tensor]()
+
+    def gradient(_: np.ndarray) -> np.ndarray:  # when it is asked for, the rows are there
+        rows = feedback.rows
+        kept.update({f"the input of {name}": rows.inputs[layer].clone() for name, layer in feedback.layers.items()})
+        kept.update({f"the output of {name}": rows.outputs[feedback.layers[name]].clone() for name in feedback.behind})
+        kept["the stream"] = rows.stream.clone()
+        return slopes
+
+    _, found = feedback(plan, gradient)
+    expected = _seen_by_hooks(scorer, plan)
+    errors = {what: _distance(kept[what], seen) for what, seen in expected.items()}
+    where = max(errors, key=errors.__getitem__)
+    tolerance = 1e-3 if exact else 0.1
+    advice = "this vLLM build does not let zoray keep what feedback needs. Take engine.eager=true, or estimator=rloo"
+    if not errors[where] <= tolerance:
+        raise ConfigError(
+            f"feedback self-test failed: what is kept of {where} differs from what a forward without compiled code and "
+            f"graphs has by {errors[where]:.2e} relative, at most {tolerance:g} expected; {advice}"
+        )
+    last = next((name for name, reader in feedback.readers.items() if reader == feedback.family.norm), None)
+    if last is None:
+        return {"kept_error": errors[where]}
+    along = torch.from_numpy(found[f"{last}.lora_B"]).to(scorer.device)
+    base = expected[f"the output of {last}" if last in feedback.behind else "the stream"]
+    slope = _slope(scorer, plan, slopes, last, along, expected[f"the input of {last}"], base, exact)
+    error = abs(slope / float(along.square().sum()) - 1)
+    tolerance = 0.05 if exact else 0.3
+    if not error <= tolerance:
+        raise ConfigError(
+            f"feedback self-test failed: along the feedback of {last} the scores rise otherwise than it says "
+            f"({error:.2e} relative, at most {tolerance:g}); {advice}"
+        )
+    return {"kept_error": errors[where], "feedback_error": error}
+
+
+def _plan_of_some(scorer: Scorer) -> Plan:
+    """Two sequences under the state's centre, of a length that is no graph's size, with four targets each."""
+    config = scorer.vllm_config.model_config
+    length = min(GRAPH_TOKENS, config.max_model_len - 1, scorer.max_tokens // 2 - 1)
+    rows, vocabulary = np.linspace(length // 4, length - 1, 4).astype(np.int32), config.get_vocab_size()
+    return Plan.of(
+        [
+            (
+                Probe(scorer.state.step, 0, 0.0),
+                TokenSequence(
+                    np.arange(k, k + length, dtype=np.int32) % vocabulary,
+                    rows,
+                    ((4 * k + np.arange(4)) * 7919 % vocabulary).astype(np.int32),
+                    np.arange(4, dtype=np.int32),
+                    4,
+                ),
+            )
+            for k in range(2)
+        ]
+    )
+
+
+def _seen_by_hooks(scorer: Scorer, plan: Plan) -> dict[str, torch.Tensor]:
+    """What a plain forward gives to matrices and the final norm, at a plan's rows; of some matrices what they make."""
+    feedback, found, hooks = scorer.feedback, dict[str, torch.Tensor](), []
+    packed = feedback.packed(plan)
+    at = torch.from_numpy(packed.rows).to(scorer.device)
+
+    def keep(_: Any, inputs: Any, output: Any, name: str) -> None:
+        found[f"the input of {name}"] = inputs[0].index_select(0, at)
+        if name in feedback.behind:
+            found[f"the output of {name}"] = (output[0] if isinstance(output, tuple) else output).index_select(0, at)
+
+    for module_name, module in scorer.manager.modules.items():
+        for name in feedback.layers.keys() & set(names_in(scorer.manager, module_name)):
+            hooks.append(module.register_forward_hook(partial(keep, name=name)))
+    norm = scorer.runner.model.get_submodule(feedback.family.norm)
+
+    def keep_stream(_: Any, inputs: Any) -> None:
+        found["the stream"] = taken(at, inputs[0], inputs[1] if len(inputs) > 1 else None)
+
+    hooks.append(norm.register_forward_pre_hook(keep_stream))
+    try:
+        with scorer.graphs.plainly():
+            scorer._forward(packed)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _slope(
+    scorer: Scorer,
+    plan: Plan,
+    slopes: np.ndarray,
+    name: str,
+    along: torch.Tensor,
+    x: torch.Tensor,
+    base: torch.Tensor,
+    exact: bool,
+) -> float:
+    """d sum(slopes * scores) / d t for B + t * along of a matrix, as a central difference.
+
+    Args:
+        scorer: whose scores.
+        plan: of one probe.
+        slopes: of the scores.
+        name: of the matrix.
+        along: (out, rank).
+        x: (R, in), inputs of the matrix at the plan's rows.
+        base: (R, out), what its outputs are a part of.
+        exact: whether numbers have 32 bits; with 16 the step is larger, for rounding to be small beside it.
+    """
+    state = scorer.state.arrays()
+    a, b = (torch.from_numpy(state[f"{name}.lora_{part}"]).to(scorer.device) for part in "AB")
+    moved = scorer.space.scaling * (x.float() @ a.t()) @ along.t()
+    reach = float((moved.norm(dim=1) / base.float().norm(dim=1).clamp(min=1e-12)).max())
+    most, far = (0.05, 0.01) if exact else (3.0, 0.1)  # of what the scores rise by, and of the base that is moved
+    size = min(most / max(float(along.square().sum()), 1e-30), far / max(reach, 1e-30))
+    sums = []
+    for t in (size, -size):
+        scorer.contents.put(0, {**state, f"{name}.lora_B": (b + t * along).cpu().numpy()})
+        scores = scorer.score_slots(plan.table, plan.chosen, np.zeros(len(plan.chosen), np.int64))
+        sums.append(float(slopes @ scores))
+    return (sums[0] - sums[1]) / (2 * size)
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of two tensors, relative; infinite where something is not a number."""
+    error = float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12))
+    return math.inf if math.isnan(error) else error
 
 
 def _prove_foldable(scorer: Scorer, bare: dict[str, torch.Tensor], tolerance: float) -> dict[str, float]:

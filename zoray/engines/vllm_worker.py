@@ -18,12 +18,12 @@ from vllm.platforms import current_platform
 
 from zoray.directions import MANY_ELEMENTS, compile_directions
 from zoray.engines import cpu_gated, cpu_lora
-from zoray.engines.slots import PROBES, Slots
+from zoray.engines.slots import FEEDBACK, PROBES, Slots
 from zoray.engines.vllm_feedback import Feedback
 from zoray.engines.vllm_forward import Forward
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits, takes_tokens
 from zoray.engines.vllm_piggyback import Piggyback
-from zoray.engines.vllm_selftest import prove_compiled, prove_live
+from zoray.engines.vllm_selftest import prove_compiled, prove_feedback, prove_live
 from zoray.models import restore
 from zoray.records import ConfigError
 from zoray.snapshots import pack, unpack
@@ -163,6 +163,8 @@ class PackedScorer(Forward):
         if fused:
             self.self_test |= cpu_gated.settle(fused, self.wrapper, self.slots)
         self.self_test |= prove_compiled(self)
+        if (vllm_config.additional_config or {}).get(FEEDBACK):
+            self.self_test |= prove_feedback(self)
         self.contents.forget()
 
     @cached_property
