@@ -30,6 +30,7 @@ FIRST = (
         *ASKING,
         "serving_replicas",
         "pool",
+        "feedback_pool",
         "crash",
         "ray",
         "gpu_report",
