@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from zoray.engines.budget import FEWEST, MOST_ALONE, RARE, SHARE, USUAL_OF, StepBudget
-from zoray.engines.packing import SequenceTable
-from zoray.records import Probe, TokenSequence
+from zoray.engines.packing import Plan, SequenceTable
+from zoray.records import Commit, Probe, TokenSequence
 from zoray.spaces.base import Space
 
 
@@ -116,7 +116,7 @@ def shared(chat_model):
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
     config = Vllm(slots=2, max_tokens=256, kv_cache_gib=0.05)
-    space: Space = Lora(rank=2, alpha=4.0)  # type: ignore[assignment]
+    space: Space = Lora(rank=2, alpha=4.0, targets="residual", train="AB")  # type: ignore[assignment]
     matrices, throttle = linear_matrices(chat_model), Throttle(1e6)
 
     async def start():
@@ -210,6 +210,38 @@ def test_while_a_request_is_under_way_its_steps_take_the_work_along(shared, monk
         found = shared.score_slots(table, np.arange(12)[:2], slots[:2])
     np.testing.assert_allclose(found, alone[:6], rtol=0, atol=2e-5)
     assert len({tuple(answer[:40]) for answer in answers}) == 1
+
+
+def slopes(values):
+    """At module level: it travels to the engine's core."""
+    return np.sin(1.0 + np.arange(len(values)))
+
+
+def test_feedback_in_the_steps_of_requests_is_that_of_a_packed_forward(shared, monkeypatch):
+    numbers = shared._call("zoray_adapter")
+    count = sum(array.size for array in numbers.values())
+    bits = np.random.default_rng(0).integers(0, 2, count).astype(np.uint8)
+    signs, gains = np.packbits(bits).tobytes(), (0.5,) * (len(numbers) // 2)
+    shared.apply([Commit(0, (), gains=gains, signs=signs)])  # B is not zero any more
+    one, probe = sequences(6), Probe(1, 0, 0.0)
+    plan = Plan.of([(None, one[2]), *((probe, each) for each in one)])
+    sums, alone = shared._call("zoray_feedback", plan, slopes)
+    assert all(np.abs(array).max() > 0 for array in alone.values())
+    shared.warm()  # what it costs to write slots is known
+    took = shared.throttle.took
+
+    def only_slots(kind, *rest):
+        assert kind == "slots", f"a slice: {kind}"
+        took(kind, *rest)
+
+    monkeypatch.setattr(shared.throttle, "took", only_slots)
+    with company(shared, list(range(30, 40))) as answers:
+        values, found = shared.feedback(plan, slopes)
+    assert len(answers) > 2 and shared.at_once()[0] <= 256
+    np.testing.assert_allclose(values, sums, rtol=0, atol=2e-5)
+    for name, array in alone.items():
+        assert np.abs(found[name] - array).max() < 1e-4 * np.abs(array).max(), name
+    shared.reset()
 
 
 def test_a_request_that_ends_too_early_is_an_error_and_nothing_is_left(shared):

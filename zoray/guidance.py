@@ -83,15 +83,9 @@ class Guidance:
 
     def fit_lens(self, rank: int) -> None:
         """Let the engine fit the maps of feedback (engines/lens.py) to the first training examples."""
-        found: list[TokenSequence] = []
-        rows, encoded = 0, self._scorer.workload.encoded["train"]
-        for index in range(min(len(self._scorer.workload.splits.train), LENS_EXAMPLES)):
-            for sequence in encoded[index]:
-                own = np.arange(SKIPPED, len(sequence.tokens), dtype=np.int32)
-                if len(own) and rows < LENS_ROWS:
-                    found.append(TokenSequence(sequence.tokens, own, np.zeros_like(own), np.zeros_like(own), 1))
-                    rows += len(own)
-        self._engine.fit_lens(SequenceTable.of(found), rank)
+        encoded = self._scorer.workload.encoded["train"]
+        count = min(len(self._scorer.workload.splits.train), LENS_EXAMPLES)
+        self._engine.fit_lens(lens_table(sequence for i in range(count) for sequence in encoded[i]), rank)
 
     def __call__(self, centre: Probe, examples: np.ndarray) -> tuple[Outcomes, dict[str, np.ndarray], float]:
         """Outcomes of training examples (n,), the feedback of the sum of their losses, and its weight, 0 to 1.
@@ -130,10 +124,27 @@ class Guidance:
             everything, probe_of = np.concatenate([own[:count], own]), np.repeat([-1, 0], [count, len(own)])
             bare = int(encoded.n_outputs[everything[:count]].sum())
             gradient = Gradient(objective, encoded.sums(np.zeros(0), own), bare)
-            values, feedback = self._engine.feedback(encoded.plan((centre,), probe_of, everything), gradient)
+            values, feedback = self._fed(encoded.plan((centre,), probe_of, everything), gradient)
             batch = gradient.batch(values)
             outcomes = replace(objective.reduce(batch), tokens=int(encoded.tokens[everything].sum()))
             yield some, outcomes, feedback, objective.doubts(batch, gradient(values)[bare:])
+
+    def _fed(self, plan: Plan, gradient: Gradient) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Sums and feedback of a plan. Of one example that does not fit a forward pass (many options, long answers):
+        its sums first, whose slopes are then known, and feedback of as many of its sequences as fit, in turn.
+        """
+        own = np.flatnonzero(plan.probe_of >= 0)
+        lengths, asked = plan.table.lengths[plan.chosen], plan.table.n_targets[plan.chosen]
+        if len(self._passes([(lengths[i : i + 1], asked[i : i + 1]) for i in range(len(lengths))])) == 1:
+            return self._engine.feedback(plan, gradient)
+        values, total = self._engine.score_plan(plan), Total()
+        slopes, first = gradient(values), plan.first_output
+        for some in self._passes([(lengths[i : i + 1], asked[i : i + 1]) for i in own]):
+            at = own[some]
+            known = Constant(np.concatenate([slopes[first[i] : first[i + 1]] for i in at]))
+            part = Plan(plan.table, plan.probes, plan.probe_of[at], plan.chosen[at])
+            total.add(self._engine.feedback(part, known)[1])
+        return values, total
 
     def _by_reward(self, objective: Any, centre: Probe, examples: np.ndarray) -> Iterable[tuple[Any, ...]]:
         """The policy gradient (REINFORCE) of completions, the mean of a prompt's other ones as baseline (RLOO).
@@ -183,6 +194,22 @@ class Guidance:
 
 
 NOTHING = np.zeros(0, np.int32)
+
+
+def lens_table(sequences: Iterable[TokenSequence]) -> SequenceTable:
+    """Sequences that maps are fitted to: as many as have LENS_ROWS rows, all but the first few of each."""
+    found: list[TokenSequence] = []
+    rows = 0
+    for sequence in sequences:
+        own = np.arange(SKIPPED, len(sequence.tokens), dtype=np.int32)
+        if len(own):
+            found.append(TokenSequence(sequence.tokens, own, np.zeros_like(own), np.zeros_like(own), 1))
+            rows += len(own)
+        if rows >= LENS_ROWS:
+            break
+    return SequenceTable.of(found)
+
+
 SILENT = TokenSequence(np.zeros(1, np.int32), NOTHING, NOTHING, NOTHING, 1)  # of which nothing is asked
 
 

@@ -121,6 +121,18 @@ class Throttle:
                     return min(size, most)
                 self._changed.wait(min(for_how_long, 0.25))
 
+    def free(self, kind: str, size: float) -> bool:
+        """Whether a slice of that size may run at once."""
+        with self._changed:
+            seconds, _ = self._allowed()
+            return math.isinf(seconds) or (not self._under_way and self._size(kind, seconds, size) is not None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody is expected."""
+        with self._changed:
+            return math.isinf(self._allowed()[0])
+
     def took(self, kind: str, size: float, seconds: float) -> None:
         """A slice has run."""
         with self._changed:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from zoray.engines.kept import Kept, joined
 from zoray.engines.packing import Pack
 from zoray.engines.slots import SCORING
 
@@ -37,13 +38,14 @@ class Scored:
     outputs: np.ndarray  # (M,) int64
     found: np.ndarray  # (M,) float64 log-probabilities; nan where its row has not run yet
     n_outputs: int
+    kept: list[tuple[slice, Kept]] | None = None  # for feedback: what has been kept of which of its rows
 
 
 class Piggyback:
     """The scored sequences of one worker that are requests."""
 
     def __init__(self, forward: Forward) -> None:
-        self._forward = forward
+        self._forward: Any = forward
         self._scored: dict[str, Scored] = {}
 
     def attach(self) -> bool:
@@ -61,12 +63,18 @@ class Piggyback:
         setattr(runner, HOOK, read_along)
         return True
 
-    def expect(self, names: Sequence[str], table: SequenceTable, slots: Sequence[int]) -> None:
-        """Sequences of a table, all of them, come as requests of these names, each under its slot."""
+    def expect(self, names: Sequence[str], table: SequenceTable, slots: Sequence[int], feedback: bool = False) -> None:
+        """Sequences of a table, all of them, come as requests of these names, each under its slot.
+
+        With `feedback`, what that needs of their rows is kept until it is taken.
+        """
+        if feedback:
+            self._forward.feedback.rows.whole = True
         for number, (name, slot) in enumerate(zip(names, slots, strict=True)):
             one = table[number]
             rows, targets, outputs = (np.asarray(part, np.int64) for part in (one.rows, one.targets, one.outputs))
-            self._scored[name] = Scored(slot, rows, targets, outputs, np.full(len(rows), np.nan), one.n_outputs)
+            kept: list[tuple[slice, Kept]] | None = [] if feedback else None
+            self._scored[name] = Scored(slot, rows, targets, outputs, np.full(len(rows), np.nan), one.n_outputs, kept)
 
     def take(self, names: Sequence[str]) -> np.ndarray:
         """Sums of log-probabilities of all outputs of these sequences, in their order, float64; they are forgotten.
@@ -79,6 +87,30 @@ class Piggyback:
             sums.append(np.zeros(one.n_outputs))
             np.add.at(sums[-1], one.outputs, one.found)
         return np.concatenate([np.zeros(0), *sums])
+
+    @torch.inference_mode()
+    def take_feedback(self, names: Sequence[str], gradient: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As Engine.feedback, of these sequences in their order; they are forgotten."""
+        feedback = self._forward.feedback
+        feedback.rows.whole = False
+        some = [self._scored[name] for name in names]
+        values = self.take(names)
+        slopes, first = gradient(values), np.cumsum([0, *(one.n_outputs for one in some)])
+        parts: list[Kept] = []
+        row_of, targets, weights, begin = [], [], [], 0
+        for k, one in enumerate(some):
+            if one.slot < 0:  # the bare model has no adapter to move
+                continue
+            for which, kept in one.kept or []:
+                rows = one.rows[which]
+                row_of.append(begin + np.cumsum(np.diff(rows, prepend=rows[:1]) > 0))
+                targets.append(one.targets[which])
+                weights.append(slopes[first[k] + one.outputs[which]])
+                parts.append(kept)
+                begin += len(kept.hidden)
+        asked = (torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *part])) for part in (row_of, targets))
+        slopes = torch.from_numpy(np.concatenate([np.zeros(0), *weights]).astype(np.float32))
+        return values, feedback.of_rows(joined(parts), *asked, slopes)
 
     @torch.inference_mode()
     def _read(self, hidden: torch.Tensor, counts: dict[str, int]) -> None:
@@ -95,6 +127,10 @@ class Piggyback:
                 parts.append((start - begin, one, slice(int(first), int(end))))
         if not parts:
             return
+        for shift, one, which in parts:
+            if one.kept is not None:
+                places = np.unique(one.rows[which]) + shift
+                one.kept.append((which, self._forward.feedback.rows.of(torch.from_numpy(places), hidden)))
         parts.sort(key=lambda part: part[0] + int(part[1].rows[part[2].start]))  # rows ascend
         found = self._forward.log_probabilities(hidden, _asked(parts, len(hidden))).double().cpu().numpy()
         at = 0

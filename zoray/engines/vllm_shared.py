@@ -121,6 +121,7 @@ class SharedEngine(VllmEngine):
         self.probe_slots, self.throttle, self._forward_tokens = config.resident, throttle, config.max_tokens
         self._call("zoray_register")
         self._joins: bool = self._call("zoray_join")
+        self._keeps, self._fitted = self._joins and self._call("zoray_keeps"), False
 
     def warm(self) -> None:
         """Take what is slow the first time, and learn what slices cost, before anybody asks."""
@@ -186,20 +187,53 @@ class SharedEngine(VllmEngine):
             begin = stop
         return sums
 
+    def feedback(
+        self, plan: Plan, gradient: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As every engine's: as a slice where one of its size may run now, else in the steps of requests."""
+        tokens = float(plan.table.lengths[plan.chosen].sum())
+        self._write(plan.probes)
+        if not self._keeps or self.throttle.free("feedback", tokens):
+            self.throttle.wait("feedback", tokens, tokens)
+            began = time.monotonic()
+            found = self._call("zoray_feedback", plan, gradient)
+            self.throttle.took("feedback", tokens, time.monotonic() - began)
+            return found
+        table = SequenceTable.of([plan.table[int(i)] for i in plan.chosen])
+        names = self._run(table, plan.probe_of.tolist(), True)
+        return self._call("zoray_take_feedback", names, gradient)
+
+    def at_once(self) -> tuple[int, int, int]:
+        """Few at a time while somebody may ask, see Engine.at_once."""
+        tokens, rows, block = super().at_once()
+        return (tokens if self.throttle.idle else min(tokens, JOINED_TOKENS)), rows, block
+
+    def fit_lens(self, table: SequenceTable, rank: int) -> None:
+        """Fit the maps, which takes seconds, while nobody is expected; else they stay those of before."""
+        if self.throttle.idle or not self._fitted:
+            super().fit_lens(table, rank)
+            self._fitted = True
+
     def _join(self, table: SequenceTable, slots: Sequence[int]) -> np.ndarray:
         """As score_slots, all of a table, each sequence a request behind all others (vllm_piggyback.py)."""
+        found = self._call("zoray_take", self._run(table, slots))
+        if not np.isfinite(found).all():
+            raise RuntimeError("vLLM has ended a scored sequence before its end")
+        return found
+
+    def _run(self, table: SequenceTable, slots: Sequence[int], feedback: bool = False) -> list[str]:
+        """Let all sequences of a table run in the steps of requests, each under its slot; by what names."""
         from vllm import SamplingParams
 
         names = [f"{SCORING}{uuid.uuid4().hex}" for _ in slots]
         last = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)  # a prompt's end is a token's begin
-        self._call("zoray_expect", names, table, slots)
+        self._call("zoray_expect", names, table, slots, feedback)
         try:
             self._together([(table[k].tokens.tolist(), slots[k], last, names[k]) for k in range(len(names))])
-        finally:
-            found = self._call("zoray_take", names)
-        if not np.isfinite(found).all():
-            raise RuntimeError("vLLM has ended a scored sequence before its end")
-        return found
+        except BaseException:
+            self._call("zoray_take", names)
+            raise
+        return names
 
     def generate(
         self,

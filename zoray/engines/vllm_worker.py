@@ -101,11 +101,19 @@ class ZorayWorker:
     def zoray_join(self) -> bool:
         return self._zoray.joined.attach()
 
-    def zoray_expect(self, names: Sequence[str], table: SequenceTable, slots: Sequence[int]) -> None:
-        self._zoray.joined.expect(names, table, slots)
+    def zoray_keeps(self) -> bool:
+        return self._zoray.device.type == "cpu"  # where no CUDA graph runs the steps of requests
+
+    def zoray_expect(
+        self, names: Sequence[str], table: SequenceTable, slots: Sequence[int], feedback: bool = False
+    ) -> None:
+        self._zoray.joined.expect(names, table, slots, feedback)
 
     def zoray_take(self, names: Sequence[str]) -> np.ndarray:
         return self._zoray.joined.take(names)
+
+    def zoray_take_feedback(self, names: Sequence[str], gradient: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        return self._zoray.joined.take_feedback(names, gradient)
 
     def zoray_put(self, slot: int, arrays: Mapping[str, np.ndarray]) -> None:
         self._zoray.contents.put(slot, arrays)

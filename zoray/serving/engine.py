@@ -20,6 +20,7 @@ from zoray.actor import ReplicaActor
 from zoray.adapters import peft_space, read_factors
 from zoray.engines.packing import Plan
 from zoray.engines.throttle import Throttle
+from zoray.guidance import lens_table
 from zoray.measure import metrics
 from zoray.records import ConfigError, Probe
 from zoray.replica import Replica
@@ -75,6 +76,8 @@ class EngineServer:
         report(self.client, self.throttle)
         self.versions = Versions(self)
         self.neutral = neutral.sequences(load_tokenizer(folder))
+        if settings.estimator.guided:  # a job fits its own, if nobody asks anything then
+            await asyncio.to_thread(self.engine.fit_lens, lens_table(self.neutral), settings.estimator.lens)
         self.member, self._measuring = TuningMember(self), asyncio.Lock()
         self._joining = asyncio.create_task(self._join())
 

@@ -11,6 +11,7 @@ from zoray.models import max_length
 from zoray.monitoring import Logging
 from zoray.optimizers import LEAST_DECAY
 from zoray.serving.pool import PATIENT
+from zoray.tiles import MAX_TILE
 
 if TYPE_CHECKING:
     from zoray.serving.requests import NewJob
@@ -30,11 +31,14 @@ def experiment_of(settings: Settings, store: Store, name: str, request: NewJob) 
     if numbers is not None and numbers.learning_rate is not None:
         lr = numbers.learning_rate
         optimizer = replace(optimizer, lr=lr, anchor=optimizer.anchor * (lr * optimizer.anchor >= LEAST_DECAY))
+    batch = (numbers and numbers.batch_size) or s.batch
     run = Run(
         name="run",
         folder=str(store.folder / "jobs" / name),
         steps=(numbers and numbers.steps) or s.steps,
-        batch=(numbers and numbers.batch_size) or s.batch,
+        batch=batch,
+        # a tile that gives feedback is a forward pass of its own
+        **({"tile_examples": min(-(-batch // s.replicas), MAX_TILE)} if s.estimator.guided else {}),
         seed=s.seed,  # the engine has opened its adapters with it
         data_seed=s.seed if request.seed is None else request.seed,
         eval_every=s.eval_every,

@@ -64,9 +64,9 @@ class Settings:
     gpus: int | None = None
     slots: int = 4
     max_slowdown: float = 1.5
-    steps: int = 400
-    batch: int = 2
-    eval_every: int = 25
+    steps: int = 60
+    batch: int = 16
+    eval_every: int = 20
     seed: int = 0
     max_upload_mb: float = 50.0
     max_storage_mb: float = 2000.0
