@@ -36,6 +36,6 @@ def commit(step: int, numbers: int, matrices: int, **options: Any) -> Commit:
 
 def moved(replica: Replica) -> Replica:
     """The same, in a state in which neither A nor B is as it began."""
-    state: Any = replica.engine.state  # type: ignore[attr-defined]
-    replica.apply([commit(step, state.layout.numel, len(state.matrices)) for step in range(2)])
+    space, matrices = replica.spec.space, replica.workload.matrices
+    replica.apply([commit(step, space.trained(matrices), len(space.select(matrices))) for step in range(2)])
     return replica
