@@ -14,8 +14,11 @@ import torch
 from chatty import ANSWERS, CHOICES, PROMPTS, Given, chat_llama, experiment
 from guided import SPACE, guided
 from local_pool import LocalPool
+from omegaconf import OmegaConf
+from rows import write_rows
 
-from zoray import export, journal, snapshots
+from zoray import evaluate, export, journal, snapshots
+from zoray.cli import build_experiment, compose
 from zoray.cluster import Cluster
 from zoray.data import load_workload
 from zoray.driver import make_header, tune
@@ -238,6 +241,30 @@ def test_the_driver_and_a_smaller_batch_of_tiles_agree(whole, folder, tmp_path):
     )
     bits = [np.unpackbits(np.frombuffer(signs, np.uint8)) for signs in (first, other)]
     assert 0.8 < (bits[0] == bits[1]).mean() < 1
+
+
+def test_a_run_from_the_command_line_is_evaluated_without_feedback(folder, tmp_path, monkeypatch, capsys):
+    """Its settings are those of conf/; at any step its loss is what the run measured, and no map is fitted for it."""
+    texts = [{"text": f"{e.prompt} {k}", "label": e.label} for k in range(3) for e in CHOICES]
+    arguments = [
+        *(f"model.path={folder}", "model=hf", "engine=hf", "task=file", "task.words=[' terrible',' great']"),
+        *(f"task.path={write_rows(tmp_path / 'rows.jsonl', texts)}", "task.dev=8", "task.test=0", "run.test=false"),
+        *("estimator=feedback", "optimizer=feedback", "space.train=AB", "space.targets=residual", "run.steps=4"),
+        *("run.eval_every=2", f"run.folder={tmp_path}", "run.name=r", "run.batch=4", "logging.curve=false"),
+    ]
+    config = compose("config", arguments)
+    e = build_experiment(config)
+    assert e.estimator == Feedback() and e.optimizer == Sgd(lr=0.002, momentum=0.9) and e.space.train == "AB"
+    e.run.path.mkdir()
+    OmegaConf.save(config, e.run.path / "config.yaml")
+    run(e)
+    measured = {found.step: found for found in read_metrics(e.run.path)[1]}
+    monkeypatch.setattr("zoray.engines.hf.HfEngine.fit_lens", lambda *_: pytest.fail("a map is fitted"))
+    for step in (2, 4):
+        capsys.readouterr()
+        evaluate.main(compose("evaluate", [f"run={e.run.path}", f"step={step}"]))
+        said = capsys.readouterr().out
+        assert f"loss {measured[step].loss:.6f} (8 examples), digest {measured[step].digest}" in said
 
 
 # journals of runs without feedback

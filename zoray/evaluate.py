@@ -80,6 +80,8 @@ def _of_run(config: Any) -> tuple[ReplicaSpec, journal.Contents, int]:
     folder = Path(str(config.run))
     contents = journal.read(folder / journal.FILE_NAME)
     experiment = build_experiment(load_run_config(folder))
+    if experiment.estimator.guided:  # a state is scored without
+        experiment = replace(experiment, estimator=TwoPoint())
     if config.engine is not None:
         experiment = replace(experiment, engine=build(config.engine, "engine"))
     pinned = (from_record(contents.header["space"]), contents.header["run"]["seed"])
