@@ -69,10 +69,8 @@ def main(arguments: list[str]) -> None:
         partial.write_text(json.dumps(results[-1]) + "\n")
         os.replace(partial, partial.with_suffix(".json"))
         print(f"{results[-1]['model']}, {task}\n\n{table(results[-1])}\n", flush=True)
-    draw(
-        [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))],
-        Path(options["picture"] or out / "cosines.png"),
-    )
+    kept = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    draw(sorted(kept, key=lambda one: one["model"], reverse=True), Path(options["picture"] or out / "cosines.png"))
     print(json.dumps({"benchmark": "cosines", **options, "results": results}))
 
 
