@@ -166,13 +166,16 @@ def keep_stream(norm: Any, rows: Rows) -> None:
     """Let a final norm hand over what it is given.
 
     Through its class, since compiled code does not call an instance's own `forward`, and finds a hook by a number that
-    is another one in the next process.
+    is another one in the next process. What is left to be added is added before: vLLM's own kernel does both in place,
+    and its passes over a compiled graph do not look for others that read what it overwrites.
     """
     kind = type(norm)
 
-    def forward(self: Any, x: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        self.kept_rows.keep_stream(x, *rest[:1])
-        return kind.forward(self, x, *rest, **options)
+    def forward(self: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        stream = x if residual is None else x + residual
+        self.kept_rows.keep_stream(stream)
+        normed = kind.forward(self, stream)
+        return normed if residual is None else (normed, stream)
 
     norm.kept_rows = rows
     norm.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
