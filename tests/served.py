@@ -28,7 +28,8 @@ SMALL = (  # a tiny model's: seconds to start, milliseconds a step
     "serve.gate.max_forgetting=10",  # a random model knows nothing that it could forget
     "serve.requests_per_minute=null",
     "serve.max_slowdown=1000",  # requests take milliseconds here: half of that is too little for any slice
-    "optimizer.lr=0.1",
+    "optimizer.lr=0.01",
+    "space.targets=residual",
 )
 
 

@@ -18,13 +18,16 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from zoray.cli import build, build_experiment, compose, conf_dir, group_options
+from zoray.estimators import Evolution
 from zoray.experiment import Experiment
-from zoray.optimizers import GlobalAdaptive, Sign
+from zoray.feedback import Feedback
+from zoray.optimizers import GlobalAdaptive, Sgd, Sign
 from zoray.records import ConfigError
 from zoray.serve import check_model, main
 from zoray.serving.gate import Gate
 from zoray.serving.settings import KEY, PARTS, settings_of
 from zoray.serving.store import claim
+from zoray.spaces import LowRank
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml"))
@@ -158,7 +161,7 @@ def test_the_other_mains_have_the_settings_that_they_need():
 
 
 def test_experiments_have_the_published_numbers():
-    ours = ("movie_reviews", "concise", "json_object")
+    ours = ("movie_reviews", "feedback", "eggroll", "concise", "json_object")
     assert {f"experiment/{name}" for name in (*PUBLISHED, *ours)} == set(EXPERIMENTS)
     for name, (lr, size, rank, batch, steps, probes) in PUBLISHED.items():
         e = build_experiment(compose("config", [f"experiment={name}"]))
@@ -172,6 +175,17 @@ def test_experiments_have_the_published_numbers():
             assert (e.space.interval, e.optimizer.momentum) == (50, 0.9 if "lozo_m" in name else 0.0)
         if name.startswith(("es_", "eggroll")):
             assert (e.estimator.shaping, e.estimator.antithetic) == ("zscore", "eggroll" in name)
+
+
+def test_make_run_is_feedback_and_eggroll_is_the_run_of_before():
+    run, plain = (build_experiment(compose("config", [f"experiment={name}"])) for name in ("movie_reviews", "feedback"))
+    assert (run.space, run.estimator, run.optimizer) == (plain.space, plain.estimator, plain.optimizer)
+    assert run.estimator == Feedback() and run.run.steps * run.run.batch == 1600
+    eggroll = build_experiment(compose("config", ["experiment=eggroll"]))
+    assert eggroll.space == LowRank(rank=1, fold_rounding="stochastic")
+    assert eggroll.estimator == Evolution(population=16, sigma=7e-4, centring="prompt")
+    assert eggroll.optimizer == Sgd(lr=0.006)
+    assert (eggroll.run.steps, eggroll.run.batch, eggroll.run.tile_examples) == (400, 2, 4)
 
 
 def test_conf_is_found_in_a_checkout():

@@ -155,7 +155,7 @@ def test_published_file_is_fetched_once(tmp_path, monkeypatch):
     content = movie_reviews.published_file().read_bytes()
     monkeypatch.setenv("ZORAY_CACHE", str(tmp_path))
     calls = []
-    monkeypatch.setattr(movie_reviews, "_fetch", lambda: calls.append(1) or content)
+    monkeypatch.setattr(movie_reviews, "fetch", lambda: calls.append(1) or content)
     for _ in range(2):
         assert movie_reviews.published_file().read_bytes() == content
     assert len(calls) == 1

