@@ -38,7 +38,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-COUNT = 16  # items of the small form
+COUNT = 21  # items of the small form
 
 
 def items(out: Path) -> dict[str, dict]:
@@ -54,6 +54,8 @@ def test_everything_holds_and_is_measured(out):
         exact, rough = (found[f"correctness:engine-{name}-{dtype}"]["measured"] for dtype in ("float32", "bfloat16"))
         for kind in ("base", "centre", "plus", "minus"):
             assert 0 < exact[f"{kind} error"] < 1e-4 < rough[f"{kind} error"] < rough["tolerance"]
+        exact, rough = (found[f"correctness:feedback-{name}-{dtype}"]["measured"] for dtype in ("float32", "bfloat16"))
+        assert 0 < exact["error"] < 1e-3 < rough["error"] < rough["tolerance"]
     assert all(found[f"correctness:run-{space}"]["measured"]["replayed on cpu"] == "equal" for space in checks.SPACES)
     page = (out / "report.md").read_text()
     assert page.count("| yes |") == COUNT and "torch: " in page and "not run yet" not in page
@@ -74,6 +76,8 @@ def test_speed_is_told_of_every_contender_and_batch_size(out):
     assert four["rows"][0]["tokens"] > 3 * one["rows"][0]["tokens"]
     for row in (*one["rows"], *four["rows"]):
         assert row["zo_tax"] > 0.5 and 0 < row["busy"] <= 1 and 0 < row["of matmul rate"] < 1
+    fed = found["speed:opt-tiny-feedback"]["measured"]
+    assert all(fed[f"{task}_tax"]["median"] > 0 and fed[f"{task}_rows"] > 0 for task in ("choice", "text"))
     assert found["memory:opt-tiny"]["measured"]["ratio"] > 0.5
 
 
@@ -81,8 +85,9 @@ def test_what_matters_most_comes_first():
     """Correctness, then the smallest and the largest model; everything that the report promises is there."""
     names = list(all_items(Place("cuda", False, Path())))
     parts = [name.partition(":")[0] for name in names]
-    assert parts[:11] == ["correctness"] * 11 and set(parts) == set(PARTS)
-    assert names[11:14] == ["speed:device", "speed:opt-1.3b", "speed:opt-13b"]
+    assert parts[:17] == ["correctness"] * 17 and set(parts) == set(PARTS)
+    assert names[17:20] == ["speed:device", "speed:opt-1.3b", "speed:opt-13b"]
+    assert names[20:22] == ["speed:opt-1.3b-feedback", "speed:llama-3-8b-feedback"]
     for model in ("opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b", "llama-3-8b", "qwen3-4b"):
         assert {f"speed:{model}", f"speed:{model}-4-pairs"} <= set(names)
     for dtype in ("float32", "float16", "bfloat16"):

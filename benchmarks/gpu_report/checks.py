@@ -19,6 +19,7 @@ from benchmarks.stepper import Stepper
 from zoray import journal
 from zoray.directions import Layout, direction_numpy, direction_torch
 from zoray.engines.hf import Hf
+from zoray.engines.packing import Plan
 from zoray.models import linear_matrices, load_matrices
 from zoray.records import Commit, Probe, TokenSequence
 from zoray.spaces import Lora, LowRank, Lozo
@@ -161,6 +162,38 @@ def engine(place: Place, model: str, dtype: str) -> dict[str, Any]:
     return {**result, "tolerance": TOLERANCES[dtype]}
 
 
+def feedback(place: Place, model: str, dtype: str) -> dict[str, Any]:
+    """Residual feedback of a captured forward is the reference's, in forwards of several lengths in turn."""
+    from zoray.engines.vllm import Vllm
+
+    folder, space = with_weights(model, place.folder / model), Lora(rank=2, alpha=4, targets="residual:0.5", train="AB")
+    matrices = linear_matrices(folder)
+    config = Vllm(slots=1, max_tokens=1024, kv_cache_gib=0.25, feedback=True)
+    vllm = config.start(folder, dtype, matrices, space, seed=3)
+    reference = Hf(device=place.device).start(folder, "float32", matrices, space, seed=3)
+    numbers, gains = space.trained(matrices), (0.01,) * len(space.select(matrices))
+    signs = np.packbits(np.random.default_rng(0).integers(0, 2, numbers).astype(np.uint8)).tobytes()
+    for one in (vllm, reference):
+        one.apply([Commit(0, (), gains=gains, signs=signs)])
+    assert vllm.digest() == reference.digest(), "the engines' states differ"
+    errors: dict[str, float] = {}
+    for count in (8, 2, 12):
+        plan = Plan.of([(Probe(1, 0, 0.0), one) for one in sequences(model, count)])
+        found, expected = (one.feedback(plan, _slopes)[1] for one in (vllm, reference))
+        for name, tensor in expected.items():
+            error = float(np.linalg.norm(found[name] - tensor) / np.linalg.norm(tensor))
+            errors[name] = max(errors.get(name, 0.0), error)
+    where = max(errors, key=errors.__getitem__)
+    result = {**vllm.self_test, "error": errors[where], "where": where, "tolerance": TOLERANCES[dtype]}
+    assert errors[where] <= TOLERANCES[dtype], f"{where}: {errors[where]:.2e}, over {TOLERANCES[dtype]}"
+    return result
+
+
+def _slopes(values: np.ndarray) -> np.ndarray:
+    """Of no pattern, so that the softmax of every row counts."""
+    return np.sin(1.0 + np.arange(len(values)))
+
+
 def sequences(model: str, count: int = 8) -> list[TokenSequence]:
     """Random sequences of several lengths, with two targets at each of two positions."""
     random, found = np.random.default_rng(0), []
@@ -231,4 +264,5 @@ def all_checks(place: Place) -> dict[str, Callable[[], dict[str, Any]]]:
     for model in place.models:
         for dtype in place.dtypes:
             checks[f"engine-{model}-{dtype}"] = partial(engine, place, model, dtype)
+            checks[f"feedback-{model}-{dtype}"] = partial(feedback, place, model, dtype)
     return checks | {f"run-{space}": partial(runs, place, space) for space in SPACES}

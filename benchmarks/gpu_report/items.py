@@ -6,9 +6,10 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import device, kernels, memory, noise
+from benchmarks import device, feedback_step, kernels, memory, noise
 from benchmarks.gpu_report import speed
 from benchmarks.gpu_report.checks import Place, all_checks
+from benchmarks.shapes import config_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,7 @@ def all_items(place: Place) -> dict[str, Callable[[], dict[str, Any]]]:
     }
     for name in list(timed)[:2]:
         items[name] = timed.pop(name)
-    return items | signals(place) | parts(place) | timed
+    return items | feedback(place) | signals(place) | parts(place) | timed
 
 
 def cases(place: Place) -> list[speed.Case]:
@@ -40,6 +41,17 @@ def cases(place: Place) -> list[speed.Case]:
     one = [speed.Case(model) for model in models]
     four = [speed.Case(model, pairs=4, loops=()) for model in models]
     return [*one, *four, speed.Case("opt-13b", space="lozo"), speed.Case("opt-1.3b", space="lozo")]
+
+
+def feedback(place: Place) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Steps of residual feedback against the bare forward of the same tokens."""
+    items: dict[str, Callable[[], dict[str, Any]]] = {}
+    for model in ("opt-tiny",) if place.tiny else ("opt-1.3b", "llama-3-8b"):
+        dtype = "float32" if place.device == "cpu" else config_of(model)["torch_dtype"]
+        options = {**feedback_step.DEFAULTS, "model": model, "dtype": dtype, "device": place.device, "memory": "false"}
+        options |= {"rounds": "2", "batch": "4"} if place.tiny else {}
+        items[f"speed:{model}-feedback"] = partial(told, feedback_step.measure, options, place.folder, settings(place))
+    return items
 
 
 def signals(place: Place) -> dict[str, Callable[[], dict[str, Any]]]:
