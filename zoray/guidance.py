@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.engines.packing import Plan, SequenceTable
+from zoray.engines.residual import SKIPPED
 from zoray.objectives.base import Outcomes, Sums
 from zoray.records import TokenSequence
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from zoray.scorer import Scorer
 
 LENS_ROWS, LENS_EXAMPLES = 2_500, 1_000  # that the maps of feedback are fitted to, at most
-SKIPPED = 4  # first tokens of a sequence, whose streams are hundreds of times as large as others (attention sinks)
 
 
 @dataclass(frozen=True, eq=False)

@@ -199,7 +199,7 @@ class HfEngine(Pairs):
             (delta,) = torch.autograd.grad((picked * weights).sum(), stream)
         for name in self.state.matrices:
             x, y = (part.flatten(0, -2)[rows].detach().clone() for part in seen[name])
-            own = self._maps[name].back(delta.float()) if name in self._maps else delta
+            own = self._maps[name].back(delta.float(), rows) if name in self._maps else delta
             if (behind := norm_behind(family, name)) is not None:
                 with torch.enable_grad():
                     own = torch.autograd.grad(self.model.get_submodule(behind)(y.requires_grad_()), y, own.to(y))[0]

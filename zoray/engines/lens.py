@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from zoray.engines.residual import SKIPPED
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -27,9 +29,14 @@ class Map(NamedTuple):
     u: torch.Tensor  # (H, q) float32
     v: torch.Tensor  # (q, H)
 
-    def back(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient (n, H) at the map's input from that at its output."""
-        return torch.addmm(gradient, gradient @ self.v.t(), self.u.t())
+    def back(self, gradient: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """The gradient (n, H) at the map's input from that at its output.
+
+        `positions` (n,) of the rows in their sequences: the first few, whose streams are unlike all others and which no
+        map is fitted to, have it as it is.
+        """
+        mapped = torch.addmm(gradient, gradient @ self.v.t(), self.u.t())
+        return mapped if positions is None else torch.where(positions[:, None] < SKIPPED, gradient, mapped)
 
 
 @dataclass

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 
+SKIPPED = 4  # first tokens of a sequence, whose streams are hundreds of times as large as others (attention sinks)
+
+
 class Family(NamedTuple):
     """Where a family's final norm is, and its matrices that write to the stream.
 
@@ -134,13 +137,28 @@ class Head(NamedTuple):
     scale: float = 1.0
     soft_cap: float | None = None
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(R, V) float32."""
+        import torch
+
+        raw = (hidden @ self.weight.t()).float()
+        capped = raw if self.soft_cap is None else self.soft_cap * torch.tanh(raw / self.soft_cap)
+        return capped if self.scale == 1.0 else capped * self.scale
+
     def back(
-        self, hidden: torch.Tensor, row_of: torch.Tensor, targets: torch.Tensor, slopes: torch.Tensor, chunk: int
+        self,
+        hidden: torch.Tensor,
+        row_of: torch.Tensor,
+        targets: torch.Tensor,
+        slopes: torch.Tensor,
+        chunk: int,
+        logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The gradient (R, H) of sum_m slopes[m] * log p(targets[m] | hidden[row_of[m]]), hidden (R, H).
 
         The softmax of a row is computed only where its slopes do not cancel, as those of options of one token do.
-        `chunk`: rows whose logits are computed at a time.
+        `chunk`: rows whose logits are computed at a time, unless all of them are given: `logits` (R, V) float32, which
+        is overwritten.
         """
         import torch
 
@@ -152,17 +170,20 @@ class Head(NamedTuple):
             gradient.index_add_(0, row_of, weight[targets].float() * (slopes * self.scale)[:, None])
         rows = torch.nonzero(total.abs() > 1e-6 * size).flatten() if cap is None else torch.arange(len(hidden))
         for some in rows.to(hidden.device).split(chunk):
-            raw = (hidden[some] @ weight.t()).float()
-            capped = raw if cap is None else cap * torch.tanh(raw / cap)
-            back = torch.softmax(capped * self.scale, dim=-1) * (-self.scale * total[some, None])
-            if cap is not None:
+            final = self.logits(hidden[some]) if logits is None or len(some) < len(hidden) else logits
+            squashed = None if cap is None else (final / (self.scale * cap)).square()
+            each = size[some, None].clamp(min=torch.finfo(torch.float32).tiny)  # of a row: 16 bits underflow early
+            back = final.sub_(torch.logsumexp(final, -1, keepdim=True)).exp_()
+            back *= -self.scale * total[some, None] / each
+            if squashed is not None:
                 place = torch.full((len(hidden),), -1, dtype=torch.long, device=hidden.device)
                 place[some] = torch.arange(len(some), device=hidden.device)
                 own = place[row_of] >= 0
-                back.index_put_((place[row_of[own]], targets[own]), slopes[own] * self.scale, accumulate=True)
-                back *= 1 - (capped / cap).square()
-            each = size[some, None].clamp(min=torch.finfo(torch.float32).tiny)  # of a row: 16 bits underflow early
-            gradient[some] += ((back / each).to(weight.dtype) @ weight).float() * each
+                at = place[row_of[own]]
+                put = slopes[own] * self.scale / each[at, 0]
+                back.index_put_((at, targets[own]), put, accumulate=True)
+                back *= 1 - squashed
+            gradient[some] += (back.to(weight.dtype) @ weight).float() * each
         return gradient
 
 

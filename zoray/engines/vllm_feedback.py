@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from zoray.engines.packing import Pack, Plan, SequenceTable
 
-LENS_TOKENS = 1024  # of a forward pass whose streams are kept for a moment
+LENS_TOKENS = 512  # of a forward pass whose streams are kept for a moment
 
 
 class Feedback:
@@ -134,26 +134,43 @@ class Feedback:
         scorer, device = self._scorer, self._scorer.device
         outputs = torch.from_numpy(packed.outputs).to(device)
         sums = torch.zeros(int(plan.first_output[-1]), dtype=torch.float64, device=device)
-        sums.index_add_(0, outputs, scorer.log_probabilities(hidden, packed).double())
+        asked = hidden.index_select(0, at)
+        row_of, targets = (torch.from_numpy(part).to(device) for part in (packed.target_rows, packed.targets))
+        logits = None  # computed once, where all rows' are no more than the head takes at a time
+        if len(at) <= self._chunk:
+            logits = scorer.runner.model.compute_logits(asked).float()
+            logps = logits[row_of, targets] - torch.logsumexp(logits, dim=-1)[row_of]
+        else:
+            logps = scorer.log_probabilities(hidden, packed)
+        sums.index_add_(0, outputs, logps.double())
         values = sums.cpu().numpy()
         slopes = np.asarray(gradient(values), np.float64)
         own = np.repeat(plan.probe_of >= 0, plan.table.n_outputs[plan.chosen])  # the bare model has no adapter to move
         weights = torch.from_numpy(np.where(own, slopes, 0.0).astype(np.float32)).to(device)[outputs]
-        row_of, targets = (torch.from_numpy(part).to(device) for part in (packed.target_rows, packed.targets))
         assert self.rows.stream is not None
-        kept = Kept(self.rows.inputs, self.rows.outputs, self.rows.stream, hidden.index_select(0, at))
-        return values, self.of_rows(kept, row_of, targets, weights)
+        kept = Kept(self.rows.inputs, self.rows.outputs, self.rows.stream, asked)
+        positions = torch.from_numpy(packed.positions[packed.rows]).to(device)
+        return values, self.of_rows(kept, row_of, targets, weights, positions, logits)
 
     def of_rows(
-        self, kept: Kept, row_of: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+        self,
+        kept: Kept,
+        row_of: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        positions: torch.Tensor,
+        logits: torch.Tensor | None = None,
     ) -> dict[str, np.ndarray]:
-        """Feedback of all trained tensors; weights[m] is d loss / d log p(targets[m]) at row row_of[m], (M,) each."""
-        delta = self._head.back(kept.hidden, row_of, targets, weights, self._chunk)
+        """Feedback of all trained tensors; weights[m] is d loss / d log p(targets[m]) at row row_of[m], (M,) each.
+
+        `positions` (R,) of the rows in their sequences; `logits` (R, V) where they are known, which are overwritten.
+        """
+        delta = self._head.back(kept.hidden, row_of, targets, weights, self._chunk, logits)
         delta = self._norm.back(kept.stream, delta)
         scorer, tensors = self._scorer, {}
         for name, a, b in scorer.state.tensors(scorer.state.flat):
             layer, behind = self.layers[name], self.behind.get(name)
-            own = self._maps[name].back(delta) if name in self._maps else delta
+            own = self._maps[name].back(delta, positions) if name in self._maps else delta
             own = own if behind is None else behind.back(kept.outputs[layer], own)
             found = outer(own, kept.inputs[layer], a, b, scorer.space.scaling)
             tensors |= {f"{name}.lora_{part}": tensor for part, tensor in zip("AB", found, strict=True)}

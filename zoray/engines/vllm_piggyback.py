@@ -97,7 +97,7 @@ class Piggyback:
         values = self.take(names)
         slopes, first = gradient(values), np.cumsum([0, *(one.n_outputs for one in some)])
         parts: list[Kept] = []
-        row_of, targets, weights, begin = [], [], [], 0
+        row_of, targets, weights, positions, begin = [], [], [], [], 0
         for k, one in enumerate(some):
             if one.slot < 0:  # the bare model has no adapter to move
                 continue
@@ -105,12 +105,15 @@ class Piggyback:
                 rows = one.rows[which]
                 row_of.append(begin + np.cumsum(np.diff(rows, prepend=rows[:1]) > 0))
                 targets.append(one.targets[which])
+                positions.append(np.unique(rows))
                 weights.append(slopes[first[k] + one.outputs[which]])
                 parts.append(kept)
                 begin += len(kept.hidden)
-        asked = (torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *part])) for part in (row_of, targets))
+        rows_of, ids, places = (
+            torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *part])) for part in (row_of, targets, positions)
+        )
         slopes = torch.from_numpy(np.concatenate([np.zeros(0), *weights]).astype(np.float32))
-        return values, feedback.of_rows(joined(parts), *asked, slopes)
+        return values, feedback.of_rows(joined(parts), rows_of, ids, slopes, places)
 
     @torch.inference_mode()
     def _read(self, hidden: torch.Tensor, counts: dict[str, int]) -> None:
