@@ -202,6 +202,9 @@ def tune(
                     f"warning: {silent} of {directions} directions said nothing (equal losses, or a difference below "
                     "the score noise): raise the perturbation (estimator.eps or sigma), or the batch"
                 )
+            if trust:
+                shares = " ".join(f"{share:.2f}" for share in trusted(trust))
+                monitor.message(f"trust in feedback, from the lowest layers that move to the highest: {shares}")
             if failed:
                 monitor.message(f"warning: {failed} completions had no reward, see `failed` in metrics.jsonl")
             if not finished:
