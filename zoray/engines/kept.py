@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
 ROW_BYTES = 1 << 26  # of a forward's rows that are kept, at least
+WHOLE_TOKENS = 1024  # of a step that is kept as a whole: those with scored tokens in them are small
 ROW_SHARE = 0.04  # of the bytes of the model's weights
 
 
@@ -64,7 +65,7 @@ class Rows:
 
     def keep(self, layer: Hashable, x: torch.Tensor, y: torch.Tensor) -> None:
         """Called by every LoRA layer with its input and its final output."""
-        if layer not in self.layers or (self.at is None and not self.whole):
+        if layer not in self.layers or not self._takes(x):
             return
         self.inputs[layer] = x.clone() if self.at is None else x.index_select(0, self.at)
         if self.layers[layer]:
@@ -72,12 +73,15 @@ class Rows:
 
     def keep_stream(self, x: torch.Tensor, rest: torch.Tensor | None = None) -> None:
         """Called before the final norm, with hidden states and what has been left to be added to them."""
-        if self.at is not None or self.whole:
+        if self._takes(x):
             self.stream = taken(self.at, x, rest)
+
+    def _takes(self, x: torch.Tensor) -> bool:
+        return self.at is not None or (self.whole and len(x) <= WHOLE_TOKENS)
 
     def of(self, at: torch.Tensor, hidden: torch.Tensor) -> Kept:
         """Of the last forward, kept as a `whole`, these tokens (R,); `hidden` are its hidden states."""
-        assert self.stream is not None
+        assert self.stream is not None and len(self.stream) == len(hidden)
         inputs, outputs = (
             {layer: part.index_select(0, at) for layer, part in parts.items()} for parts in (self.inputs, self.outputs)
         )

@@ -98,7 +98,8 @@ class Settings:
             raise ConfigError(
                 "expected space=lora for a served model: requests to other versions need the base weights as they are"
             )
-        object.__setattr__(self, "engine", self.engine.for_probes(len(self.estimator.ask(0))))
+        engine = self.engine.for_probes(len(self.estimator.ask(0)), self.estimator.guided)
+        object.__setattr__(self, "engine", engine)
         object.__setattr__(self, "folder", str(Path(self.folder).absolute()))
 
     @property
