@@ -127,7 +127,9 @@ def _scores(axes: Axes, evaluations: Sequence[Evaluation]) -> None:
         rising = len(dev) == 1 or dev[1].score >= start.score
         _name(axes, start, f"{'start' if start.step == 0 else 'first'} {start.score:.3f}", DEV, below=rising)
         if best is not start:
-            _name(axes, best, f"best {best.score:.3f} at step {best.step}", DEV, below=False)
+            last = max(1, dev[-1].step)
+            under = any(abs(e.step - best.step) < 0.3 * last and e.score >= best.score for e in test[-1:])  # its name's
+            _name(axes, best, f"best {best.score:.3f} at step {best.step}", DEV, below=under)
     if test:
         axes.plot([e.step for e in test], [e.score for e in test], "D", color=TEST, markersize=7, label="test")
         below = bool(dev) and dev[-1].score >= test[-1].score  # away from the dev line
