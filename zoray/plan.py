@@ -25,6 +25,8 @@ from zoray.spaces.base import CACHED_ELEMENTS
 from zoray.tiles import Grid, probes_of, scored
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from zoray.data import Workload
@@ -85,6 +87,7 @@ REMEDIES = {
     "adapter state": "Lower space.rank, name fewer space.targets, or set space.keep_base=false",
     "directions": "Lower space.rank, or name fewer space.targets",
     "activations": "Lower engine.max_tokens",
+    "feedback": "Lower estimator.lens, or name fewer space.targets",
     "process": "Lower cluster.replicas",
 }
 
@@ -114,8 +117,10 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
         "adapter state": 4 * e.space.kept(workload.matrices, e.optimizer.momentum > 0) + copy,
         "directions": 4 * (min(CACHED_ELEMENTS, e.estimator.directions * drawn) + staged),
         "activations": at_once * size * (2 * widest + 4 * hidden) + 4 * min(LOGITS_ELEMENTS, at_once * vocabulary),
+        **({"feedback": feedback_bytes(e, matrices, hidden, count * size)} if e.estimator.guided else {}),
         "process": int(PROCESS) * (ranks if device == "cpu" else 1),
     }
+    commit, answer = messages(e, matrices, _losses(grid))
     flops = matmul_rate(device, size, hidden, widest, at_once)
     inner = 2 * (count - embeddings) * float(np.mean(tokens))
     return Plan(
@@ -126,8 +131,8 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
         tokens=(round(float(np.mean(tokens))), min(tokens), most),
         forwards=forwards,
         memory=memory,
-        to_replica=len(pickle.dumps(((Commit(0, (0.1,) * e.estimator.directions),), 1, "train", ((0, 1),), False))),
-        from_replica=len(pickle.dumps(Scores(np.zeros(_losses(grid)), 0.0, 0))),
+        to_replica=len(pickle.dumps(((commit,), 1, "train", ((0, 1),), False))),
+        from_replica=len(pickle.dumps(answer)),
         seconds=TAX * inner / flops,
         flops=flops,
     )
@@ -144,6 +149,11 @@ def lines(plan: Plan, e: Experiment, device: str, limit: int, replicas: int) -> 
         ("memory", f"{plan.total / GIB:.2f} GiB a replica, of {limit / GIB:.1f} GiB ({device})"),
         *(("", f"{part:<14} {size / MIB:>9,.0f} MiB") for part, size in plan.memory.items()),
         ("on the wire", f"{plan.to_replica:,} bytes to a replica, {plan.from_replica:,} back, each step"),
+        *(
+            [("journal", f"about {plan.to_replica * 5 / 4 * e.run.steps / MIB:,.0f} MiB for {e.run.steps:,} steps")]
+            if e.estimator.guided
+            else []
+        ),
         ("time", f"about {plan.seconds:.2g} s a step at the {plan.flops / 1e9:,.0f} GFLOP/s measured here"),
         (
             "",
@@ -153,6 +163,23 @@ def lines(plan: Plan, e: Experiment, device: str, limit: int, replicas: int) -> 
     if replicas > 1:
         rows.append(("", f"shared by {replicas} replicas, each with a device or cores of its own"))
     return [f"{name:<12} {text}" for name, text in rows]
+
+
+def messages(e: Experiment, matrices: Mapping[str, tuple[int, int]], losses: int) -> tuple[Commit, Scores]:
+    """A commit and an answer of the size that a step's have."""
+    if not e.estimator.guided:
+        return Commit(0, (0.1,) * e.estimator.directions), Scores(np.zeros(losses), 0.0, 0)
+    trained = e.space.trained(matrices)
+    signs, gains = bytes(-(-trained // 8)), (0.1,) * len(matrices)
+    return Commit(0, (), gains=gains, signs=signs), Scores(
+        np.zeros(losses), 0.0, 0, feedback=np.zeros(trained, np.int8)
+    )
+
+
+def feedback_bytes(e: Experiment, matrices: Mapping[str, tuple[int, int]], hidden: int, weights: int) -> int:
+    """The rows that a forward keeps, the maps, and the products that these are fitted from."""
+    rows, fit = max(1 << 26, int(0.04 * weights)), min(1 << 28, 12 * hidden * hidden * len(matrices))
+    return rows + (8 * e.estimator.lens * hidden * len(matrices) + fit if e.estimator.lens else 0)
 
 
 def step_tokens(e: Experiment, workload: Workload) -> list[int]:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SKIPPED = 4  # first tokens of a sequence, whose streams are hundreds of times as large as others (attention sinks)
 
 
+ROWS = 64  # of logits that are worked on at a time
+
+
 class Family(NamedTuple):
     """Where a family's final norm is, and its matrices that write to the stream.
 
@@ -152,13 +155,13 @@ class Head(NamedTuple):
         targets: torch.Tensor,
         slopes: torch.Tensor,
         chunk: int,
-        logits: torch.Tensor | None = None,
+        logps: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The gradient (R, H) of sum_m slopes[m] * log p(targets[m] | hidden[row_of[m]]), hidden (R, H).
 
         The softmax of a row is computed only where its slopes do not cancel, as those of options of one token do.
-        `chunk`: rows whose logits are computed at a time, unless all of them are given: `logits` (R, V) float32, which
-        is overwritten.
+        `chunk`: rows whose logits are computed at a time, unless what becomes of them is given: `logps` (R, V), the
+        log-softmax of a head without cap, which is overwritten.
         """
         import torch
 
@@ -170,10 +173,13 @@ class Head(NamedTuple):
             gradient.index_add_(0, row_of, weight[targets].float() * (slopes * self.scale)[:, None])
         rows = torch.nonzero(total.abs() > 1e-6 * size).flatten() if cap is None else torch.arange(len(hidden))
         for some in rows.to(hidden.device).split(chunk):
-            final = self.logits(hidden[some]) if logits is None or len(some) < len(hidden) else logits
-            squashed = None if cap is None else (final / (self.scale * cap)).square()
+            if logps is None or len(some) < len(hidden):
+                final = self.logits(hidden[some])
+                squashed = None if cap is None else (final / (self.scale * cap)).square()
+                back = log_softmax_(final).exp_()
+            else:
+                squashed, back = None, logps.exp_()
             each = size[some, None].clamp(min=torch.finfo(torch.float32).tiny)  # of a row: 16 bits underflow early
-            back = final.sub_(torch.logsumexp(final, -1, keepdim=True)).exp_()
             back *= -self.scale * total[some, None] / each
             if squashed is not None:
                 place = torch.full((len(hidden),), -1, dtype=torch.long, device=hidden.device)
@@ -185,6 +191,15 @@ class Head(NamedTuple):
                 back *= 1 - squashed
             gradient[some] += (back.to(weight.dtype) @ weight).float() * each
         return gradient
+
+
+def log_softmax_(logits: torch.Tensor) -> torch.Tensor:
+    """The log-softmax of logits (R, V), in place; some rows at a time, so that nothing of their size is needed."""
+    import torch
+
+    for part in logits.split(ROWS):
+        part.sub_(torch.logsumexp(part, -1, keepdim=True))
+    return logits
 
 
 def outer(

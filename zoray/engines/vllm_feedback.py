@@ -17,7 +17,7 @@ import torch
 from zoray.engines.kept import Kept, Rows, StaticRows, most_rows
 from zoray.engines.lens import Map, Streams, fit
 from zoray.engines.packing import LOGITS_ELEMENTS, pack
-from zoray.engines.residual import Head, Norm, family_of, norm_behind, outer, reader_of
+from zoray.engines.residual import Head, Norm, family_of, log_softmax_, norm_behind, outer, reader_of
 from zoray.engines.vllm_layers import names_in
 from zoray.records import ConfigError, Probe
 from zoray.spaces.base import layer_number
@@ -136,10 +136,10 @@ class Feedback:
         sums = torch.zeros(int(plan.first_output[-1]), dtype=torch.float64, device=device)
         asked = hidden.index_select(0, at)
         row_of, targets = (torch.from_numpy(part).to(device) for part in (packed.target_rows, packed.targets))
-        logits = None  # computed once, where all rows' are no more than the head takes at a time
-        if len(at) <= self._chunk:
-            logits = scorer.runner.model.compute_logits(asked).float()
-            logps = logits[row_of, targets] - torch.logsumexp(logits, dim=-1)[row_of]
+        every = None  # computed once, where all rows' are no more than the head takes at a time
+        if len(at) <= self._chunk and self._head.soft_cap is None:
+            every = log_softmax_(scorer.runner.model.compute_logits(asked).float())
+            logps = every[row_of, targets]
         else:
             logps = scorer.log_probabilities(hidden, packed)
         sums.index_add_(0, outputs, logps.double())
@@ -150,7 +150,7 @@ class Feedback:
         assert self.rows.stream is not None
         kept = Kept(self.rows.inputs, self.rows.outputs, self.rows.stream, asked)
         positions = torch.from_numpy(packed.positions[packed.rows]).to(device)
-        return values, self.of_rows(kept, row_of, targets, weights, positions, logits)
+        return values, self.of_rows(kept, row_of, targets, weights, positions, every)
 
     def of_rows(
         self,
@@ -159,13 +159,13 @@ class Feedback:
         targets: torch.Tensor,
         weights: torch.Tensor,
         positions: torch.Tensor,
-        logits: torch.Tensor | None = None,
+        logps: torch.Tensor | None = None,
     ) -> dict[str, np.ndarray]:
         """Feedback of all trained tensors; weights[m] is d loss / d log p(targets[m]) at row row_of[m], (M,) each.
 
-        `positions` (R,) of the rows in their sequences; `logits` (R, V) where they are known, which are overwritten.
+        `positions` (R,) of the rows in their sequences; `logps` (R, V), see Head.back.
         """
-        delta = self._head.back(kept.hidden, row_of, targets, weights, self._chunk, logits)
+        delta = self._head.back(kept.hidden, row_of, targets, weights, self._chunk, logps)
         delta = self._norm.back(kept.stream, delta)
         scorer, tensors = self._scorer, {}
         for name, a, b in scorer.state.tensors(scorer.state.flat):
