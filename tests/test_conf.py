@@ -293,6 +293,10 @@ def test_a_port_in_use_and_a_folder_in_use_are_refused(monkeypatch, tiny_models,
     with pytest.raises(ConfigError, match=r"can't write serve\.folder="):
         claim(Path("/dev/null/x"))
     check_model(settings_of(compose("serve", [f"model.path={tiny_models['llama']}"])))
+    with pytest.raises(ConfigError, match="got q_proj as well"):
+        check_model(
+            settings_of(compose("serve", [f"model.path={tiny_models['llama']}", "space.targets=[o_proj,q_proj]"]))
+        )
 
 
 def test_settings_of_an_application_are_those_of_the_command_line(monkeypatch, tiny_models):

@@ -337,7 +337,7 @@ def test_learning_of_a_version_that_is_learnt_anew_has_another_mark(gateway):
 def test_the_page_is_sent_what_has_changed_only(client, gateway):
     found = client.get("/v1/overview").json()
     assert found["parts"].keys() == found["marks"].keys()
-    assert found["parts"]["server"] == {"name": "tiny", "steps": 400} and found["parts"]["numbers"]["id"] is None
+    assert found["parts"]["server"] == {"name": "tiny", "steps": 60} and found["parts"]["numbers"]["id"] is None
     have = ",".join(f"{name}:{mark}" for name, mark in found["marks"].items())
     again = client.get("/v1/overview", params={"have": have}).json()
     assert again == {"marks": found["marks"], "parts": {}}

@@ -135,7 +135,7 @@ def test_preference_is_dpo_against_the_bare_model(folder, plain, engine):
     for k in (0, 1):
         one = tuple(Example(e.prompt, answers=(e.options[k],)) for e in PAIRS)
         made_of = replica(folder, one, AnswerNLL(), metric=None)
-        counts = made_of.scorer._table("train", None).take(np.arange(8))[0].counts
+        counts = made_of.scorer.table("train", None).take(np.arange(8))[0].counts
         for name, at in (("moved", probe), ("bare", Probe(0, 0, 0.0))):
             sums[k, name] = -made_of.outcomes("train", at).losses * counts
     margins = 0.3 * (sums[0, "moved"] - sums[0, "bare"] - sums[1, "moved"] + sums[1, "bare"])

@@ -121,8 +121,8 @@ def test_versions_are_the_jobs_checkpoints_and_files_can_be_had_back(server, ver
 def test_any_step_can_be_gone_back_to_and_is_what_it_was(server, versions):
     """One that was measured and deleted is the same again, and one that has never been a version answers."""
     before = server.http.get("/v1/versions").json()
-    live, gone = before["live"], versions[1]
-    assert gone != live
+    live = before["live"]
+    gone = next(version for version in versions[1:] if version != live)
     digest = next(v for v in before["data"] if v["id"] == gone)["digest"]
     answers = [ask(server, gone, question)[1] for question in QUESTIONS]
     server.http.delete(f"/v1/versions/{gone}").raise_for_status()

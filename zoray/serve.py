@@ -49,10 +49,17 @@ def main(config: Any) -> int:
 
 
 def check_model(settings: Settings) -> None:
-    """Raise ConfigError unless the model is there (it is fetched or made now), and has what the space adapts."""
+    """Raise ConfigError unless the model is there (it is fetched or made now), and has what the space adapts.
+
+    Where jobs learn by feedback its family has to be one that feedback knows.
+    """
+    from zoray.engines.residual import family_of
     from zoray.models import linear_matrices
 
-    settings.space.select(linear_matrices(settings.model.resolve(), settings.space.targets))
+    folder = settings.model.resolve()
+    chosen = settings.space.select(linear_matrices(folder, settings.space.targets))
+    if settings.estimator.guided:
+        family_of(folder, chosen)
 
 
 def _check_port(host: str, port: int) -> None:
