@@ -118,28 +118,34 @@ class Guidance:
         each = [slice(first[number], first[number + 1]) for number in chosen]
         factor = 2 if objective.reference else 1
         sizes = [(factor * table.lengths[own], factor * table.n_targets[own]) for own in each]
-        for some in self._passes(sizes):
+        limits = self._engine.at_once()
+        for some in _passes(sizes, limits):
             own = chosen[some]
             count = len(own) if objective.reference else 0
             everything, probe_of = np.concatenate([own[:count], own]), np.repeat([-1, 0], [count, len(own)])
             bare = int(encoded.n_outputs[everything[:count]].sum())
             gradient = Gradient(objective, encoded.sums(np.zeros(0), own), bare)
-            values, feedback = self._fed(encoded.plan((centre,), probe_of, everything), gradient)
+            plan = encoded.plan((centre,), probe_of, everything)
+            values, feedback = (
+                self._fed(plan, gradient, limits) if len(own) == 1 else self._engine.feedback(plan, gradient)
+            )
             batch = gradient.batch(values)
             outcomes = replace(objective.reduce(batch), tokens=int(encoded.tokens[everything].sum()))
             yield some, outcomes, feedback, objective.doubts(batch, gradient(values)[bare:])
 
-    def _fed(self, plan: Plan, gradient: Gradient) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Sums and feedback of a plan. Of one example that does not fit a forward pass (many options, long answers):
-        its sums first, whose slopes are then known, and feedback of as many of its sequences as fit, in turn.
+    def _fed(
+        self, plan: Plan, gradient: Gradient, limits: tuple[int, int, int]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Sums and feedback of one example. Where it does not fit a forward pass (many options, long answers): its
+        sums first, whose slopes are then known, and feedback of as many of its sequences as fit, in turn.
         """
         own = np.flatnonzero(plan.probe_of >= 0)
         lengths, asked = plan.table.lengths[plan.chosen], plan.table.n_targets[plan.chosen]
-        if len(self._passes([(lengths[i : i + 1], asked[i : i + 1]) for i in range(len(lengths))])) == 1:
+        if len(_passes([(lengths[i : i + 1], asked[i : i + 1]) for i in range(len(lengths))], limits)) == 1:
             return self._engine.feedback(plan, gradient)
         values, total = self._engine.score_plan(plan), Total()
         slopes, first = gradient(values), plan.first_output
-        for some in self._passes([(lengths[i : i + 1], asked[i : i + 1]) for i in own]):
+        for some in _passes([(lengths[i : i + 1], asked[i : i + 1]) for i in own], limits):
             at = own[some]
             known = Constant(np.concatenate([slopes[first[i] : first[i + 1]] for i in at]))
             part = Plan(plan.table, plan.probes, plan.probe_of[at], plan.chosen[at])
@@ -164,7 +170,8 @@ class Guidance:
         telling = [i for i, sequence in enumerate(written) if sequence is not None and slopes[i]] or [0]
         sequences = [written[i] or SILENT for i in telling]
         total, tokens = Total(), 0
-        for some in self._passes([(np.array([len(s.tokens)]), np.array([len(s.rows)])) for s in sequences]):
+        sizes = [(np.array([len(s.tokens)]), np.array([len(s.rows)])) for s in sequences]
+        for some in _passes(sizes, self._engine.at_once()):
             table = SequenceTable.of([sequences[i] for i in some])
             plan = Plan(table, (centre,), np.zeros(len(some), np.int64), np.arange(len(some)))
             total.add(self._engine.feedback(plan, Constant(slopes[[telling[i] for i in some]]))[1])
@@ -177,23 +184,6 @@ class Guidance:
             tokens=found.tokens + tokens,
         )
         yield np.arange(len(examples)), means, total, np.ones(len(examples))
-
-    def _passes(self, sizes: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-        """Runs of numbers whose (tokens, asked rows) of each sequence fit one forward pass of the engine together."""
-        most_tokens, most_rows, block = self._engine.at_once()
-        runs: list[list[int]] = [[]]
-        tokens = rows = 0
-        for number, (lengths, asked) in enumerate(sizes):
-            more = int((-(-lengths // block) * block).sum()), int(asked.sum())
-            if runs[-1] and (tokens + more[0] > most_tokens or rows + more[1] > most_rows):
-                runs.append([])
-                tokens = rows = 0
-            runs[-1].append(number)
-            tokens, rows = tokens + more[0], rows + more[1]
-        return [np.array(run, np.int64) for run in runs]
-
-
-NOTHING = np.zeros(0, np.int32)
 
 
 def lens_table(sequences: Iterable[TokenSequence]) -> SequenceTable:
@@ -210,7 +200,26 @@ def lens_table(sequences: Iterable[TokenSequence]) -> SequenceTable:
     return SequenceTable.of(found)
 
 
+NOTHING = np.zeros(0, np.int32)
 SILENT = TokenSequence(np.zeros(1, np.int32), NOTHING, NOTHING, NOTHING, 1)  # of which nothing is asked
+
+
+def _passes(sizes: Sequence[tuple[np.ndarray, np.ndarray]], limits: tuple[int, int, int]) -> list[np.ndarray]:
+    """Runs of numbers whose (tokens, asked rows) of each sequence fit one forward pass together.
+
+    `limits`: see Engine.at_once.
+    """
+    most_tokens, most_rows, block = limits
+    runs: list[list[int]] = [[]]
+    tokens = rows = 0
+    for number, (lengths, asked) in enumerate(sizes):
+        more = int((-(-lengths // block) * block).sum()), int(asked.sum())
+        if runs[-1] and (tokens + more[0] > most_tokens or rows + more[1] > most_rows):
+            runs.append([])
+            tokens = rows = 0
+        runs[-1].append(number)
+        tokens, rows = tokens + more[0], rows + more[1]
+    return [np.array(run, np.int64) for run in runs]
 
 
 def _completion(prompt: Sequence[int], written: Sequence[int]) -> TokenSequence | None:

@@ -57,7 +57,6 @@ class SegmentedLora(PunicaWrapperCPU):
     used_rank: int | None = None  # ranks above it are zero in every slot, and skipped in B
     embeds = True  # whether an embedding has adapters
     one_a = False  # whether all slots that tokens are mapped to hold the same A
-    kept: Any = None  # where feedback's rows go (vllm_feedback.py)
     gated: frozenset[int] = frozenset()  # ids of the B whose products an activation adds (cpu_gated.py)
     _deferring = _however_small = False
     _held: Held | None = None
@@ -109,20 +108,8 @@ class SegmentedLora(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """y[t] += scale * x[t] A^T B^T for the adapter of each token t, in place; y (T, out), x (T, in)."""
-        if self.segments:
-            self._add_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
-        if self.kept is not None:
-            self.kept.keep(id(lora_b_stacked), x, y)
-
-    def _add_linear(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: tuple[torch.Tensor, ...],
-        lora_b_stacked: tuple[torch.Tensor, ...],
-        scale: float,
-        output_slices: tuple[int, ...],
-    ) -> None:
+        if not self.segments:
+            return
         begin, stop = self.segments[0][1], self.segments[-1][2]  # tokens of no adapter come before
         whole = stop - begin == len(y)
         if not whole:

@@ -85,7 +85,6 @@ class Streams:
     def __init__(self, model: Any, readers: Mapping[str, str], end: str) -> None:
         self.rows: torch.Tensor | None = None
         self.found: dict[str, torch.Tensor] = {}
-        self.end = end
         names = {*readers.values(), end}
         self._hooks = [model.get_submodule(name).register_forward_pre_hook(self._keep(name)) for name in names]
 

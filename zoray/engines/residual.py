@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 
 SKIPPED = 4  # first tokens of a sequence, whose streams are hundreds of times as large as others (attention sinks)
-
-
 ROWS = 64  # of logits that are worked on at a time
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from zoray.engines.kept import Kept, Rows, StaticRows, most_rows
+from zoray.engines.kept import Keeping, Kept, Rows, StaticRows, most_rows
 from zoray.engines.lens import Map, Streams, fit
 from zoray.engines.packing import LOGITS_ELEMENTS, pack
 from zoray.engines.residual import Head, Norm, family_of, log_softmax_, norm_behind, outer, reader_of
@@ -54,12 +54,14 @@ class Feedback:
         self._norm = Norm.of(final)
         self._head = head_of(model, config.model_config.get_vocab_size())
         self._chunk = max(1, LOGITS_ELEMENTS // len(self._head.weight))
-        if isinstance(scorer.wrapper.kept, StaticRows):
-            self.rows, self.layers = scorer.wrapper.kept, {name: name for name in scorer.matrices}
-            self.most_rows = scorer.wrapper.kept.most
+        static = getattr(scorer.wrapper, "kept", None)
+        if isinstance(static, StaticRows):
+            self.rows, self.most_rows = static, static.most
         elif scorer.device.type == "cpu":
-            self.layers = layers_of(scorer)
-            self.rows = scorer.wrapper.kept = Rows({layer: name in behind for name, layer in self.layers.items()})
+            self.rows = Rows({name: name in behind for name in scorer.matrices})
+            for module_name, module in scorer.manager.modules.items():
+                for name in scorer.matrices.keys() & set(names_in(scorer.manager, module_name)):
+                    module.set_mapping(Keeping(module.punica_wrapper, self.rows, name))
             final.register_forward_pre_hook(lambda _, inputs: self.rows.keep_stream(*inputs[:2]))
             widths = {name: (into, out * (name in behind)) for name, (out, into) in scorer.matrices.items()}
             self.most_rows = most_rows(model, widths, len(self._norm.weight), config.model_config.dtype)
@@ -73,7 +75,7 @@ class Feedback:
     def readers(self) -> dict[str, str]:
         """Matrix -> the norm that reads the stream right after it."""
         layers = 1 + max(layer_number(name) or 0 for name in self._scorer.all_matrices)
-        return {name: reader_of(self.family, name, layers) for name in self.layers}
+        return {name: reader_of(self.family, name, layers) for name in self._scorer.matrices}
 
     @torch.inference_mode()
     def fit_lens(self, table: SequenceTable, rank: int) -> None:
@@ -169,22 +171,12 @@ class Feedback:
         delta = self._norm.back(kept.stream, delta)
         scorer, tensors = self._scorer, {}
         for name, a, b in scorer.state.tensors(scorer.state.flat):
-            layer, behind = self.layers[name], self.behind.get(name)
+            behind = self.behind.get(name)
             own = self._maps[name].back(delta, positions) if name in self._maps else delta
-            own = own if behind is None else behind.back(kept.outputs[layer], own)
-            found = outer(own, kept.inputs[layer], a, b, scorer.space.scaling)
+            own = own if behind is None else behind.back(kept.outputs[name], own)
+            found = outer(own, kept.inputs[name], a, b, scorer.space.scaling)
             tensors |= {f"{name}.lora_{part}": tensor for part, tensor in zip("AB", found, strict=True)}
         return {name: tensors[name].cpu().numpy() for name in scorer.state.layout.shapes}
-
-
-def layers_of(scorer: Any) -> dict[str, int]:
-    """What the layers of the matrices that move call themselves on a CPU (cpu_lora.py)."""
-    found = {}
-    for module_name, module in scorer.manager.modules.items():
-        names = names_in(scorer.manager, module_name)
-        if len(names) == 1 and names[0] in scorer.matrices:
-            found[names[0]] = id(module.lora_b_stacked)
-    return found
 
 
 def head_of(model: Any, vocabulary: int) -> Head:

@@ -81,9 +81,11 @@ class Piggyback:
 
         nan where a sequence has not run to its end.
         """
-        sums = []
-        for name in names:
-            one = self._scored.pop(name)
+        sums, some = [], [self._scored.pop(name) for name in names]
+        if any(one.kept is not None for one in some):
+            rows = self._forward.feedback.rows
+            rows.whole = any(one.kept is not None for one in self._scored.values())
+        for one in some:
             sums.append(np.zeros(one.n_outputs))
             np.add.at(sums[-1], one.outputs, one.found)
         return np.concatenate([np.zeros(0), *sums])
@@ -92,7 +94,6 @@ class Piggyback:
     def take_feedback(self, names: Sequence[str], gradient: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """As Engine.feedback, of these sequences in their order; they are forgotten."""
         feedback = self._forward.feedback
-        feedback.rows.whole = False
         some = [self._scored[name] for name in names]
         values = self.take(names)
         slopes, first = gradient(values), np.cumsum([0, *(one.n_outputs for one in some)])

@@ -115,8 +115,8 @@ def prove_feedback(scorer: Scorer) -> dict[str, float]:
 
     def gradient(_: np.ndarray) -> np.ndarray:  # when it is asked for, the rows are there
         rows = feedback.rows
-        kept.update({f"the input of {name}": rows.inputs[layer].clone() for name, layer in feedback.layers.items()})
-        kept.update({f"the output of {name}": rows.outputs[feedback.layers[name]].clone() for name in feedback.behind})
+        kept.update({f"the input of {name}": rows.inputs[name].clone() for name in scorer.matrices})
+        kept.update({f"the output of {name}": rows.outputs[name].clone() for name in feedback.behind})
         kept["the stream"] = rows.stream.clone()
         return slopes
 
@@ -184,7 +184,7 @@ def _seen_by_hooks(scorer: Scorer, plan: Plan) -> dict[str, torch.Tensor]:
             found[f"the output of {name}"] = (output[0] if isinstance(output, tuple) else output).index_select(0, at)
 
     for module_name, module in scorer.manager.modules.items():
-        for name in feedback.layers.keys() & set(names_in(scorer.manager, module_name)):
+        for name in scorer.matrices.keys() & set(names_in(scorer.manager, module_name)):
             hooks.append(module.register_forward_hook(partial(keep, name=name)))
     norm = scorer.runner.model.get_submodule(feedback.family.norm)
 
