@@ -201,7 +201,8 @@ class SharedEngine(VllmEngine):
             return found
         table = SequenceTable.of([plan.table[int(i)] for i in plan.chosen])
         names = self._run(table, plan.probe_of.tolist(), True)
-        return self._call("zoray_take_feedback", names, gradient)
+        values, found = self._call("zoray_take_feedback", names, gradient)
+        return _whole(values), found
 
     def at_once(self) -> tuple[int, int, int]:
         """Few at a time while somebody may ask, see Engine.at_once."""
@@ -216,10 +217,7 @@ class SharedEngine(VllmEngine):
 
     def _join(self, table: SequenceTable, slots: Sequence[int]) -> np.ndarray:
         """As score_slots, all of a table, each sequence a request behind all others (vllm_piggyback.py)."""
-        found = self._call("zoray_take", self._run(table, slots))
-        if not np.isfinite(found).all():
-            raise RuntimeError("vLLM has ended a scored sequence before its end")
-        return found
+        return _whole(self._call("zoray_take", self._run(table, slots)))
 
     def _run(self, table: SequenceTable, slots: Sequence[int], feedback: bool = False) -> list[str]:
         """Let all sequences of a table run in the steps of requests, each under its slot; by what names."""
@@ -332,6 +330,13 @@ def report(client: Any, throttle: Throttle) -> None:
             throttle.ended()
 
     client.generate = watched
+
+
+def _whole(sums: np.ndarray) -> np.ndarray:
+    """Sums of sequences that have run as requests; RuntimeError unless all have come to their end."""
+    if not np.isfinite(sums).all():
+        raise RuntimeError("vLLM has ended a scored sequence before its end")
+    return sums
 
 
 def _name() -> str:
