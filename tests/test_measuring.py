@@ -43,7 +43,7 @@ def measure(monkeypatch, cancelled):
                 raise one
             return one
 
-        def remote(version):
+        def remote(version, dev):
             asked.append(version)
             return SimpleNamespace(result=result, cancel=lambda: cancelled.append(version))
 
@@ -95,7 +95,7 @@ def test_an_engine_holds_the_slot_until_a_cancelled_measurement_has_ended():
             assert ended == [3]
             held.remove(version)
 
-    def score(slot, stopping):
+    def score(slot, dev, stopping):
         while not stopping():
             time.sleep(0.01)
         time.sleep(0.05)

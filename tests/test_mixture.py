@@ -110,7 +110,10 @@ def tune_start(tmp_path, folder, task, objective):
     name = f"alone-{type(objective).__name__}"
     (tmp_path / "runs" / name).mkdir()
     e = experiment(folder, task, objective, tmp_path / "runs", steps=1, test=False, name=name)
-    tune(e, load_workload(e.spec), {}, LocalPool)
+    seen = []
+    tune(e, load_workload(e.spec), {}, LocalPool, on_dev=lambda pool, found, rows: seen.append((found, rows)))
+    (first, rows), (_, later) = seen
+    assert rows.shape == later.shape == (first.count,) and rows.mean() == pytest.approx(first.score)
     return read_metrics(tmp_path / "runs" / name)[1][0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -121,8 +122,8 @@ def test_a_live_version_that_is_gone_from_disk_is_made_again_or_missed(store, se
         versions.check_live(store, settings)
 
 
-def evaluation(step):
-    return Evaluation(step, "dev", 0.5, 0.5, 20, 100, 1.0)
+def evaluation(step, score=0.5):
+    return Evaluation(step, "dev", 0.5, score, 20, 100, 1.0)
 
 
 @pytest.fixture
@@ -132,15 +133,17 @@ def job(store, settings, made):
     def note(kind, message, **more):
         events.append({"kind": kind, "message": message, "time": time.time(), **more})
 
-    def measure(version):
-        measured.append(version)
+    def measure(version, dev):
+        measured.append(version if dev else (version, "neutral text"))
+        if not dev:
+            return Measured(math.nan, math.nan, BASE.perplexity)
         hits = (1.0,) * worth.get(version, 10)
         return replace(BASE, score=len(hits) / 20, rows=hits + (0.0,) * (20 - len(hits)))
 
-    def score(step, hits):
+    def score(step, hits, rows=None):
         worth[f"mail@{step}"] = hits
         pool = SimpleNamespace(adapter=lambda: (arrays, "digest"))
-        promotion.evaluated("mail", events, pool, evaluation(step))
+        promotion.evaluated("mail", events, pool, evaluation(step, hits / 20), rows)
         return store.live()
 
     arrays = SPACE.open(linear_matrices(settings.model.path), 0).arrays()
@@ -157,6 +160,24 @@ def test_what_passes_is_live_and_the_next_one_has_to_beat_it(store, job):
     assert meta(store, "mail@50")["compared_with"]["version"] == "mail@25"
     assert "rows" in meta(store, "mail@50")["measured"] and meta(store, "mail@50")["measured"]["rows"] == 20
     assert job.measured == ["mail@25", None, "mail@50", "mail@75"]  # each once
+
+
+def test_rows_that_the_run_has_just_evaluated_are_not_scored_again(store, job):
+    """The same verdicts as when each version is measured on them, and as many forward passes less."""
+
+    def rows(hits):
+        return np.array((1.0,) * hits + (0.0,) * (20 - hits))
+
+    assert job.score(0, 10, rows(10)) is None and not store.version_names()
+    assert job.score(25, 14, rows(14)) == "mail@25"
+    assert job.score(50, 15) == "mail@25"  # resumed there: its rows are not known, and one more hit may be luck
+    assert job.score(75, 18, rows(18)) == "mail@75"
+    assert job.measured == [*((version, "neutral text") for version in ("mail@25", None)), "mail@50", job.measured[-1]]
+    assert job.measured[-1] == ("mail@75", "neutral text")
+    found = meta(store, "mail@25")
+    assert found["measured"]["score"] == 0.7 and found["measured"]["rows"] == 20
+    assert found["measured"]["metric"] == "accuracy" and found["measured"]["perplexity"] == BASE.perplexity
+    assert found["compared_with"]["score"] == 0.5
 
 
 def test_a_step_is_judged_once_even_if_its_evaluation_comes_again(job):

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    import numpy as np
+
     from zoray.data import Workload
     from zoray.experiment import Experiment
     from zoray.records import Evaluation
@@ -43,7 +45,7 @@ def tune(
     config: dict[str, Any],
     start_pool: Callable[..., Pool] = Pool.start,
     stopping: Callable[[], bool] | None = None,
-    on_dev: Callable[[Pool, Evaluation], None] = lambda pool, evaluation: None,
+    on_dev: Callable[[Pool, Evaluation, np.ndarray | None], None] = lambda pool, evaluation, rows: None,
 ) -> dict[str, Any]:
     """Run an experiment to its end, or until it is asked to stop; returns the summary.
 
@@ -103,7 +105,7 @@ def tune(
             for step in range(log.next_step, run.steps):
                 if step == 0 or (run.eval_every and step % run.eval_every == 0):
                     log.sync()
-                    on_dev(pool, measure(pool, workload, monitor, "dev"))
+                    on_dev(pool, *measure(pool, workload, monitor, "dev"))
                     if step == 0 and run.test:
                         measure(pool, workload, monitor, "test")
                     if early := stalled(monitor.history.evaluations, run.patience):
@@ -157,7 +159,7 @@ def tune(
             last = selected = log.next_step
             if finished:
                 if not early:
-                    on_dev(pool, measure(pool, workload, monitor, "dev"))
+                    on_dev(pool, *measure(pool, workload, monitor, "dev"))
                 top = best(monitor.history.evaluations)
                 if run.select == "best" and top is not None and top.step < last:
                     selected = top.step
@@ -214,13 +216,17 @@ def tune(
     return summary
 
 
-def measure(pool: Pool, workload: Workload, monitor: Monitor, split: str) -> Evaluation:
-    """The current state on a split, evaluated unless the run has done so before (a resumed run may have)."""
+def measure(pool: Pool, workload: Workload, monitor: Monitor, split: str) -> tuple[Evaluation, np.ndarray | None]:
+    """The current state on a split, and what each example is worth (see measure.evaluate).
+
+    None for the latter if the run has evaluated that state before (a resumed run may have): it is not done again.
+    """
     known = {(evaluation.step, evaluation.split): evaluation for evaluation in monitor.history.evaluations}
-    here = (len(pool.commits), split)
-    if here not in known:
-        monitor.evaluation(known.setdefault(here, evaluate(pool, workload, split)))
-    return known[here]
+    if (len(pool.commits), split) in known:
+        return known[len(pool.commits), split], None
+    found, rows = evaluate(pool, workload, split)
+    monitor.evaluation(found)
+    return found, rows
 
 
 def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:

@@ -56,14 +56,20 @@ def check_rewards(scores: Scores, workload: Workload, where: str) -> None:
         )
 
 
-def evaluate(pool: Pool, workload: Workload, split: str) -> Evaluation:
-    """Loss and metrics of the current state on a whole split, shared out over the replicas."""
+def evaluate(pool: Pool, workload: Workload, split: str) -> tuple[Evaluation, np.ndarray]:
+    """Loss and metrics of the current state on a whole split, shared out over the replicas; and what `worth` says."""
     began, step, count = time.monotonic(), len(pool.commits), len(workload.splits[split])
     scores, digest = pool.evaluate(Grid.of(pool.spec, step, split, count), digest=True)
     check_rewards(scores, workload, f"evaluation on {split} before step {step + 1}")
     seconds, loss = time.monotonic() - began, mean(scores.losses.tolist())
     score, metric, others = metrics(workload, split, scores.losses, scores.columns or {})
-    return Evaluation(step, split, loss, score, count, scores.tokens, seconds, digest or "", metric, others)
+    found = Evaluation(step, split, loss, score, count, scores.tokens, seconds, digest or "", metric, others)
+    return found, worth(score, scores.losses, scores.columns or {})
+
+
+def worth(score: float, losses: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What each example is worth, (n,), higher is better: its score; where the split's `score` is NaN, -loss."""
+    return columns["score"] if math.isfinite(score) else -losses
 
 
 def metrics(

@@ -79,7 +79,7 @@ class TunerServer:
         """See Tuner.where."""
         return self.tuner.where()
 
-    def _measure(self, stopping: Callable[[], bool], version: str | None) -> Any:
+    def _measure(self, stopping: Callable[[], bool], version: str | None, dev: bool = True) -> Any:
         """By any engine that has the job's data, however long people keep it busy; one that has died is replaced.
 
         Raises:
@@ -91,7 +91,7 @@ class TunerServer:
             try:
                 if self._engine is None:
                     self._engine = serve.get_deployment_handle("Engine", app_name=APP)
-                asked = asked or self._engine.measure.remote(version)
+                asked = asked or self._engine.measure.remote(version, dev)
                 return asked.result(timeout_s=1.0)
             except RayTaskError as error:  # before TimeoutError: the engine's own is both
                 if isinstance(error.cause, ConfigError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -21,7 +22,7 @@ from zoray.adapters import peft_space, read_factors
 from zoray.engines.packing import Plan
 from zoray.engines.throttle import Throttle
 from zoray.guidance import lens_table
-from zoray.measure import metrics
+from zoray.measure import metrics, worth
 from zoray.records import ConfigError, Probe
 from zoray.replica import Replica
 from zoray.scorer import Scorer
@@ -108,11 +109,11 @@ class EngineServer:
         """Whether requests can be answered: this one has been."""
         return True
 
-    async def measure(self, version: str | None) -> Measured:
-        """A version on the dev rows of the job at hand, and on the neutral text; one at a time."""
+    async def measure(self, version: str | None, dev: bool = True) -> Measured:
+        """A version on the neutral text, and with `dev` on the dev rows of the job at hand; one at a time."""
         async with self._measuring, self.versions.held(version) as slot:
             over = threading.Event()
-            task = asyncio.create_task(asyncio.to_thread(self.member.measure, slot, over.is_set))
+            task = asyncio.create_task(asyncio.to_thread(self.member.measure, slot, dev, over.is_set))
             try:
                 return await asyncio.shield(task)
             except asyncio.CancelledError:  # the slot is held until nothing is scored under it any more
@@ -245,22 +246,25 @@ class TuningMember(ReplicaActor):
             self.replica = Replica(spec, engine=self._server.engine)
         return self.replica.info
 
-    def measure(self, slot: int, stopping: Callable[[], bool]) -> Measured:
-        """What a slot holds (-1: the base model), on the dev rows of the job and on the neutral text.
+    def measure(self, slot: int, dev: bool, stopping: Callable[[], bool]) -> Measured:
+        """What a slot holds (-1: the base model) on the neutral text, and with `dev` on the dev rows of the job.
 
         Raises:
             Closed: it was `stopping`, between two slices.
         """
+        pinned = Pinned(self._server.engine, slot, stopping)
+        sums = pinned.score_plan(Plan.of([(Probe(0, 0, 0.0), part) for part in self._server.neutral]))
+        spread = neutral.perplexity([sums], self._server.neutral)
+        if not dev:
+            return Measured(math.nan, math.nan, spread)
         if self.replica is None:
             raise RuntimeError("this replica has no job's data yet")
-        workload, pinned = self.replica.workload, Pinned(self._server.engine, slot, stopping)
+        workload = self.replica.workload
         count = len(workload.splits.dev)
         scorer = Scorer(self.replica.spec, workload, pinned)  # type: ignore[arg-type]
         found = scorer.outcomes("dev", (Probe(0, 0, 0.0),), np.zeros(count, np.int64), np.arange(count), measured=True)
         score, metric, _ = metrics(workload, "dev", found.losses, {"score": found.scores, **found.columns})
-        sums = pinned.score_plan(Plan.of([(Probe(0, 0, 0.0), part) for part in self._server.neutral]))
-        spread = neutral.perplexity([sums], self._server.neutral)
-        rows = found.scores if np.isfinite(score) else -found.losses
+        rows = worth(score, found.losses, {"score": found.scores})
         return Measured(score, mean(found.losses.tolist()), spread, metric, tuple(rows.tolist()))
 
     def _serve(self, name: str, address: tuple[str, int], key: bytes) -> None:

@@ -7,6 +7,7 @@ hand since a job began (or was resumed) is not undone by the gate.
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from zoray.models import weights_hash
@@ -16,6 +17,8 @@ from zoray.serving.store import NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import numpy as np
 
     from zoray.pool import Pool
     from zoray.records import Evaluation
@@ -33,7 +36,8 @@ class Promotion:
     Args:
         settings: of the server, with its gate.
         store: where versions are kept, and what is live.
-        measure: asks an engine what a version (None: the base model) is worth, see EngineServer.measure.
+        measure: asks an engine what a version (None: the base model) is worth, on the dev rows too or not, see
+            EngineServer.measure.
         note: appends an event to the job: kind, message, more.
         promote: lets a version answer: its name, and why.
     """
@@ -42,7 +46,7 @@ class Promotion:
         self,
         settings: Settings,
         store: Store,
-        measure: Callable[[str | None], Measured],
+        measure: Callable[[str | None, bool], Measured],
         note: Callable[..., None],
         promote: Callable[[str, str], None],
     ) -> None:
@@ -50,12 +54,20 @@ class Promotion:
         self._note, self._promote = note, promote
         self._gate: Gate = settings.gate
         self._known: dict[str | None, Measured] = {}
+        self._evaluated: dict[str | None, tuple[Evaluation, np.ndarray]] = {}
 
-    def evaluated(self, job: str, events: list[dict[str, Any]], pool: Pool, evaluation: Evaluation) -> None:
-        """Make a version of the state that has been evaluated, measure it, and let the gate decide; once a step."""
-        if evaluation.step == 0 or any(event.get("step") == evaluation.step for event in events):
+    def evaluated(
+        self, job: str, events: list[dict[str, Any]], pool: Pool, evaluation: Evaluation, rows: np.ndarray | None
+    ) -> None:
+        """Make a version of the state that has been evaluated, measure it, and let the gate decide; once a step.
+
+        `rows`: what each held-out row is worth (see measure.evaluate), so that none is scored twice; None if unknown.
+        """
+        version, store = f"{job}@{evaluation.step}" if evaluation.step else None, self._store
+        if rows is not None:
+            self._evaluated[version] = evaluation, rows
+        if version is None or any(event.get("step") == evaluation.step for event in events):
             return
-        version, store = f"{job}@{evaluation.step}", self._store
         arrays, digest = pool.adapter()
         folder = versions.write(store, version, arrays, self._settings.space, self._settings.model.path)
         while True:
@@ -91,9 +103,17 @@ class Promotion:
         self._prune(job)
 
     def _measured(self, version: str | None) -> Measured:
-        """A version never changes, nor do a job's held-out rows: each is measured once."""
+        """A version never changes, nor do a job's held-out rows: each is measured once.
+
+        The job's own states have just been evaluated on these rows, and step 0 is the base model.
+        """
         if version not in self._known:
-            self._known[version] = self._measure(version)
+            done = self._evaluated.pop(version, None)
+            found = self._measure(version, done is None)
+            if done is not None:
+                e, rows = done
+                found = replace(found, score=e.score, loss=e.loss, metric=e.metric, rows=tuple(rows.tolist()))
+            self._known[version] = found
         return self._known[version]
 
     def _prune(self, job: str) -> None:

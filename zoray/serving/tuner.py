@@ -48,7 +48,8 @@ ENDS_SECONDS = 120.0  # that a job may take to end after its step
 class Tuner:
     """Jobs, versions, and what is live.
 
-    `measure(stopping, version)` asks an engine, see EngineServer.measure; KeyboardInterrupt says that it is to stop.
+    `measure(stopping, version, dev)` asks an engine, see EngineServer.measure; KeyboardInterrupt says that it is to
+    stop.
     """
 
     def __init__(self, settings: Settings, measure: Any) -> None:
@@ -409,7 +410,7 @@ class Tuner:
                 config,
                 partial(start_pool, listener, self.settings.replicas, stopping),
                 stopping=stopping,
-                on_dev=lambda pool, found: promotion.evaluated(name, self.events(name), pool, found),
+                on_dev=lambda pool, found, rows: promotion.evaluated(name, self.events(name), pool, found, rows),
             )
         finally:
             self._listener = None
