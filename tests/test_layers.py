@@ -16,7 +16,8 @@ FILES = {str(path.relative_to(SOURCES)): path for path in sorted(SOURCES.rglob("
 # A file imports only what stands before it. A new file takes its place in this list and in the README's tree.
 ORDER = [
     *("__init__", "records", "signatures", "kernels", "cpu_kernels", "directions", "tiles"),
-    *("spaces.base", "spaces.signs", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces", "models"),
+    *("spaces.base", "spaces.signs", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces"),
+    *("checkpoint", "models"),
     *("rewards.base", "rewards.answers", "rewards.numbers", "rewards.shape", "rewards.countdown"),
     *("rewards.json_object", "rewards", "rewards.functions", "rewards.worker", "rewards.judge"),
     *("estimators", "feedback", "optimizers", "journal", "snapshots", "prompts"),

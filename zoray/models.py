@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoray.checkpoint import FIX, check_files, check_gguf
 from zoray.records import ConfigError, JournalError
 from zoray.spaces.base import is_embedding
 
@@ -279,8 +280,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
+    except Exception as error:  # tokenizers has no class of its own for a damaged file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"{folder} holds no tokenizer that transformers can load ({reason[:300]}). Copy its files (tokenizer.json, "
+            "tokenizer_config.json) from the model that this one was made from"
+        ) from error
 
 
 def _looks_local(path: str) -> bool:
@@ -291,20 +296,11 @@ def _looks_local(path: str) -> bool:
 
 
 def _check_local(folder: Path, path: str) -> Path:
-    fix = "Give a Hugging Face folder (config.json, *.safetensors, tokenizer files) or a Hub id (org/name)"
     if not folder.exists():
-        raise ConfigError(f"model.path={path} is read as a local folder, but {folder.absolute()} is not there. {fix}")
+        raise ConfigError(f"model.path={path} is read as a local folder, but {folder.absolute()} is not there. {FIX}")
     if not folder.is_dir():
-        raise ConfigError(f"model.path={path} must be a folder, but is a file. {fix}")
-    if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise ConfigError(
-            f"model.path={path} has no config.json. "
-            + ("It is an adapter; give its base model. " if adapter else "")
-            + fix
-        )
-    if not _weight_files(folder):
-        raise ConfigError(f"model.path={path} has neither *.safetensors nor *.bin. {fix}")
+        raise ConfigError(f"model.path={path} must be a folder, but is a file. {FIX}")
+    check_files(folder, f"model.path={path}")
     return folder.resolve()
 
 
@@ -355,6 +351,7 @@ def _installed(path: str) -> Path:
     if not found:
         shipped = sorted(entry.name for entry in files if entry.name.endswith(".gguf"))
         raise ConfigError(f"the package {name} has no file {file}; it ships {shipped or 'no GGUF file'}")
+    check_gguf(found[0], f"model.path={path}")
     return found[0]
 
 
