@@ -48,6 +48,7 @@ from benchmarks.options import parse
 from zoray.cli import build, compose, guarded
 from zoray.models import load_tokenizer, max_length
 from zoray.order import Order, labels_of
+from zoray.paths import user_path
 from zoray.prompts import Encoder
 from zoray.records import ConfigError
 
@@ -77,10 +78,13 @@ def main(arguments: list[str]) -> None:
         records.append(record)
         print(json.dumps(record), file=sys.stderr, flush=True)
         if options["out"]:
-            Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(options["out"] + ".partial")
-            partial.write_text(json.dumps({"benchmark": "baselines", **options, "results": records}) + "\n")
-            os.replace(partial, options["out"])
+            out = user_path(options["out"])
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial = out.with_name(f"{out.name}.partial")
+            partial.write_text(
+                json.dumps({"benchmark": "baselines", **options, "results": records}) + "\n", encoding="utf-8"
+            )
+            os.replace(partial, out)
     print(table(records))
     print(json.dumps({"benchmark": "baselines", **options, "results": records}))
 
@@ -90,7 +94,7 @@ def measure(options: dict[str, str], where: Sequence[str] = ()) -> Iterator[Reco
     parts = ALL if options["what"] == "all" else tuple(options["what"].split(","))
     if wrong := (set(parts) - {*ALL, "text"}) | (set(options["rules"].split(",")) - RULES.keys()):
         raise ConfigError(f"expected what of {', '.join((*ALL, 'text'))}, rules of {', '.join(RULES)}; got {wrong}")
-    if "text" in parts and not Path(options["file"]).is_file():
+    if "text" in parts and not user_path(options["file"]).is_file():
         raise ConfigError(f"what=text needs a text file; got file={options['file']!r}. Set file=PATH")
     config = compose("config", where)
     source, task = build(config.model, "model"), build(config.task, "task")
@@ -297,7 +301,7 @@ def text(
     model: Any, encoder: Encoder, bos: bool, options: dict[str, str], seeds: Sequence[int], held_out: int = HELD_OUT
 ) -> Iterator[Record]:
     """Backpropagation on the lines of a file; the loss a token on the lines held out. No line is in both."""
-    held, train = lines_of(Path(options["file"]), encoder, bos, held_out)
+    held, train = lines_of(user_path(options["file"]), encoder, bos, held_out)
     order = {seed: order_of(seed, np.zeros(len(train), np.int64), int(options["batch"])) for seed in seeds}
 
     def loss_of(seed: int, step: int) -> torch.Tensor:

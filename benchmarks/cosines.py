@@ -36,6 +36,7 @@ from zoray.guidance import Gradient, Guidance
 from zoray.models import linear_matrices, load_tokenizer, max_length
 from zoray.objectives import AnswerNLL
 from zoray.order import labels_of
+from zoray.paths import user_path
 from zoray.plots import DEV, DPI, GRID, INK, TRAIN
 from zoray.prompts import Encoder
 from zoray.records import Commit, ConfigError, Example, Probe, Splits
@@ -60,17 +61,17 @@ def main(arguments: list[str]) -> None:
     """Measure what is asked for, print the tables, draw the picture, then print one JSON object."""
     own = [argument for argument in arguments if argument.partition("=")[0] in DEFAULTS]
     options, where = parse(own, DEFAULTS), [argument for argument in arguments if argument not in own]
-    out = Path(options["out"])
+    out = user_path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
     results = []
     for task in options["what"].split(","):
         results.append(measure(options, task, where))
         partial = out / f"{results[-1]['model']}-{task}.partial"
-        partial.write_text(json.dumps(results[-1]) + "\n")
+        partial.write_text(json.dumps(results[-1]) + "\n", encoding="utf-8")
         os.replace(partial, partial.with_suffix(".json"))
         print(f"{results[-1]['model']}, {task}\n\n{table(results[-1])}\n", flush=True)
-    kept = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
-    draw(sorted(kept, key=lambda one: one["model"], reverse=True), Path(options["picture"] or out / "cosines.png"))
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+    draw(sorted(kept, key=lambda one: one["model"], reverse=True), user_path(options["picture"] or out / "cosines.png"))
     print(json.dumps({"benchmark": "cosines", **options, "results": results}))
 
 
@@ -117,11 +118,11 @@ def experiment(options: dict[str, str], task: str, where: Sequence[str]) -> tupl
     e = build_experiment(compose("config", [*own, *where]))
     if task == "choice":
         return e, load_workload(e.spec)
-    if not Path(options["file"]).is_file():
+    if not user_path(options["file"]).is_file():
         raise ConfigError(f"what=text needs a text file; got file={options['file']!r}. Set file=PATH")
     folder = e.model.resolve()
     encoder = Encoder(load_tokenizer(folder), max_length(folder), cut=True)
-    held, train = lines_of(Path(options["file"]), encoder, False, HELD_OUT)
+    held, train = lines_of(user_path(options["file"]), encoder, False, HELD_OUT)
     encoded = {
         name: tuple((encoder.sequence(tokens, range(1, len(tokens))),) for tokens in lines)
         for name, lines in (("train", train), ("dev", held), ("test", ()))

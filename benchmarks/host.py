@@ -123,7 +123,7 @@ def toy(folder: Path) -> Path:
     config |= {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
     config |= {"head_dim": 32, "max_position_embeddings": 64, "torch_dtype": "float32", "tie_word_embeddings": False}
     config |= {"bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file({}, folder / "model.safetensors")
     return folder
 

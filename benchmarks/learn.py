@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.options import parse
 from benchmarks.stepper import Stepper
 from benchmarks.training_loop import TrainingLoop, option_batch
+from zoray.paths import user_path
 
 DEFAULTS = {"steps": "200", "every": "50", "batch": "16", "lr": "1e-4", "eps": "5e-4", "rank": "2", "interval": "50"}
 DEFAULTS |= {"dev": "200", "seed": "0", "out": "runs/learn"}
@@ -27,9 +28,9 @@ def main(arguments: list[str]) -> None:
     """Run both, draw them, print one JSON object."""
     options = parse(arguments, DEFAULTS)
     result = measure(options)
-    out = Path(options["out"])
+    out = user_path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
-    (out / "learn.json").write_text(json.dumps(result) + "\n")
+    (out / "learn.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     draw(result, out / "curve.png")
     print(json.dumps(result))
 

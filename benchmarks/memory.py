@@ -48,7 +48,7 @@ def measure(options: dict[str, str], where: tuple[str, ...] = ()) -> dict[str, A
 def in_process(options: dict[str, str]) -> int:
     """Peak bytes of one side, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.memory", *(f"{key}={value}" for key, value in options.items())]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -59,7 +59,7 @@ def here(options: dict[str, str], where: tuple[str, ...]) -> int:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     with tempfile.TemporaryDirectory() as folder:
         return peak(options, Path(folder), where)
 
@@ -115,7 +115,7 @@ def _peak() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()  # getrusage would count a larger parent in
+    status = Path("/proc/self/status").read_text(encoding="utf-8")  # getrusage would count a larger parent in
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 

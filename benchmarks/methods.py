@@ -17,11 +17,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.options import parse
 from benchmarks.stepper import Stepper
+from zoray.paths import user_path
 
 # The methods as settings over the defaults of conf/; steps follow from the budget. Learning rates are the best of those
 # tried on seed 0 at 1,600 sequences; runs eight times as long want about half of it.
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
     """Run what is missing and print the table; with `run=` one run, in this process."""
     defaults = {"sequences": "1600", "seeds": "0,1,2", "only": ",".join(METHODS), "lr": "1", "out": "runs/methods"}
     options = parse(arguments, {**defaults, "run": "", "test": "true"})
-    budget, out = int(options["sequences"]), Path(options["out"])
+    budget, out = int(options["sequences"]), user_path(options["out"])
     if options["run"]:
         method, seed, factor = options["run"].split(",")
         print(json.dumps(run(method, int(seed), float(factor), budget, options["test"] == "true")))
@@ -83,14 +83,18 @@ def main(arguments: list[str]) -> None:
                 path = (
                     out / f"{method}-{budget}-seed{seed}-lr{factor:g}{'' if options['test'] == 'true' else '-dev'}.json"
                 )
-                if not path.exists() or json.loads(path.read_text()).get("settings") != settings(method):
+                if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("settings") != settings(
+                    method
+                ):
                     command = [sys.executable, "-m", "benchmarks.methods", f"sequences={budget}"]
                     command += [f"run={method},{seed},{factor}", f"test={options['test']}"]
-                    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                    path.with_suffix(".partial").write_text(done.stdout.strip().splitlines()[-1] + "\n")
+                    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
+                    path.with_suffix(".partial").write_text(
+                        done.stdout.strip().splitlines()[-1] + "\n", encoding="utf-8"
+                    )
                     os.replace(path.with_suffix(".partial"), path)
-                results.append(json.loads(path.read_text()))
-                print(path.read_text().strip(), file=sys.stderr, flush=True)
+                results.append(json.loads(path.read_text(encoding="utf-8")))
+                print(path.read_text(encoding="utf-8").strip(), file=sys.stderr, flush=True)
     print(table(results))
     print(json.dumps({"benchmark": "methods", "sequences": budget, "runs": results}))
 

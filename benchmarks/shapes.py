@@ -93,7 +93,7 @@ def make_model(name: str, folder: Path) -> Path:
     """Write a shape's config.json into a folder, and a file that stands for the weights."""
     config = config_of(name)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file({}, folder / "model.safetensors")  # it has a hash as well
     return folder
 

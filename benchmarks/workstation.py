@@ -148,7 +148,7 @@ def main() -> None:
             play(page, url, story, asked.data or reviews(Path(folder)), asked.template, started)
         finally:
             browser.close()
-            (asked.folder / "story.json").write_text(json.dumps(story.rows, indent=2) + "\n")
+            (asked.folder / "story.json").write_text(json.dumps(story.rows, indent=2) + "\n", encoding="utf-8")
     print(table(story.rows))
 
 

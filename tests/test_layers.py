@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parent.parent / "zoray"
+BENCHMARKS = sorted((SOURCES.parent / "benchmarks").rglob("*.py"))
 FILES = {str(path.relative_to(SOURCES)): path for path in sorted(SOURCES.rglob("*.py"))}
 
 # A file imports only what stands before it. A new file takes its place in this list and in the README's tree.
 ORDER = [
-    *("__init__", "records", "signatures", "kernels", "cpu_kernels", "directions", "tiles"),
+    *("__init__", "streams", "records", "paths", "signatures", "kernels", "cpu_kernels", "directions", "tiles"),
     *("spaces.base", "spaces.signs", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces"),
     *("checkpoint", "models"),
     *("rewards.base", "rewards.answers", "rewards.numbers", "rewards.shape", "rewards.countdown"),
@@ -123,6 +125,8 @@ ALLOWED = {  # library -> the files that may import it
     "omegaconf": ["cli.py", "launch.py", "replay.py", "evaluate.py", "plan.py", "export.py"],
 }
 LIGHT = [
+    "streams",
+    "paths",
     "records",
     "directions",
     "estimators",
@@ -184,6 +188,36 @@ def test_nothing_imports_what_comes_after_it(file):
 @pytest.mark.parametrize("file", FILES)
 def test_no_file_is_over_500_lines(file):
     assert len(FILES[file].read_text().splitlines()) <= 500
+
+
+def texts_in_the_encoding_of_the_day(source: str) -> list[int]:
+    """Lines of calls that read or write text without saying how; but for files that say they are binary."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        method = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+        values = [getattr(argument, "value", None) for argument in node.args] + [given.get("mode")]
+        texts = method in ("read_text", "write_text") or given.get("text") is True
+        mode = next((value for value in values if isinstance(value, str) and re.fullmatch("[rwxab+t]{1,4}", value)), "")
+        on_path = isinstance(node.func, ast.Attribute) and not values[:-1]
+        opens = method == "open" and ast.unparse(node.func) != "tarfile.open"
+        texts |= opens and "b" not in mode and (bool(mode) or isinstance(node.func, ast.Name) or on_path)
+        if texts and "encoding" not in given:
+            lines.append(node.lineno)
+    return lines
+
+
+def test_texts_without_an_encoding_are_found():
+    source = 'a.read_text()\nb.open("w")\nrun(x, text=True)\nopen(a)\nc.open("ab")\nopen(a, "rb")\nd.write_text(e)\n'
+    source += 'f.open(encoding="utf-8")\nspace.open(matrices, 0)\ng.open()\n'
+    assert texts_in_the_encoding_of_the_day(source) == [1, 2, 3, 4, 7, 10]
+
+
+@pytest.mark.parametrize("file", [*FILES.values(), *BENCHMARKS], ids=str)
+def test_text_is_utf8_whatever_the_locale(file):
+    assert texts_in_the_encoding_of_the_day(file.read_text("utf-8")) == []
 
 
 @pytest.mark.parametrize("module", LIGHT)

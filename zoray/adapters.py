@@ -63,7 +63,7 @@ def write_peft(
         "target_modules": sorted({name.rsplit(".", 1)[-1] for name in matrices}) if plain else matrices,
     }
     with _replacing(folder) as partial:
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {_peft_key(name): np.ascontiguousarray(value) for name, value in adapter.items()}
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
 

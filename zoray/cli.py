@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from zoray import streams
 from zoray.records import ConfigError, JournalError, ReplicaLost
-from zoray.signatures import check_signature, did_you_mean, unknown_key
+from zoray.signatures import check_signature, did_you_mean, in_quotes, unknown_key
 
 USAGE_EXIT, FAILURE_EXIT, INTERRUPT_EXIT = 2, 1, 130
 SHOWING_FLAGS = {"--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"}  # of Hydra's: print, run nothing
@@ -29,7 +30,8 @@ def run_main(config_name: str, function: Callable[[Any], int | None]) -> NoRetur
     Hydra's own flags (--help, --cfg, --multirun, ...) go to Hydra. Errors of ours are printed as one message, without a
     traceback; any other exception is a defect and keeps its traceback.
     """
-    arguments = sys.argv[1:]
+    streams.settle()
+    arguments = sys.argv[1:] = [readable(argument) for argument in sys.argv[1:]]
     flags = {argument for argument in arguments if argument.startswith("-")}
     if not flags:
         sys.exit(guarded(lambda: function(compose(config_name, arguments))))
@@ -146,6 +148,24 @@ def _check_experiment(options: Sequence[str]) -> None:
             f"expected experiment={chosen['experiment']} with its own space and estimator; got {', '.join(swapped)} "
             "beside it. Leave one of them out (make run: EXPERIMENT=null), or change single settings, space.KEY=VALUE"
         )
+
+
+def readable(override: str) -> str:
+    """An override that Hydra's grammar can read: text with what it has no token for, such as ~ or ü, goes in quotes."""
+    key, equals, value = override.partition("=")
+    if not equals or key.startswith(("-", "~")) or value.startswith(("[", "{", "'", '"')):
+        return override
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    quoted = f"{key}={in_quotes(value)}"
+    for form in (override, quoted):
+        try:
+            OverridesParser.create().parse_override(form)
+            return form
+        except HydraException:
+            pass
+    return override
 
 
 def _split(override: str) -> tuple[str, str]:

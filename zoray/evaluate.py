@@ -24,6 +24,7 @@ from zoray.history import resolve_step
 from zoray.measure import metrics
 from zoray.objectives import AnswerNLL, ChoiceNLL
 from zoray.objectives.base import Objective, Unbound
+from zoray.paths import user_path
 from zoray.records import ConfigError, JournalError, Probe
 from zoray.spaces import Lora, from_record
 from zoray.tasks.few_shot import FewShot
@@ -47,7 +48,7 @@ def main(config: Any) -> None:
         raise ConfigError("expected either run=..., which has its model and adapter, or model=... and adapter=...")
     if config.split not in ("train", "dev", "test"):
         raise ConfigError(f"expected split to be train, dev or test; got {config.split!r}")
-    if config.predictions is not None and Path(str(config.predictions)).exists():
+    if config.predictions is not None and user_path(config.predictions).exists():
         raise ConfigError(f"expected {config.predictions} not to exist yet; it does. Choose another file")
 
     from zoray.replica import Replica
@@ -60,12 +61,12 @@ def main(config: Any) -> None:
     if contents is not None:
         _replay(replica, contents, last)
     elif config.adapter is not None:
-        replica.engine.restore(read_peft(Path(str(config.adapter)), spec.space, workload.matrices), 0)
+        replica.engine.restore(read_peft(user_path(config.adapter), spec.space, workload.matrices), 0)
     outcomes = replica.outcomes(config.split, Probe(last, 0, 0.0))
     columns = {"score": outcomes.scores, **outcomes.columns}
     score, metric, others = metrics(workload, config.split, outcomes.losses, columns)
     if config.predictions is not None:
-        _write(Path(str(config.predictions)), replica, config.split, outcomes)
+        _write(user_path(config.predictions), replica, config.split, outcomes)
     shown = f"{metric} {score:.4f}, " if metric else ""
     at = "" if contents is None else f"step {last}: "
     loss, count = mean(outcomes.losses.tolist()), len(outcomes.losses)
@@ -77,7 +78,7 @@ def main(config: Any) -> None:
 
 
 def _of_run(config: Any) -> tuple[ReplicaSpec, journal.Contents, int]:
-    folder = Path(str(config.run))
+    folder = user_path(config.run)
     contents = journal.read(folder / journal.FILE_NAME)
     experiment = build_experiment(load_run_config(folder))
     if experiment.estimator.guided:  # a state is scored without
@@ -106,7 +107,7 @@ def _of_model(config: Any) -> tuple[ReplicaSpec, None, int]:
     space: Any = Lora(rank=1, alpha=1.0)
     task = _task(config, None)
     if config.adapter is not None:
-        space = peft_space(Path(str(config.adapter)))
+        space = peft_space(user_path(config.adapter))
     objective = Suited() if config.objective is None else build(config.objective, "objective")
     engine = Vllm() if config.engine is None else build(config.engine, "engine")
     engine.check(space)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoray.data import ReplicaSpec
+from zoray.paths import user_path
 from zoray.records import ConfigError, require
 from zoray.tiles import MAX_TILE
 
@@ -80,7 +81,7 @@ class Run:
     @property
     def path(self) -> Path:
         """The run's folder."""
-        return Path(self.resume) if self.resume else Path(self.folder) / self.name
+        return user_path(self.resume) if self.resume else user_path(self.folder) / self.name
 
 
 @dataclass(frozen=True)

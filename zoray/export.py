@@ -15,6 +15,7 @@ from zoray.adapters import Stack, relative_error, truncate, write_merged, write_
 from zoray.cli import run_main
 from zoray.history import resolve_step
 from zoray.models import linear_matrices, load_matrices, pinned_folder, quantisation, tied
+from zoray.paths import user_path
 from zoray.records import ConfigError, require
 from zoray.spaces import from_record
 from zoray.spaces.base import MAX_RANK
@@ -34,7 +35,7 @@ def main(config: Any) -> None:
     require(config.format in FORMATS, f"format to be one of {', '.join(FORMATS)}", config.format)
     ok = isinstance(config.rank, int) and 1 <= config.rank <= MAX_RANK
     require(ok, f"rank to be a whole number from 1 to {MAX_RANK}", config.rank)
-    folder, out = Path(str(config.run)), Path(str(config.out))
+    folder, out = user_path(config.run), user_path(config.out)
     if out.exists():
         raise ConfigError(f"expected {out} not to exist yet; it does. Choose another folder with out=DIR")
     print(write(folder, out, config.step, config.format, config.rank))

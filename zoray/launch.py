@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoray.cli import build_experiment, load_run_config, run_main
+from zoray.paths import user_path
 from zoray.records import ConfigError
 
 MAY_CHANGE = ("cluster", "engine", "logging")  # in a resumed run: none of it enters the result
@@ -20,7 +21,7 @@ def main(config: Any) -> int:
 
     resume = config.run.resume
     if resume is not None:
-        config = _resumed(config, Path(str(resume)))
+        config = _resumed(config, user_path(resume))
     experiment = build_experiment(config)
     experiment.logging.check()
     path = experiment.run.path
@@ -106,7 +107,7 @@ def _create(path: Path, config: str) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:6]}")
     try:
         partial.mkdir(parents=True)
-        (partial / "config.yaml").write_text(config)
+        (partial / "config.yaml").write_text(config, encoding="utf-8")
         partial.rename(path)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

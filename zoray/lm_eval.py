@@ -17,6 +17,7 @@ from typing import Any
 from zoray import export, journal
 from zoray.cli import build, run_main
 from zoray.models import pinned_folder
+from zoray.paths import user_path
 from zoray.records import ConfigError, require
 from zoray.spaces import from_record
 
@@ -33,7 +34,7 @@ def main(config: Any) -> None:
     require(config.backend in BACKENDS, f"backend to be one of {', '.join(BACKENDS)}", config.backend)
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("zoray.lm_eval needs the package lm_eval, which is not installed. Run: pip install lm_eval")
-    out = None if config.out is None else Path(str(config.out))
+    out = None if config.out is None else user_path(config.out)
     if out is not None and out.exists():
         raise ConfigError(f"expected {out} not to exist yet; it does. Choose another file with out=FILE")
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +46,7 @@ def main(config: Any) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         kept = {key: results[key] for key in ("results", "versions", "n-shot", "n-samples") if key in results}
-        out.write_text(json.dumps(kept, indent=2, default=str) + "\n")
+        out.write_text(json.dumps(kept, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def _model(config: Any) -> dict[str, str]:
@@ -54,11 +55,11 @@ def _model(config: Any) -> dict[str, str]:
 
 def _step(config: Any, folder: Path) -> dict[str, str]:
     """What the backend is to load for a step of a run."""
-    header = journal.read(Path(str(config.run)) / journal.FILE_NAME).header
+    header = journal.read(user_path(config.run) / journal.FILE_NAME).header
     space = from_record(header["space"])
     out = folder / "model"
     form = "merged" if space.folds else "peft"
-    export.write(Path(str(config.run)), out, config.step, form)
+    export.write(user_path(config.run), out, config.step, form)
     if space.folds:
         return {"pretrained": str(out)}
     base = str(pinned_folder(header))
@@ -74,7 +75,7 @@ def _evaluated(config: Any, arguments: dict[str, str]) -> Any:
 
     harness: Any = importlib.import_module("lm_eval")
 
-    include = None if config.include_path is None else str(config.include_path)
+    include = None if config.include_path is None else str(user_path(config.include_path))
     manager = TaskManager(include_path=include)
     names = [str(name) for name in config.tasks]
     unknown = [name for name in names if not manager.match_tasks([name])]

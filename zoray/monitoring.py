@@ -262,7 +262,7 @@ class SummaryFile(Sink):
 
     def finish(self, summary: dict) -> None:
         partial = self.path.with_name("summary.json.partial")
-        partial.write_text(_json(summary, indent=2) + "\n")
+        partial.write_text(_json(summary, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
 

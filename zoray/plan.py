@@ -250,7 +250,7 @@ def _device() -> tuple[str, int]:
         return "cuda", torch.cuda.get_device_properties(0).total_memory
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     group = Path("/sys/fs/cgroup/memory.max")  # a container's or a job's own limit
-    given = group.read_text().strip() if group.is_file() else "max"
+    given = group.read_text(encoding="utf-8").strip() if group.is_file() else "max"
     return "cpu", min(total, int(given)) if given.isdecimal() else total
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from zoray import streams
 from zoray.models import GEMMA3_270M, SMOLLM2_135M, Model, package_folder
 from zoray.records import ConfigError
 from zoray.tasks.movie_reviews import published_file, published_path
@@ -38,4 +39,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    streams.settle()
     main()

@@ -6,7 +6,6 @@ the seed. Every digest that the run noted on its way is checked.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from zoray import journal
@@ -14,6 +13,7 @@ from zoray.cli import run_main
 from zoray.history import resolve_step
 from zoray.journal import replay
 from zoray.models import load_matrices, pinned_folder
+from zoray.paths import user_path
 from zoray.records import ConfigError
 from zoray.spaces import from_record
 
@@ -24,7 +24,7 @@ def main(config: Any) -> None:
     """Print step and digest."""
     if config.run is None:
         raise ConfigError("expected the folder of a run: python -m zoray.replay run=runs/<name> [step=K|best]")
-    folder = Path(str(config.run))
+    folder = user_path(config.run)
     contents = journal.read(folder / journal.FILE_NAME)
     step, header = resolve_step(config.step, folder, len(contents.steps)), contents.header
     weights = None

@@ -7,6 +7,7 @@ never becomes a truthy string or a folder called "None". Ranges and names are th
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -76,3 +77,8 @@ def did_you_mean(word: str, known: list[str]) -> str:
     """The nearest known word, as a sentence to append; nothing if none is near."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f". Did you mean {close[0]}?" if close else ""
+
+
+def in_quotes(value: str) -> str:
+    """Text as a value of Hydra's grammar, in which quotes and backslashes before them are escaped."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"

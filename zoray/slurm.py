@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from zoray.cluster import Cluster, check_reachable
 from zoray.records import ConfigError, require
+from zoray.signatures import in_quotes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -209,7 +210,7 @@ def command(slurm: Slurm, folder: Path, arguments: Sequence[str]) -> list[str]:
         "--requeue" if slurm.requeue else "--no-requeue",
         *slurm.extra,
         str(folder / LOGS / "zoray.sbatch"),
-        f"run.resume={_quoted(str(folder))}",
+        f"run.resume={in_quotes(str(folder))}",
         *arguments,
     ]
 
@@ -220,7 +221,7 @@ def submit(slurm: Slurm, folder: Path, arguments: Sequence[str], say: Callable[[
     Raises:
         ConfigError: sbatch refuses.
     """
-    folder, script = folder.resolve(), script_path().read_text()
+    folder, script = folder.resolve(), script_path().read_text(encoding="utf-8")
     line = command(slurm, folder, arguments)
     variables = environment(slurm)
     shown = " \\\n  ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(line)])
@@ -229,9 +230,13 @@ def submit(slurm: Slurm, folder: Path, arguments: Sequence[str], say: Callable[[
         return
     logs = folder / LOGS
     logs.mkdir(exist_ok=True)
-    (logs / "zoray.sbatch").write_text(script)
-    (logs / "submit.sh").write_text(f"# the job's command line; once more, and the run goes on\n{shown}\n")
-    done = subprocess.run(line, env={**os.environ, **variables}, capture_output=True, text=True)
+    (logs / "zoray.sbatch").write_text(script, encoding="utf-8")
+    (logs / "submit.sh").write_text(
+        f"# the job's command line; once more, and the run goes on\n{shown}\n", encoding="utf-8"
+    )
+    done = subprocess.run(
+        line, env={**os.environ, **variables}, capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         raise ConfigError(
             f"expected sbatch to take the job; it says: {' '.join(done.stderr.split())}. "
@@ -242,8 +247,3 @@ def submit(slurm: Slurm, folder: Path, arguments: Sequence[str], say: Callable[[
     say(f"  log, with the dashboard's address:  tail -F {logs / job}.log")
     say(f"  stop it, so that it can be resumed: scancel --signal=TERM --batch {job}")
     say(f"  go on with it:                      python -m zoray.launch run.resume={folder}")
-
-
-def _quoted(value: str) -> str:
-    """A value of an override; Hydra's grammar wants quotes around much of what may be in a path."""
-    return value if re.fullmatch(r"[\w./+-]+", value) else "'" + value.replace("'", r"\'") + "'"

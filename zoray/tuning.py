@@ -17,13 +17,14 @@ import json
 import re
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from zoray import streams
 from zoray.cli import guarded
 from zoray.client import DEFAULT, URL, Client
+from zoray.paths import user_path
 from zoray.records import ConfigError
 from zoray.serving.requests import Hyperparameters, Use
 from zoray.signatures import unknown_key
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _upload(client: Client, asked: Any) -> Found:
-    found = client.upload(Path(asked.file))
+    found = client.upload(user_path(asked.file))
     return found, f"{found['id']}  {found['filename']}, {found['bytes']:,} bytes"
 
 
@@ -76,7 +77,7 @@ def _create(client: Client, asked: Any) -> Found:
     if len(sources := [key for key in SOURCES if key in given]) != 1:
         got = " and ".join(sources) or "none of them"
         raise ConfigError(f"expected one of file=PATH, training_file=ID and task=NAME; got {got}")
-    uploaded = client.upload(Path(given.pop("file")))["id"] if "file" in given else None
+    uploaded = client.upload(user_path(given.pop("file")))["id"] if "file" in given else None
     request = {key: given[key] for key in ("task", "training_file", "seed") if key in given}
     request |= {"training_file": uploaded} if uploaded else {}
     request |= {"suffix": given["name"]} if "name" in given else {}
@@ -300,4 +301,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
+    streams.settle()
     sys.exit(main())

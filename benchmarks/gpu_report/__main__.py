@@ -27,6 +27,7 @@ from benchmarks.gpu_report.checks import Place
 from benchmarks.gpu_report.items import PARTS, TOGETHER, all_items
 from benchmarks.gpu_report.plots import draw
 from benchmarks.gpu_report.report import machine, write
+from zoray.paths import user_path
 
 AT_ONCE = 4  # items without timings on a card together: they are mostly waiting for models to load
 LEAST_SECONDS = {"cpu": 5, "cuda": 25}  # an item is not begun with less time left
@@ -88,7 +89,7 @@ def parse(arguments: list[str]) -> Any:
     options = parser.parse_args(arguments)
     if not options.out.startswith("out=") or options.out == "out=":
         parser.error(f"expected out=DIR; got {options.out!r}")
-    options.out = Path(options.out.removeprefix("out=")).resolve()
+    options.out = user_path(options.out.removeprefix("out=")).resolve()
     if options.device == "cuda":
         import torch
 
@@ -119,7 +120,7 @@ def measure(options: Any, items: Path, name: str) -> dict[str, Any]:
         result |= {"holds": False, "why": f"{type(error).__name__}: {error}".split("\n")[0]}
         result["traceback"] = traceback.format_exc()
     result["seconds"] = round(time.monotonic() - began, 1)
-    (items / f"{name}.json").write_text(json.dumps(result, default=str) + "\n")
+    (items / f"{name}.json").write_text(json.dumps(result, default=str) + "\n", encoding="utf-8")
     return result
 
 
@@ -143,7 +144,7 @@ def in_process(arguments: list[str], items: Path, name: str, seconds: float) -> 
 def stored(items: Path, name: str) -> dict[str, Any] | None:
     """The result of an item that has been run."""
     path = items / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 if __name__ == "__main__":

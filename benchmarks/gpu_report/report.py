@@ -33,7 +33,7 @@ def write(out: Path, where: Mapping[str, Any], names: Sequence[str], results: Ma
     """Write report.json and report.md; `names` are all items, `results` those that have been run."""
     items = [results.get(name, {"name": name, "holds": None}) for name in names]
     whole = json.dumps({"machine": where, "items": items}, indent=1, default=str)
-    (out / "report.json").write_text(whole + "\n")
+    (out / "report.json").write_text(whole + "\n", encoding="utf-8")
     lines = ["# zoray on this device", "", *(f"- {key}: {value}" for key, value in where.items()), ""]
     lines += ["| item | holds | seconds | measured |", "|---|---|---|---|"]
     for name in names:
@@ -51,7 +51,7 @@ def write(out: Path, where: Mapping[str, Any], names: Sequence[str], results: Ma
             lines += ["", f"## {name}", "", *_table(rows)]
     if shares := shares_of_step(results):
         lines += ["", "## What parts are of a step (batch 16, one pair)", "", *_table(shares)]
-    (out / "report.md").write_text("\n".join(lines) + "\n")
+    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def shares_of_step(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

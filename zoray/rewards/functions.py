@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from zoray.paths import user_path
 from zoray.records import ConfigError
 from zoray.signatures import did_you_mean
 
@@ -27,7 +28,7 @@ BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 def load_function(path: str, arguments: Mapping[str, Any] | None = None) -> Callable[..., Any]:
     """The function of a path, which takes these arguments beside prompt, completion and example; runs its module."""
     place, name = split_path(path)
-    module = _from_file(Path(place), path) if is_file(place) else _from_name(place, path)
+    module = _from_file(user_path(place), path) if is_file(place) else _from_name(place, path)
     found = getattr(module, name, None)
     if found is None:
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -57,12 +58,12 @@ def is_file(place: str) -> bool:
 def absolute(path: str) -> str:
     """The path, good in any working directory."""
     place, name = split_path(path)
-    return f"{Path(place).expanduser().absolute()}:{name}" if is_file(place) else path
+    return f"{user_path(place).absolute()}:{name}" if is_file(place) else path
 
 
 def _from_file(file: Path, path: str) -> ModuleType:
     """Run a file as a module of its own. Its folder goes to the end of sys.path, so that it finds its neighbours."""
-    file = file.expanduser().absolute()
+    file = file.absolute()
     if not file.is_file():
         raise ConfigError(f"expected the file of the reward function {path}; there is no {file}")
     if str(file.parent) not in sys.path:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from zoray.paths import user_path
 from zoray.records import ConfigError
 from zoray.rewards.base import LIMIT, column
 
@@ -105,9 +106,9 @@ def _read(schema: str) -> str:
     """The schema's JSON."""
     if schema.lstrip().startswith("{"):
         return schema
-    path = Path(schema).expanduser() if schema.endswith(".json") else SCHEMAS / f"{schema}.json"
+    path = user_path(schema) if schema.endswith(".json") else SCHEMAS / f"{schema}.json"
     try:
-        return path.read_text("utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         names = ", ".join(sorted(file.stem for file in SCHEMAS.glob("*.json")))
         raise ConfigError(

@@ -82,9 +82,9 @@ def main() -> None:
     if os.getppid() != parent:  # which ended before that
         return
     with suppress(OSError):  # if the machine runs out of memory, it is this process that goes
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     os.dup2(2, 1)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     path, arguments = connection.recv()
     function, failure = None, ""
     try:

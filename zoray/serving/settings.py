@@ -12,6 +12,7 @@ from typing import Any
 
 from zoray.cli import build
 from zoray.engines.vllm import Vllm
+from zoray.paths import user_path
 from zoray.records import ConfigError, require
 from zoray.serving.gate import Gate
 from zoray.signatures import check_signature
@@ -100,7 +101,7 @@ class Settings:
             )
         engine = self.engine.for_probes(len(self.estimator.ask(0)), self.estimator.guided)
         object.__setattr__(self, "engine", engine)
-        object.__setattr__(self, "folder", str(Path(self.folder).absolute()))
+        object.__setattr__(self, "folder", str(user_path(self.folder).absolute()))
 
     @property
     def key(self) -> str | None:

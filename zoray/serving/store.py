@@ -248,7 +248,7 @@ def claim(folder: Path, patience: float = 0.0) -> Any:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = (folder / ".lock").open("wb")
     except OSError as error:
         raise ConfigError(f"can't write serve.folder={folder}: {error.strerror}. Choose another") from None
     deadline = time.monotonic() + patience

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from zoray.paths import user_path
 from zoray.records import WHOLE, ConfigError, Sampling, Splits, require
 from zoray.tasks import scanned
 from zoray.tasks.base import Task, check_sizes, check_words, seeded_parts
@@ -221,7 +222,7 @@ def open_rows(path: str) -> dict[str, Rows]:
     Raises:
         ConfigError: nothing is there, or files of more than one format.
     """
-    here = Path(path).expanduser()
+    here = user_path(path)
     if here.is_dir():
         raise ConfigError(
             f"expected task.path to be a file; {path} is a folder. Give its files: task.path='{path}/*.csv'"
@@ -257,7 +258,7 @@ def _check_path(path: object) -> None:
         suffix = Path(path).suffix.lower()
         if suffix in SUFFIXES or (suffix not in FOREIGN and (_is_pattern(path) or HUB_ID.fullmatch(path))):
             return
-        if Path(path).expanduser().is_dir():
+        if user_path(path).is_dir():
             return  # open_rows says what to do
     raise ConfigError(_foreign(Path(str(path)).suffix.lower(), path))
 

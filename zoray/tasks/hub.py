@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from zoray.paths import user_path
 from zoray.records import ConfigError, Example, Splits
 from zoray.tasks.base import Task, check_sizes, seeded_order, too_few
 
@@ -71,7 +72,7 @@ class HubTask(Task):
 
     def splits(self) -> dict[str, Dataset]:
         """The train split and the held-out one, with the columns that they must have."""
-        local = Path(self.path).expanduser()
+        local = user_path(self.path)
         here = self.path.startswith((".", "/", "~")) or local.exists()
         data = self._read(local) if here else self._download()
         for split, rows in data.items():

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zoray.models import cache_dir
+from zoray.paths import user_path
 from zoray.records import ConfigError, Example, Splits
 from zoray.tasks.base import Task, check_sizes, check_template, check_words, distinct, fill, seeded_split
 
@@ -59,7 +60,7 @@ class MovieReviews(Task):
 
     def load(self) -> Splits:
         """Read, check and split the reviews."""
-        path = published_file() if self.path is None else Path(self.path).expanduser()
+        path = published_file() if self.path is None else user_path(self.path)
         rows = [(rating, text) for rating, text in read_ratings(path) if abs(rating) >= self.min_rating]
         examples = distinct(Example(fill(self.template, text), self.words, int(rating > 0)) for rating, text in rows)
         test, dev, train = seeded_split(examples, (self.test, self.dev, self.train), self.seed, str(path))
@@ -130,12 +131,14 @@ def fetch(name: str = FILE) -> bytes:
         # pip asks every source archive for its metadata, which runs its setup.py. The hash is checked before that, and
         # without build isolation nothing else is fetched.
         pinned = Path(folder, "pinned.txt")
-        pinned.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
+        pinned.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--no-binary", "vaderSentiment", "--require-hashes", "-r", str(pinned), "-d", folder]
         if importlib.util.find_spec("setuptools"):
             command.append("--no-build-isolation")
-        result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        result = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, encoding="utf-8", errors="replace"
+        )
         archives = sorted(Path(folder).glob("*.tar.gz"))
         if result.returncode or not archives:
             reason = (result.stderr.strip().splitlines() or ["no output"])[-1]

@@ -1,0 +1,89 @@
+"""Standard streams that can't end a run, and Python's UTF-8 mode: what the shell of a main decides, made harmless.
+
+Guarantees: what a stream's encoding lacks is written as an escape, what nobody reads any more or a full disk does not
+take is dropped, and a stream that the shell has closed leads nowhere, so that no file of a run takes its number. Files
+of text are UTF-8 by `encoding="utf-8"` where they are opened, not by this.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+    from _typeshed import ReadableBuffer
+
+ERRORS = "backslashreplace"  # as Python's own stderr does
+
+
+def settle() -> None:
+    """Prepare this process and those that it will start; for the mains, before they say anything."""
+    use_utf8()
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    sys.stdout, sys.stderr = _lenient(sys.stdout, 1), _lenient(sys.stderr, 2)
+    if sys.stdout.encoding.lower() != "utf-8":  # as for this process, so for Ray's workers and people's functions
+        os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:{ERRORS}"
+
+
+def use_utf8() -> None:
+    """Start this command anew in Python's UTF-8 mode, where the locale has another encoding.
+
+    Names of files and the command line are UTF-8 almost everywhere, whatever LC_ALL says. A command line that is not
+    comes from a shell that really has another encoding, and is left to it.
+    """
+    if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8":
+        return
+    typed = b" ".join(map(os.fsencode, sys.orig_argv))
+    try:
+        typed.decode("utf-8")
+    except UnicodeDecodeError:
+        return
+    changed = {"PYTHONUTF8": "1"}
+    if typed.isascii() and "PYTHONIOENCODING" not in os.environ:  # nothing says that the terminal is UTF-8
+        changed["PYTHONIOENCODING"] = f"{sys.getfilesystemencoding()}:{ERRORS}"
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **changed})
+
+
+def _lenient(stream: TextIO | None, number: int) -> TextIO:
+    """The stream, such that writing to it never fails. One that is no file of the system's, as in a test, is kept."""
+    if stream is not None:
+        try:
+            if stream.fileno() != number:
+                return stream
+        except (AttributeError, OSError, ValueError):
+            return stream
+        stream.flush()
+    raw, encoding = _Droppable(number, "wb", closefd=False), stream.encoding if stream is not None else "utf-8"
+    if getattr(stream, "write_through", False):  # python -u
+        return io.TextIOWrapper(raw, encoding, ERRORS, write_through=True)  # type: ignore[type-var]  # as Python does
+    lines = getattr(stream, "line_buffering", True)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, ERRORS, line_buffering=lines)
+
+
+class _Droppable(io.FileIO):
+    """A file that takes everything, and loses what the system does not take: a closed pipe, a terminal that is gone."""
+
+    lost = False
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """All of it, or of a system that says no, nothing; the first time a disk does, stderr says so."""
+        try:
+            while (written := super().write(data)) is None:  # somebody made it non-blocking
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            told = error.errno in (errno.EPIPE, errno.EIO) or self.lost or self.fileno() == 2
+            self.lost = True
+            if not told:
+                print(f"output is lost: {error.strerror}", file=sys.stderr)
+            return memoryview(data).nbytes
