@@ -80,6 +80,7 @@ ORDER = [
         "plots",
         "history",
         "monitoring",
+        "peft_files",
         "adapters",
         "experiment",
         "driver",

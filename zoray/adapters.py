@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoray.models import load_parameters
+from zoray.peft_files import PREFIX, matrices_of, read_config, read_tensors, some, tensor_names
 from zoray.records import ConfigError
 from zoray.snapshots import pack
 from zoray.spaces import Lora
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
     from zoray.spaces.fold import Factors
 
-FOREIGN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")  # of PEFT's LoRA
 EXACT_SVD = 2048  # smaller side of a matrix up to which the full SVD is taken
 
 
@@ -72,35 +73,34 @@ def _peft_key(name: str) -> str:
     """`<matrix>.lora_A` as PEFT names it in a file."""
     matrix, _, part = name.rpartition(".")
     if is_embedding(matrix):
-        return f"base_model.model.{matrix}.{part.replace('lora_', 'lora_embedding_')}"
-    return f"base_model.model.{name}.weight"
+        return f"{PREFIX}{matrix}.{part.replace('lora_', 'lora_embedding_')}"
+    return f"{PREFIX}{name}.weight"
 
 
 def peft_space(folder: Path) -> Any:
-    """The space (spaces.Lora) that a PEFT adapter of a folder is a state of.
+    """The space (spaces.Lora) that a PEFT adapter of a folder is a state of; its matrices are those of the tensors.
+
+    Where matrices have ranks or scales of their own it has the largest rank and a scale of 1, and B takes the scales.
 
     Raises:
         ConfigError: there is no LoRA adapter, or one with parts that zoray does not have.
     """
-    path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"expected a PEFT adapter's folder (adapter_config.json); got {folder}: {error}") from None
-    found = [name for name in FOREIGN if config.get(name)] or config.get("peft_type")
-    if found != "LORA" or config.get("bias", "none") != "none":
-        raise ConfigError(f"expected a plain LoRA adapter without biases; {path} has {found}")
-    targets = config["target_modules"]
-    return Lora(config["r"], float(config["lora_alpha"]), targets if isinstance(targets, str) else tuple(targets), "AB")
+    adapter = read_config(folder)
+    matrices = matrices_of(tensor_names(folder))
+    if not matrices:
+        raise ConfigError(f"expected the factors of a LoRA adapter in {folder}; its file of tensors has none")
+    rank = max(map(adapter.rank_of, matrices))
+    alpha = adapter.alpha if adapter.uniform else float(rank)
+    if adapter.uniform and adapter.config.get("use_rslora"):
+        alpha *= rank**0.5
+    if rank > MAX_RANK:
+        raise ConfigError(f"expected an adapter of rank {MAX_RANK} at most, vLLM's largest; {folder} is of rank {rank}")
+    return Lora(rank, alpha, tuple(matrices), "AB")
 
 
-def read_peft(folder: Path, space: Any, matrices: Mapping[str, tuple[int, int]]) -> bytes:
-    """A PEFT adapter as a snapshot of its space's state, for Engine.restore; {canonical name: (out, in)} of the model.
-
-    Raises:
-        ConfigError: it is of another model.
-    """
-    tensors, state = read_factors(folder, space, matrices), space.open(matrices, 0)
+def read_peft(folder: Path, space: Any, matrices: Mapping[str, tuple[int, int]], base: Path | None = None) -> bytes:
+    """A PEFT adapter as a snapshot of its space's state, for Engine.restore; arguments and errors of `read_factors`."""
+    tensors, state = read_factors(folder, space, matrices, base), space.open(matrices, 0)
     for name, a, b in state.tensors(state.flat):
         a.copy_(tensors[f"{name}.lora_A"])
         b.copy_(tensors[f"{name}.lora_B"])
@@ -109,28 +109,73 @@ def read_peft(folder: Path, space: Any, matrices: Mapping[str, tuple[int, int]])
     return data
 
 
-def read_factors(folder: Path, space: Any, matrices: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """{`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)} of a PEFT adapter.
+def read_factors(
+    folder: Path, space: Any, matrices: Mapping[str, tuple[int, int]], base: Path | None = None
+) -> dict[str, torch.Tensor]:
+    """{`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)} of a PEFT adapter, for the scale of `space`.
+
+    Args:
+        folder: the adapter's folder.
+        space: what `peft_space` says, or one of its rank and alpha.
+        matrices: {canonical name: (out, in)} of the model.
+        base: the model's folder, to compare with where the file brings weights of the base along.
 
     Raises:
-        ConfigError: it is of another model.
+        ConfigError: it is of another model, or not whole, or has base weights of its own.
     """
-    import torch
-    from safetensors.torch import load_file
-
-    tensors, found = load_file(folder / "adapter_model.safetensors"), {}
-    for name, (rows, columns) in space.select(matrices).items():
-        for part, shape in (("lora_A", (space.rank, columns)), ("lora_B", (rows, space.rank))):
-            tensor = tensors.pop(_peft_key(f"{name}.{part}"), torch.zeros(0))
-            if tensor.shape != shape:
+    adapter, tensors = read_config(folder), read_tensors(folder)
+    made = matrices_of(tensors)
+    if foreign := [name for name in made if name not in matrices]:
+        raise ConfigError(
+            f"{folder} has adapters for {some(foreign)}, which the model lacks as linear layers. Take its own model"
+        )
+    found = {}
+    for name in (one for one in matrices if one in made):
+        b_scale = adapter.scaling_of(name) / space.scaling
+        rank = space.rank if adapter.uniform else adapter.rank_of(name)
+        for part, shape in (("lora_A", (rank, matrices[name][1])), ("lora_B", (matrices[name][0], rank))):
+            tensor = tensors.pop(_peft_key(f"{name}.{part}"), None)
+            if tensor is None or tensor.shape != shape:
+                got = "none" if tensor is None else tuple(tensor.shape)
                 raise ConfigError(
-                    f"expected {name}.{part} of shape {shape} in {folder}; got {tuple(tensor.shape)}. Take the "
-                    "adapter's own model"
+                    f"expected {name}.{part} of shape {shape} in {folder}; got {got}. Take the adapter's own model"
                 )
-            found[f"{name}.{part}"] = tensor
-    if tensors:
-        raise ConfigError(f"{folder} has adapters for {sorted(tensors)[:3]}, which the model lacks. Take its own model")
+            found[f"{name}.{part}"] = _widened(tensor, part, space.rank, b_scale)
+    if lacking := [name for name in matrices if adapter.targets(name) and name not in made]:
+        raise ConfigError(
+            f"expected factors for all that target_modules names in {folder}; it has none for {some(lacking)}. Copy "
+            "it anew, or take its own model"
+        )
+    _check_rest(folder, tensors, base)
     return found
+
+
+def _widened(tensor: torch.Tensor, part: str, rank: int, b_scale: float) -> torch.Tensor:
+    """A factor in float32 with zeros up to a rank; B times a factor."""
+    import torch
+
+    tensor = tensor.float() * (b_scale if part == "lora_B" and abs(b_scale - 1) > 1e-12 else 1.0)
+    short = rank - tensor.shape[part == "lora_B"]
+    return torch.nn.functional.pad(tensor, (0, short) if part == "lora_B" else (0, 0, 0, short)) if short else tensor
+
+
+def _check_rest(folder: Path, tensors: Mapping[str, torch.Tensor], base: Path | None) -> None:
+    """Raise ConfigError unless what is no factor is a weight of the base as it is there (PEFT copies embeddings)."""
+    import torch
+
+    names = {key: key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in tensors}
+    own = load_parameters(base, list(names.values())) if base is not None and names else {}
+    if odd := [key for key, name in names.items() if name not in own]:
+        raise ConfigError(f"expected a LoRA adapter's factors alone in {folder}; it has {some(odd)} as well")
+    for key, name in names.items():
+        mine, theirs = own[name].float(), tensors[key].float()
+        if not torch.equal(mine, theirs):
+            far = f"by up to {(mine - theirs).abs().max():.3g}" if mine.shape == theirs.shape else "in shape"
+            raise ConfigError(
+                f"expected the base model's own {name} in {folder}; it differs {far}, as that of a vocabulary which "
+                "was made larger, or of another dtype. Merge the adapter into its base with PEFT and take that as the "
+                "model, or save it with save_embedding_layers=False if it was not trained"
+            )
 
 
 class Stack:

@@ -22,6 +22,7 @@ from zoray.data import ReplicaSpec, load_workload
 from zoray.estimators import TwoPoint
 from zoray.history import resolve_step
 from zoray.measure import metrics
+from zoray.models import linear_matrices
 from zoray.objectives import AnswerNLL, ChoiceNLL
 from zoray.objectives.base import Objective, Unbound
 from zoray.paths import user_path
@@ -54,14 +55,15 @@ def main(config: Any) -> None:
     from zoray.replica import Replica
 
     spec, contents, last = _of_run(config) if config.run is not None else _of_model(config)
+    adapter = None if config.adapter is None else _read_adapter(user_path(config.adapter), spec)
     workload = load_workload(spec)
     if not len(workload.splits[config.split]):
         raise ConfigError(f"the {config.split} split is empty")
     replica = Replica(spec, workload)
     if contents is not None:
         _replay(replica, contents, last)
-    elif config.adapter is not None:
-        replica.engine.restore(read_peft(user_path(config.adapter), spec.space, workload.matrices), 0)
+    elif adapter is not None:
+        replica.engine.restore(adapter, 0)
     outcomes = replica.outcomes(config.split, Probe(last, 0, 0.0))
     columns = {"score": outcomes.scores, **outcomes.columns}
     score, metric, others = metrics(workload, config.split, outcomes.losses, columns)
@@ -115,6 +117,12 @@ def _of_model(config: Any) -> tuple[ReplicaSpec, None, int]:
     model = build(config.model, "model")
     spec = ReplicaSpec(model, task, objective, space, estimator, engine.for_probes(2), 0, 0, batch=1)
     return spec, None, 0
+
+
+def _read_adapter(folder: Path, spec: ReplicaSpec) -> bytes:
+    """A state of the model, before it loads."""
+    base = spec.model.resolve()
+    return read_peft(folder, spec.space, linear_matrices(base, spec.space.targets), base)
 
 
 def _task(config: Any, own: Any) -> Any:

@@ -237,6 +237,14 @@ def load_matrices(folder: str | Path, names: Collection[str], dtype: str) -> dic
     return {name: weight.t() if is_embedding(name) else weight for name, weight in weights.items()}
 
 
+def load_parameters(folder: str | Path, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Parameters by their names in transformers, as a folder's files have them; those that the model lacks left out."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return {name: value.data for name, value in model.named_parameters(remove_duplicate=False) if name in names}
+
+
 def pinned_folder(header: Mapping[str, Any]) -> Path:
     """The folder of the model that a journal's header pins.
 
