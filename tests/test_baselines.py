@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from benchmarks import baselines
+from benchmarks import baselines, through_block
 from benchmarks.bare_model import MeanSign, Reading, Split, adapted, descend, linear_layers, load, read
 from benchmarks.baselines import DEFAULTS, Probe
 from zoray.models import load_tokenizer
@@ -203,6 +203,18 @@ def test_text_is_learnt_and_held_out_lines_are_held_out(tiny_models, tmp_path):
     assert tuned["steps"] == 30 and tuned["dev_loss"] < 0.9 * untuned["dev_loss"]
     with pytest.raises(ConfigError, match="more than 300 lines"):
         baselines.lines_of(path, encoder, False, 300)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_one_step_through_the_last_mlp_is_exact(tiny_models, labelled_file, family):
+    """Nothing is lost between that MLP and the stream's end; on the way to its attention the MLP's branch is."""
+    options = {**through_block.DEFAULTS, "examples": "4"}
+    cosines = through_block.measure(options, settings(tiny_models[family], labelled_file))
+    assert set(cosines) == {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")}
+    of_mlp = [cosines[f"{part}_proj"] for part in ("gate", "up", "down")]
+    assert all(exact == pytest.approx(1, abs=1e-4) for _, exact in cosines.values())
+    assert all(guess == pytest.approx(1, abs=1e-4) for guess, _ in of_mlp)
+    assert all(guess < 0.9999 for guess, _ in (cosines[f"{part}_proj"] for part in "qkvo"))
 
 
 @pytest.mark.parametrize(
