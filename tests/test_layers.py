@@ -17,7 +17,8 @@ FILES = {str(path.relative_to(SOURCES)): path for path in sorted(SOURCES.rglob("
 
 # A file imports only what stands before it. A new file takes its place in this list and in the README's tree.
 ORDER = [
-    *("__init__", "streams", "records", "paths", "signatures", "kernels", "cpu_kernels", "directions", "tiles"),
+    *("__init__", "streams", "records", "paths", "disk", "stopping", "signatures", "kernels", "cpu_kernels"),
+    *("directions", "tiles"),
     *("spaces.base", "spaces.signs", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces"),
     *("checkpoint", "models"),
     *("rewards.base", "rewards.answers", "rewards.numbers", "rewards.shape", "rewards.countdown"),
@@ -89,7 +90,9 @@ ORDER = [
     *("prepare", "replay", "evaluate", "export", "lm_eval", "plan", "launch"),
     *(
         "serving",
+        "serving.logs",
         "serving.store",
+        "serving.states",
         "serving.conversations",
         "serving.presets",
         "serving.requests",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoray import disk
 from zoray.models import load_parameters
 from zoray.peft_files import PREFIX, matrices_of, read_config, read_tensors, some, tensor_names
 from zoray.records import ConfigError
@@ -265,8 +266,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(f"can't write to {folder}: {error.strerror}. Choose another folder") from None
     try:
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        with disk.naming(folder):
+            yield partial
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

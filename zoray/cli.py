@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from zoray import streams
+from zoray import disk, streams
 from zoray.records import ConfigError, JournalError, ReplicaLost
 from zoray.signatures import check_signature, did_you_mean, in_quotes, unknown_key
 
@@ -62,6 +62,11 @@ def guarded(call: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPT_EXIT
+    except OSError as error:
+        if not disk.refuses(error):
+            raise
+        print(f"error: {'. '.join([disk.told(error), *getattr(error, '__notes__', [])])}", file=sys.stderr)
+        return FAILURE_EXIT
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> Any:

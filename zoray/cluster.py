@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError, require
+from zoray.stopping import children_survive_hangup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -124,7 +125,7 @@ def connect(cluster: Cluster, say: Callable[[str], None]) -> bool:
         say(f"joined the Ray cluster at {address}: {totals()}")
         return True
     port = cluster.dashboard_port if cluster.dashboard and _port_is_free(cluster.dashboard_port) else None
-    with _on_loopback():
+    with _on_loopback(), children_survive_hangup():
         context = ray.init(
             address="local",
             include_dashboard=port is not None,

@@ -1,15 +1,14 @@
 """The step loop: ask, evaluate, tell, journal, commit. One function, read from top to bottom.
 
-Guarantees: a step is in the journal before any replica applies it; SIGTERM and Ctrl-C end the run after the step at
-hand and leave it resumable; a resumed run goes on with the same steps as if it had not stopped.
+Guarantees: a step is in the journal before any replica applies it; SIGTERM, SIGHUP and Ctrl-C end the run after the
+step at hand and leave it resumable; a resumed run goes on with the same steps as if it had not stopped.
 """
 
 from __future__ import annotations
 
 import math
-import signal
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from zoray.monitoring import Monitor
 from zoray.pool import Pool
 from zoray.records import ConfigError, JournalError, StepResult, record, require
 from zoray.spaces.signs import packed
+from zoray.stopping import stop_requested
 from zoray.tiles import Grid, mean, scored
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def tune(
 
     Raises:
         ConfigError, JournalError, ReplicaLost, FloatingPointError: as the parts say; what is journalled is kept.
+        OSError: the disk refuses a file of the run. It can be resumed, and then has the digest of an undisturbed one.
     """
     e, run, folder = experiment, experiment.run, experiment.run.path
     order = order_of(e.spec, workload)
@@ -132,13 +133,7 @@ def tune(
                     trust = e.estimator.judge(trust, probes, losses)
                     guide = (gains(trust, len(header["matrices"])), packed(scores.feedback, step))
                 memory, commit = e.optimizer.update(memory, step, run.steps, estimate.weights, *guide)
-                log.append(journal.StepRecord(commit, tuple(map(mean, losses)), digest, memory, trust))
-                every = e.cluster.snapshot_every
-                if digest is not None and every and step - last_snapshot >= every:
-                    log.sync()  # a snapshot is of no use to a journal that has lost its step
-                    pool.keep_snapshot(folder / snapshots.FILE_NAME)
-                    last_snapshot = step
-                pool.commit(commit)
+                # Measured first: of what is beyond the journal a resumed run forgets the numbers, and does it again.
                 monitor.step(
                     StepResult(
                         step=step + 1,
@@ -154,6 +149,14 @@ def tune(
                         failed=scores.failed,
                     )
                 )
+                monitor.check()
+                log.append(journal.StepRecord(commit, tuple(map(mean, losses)), digest, memory, trust))
+                every = e.cluster.snapshot_every
+                if digest is not None and every and step - last_snapshot >= every:
+                    log.sync()  # a snapshot is of no use to a journal that has lost its step
+                    pool.keep_snapshot(folder / snapshots.FILE_NAME)
+                    last_snapshot = step
+                pool.commit(commit)
 
             finished = early or log.next_step == run.steps
             last = selected = log.next_step
@@ -167,11 +170,7 @@ def tune(
                     pool.rewind(selected)
                 if run.test:
                     measure(pool, workload, monitor, "test")
-            if e.space.folds:
-                digest = pool.digest()
-            else:
-                arrays, digest = pool.adapter()
-                write_peft(folder / "adapter", arrays, e.space.rank, e.space.alpha, e.model.path, e.space.targets)
+            arrays, digest = ({}, pool.digest()) if e.space.folds else pool.adapter()
             steps = monitor.history.steps
             seconds, tokens = sum(s.seconds for s in steps), sum(s.tokens for s in steps)
             directions = e.estimator.directions * len(steps)
@@ -197,7 +196,9 @@ def tune(
                 "scored": pool.scored,
                 **{name: header[name] for name in ("model", "task", "space", "estimator", "optimizer")},
             }
-            monitor.finish(summary)
+            monitor.finish(summary)  # first of all that is written at the end
+            if not e.space.folds:
+                write_peft(folder / "adapter", arrays, e.space.rank, e.space.alpha, e.model.path, e.space.targets)
             silent = summary["silent_directions"]["ties"] + summary["silent_directions"]["buried"]
             if directions and silent > directions / 2:
                 monitor.message(
@@ -213,6 +214,7 @@ def tune(
                 monitor.message(f"stopped after step {last} of {run.steps}; go on with run.resume={folder}")
             elif e.space.folds:
                 monitor.message(f"the tuned model: python -m zoray.export run={folder} step={selected} out=DIR")
+            monitor.check()
     return summary
 
 
@@ -226,6 +228,7 @@ def measure(pool: Pool, workload: Workload, monitor: Monitor, split: str) -> tup
         return known[len(pool.commits), split], None
     found, rows = evaluate(pool, workload, split)
     monitor.evaluation(found)
+    monitor.check()
     return found, rows
 
 
@@ -284,29 +287,6 @@ def open_journal(
             f"Resume with the same model.dtype and kind of device"
         )
     return journal.Journal.resume(path, earlier)
-
-
-@contextmanager
-def stop_requested() -> Iterator[Any]:
-    """Yields a function that is true once SIGTERM or Ctrl-C has come. A second Ctrl-C interrupts at once."""
-    came: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if came and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        came.append(number)
-        print("\nstopping after this step (Ctrl-C again: at once)", flush=True)
-
-    try:
-        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: somebody else owns the signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _versions() -> Iterator[tuple[str, str]]:

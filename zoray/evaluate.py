@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray import journal
+from zoray import disk, journal, streams
 from zoray.adapters import peft_space, read_peft
 from zoray.cli import build, build_experiment, load_run_config, run_main
 from zoray.data import ReplicaSpec, load_workload
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from zoray.replica import Replica
 
 
-def main(config: Any) -> None:
-    """Print metric, loss and digest."""
+def main(config: Any) -> int:
+    """Print metric, loss and digest; fails where nobody can read them."""
     if config.run is None and (config.task is None or config.model is None):
         raise ConfigError(
             "expected a run, or a model and a task: python -m zoray.evaluate run=runs/<name> [step=K|best] "
@@ -51,6 +51,8 @@ def main(config: Any) -> None:
         raise ConfigError(f"expected split to be train, dev or test; got {config.split!r}")
     if config.predictions is not None and user_path(config.predictions).exists():
         raise ConfigError(f"expected {config.predictions} not to exist yet; it does. Choose another file")
+    if config.predictions is not None:
+        disk.check_place(user_path(config.predictions), "predictions")
 
     from zoray.replica import Replica
 
@@ -67,8 +69,6 @@ def main(config: Any) -> None:
     outcomes = replica.outcomes(config.split, Probe(last, 0, 0.0))
     columns = {"score": outcomes.scores, **outcomes.columns}
     score, metric, others = metrics(workload, config.split, outcomes.losses, columns)
-    if config.predictions is not None:
-        _write(user_path(config.predictions), replica, config.split, outcomes)
     shown = f"{metric} {score:.4f}, " if metric else ""
     at = "" if contents is None else f"step {last}: "
     loss, count = mean(outcomes.losses.tolist()), len(outcomes.losses)
@@ -77,6 +77,9 @@ def main(config: Any) -> None:
         print("also " + ", ".join(f"{name} {value:.4f}" for name, value in others.items()))
     if outcomes.failed:
         print(f"{outcomes.failed} of {outcomes.written} rewards could not be had; the first: {outcomes.failure}")
+    if config.predictions is not None:  # last: a disk that is full takes no number away
+        _write(user_path(config.predictions), replica, config.split, outcomes)
+    return int(streams.lost())
 
 
 def _of_run(config: Any) -> tuple[ReplicaSpec, journal.Contents, int]:
@@ -171,21 +174,22 @@ def _write(path: Path, replica: Replica, split: str, outcomes: Outcomes) -> None
     for part in workload.parts:
         if part.evaluator.sampling is not None:
             places[id(part.evaluator)] = iter(replica.scorer.writer(part.evaluator).texts)
+    lines = []
+    for i, example in enumerate(workload.splits[split]):
+        evaluator = workload.parts[example.part].evaluator
+        line: dict[str, Any] = {"example": i, "prompt": example.prompt}
+        line |= {"options": example.options, "label": example.label} if example.options else {}
+        line |= {"answers": example.answers} if example.answers else {}
+        if id(evaluator) in places:
+            line["completion"] = next(places[id(evaluator)])
+        line |= {"score": outcomes.scores[i], "loss": outcomes.losses[i]}
+        line |= {name: values[i] for name, values in outcomes.columns.items()}
+        if "predicted" in outcomes.columns and np.isfinite(line["predicted"]):
+            line["predicted"] = example.options[int(line["predicted"])]
+        numbers = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in line.items()}
+        lines.append(json.dumps(numbers, ensure_ascii=False, default=float) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for i, example in enumerate(workload.splits[split]):
-            evaluator = workload.parts[example.part].evaluator
-            line: dict[str, Any] = {"example": i, "prompt": example.prompt}
-            line |= {"options": example.options, "label": example.label} if example.options else {}
-            line |= {"answers": example.answers} if example.answers else {}
-            if id(evaluator) in places:
-                line["completion"] = next(places[id(evaluator)])
-            line |= {"score": outcomes.scores[i], "loss": outcomes.losses[i]}
-            line |= {name: values[i] for name, values in outcomes.columns.items()}
-            if "predicted" in outcomes.columns and np.isfinite(line["predicted"]):
-                line["predicted"] = example.options[int(line["predicted"])]
-            numbers = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in line.items()}
-            file.write(json.dumps(numbers, ensure_ascii=False, default=float) + "\n")
+    disk.replace(path, "".join(lines).encode())
 
 
 if __name__ == "__main__":

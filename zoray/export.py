@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoray import journal
+from zoray import disk, journal
 from zoray.adapters import Stack, relative_error, truncate, write_merged, write_peft
 from zoray.cli import run_main
 from zoray.history import resolve_step
@@ -38,6 +38,7 @@ def main(config: Any) -> None:
     folder, out = user_path(config.run), user_path(config.out)
     if out.exists():
         raise ConfigError(f"expected {out} not to exist yet; it does. Choose another folder with out=DIR")
+    disk.check_place(out, "out")
     print(write(folder, out, config.step, config.format, config.rank))
 
 

@@ -19,6 +19,7 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zoray import disk
 from zoray.records import Commit, ConfigError, JournalError
 from zoray.spaces import from_record
 
@@ -184,14 +185,18 @@ class Journal:
         """
         line = _seal({"format": FORMAT, **header})
         try:
-            with path.open("xb") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            file = path.open("xb", buffering=0)
         except FileExistsError:
             raise JournalError(
                 f"expected no journal at {path} yet; resume that run, or choose another run.name"
             ) from None
+        try:
+            with file, disk.naming(path):
+                disk.append(file, line, path)
+                os.fsync(file.fileno())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         return cls(path, _hash(line[:-1]), 0)
 
     @classmethod
@@ -224,20 +229,21 @@ class Journal:
         if record.digest is not None:
             body["digest"] = record.digest
         line = _seal({**body, "prev": self._previous})
-        written = self._file.write(line)
-        if written != len(line):
-            raise OSError(f"{self.path}: only {written} of {len(line)} bytes written (disk full?)")
+        disk.append(self._file, line, self.path)
         self._previous = _hash(line[:-1])
         self.next_step += 1
 
     def sync(self) -> None:
         """Make everything appended so far survive a power cut."""
-        os.fsync(self._file.fileno())
+        with disk.naming(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Sync and close."""
-        self.sync()
-        self._file.close()
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> Journal:
         return self

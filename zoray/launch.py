@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
+from zoray import disk
 from zoray.cli import build_experiment, load_run_config, run_main
 from zoray.paths import user_path
 from zoray.records import ConfigError
+from zoray.signatures import in_quotes
 
 MAY_CHANGE = ("cluster", "engine", "logging")  # in a resumed run: none of it enters the result
 
@@ -51,11 +55,21 @@ def main(config: Any) -> int:
             submit(experiment.cluster, path, [] if resume is None else _changes())
             return 0
         summary = tune(experiment, workload, OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-    except BaseException:
-        if resume is None and not _measured(path):  # nothing to lose, and the next try may have this name
+    except BaseException as error:
+        kept = resume is not None or _measured(path)
+        if not kept:  # nothing to lose, and the next try may have this name
             shutil.rmtree(path, ignore_errors=True)
+        if disk.refuses(error):
+            again = f"go on: {resume_command(path)}" if kept else "start it again: nothing had been measured yet"
+            error.add_note(f"Then {again}")
         raise
     return 0 if summary["finished"] else 3
+
+
+def resume_command(path: Path) -> str:
+    """What goes on with a run, to be pasted into a shell."""
+    plain = re.fullmatch(r"[\w./+-]+", name := str(path))
+    return f"python -m zoray.launch {shlex.quote(f'run.resume={name if plain else in_quotes(name)}')}"
 
 
 def _check_kept(path: Path) -> None:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from zoray import export, journal
+from zoray import disk, export, journal
 from zoray.cli import build, run_main
 from zoray.models import pinned_folder
 from zoray.paths import user_path
@@ -37,6 +37,8 @@ def main(config: Any) -> None:
     out = None if config.out is None else user_path(config.out)
     if out is not None and out.exists():
         raise ConfigError(f"expected {out} not to exist yet; it does. Choose another file with out=FILE")
+    if out is not None:
+        disk.check_place(out, "out")
     with tempfile.TemporaryDirectory() as folder:
         arguments = _model(config) if config.run is None else _step(config, Path(folder))
         results = _evaluated(config, arguments)
@@ -46,7 +48,7 @@ def main(config: Any) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         kept = {key: results[key] for key in ("results", "versions", "n-shot", "n-samples") if key in results}
-        out.write_text(json.dumps(kept, indent=2, default=str) + "\n", encoding="utf-8")
+        disk.replace(out, (json.dumps(kept, indent=2, default=str) + "\n").encode())
 
 
 def _model(config: Any) -> dict[str, str]:

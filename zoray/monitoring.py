@@ -2,7 +2,8 @@
 
 Guarantees: every step and evaluation is a line of metrics.jsonl, flushed at once. A sink that is configured works at
 start or is a ConfigError. After that no failure of a sink ever reaches the run: it is warned about once and the sink
-is switched off. So nothing may be rebuilt from here; the journal is the run's source of truth.
+is switched off. So nothing may be rebuilt from here; the journal is the run's source of truth. But a run whose own
+files a disk refuses should not go on as if they were there: `check` says so, between two of the run's steps.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,11 +21,13 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from zoray import disk
 from zoray.history import History, table
 from zoray.plots import draw_curve, label
 from zoray.records import ConfigError, Evaluation, StepResult, require
 
 log = logging.getLogger(__name__)
+OWN = ("metrics.jsonl", "summary.json", "curve.png")  # what a run leaves beside its journal and adapter
 LOGIN_REMEDY = "Set WANDB_API_KEY, or logging.wandb.mode=offline"
 
 
@@ -93,6 +95,7 @@ class Monitor:
         logging.check()
         folder.mkdir(parents=True, exist_ok=True)
         self.history = History()
+        self.refused: OSError | None = None  # why a file of the run could not be written
         self.sinks: dict[str, Sink] = {
             "console": Console(logging.progress, steps, start_step),
             "metrics.jsonl": MetricsFile(folder, start_step),
@@ -123,6 +126,11 @@ class Monitor:
         self._each("finish", summary)
         self.message(table(self.history.evaluations, summary.get("selected")))
 
+    def check(self) -> None:
+        """Raise the OSError that a file of the run was refused with, if one was."""
+        if self.refused is not None:
+            raise self.refused
+
     def close(self) -> None:
         self._each("close")
         self.sinks.clear()
@@ -143,6 +151,8 @@ class Monitor:
             action()
         except Exception as error:
             self.sinks.pop(name, None)
+            if name in OWN and disk.refuses(error):
+                self.refused = self.refused or error  # type: ignore[assignment]
             log.warning("monitoring goes on without %s: %s: %s", name, type(error).__name__, error)
 
 
@@ -230,7 +240,7 @@ class MetricsFile(Sink):
     """metrics.jsonl: append-only lines, each flushed; a torn last line of an earlier session is cut off."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        path = folder / "metrics.jsonl"
+        path = self.path = folder / "metrics.jsonl"
         resumed = path.exists()
         self.file = path.open("ab", buffering=0)  # a line is with the system at once, whole or as an error
         if resumed:
@@ -249,9 +259,8 @@ class MetricsFile(Sink):
         self.file.close()
 
     def _append(self, record: dict) -> None:
-        line = (_json({**record, "time": round(time.time(), 3)}) + "\n").encode()
-        if self.file.write(line) != len(line):
-            raise OSError("the line was cut short; is the disk full?")
+        line = _json({**record, "time": round(time.time(), 3)}) + "\n"
+        disk.append(self.file, line.encode(), self.path)
 
 
 class SummaryFile(Sink):
@@ -261,9 +270,7 @@ class SummaryFile(Sink):
         self.path = folder / "summary.json"
 
     def finish(self, summary: dict) -> None:
-        partial = self.path.with_name("summary.json.partial")
-        partial.write_text(_json(summary, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        disk.replace(self.path, (_json(summary, indent=2) + "\n").encode())
 
 
 class Curve(Sink):

@@ -6,14 +6,15 @@ Non-finite losses are gaps in the line and counted in the legend, never zeros. U
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from zoray import disk
 from zoray.records import Evaluation, StepResult
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ def draw_curve(
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#999999")
 
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    disk.replace(path, drawn.getvalue())
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:

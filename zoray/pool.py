@@ -208,7 +208,7 @@ class Pool:
             try:
                 found = write(path, data)
             except OSError as error:
-                members.say(f"{path} is not written: {error}")
+                members.say(f"goes on without a snapshot: can't write {path}: {error.strerror}")
                 return
             members.snapshot = found if (found.step, found.digest) == (step, expected) else None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoray import journal
+from zoray import journal, streams
 from zoray.cli import run_main
 from zoray.history import resolve_step
 from zoray.journal import replay
@@ -20,8 +20,8 @@ from zoray.spaces import from_record
 __all__ = ["main", "replay"]
 
 
-def main(config: Any) -> None:
-    """Print step and digest."""
+def main(config: Any) -> int:
+    """Print step and digest; fails where nobody can read them."""
     if config.run is None:
         raise ConfigError("expected the folder of a run: python -m zoray.replay run=runs/<name> [step=K|best]")
     folder = user_path(config.run)
@@ -33,6 +33,7 @@ def main(config: Any) -> None:
     state = replay(contents, step, weights=weights)
     checked = sum(noted.digest is not None for noted in contents.steps[:step])
     print(f"step {step} of {len(contents.steps)}, digest {state.digest()}, {checked} digests on the way agree")
+    return int(streams.lost())
 
 
 if __name__ == "__main__":

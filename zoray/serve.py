@@ -13,25 +13,27 @@ from zoray.records import ConfigError
 from zoray.serving.settings import Settings, settings_of
 from zoray.serving.store import Store, claim
 from zoray.serving.versions import check_live
+from zoray.stopping import stops
 
 
 def main(config: Any) -> int:
-    """Check the settings, start the server, and serve until SIGTERM or Ctrl-C."""
+    """Check the settings, start the server, and serve until SIGTERM, SIGHUP or Ctrl-C."""
     settings = settings_of(config)
     key = settings.key  # refused before anything is started
     _check_port(settings.host, settings.port)
     check_model(settings)
     with claim(Path(settings.folder)):  # the tuner holds it from here on
         check_live(Store(settings.folder, clear=False), settings)
-    up, ended = threading.Event(), threading.Event()
+    up, ended, stopping = threading.Event(), threading.Event(), stops()
 
-    def stop(*_: object) -> None:
-        if not up.is_set() or ended.is_set():  # while it starts, or asked again: at once
+    def stop(number: int, frame: object) -> None:
+        again = ended.is_set() and number != signal.SIGHUP  # which a shell and the system may both send
+        if not up.is_set() or again:  # while it starts, or asked again: at once
             raise KeyboardInterrupt
         ended.set()
 
     def listen() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stopping:
             signal.signal(number, stop)
 
     listen()

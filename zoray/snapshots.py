@@ -6,8 +6,9 @@ and the replica that has read it shows that digest; else it replays. One file a 
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from zoray import disk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,12 +48,7 @@ def unpack(state: State, data: bytes, step: int) -> None:
 
 def write(path: Path, data: bytes) -> Snapshot:
     """Replace the file as a whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    disk.replace(path, data, sync=True)
     found = read(path)
     assert found is not None
     return found

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer
 
+_refused: set[int] = set()  # numbers of streams
 ERRORS = "backslashreplace"  # as Python's own stderr does
 
 
@@ -33,6 +34,12 @@ def settle() -> None:
     sys.stdout, sys.stderr = _lenient(sys.stdout, 1), _lenient(sys.stderr, 2)
     if sys.stdout.encoding.lower() != "utf-8":  # as for this process, so for Ray's workers and people's functions
         os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:{ERRORS}"
+
+
+def lost() -> bool:
+    """Whether a disk has not taken what was written to stdout, for mains whose results are there."""
+    sys.stdout.flush()
+    return 1 in _refused
 
 
 def use_utf8() -> None:
@@ -85,5 +92,6 @@ class _Droppable(io.FileIO):
             told = error.errno in (errno.EPIPE, errno.EIO) or self.lost or self.fileno() == 2
             self.lost = True
             if not told:
+                _refused.add(self.fileno())
                 print(f"output is lost: {error.strerror}", file=sys.stderr)
             return memoryview(data).nbytes

@@ -9,17 +9,20 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from traceback import format_tb
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 
+from zoray import disk
 from zoray.cli import compose
 from zoray.engines.vllm_openai import EngineGone
 from zoray.models import linear_matrices, load_tokenizer
 from zoray.records import ConfigError
 from zoray.serving.engine import EngineServer
 from zoray.serving.gateway import Refused, build_app
+from zoray.serving.logs import keep_log
 from zoray.serving.loopback import listen_here_only
 from zoray.serving.placing import gpus
 from zoray.serving.settings import settings_of
@@ -54,6 +57,7 @@ class TunerServer:
 
     def __init__(self, settings: Settings) -> None:
         listen_here_only()
+        keep_log(settings.folder, "tuner")
         self._claim = claim(Path(settings.folder), TAKEOVER_SECONDS)
         self.tuner = Tuner(settings, self._measure)
         self._engine: Any = None
@@ -74,6 +78,14 @@ class TunerServer:
             return "NotFound", str(error), None
         except ConfigError as error:
             return "ConfigError", self.tuner.plainly(str(error)), None
+        except OSError as error:
+            if not disk.refuses(error):
+                raise
+            log.warning("%s: %s", name, error)
+            return "OSError", "", (error.errno, error.strerror, error.filename)
+        except Exception as error:  # its text may hold what people have written
+            log.error("%s in %s:\n%s", type(error).__name__, name, "".join(format_tb(error.__traceback__)))
+            raise
 
     async def where(self) -> Any:
         """See Tuner.where."""
@@ -119,6 +131,8 @@ class Calls:
     def __getattr__(self, name: str) -> Any:
         async def call(*arguments: Any) -> Any:
             kind, text, result = await self._handle.call.remote(name, *arguments)
+            if kind == "OSError":
+                raise OSError(*result)
             if kind is not None:
                 raise (NotFound if kind == "NotFound" else ConfigError)(text)
             return result
@@ -131,6 +145,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, key: str | None, engine: Any, tuner: Any) -> None:
         listen_here_only()
+        keep_log(settings.folder, "gateway")
         self.settings, self.key = settings, key
         self._engine, self.tuner = engine, Calls(tuner)
         self._live: str | None = None

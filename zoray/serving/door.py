@@ -22,6 +22,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 
 from zoray.engines.vllm_openai import failure
+from zoray.serving.logs import LOG
 from zoray.serving.settings import is_own
 
 if TYPE_CHECKING:
@@ -152,7 +153,8 @@ class Door:
             log.error("%s in %s %s:\n%s", type(error).__name__, scope["method"], path, where)
             if begun:
                 raise
-            await Refused(500, "the server has made a mistake; its log says where").response(scope, receive, out)
+            told = f"the server has made a mistake; its log says where: {LOG}/ in its folder (serve.folder)"
+            await Refused(500, told).response(scope, receive, out)
         finally:
             self._held -= held
 

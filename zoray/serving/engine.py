@@ -28,6 +28,7 @@ from zoray.replica import Replica
 from zoray.scorer import Scorer
 from zoray.serving import neutral
 from zoray.serving.gate import Measured
+from zoray.serving.logs import keep_log
 from zoray.serving.loopback import listen_here_only
 from zoray.serving.placing import share_cores
 from zoray.serving.store import Store
@@ -60,6 +61,7 @@ class EngineServer:
 
         listen_here_only()
         self.settings, self._tuner = settings, tuner
+        keep_log(settings.folder, f"engine-{serve.get_replica_context().rank.rank}")
         share_cores(settings, serve.get_replica_context().rank.local_rank)
         self.store, self.throttle = Store(settings.folder, clear=False), Throttle(settings.max_slowdown)
         folder, name = settings.model.resolve(), str(settings.name)

@@ -22,6 +22,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from zoray import disk
 from zoray.engines.vllm_openai import EngineGone, failure
 from zoray.records import ConfigError
 from zoray.serving import overview, shapes
@@ -50,7 +51,7 @@ def build_app(gateway: Any) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        responses={"4XX": ERROR, 503: ERROR},
+        responses={"4XX": ERROR, 503: ERROR, 507: ERROR},
     )
     app.add_middleware(Door, settings=settings, key=gateway.key, open_paths=OPEN, upload_path=UPLOAD)
 
@@ -61,6 +62,15 @@ def build_app(gateway: Any) -> FastAPI:
     @app.exception_handler(ConfigError)
     async def wrong(_: Request, error: ConfigError) -> Response:
         return Refused(404 if isinstance(error, NotFound) else 400, str(error)).response
+
+    @app.exception_handler(OSError)
+    async def unwritten(_: Request, error: OSError) -> Response:
+        if not disk.refuses(error):
+            raise error
+        full = error.errno in disk.FULL
+        advice = "Delete files, jobs or versions, or make room there" if full else "Let it write there"
+        said = f"the server can't write to its folder (serve.folder): {disk.reason(error)}; nothing was changed"
+        return Refused(507, f"{said}. {advice}, and try again").response
 
     @app.exception_handler(RayError)
     @app.exception_handler(RayServeException)

@@ -66,7 +66,11 @@ class Promotion:
         version, store = f"{job}@{evaluation.step}" if evaluation.step else None, self._store
         if rows is not None:
             self._evaluated[version] = evaluation, rows
-        if version is None or any(event.get("step") == evaluation.step for event in events):
+        if version is None:
+            return
+        if (noted := next((event for event in events if event.get("step") == evaluation.step), None)) is not None:
+            if noted.get("due") and not self._followed(events, version):  # the disk was full, or the server was killed
+                self._let_answer(events, version, noted["message"])
             return
         arrays, digest = pool.adapter()
         folder = versions.write(store, version, arrays, self._settings.space, self._settings.model.path)
@@ -94,13 +98,26 @@ class Promotion:
             reason=verdict.reason,
         )
         said = "passed" if verdict.promote else "did not pass"
-        self._note("evaluated", f"step {evaluation.step} {said}: {verdict.reason}", step=evaluation.step)
-        if verdict.promote and self._gate.automatic:
-            if overruled(events, store.live_history()):
-                self._note("held", f"{version} waits for you: what is live has been chosen by hand meanwhile")
-            else:
-                self._promote(version, f"passed the gate: {verdict.reason}")
+        due = verdict.promote and self._gate.automatic
+        message = f"step {evaluation.step} {said}: {verdict.reason}"
+        self._note("evaluated", message, step=evaluation.step, **({"due": True} if due else {}))
+        if due:
+            self._let_answer(events, version, f"passed the gate: {verdict.reason}")
         self._prune(job)
+
+    def _let_answer(self, events: list[dict[str, Any]], version: str, why: str) -> None:
+        """Promote what has passed, unless people have chosen something else."""
+        if overruled(events, self._store.live_history()):
+            waits = f"{version} waits for you: what is live has been chosen by hand meanwhile"
+            self._note("held", waits, version=version)
+        else:
+            self._promote(version, why)
+
+    def _followed(self, events: list[dict[str, Any]], version: str) -> bool:
+        """Whether what was due to a version has been done: it has been live or held, or people have deleted it."""
+        been = {entry["version"] for entry in self._store.live_history()}
+        done = version in been or any(event.get("version") == version for event in events)
+        return done or version not in self._store.version_names()
 
     def _measured(self, version: str | None) -> Measured:
         """A version never changes, nor do a job's held-out rows: each is measured once.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import uuid
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from zoray import disk
 from zoray.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.records import ConfigError
 from zoray.serving.presets import PREFIX, SIZES, preset
@@ -206,6 +206,5 @@ def plain_text(path: Path) -> Path:
             "with questions and answers (CSV with columns prompt and completion)"
         )
     partial = rows.with_name(f".rows-{uuid.uuid4().hex[:8]}")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, rows)
+    disk.replace(rows, ("\n".join(lines) + "\n").encode(), partial)
     return rows

@@ -19,10 +19,11 @@ import shutil
 import threading
 import time
 import uuid
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoray import disk
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 VERSION = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}@[0-9]{1,9}")
 FILE_ID = re.compile(r"file-[0-9a-f]{24}")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
+_appending = threading.Lock()
 LONGEST = 1 << 20  # bytes of a line: one is read, filled into a prompt and tokenised as a whole
 
 
@@ -74,11 +76,9 @@ class Store:
             "purpose": "fine-tune",
             "status": "processed",
         }
-        partial = self.folder / "files" / f".partial-{number}"
-        partial.mkdir()
-        (partial / f"data{suffix}").write_bytes(data)
-        write_json(partial / "meta.json", meta)
-        partial.rename(self.folder / "files" / number)
+        with _made(self.folder / "files" / number) as partial:
+            (partial / f"data{suffix}").write_bytes(data)
+            write_json(partial / "meta.json", meta)
         return meta
 
     def files(self) -> list[dict[str, Any]]:
@@ -88,6 +88,13 @@ class Store:
     def file(self, number: str) -> dict[str, Any]:
         """The record of an upload."""
         return read_json(self._file_folder(number) / "meta.json")
+
+    def file_name(self, number: str) -> str:
+        """What an upload was called, for messages."""
+        try:
+            return self.file(number)["filename"]
+        except NotFound:
+            return "a deleted file"
 
     def data_path(self, number: str) -> Path:
         """Where the data of an upload lie."""
@@ -162,10 +169,10 @@ class Store:
             entry = {"version": version, "time": time.time(), "reason": reason}
             write_json(self.folder / "live.json", {"version": version, "history": [*known, entry][-1000:]})
 
-    def forget_history(self) -> None:
-        """Forget which versions have been live."""
+    def forget_live(self) -> None:
+        """Let the base model answer, and forget which versions have been live; a full disk has room for that."""
         with self.lock:
-            write_json(self.folder / "live.json", {"version": self.live(), "history": []})
+            (self.folder / "live.json").unlink(missing_ok=True)
 
     def _live(self) -> dict[str, Any]:
         path = self.folder / "live.json"
@@ -192,11 +199,9 @@ class Store:
         with self.lock:
             if folder.exists() or any(self.folder.glob(f"versions/{name}@*")):
                 raise ConfigError(f"there is a job {name} already, or versions of one; take another name")
-            partial = self.folder / "jobs" / f".partial-{name}"
-            partial.mkdir()
-            write_json(partial / "request.json", dict(request))
-            write_json(partial / "state.json", dict(state))
-            partial.rename(folder)
+            with _made(folder) as partial:
+                write_json(partial / "request.json", dict(request))
+                write_json(partial / "state.json", dict(state))
         return folder
 
     def jobs(self) -> list[str]:
@@ -207,8 +212,12 @@ class Store:
         return [name for _, name in sorted(found)]
 
     def delete_job(self, name: str) -> None:
-        """Delete a job from disk, with what it has measured. Its versions stay."""
-        _remove(self.job_folder(name))
+        """Delete a job from disk, with what it has measured; its versions stay, but for half-made ones."""
+        with self.lock:
+            _remove(self.job_folder(name))
+            for path in self.folder.glob(f"versions/{name}@*"):
+                if not (path / "meta.json").exists():  # it would be in the way of the next job of that name
+                    shutil.rmtree(path, ignore_errors=True)
 
     def delete_everything(self) -> None:
         """Delete all files, jobs and versions from disk, those that were never finished among them."""
@@ -287,17 +296,13 @@ def read_all(paths: Iterable[Path]) -> Iterator[Any]:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file as a whole; it is on disk when this returns."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    disk.replace(path, json.dumps(value, indent=2).encode(), partial, sync=True)
 
 
 def append_json(path: Path, value: Any) -> None:
-    """Append a line to a JSONL file."""
-    with path.open("ab", buffering=0) as file:
-        file.write(json.dumps(value).encode() + b"\n")
+    """Append a line to a JSONL file, whole or not at all."""
+    with _appending, path.open("ab", buffering=0) as file:
+        disk.append(file, json.dumps(value).encode() + b"\n", path)
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -336,6 +341,19 @@ def _check_text(data: bytes) -> None:
         if end < 0:
             raise ConfigError(f"expected lines of at most {LONGEST:,} bytes; got a longer one. Give one example a line")
         begin = end + 1
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[Path]:
+    """A new folder to be filled, in its place when all went well."""
+    partial = folder.with_name(f".partial-{uuid.uuid4().hex}")
+    with disk.naming(folder):
+        try:
+            partial.mkdir()
+            yield partial
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sorted(records: Any) -> list[dict[str, Any]]:

@@ -29,7 +29,8 @@ from zoray.serving.overview import gather
 from zoray.serving.pool import start_pool
 from zoray.serving.promotion import BY_HAND, Promotion
 from zoray.serving.requests import NewJob, Use, plainly
-from zoray.serving.store import NotFound, Store, append_json, read_json, read_lines, write_json
+from zoray.serving.states import States, why
+from zoray.serving.store import NotFound, Store, read_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +56,7 @@ class Tuner:
     def __init__(self, settings: Settings, measure: Any) -> None:
         self.settings, self.store, self._measure = settings, Store(settings.folder), measure
         self.conversations = Conversations(self.store.folder / "conversations")
-        self._wake = threading.Condition()
+        self._states, self._wake = States(self.store), threading.Condition()
         self._reading = threading.Lock()
         self._metrics: dict[str, tuple[Any, list[Any], list[Any]]] = {}  # of jobs looked at last: file's mark, numbers
         self._current: str | None = None
@@ -72,7 +73,7 @@ class Tuner:
         versions.check_live(self.store, self.settings)
         for name in self.store.jobs():
             if self.state(name)["status"] == "running":
-                self._set(name, status="queued")
+                self._states.mark(name, status="queued")
         self._worker.start()
 
     def close(self) -> None:
@@ -144,16 +145,15 @@ class Tuner:
         with self._wake:
             self._deleting += 1  # no job is taken up meanwhile
         try:
-            self.store.set_live(None, "all data deleted")
+            self.store.forget_live()
             for name in self.store.jobs():
                 with suppress(ConfigError):  # it has just ended
-                    self.cancel(name)
+                    self._end(name)
             self._await_none(lambda name: True)
             with self._wake:
-                self.store.set_live(None, "all data deleted")  # the last of them may have passed the gate meanwhile
+                self.store.forget_live()  # the last of them may have passed the gate meanwhile
                 self.store.delete_everything()
                 self.conversations.delete_everything()
-                self.store.forget_history()
         finally:
             with self._wake:
                 self._deleting -= 1
@@ -177,7 +177,8 @@ class Tuner:
         now = time.time()
         asked = {**request.model_dump(exclude_none=True), "created_at": now, "filename": source}
         self.store.new_job(name, asked, {"status": "queued", "changed_at": now})
-        self._event(name, "created", f"learns from {source}")
+        self._states.forget(name)  # of a deleted one of that name
+        self._states.tell(name, "created", f"learns from {source}")
         self._notify()
         return self.job(name)
 
@@ -193,12 +194,21 @@ class Tuner:
         """End a job for good."""
         return self._turn(name, ("queued", "running", "paused", "failed"), "cancelled")
 
+    def _end(self, name: str) -> None:
+        """The same for what is about to be deleted, which takes no room."""
+        with self._wake:
+            if self.state(name)["status"] not in ("succeeded", "cancelled"):
+                self._states.mark(name, status="cancelled")
+                self._states.tell(name, "cancelled", BY_HAND)
+            self._wake.notify_all()
+
     def delete(self, name: str) -> None:
         """Delete a job that has ended, with its journal and numbers."""
         with self._wake:
             if self.state(name)["status"] in GOING or self._current == name:
                 raise ConfigError(f"{name} is still at work: cancel it first")
             self.store.delete_job(name)
+            self._states.forget(name)
 
     def delete_file(self, number: str) -> None:
         """Delete an upload; jobs that learn from it are ended."""
@@ -206,7 +216,7 @@ class Tuner:
         for name in self.store.jobs():
             request = read_json(self.store.job_folder(name) / "request.json")
             if request.get("training_file") == number and self.state(name)["status"] in (*GOING, "paused"):
-                self.cancel(name)
+                self._end(name)
         self._await_none(lambda name: self._uses(name, number))
         self.store.delete_file(number)
 
@@ -246,11 +256,11 @@ class Tuner:
 
     def state(self, name: str) -> dict[str, Any]:
         """A job's status, and why."""
-        return read_json(self.store.job_folder(name) / "state.json")
+        return self._states[name]
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """What has happened to a job, the oldest first."""
-        return read_lines(self.store.job_folder(name) / "events.jsonl")
+        return self._states.events(name)
 
     def metrics(self, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """A job's steps and evaluations so far."""
@@ -282,7 +292,7 @@ class Tuner:
 
     def plainly(self, text: str) -> str:
         """A message for those who use the server, with an upload's own name in the place of where it lies."""
-        return plainly(text, lambda number: self.store.file(number)["filename"])
+        return plainly(text, self.store.file_name)
 
     # Versions.
 
@@ -329,7 +339,7 @@ class Tuner:
         if version is not None:
             job = version.partition("@")[0]
             if job in self.store.jobs():
-                self._event(job, "promoted", f"{version} is live: {reason}", version=version)
+                self._states.tell(job, "promoted", f"{version} is live: {reason}", version=version)
 
     def _make_sure_of_room(self, size: int) -> None:
         files = self.store.files()
@@ -347,25 +357,31 @@ class Tuner:
     def _work(self) -> None:
         while not self._closed:
             try:
-                name = self._take_up()
-            except Exception as error:  # a file that can't be read: the jobs' thread must not be the end of all
-                log.error("%s: %s\n%s", type(error).__name__, error, "".join(format_tb(error.__traceback__)))
-                time.sleep(ASK_SECONDS)
-                continue
-            if name is None:
-                continue
-            try:
-                self._put_down(name, self._run(name))
-            except KeyboardInterrupt:  # asked to stop while it waited for engines
-                self._put_down(name, None)
-            except ConfigError as error:
-                self._failed(name, self.plainly(str(error)))
-            except Exception as error:  # a job's end must not be the end of all
-                log.error("job %s: %s\n%s", name, type(error).__name__, "".join(format_tb(error.__traceback__)))
-                self._failed(name, self.plainly(f"{type(error).__name__}: {error}"))
-            finally:
                 with self._wake:
-                    self._current = None
+                    self._states.write_again()
+                if (name := self._take_up()) is not None:
+                    self._work_on(name)
+            except Exception as error:  # a file that can't be read or written: this thread must not be the end of all
+                told = error if isinstance(error, OSError) else ""  # other texts may hold what people have written
+                log.error("%s: %s\n%s", type(error).__name__, told, "".join(format_tb(error.__traceback__)))
+                time.sleep(ASK_SECONDS)
+
+    def _work_on(self, name: str) -> None:
+        """Run a job, and note how it has ended; what can't be noted on disk is kept in memory until it can."""
+        try:
+            self._put_down(name, self._run(name))
+        except KeyboardInterrupt:  # asked to stop while it waited for engines
+            self._put_down(name, None)
+        except ConfigError as error:
+            self._failed(name, self.plainly(str(error)))
+        except Exception as error:  # a job's end must not be the end of all
+            log.error("job %s: %s\n%s", name, type(error).__name__, "".join(format_tb(error.__traceback__)))
+            self._failed(name, self.plainly(why(error)))
+        finally:
+            with self._wake:
+                self._current = None
+                with suppress(NotFound):
+                    self._states.give_up(name)
 
     def _take_up(self) -> str | None:
         """The next job, which is at work from now on; None if there has been none for a while."""
@@ -373,9 +389,9 @@ class Tuner:
             if (name := self._next()) is None:
                 self._wake.wait(ASK_SECONDS)
                 return None
-            self._set(name, status="running")
+            self._states.set(name, status="running")
             if not any(event["kind"] == "started" for event in self.events(name)):
-                self._event(name, "started", "its first step is under way")
+                self._states.tell(name, "started", "its first step is under way")
             self._current = name
             return name
 
@@ -384,9 +400,9 @@ class Tuner:
         with self._wake, suppress(NotFound):
             finished = summary is not None and summary["finished"]
             if self.state(name)["status"] == "running":
-                self._set(name, status="succeeded" if finished else "queued")
+                self._states.mark(name, status="succeeded" if finished else "queued")
                 if finished:
-                    self._event(name, "succeeded", _outcome(summary))  # type: ignore[arg-type]
+                    self._states.tell(name, "succeeded", _outcome(summary))  # type: ignore[arg-type]
 
     def _run(self, name: str) -> dict[str, Any]:
         folder = self.store.job_folder(name)
@@ -400,7 +416,7 @@ class Tuner:
 
         promotion = Promotion(
             *(self.settings, self.store, partial(self._measure, stopping)),
-            *(partial(self._event, name), self.promote),
+            *(partial(self._states.note, name), self.promote),
         )
         self._listener = listener = Listener(own_host(elastic=False), 0)
         try:
@@ -434,23 +450,16 @@ class Tuner:
             if found != status:
                 if found not in of:
                     raise ConfigError(f"{name} is {found}: expected one that is {' or '.join(of)}")
-                self._set(name, status=status)
-                self._event(name, status, BY_HAND)
+                self._states.set(name, status=status)
+                self._states.tell(name, status, BY_HAND)
             self._wake.notify_all()
         return self.job(name)
 
-    def _set(self, name: str, **values: Any) -> None:
-        write_json(self.store.job_folder(name) / "state.json", {**values, "changed_at": time.time()})
-
-    def _failed(self, name: str, why: str) -> None:
+    def _failed(self, name: str, reason: str) -> None:
         with self._wake, suppress(NotFound):
             if self.state(name)["status"] == "running":  # else people have paused or ended it meanwhile
-                self._set(name, status="failed", error=why)
-            self._event(name, "failed", why)
-
-    def _event(self, name: str, kind: str, message: str, **more: Any) -> None:
-        line = {"kind": kind, "message": message, "time": time.time(), **more}
-        append_json(self.store.job_folder(name) / "events.jsonl", line)
+                self._states.mark(name, status="failed", error=reason)
+            self._states.tell(name, "failed", reason)
 
     def _await_none(self, true: Callable[[str], bool]) -> None:
         """Wait until no job of some kind is at work any more: it ends after its step."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from zoray.adapters import peft_space, write_peft
 from zoray.history import read_metrics
 from zoray.models import weights_hash
 from zoray.records import ConfigError, JournalError
+from zoray.serving.logs import LOG
 from zoray.serving.store import VERSION, NotFound, read_json, shown, write_json
 from zoray.spaces import from_record
 
@@ -48,10 +50,18 @@ def write(store: Store, name: str, arrays: Mapping[str, np.ndarray], space: Spac
 
 
 def describe(folder: Path, weights: str, digest: str, **known: Any) -> None:
-    """Write down what is known of a version: of which base model (weights_hash), digest of its state, and more."""
+    """Write down what is known of a version: of which base model (weights_hash), digest of its state, and more.
+
+    One of which the disk does not take that is none, and leaves nothing.
+    """
     job, _, step = folder.name.partition("@")
     about = {"id": folder.name, "job": job, "step": int(step), "weights": weights, "digest": digest}
-    write_json(folder / META, {**about, "created_at": time.time(), **known})
+    try:
+        write_json(folder / META, {**about, "created_at": time.time(), **known})
+    except OSError:
+        if not (folder / META).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def make_sure(store: Store, name: str, settings: Settings) -> None:
@@ -129,7 +139,8 @@ def _replay(store: Store, name: str, settings: Settings) -> None:
     except JournalError as error:
         log.error("%s", error)
         raise ConfigError(
-            f"expected a whole journal of {job} to make {name} of; it is damaged, the server's log says where"
+            f"expected a whole journal of {job} to make {name} of; it is damaged, the server's log says where "
+            f"({LOG}/ in serve.folder)"
         ) from None
     evaluations = read_metrics(run)[1] if (run / METRICS).exists() else []
     measured = next((e for e in evaluations if (e.step, e.split) == (int(number), "dev")), None)

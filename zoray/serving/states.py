@@ -1,0 +1,87 @@
+"""States and events of jobs on disk; a state that a full disk does not take counts all the same, until it does."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoray import disk
+from zoray.serving.store import NotFound, append_json, read_json, read_lines, write_json
+
+if TYPE_CHECKING:
+    from zoray.serving.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class States:
+    """state.json and events.jsonl of each job; to be called under the tuner's lock, but for what only reads."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._unwritten: dict[str, dict[str, Any]] = {}
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        folder = self._store.job_folder(name)
+        return self._unwritten.get(name) or read_json(folder / "state.json")
+
+    def set(self, name: str, **values: Any) -> None:
+        """Change a job's state; an OSError changes nothing."""
+        write_json(self._store.job_folder(name) / "state.json", {**values, "changed_at": time.time()})
+        self._unwritten.pop(name, None)
+
+    def mark(self, name: str, **values: Any) -> None:
+        """The same where it is so, whether the disk takes it or not."""
+        try:
+            self.set(name, **values)
+        except OSError as error:
+            log.warning("job %s is %s, which is not written yet: %s", name, values["status"], error)
+            self._unwritten[name] = {**values, "changed_at": time.time()}
+
+    def give_up(self, name: str) -> None:
+        """Let a job that nothing works on any more have failed, if even noting its end has."""
+        if self[name]["status"] == "running":
+            why = "how it ended could not be noted; the server's log says why. Resume it"
+            self._unwritten[name] = {"status": "failed", "error": why, "changed_at": time.time()}
+
+    def forget(self, name: str) -> None:
+        """A job is deleted."""
+        self._unwritten.pop(name, None)
+
+    def write_again(self) -> None:
+        """Write what the disk has not taken, if it does now."""
+        for name, values in list(self._unwritten.items()):
+            try:
+                write_json(self._store.job_folder(name) / "state.json", values)
+            except NotFound:  # deleted
+                pass
+            except OSError:
+                return
+            self._unwritten.pop(name)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """What has happened to a job, the oldest first."""
+        return read_lines(self._store.job_folder(name) / "events.jsonl")
+
+    def note(self, name: str, kind: str, message: str, **more: Any) -> None:
+        """Append an event."""
+        line = {"kind": kind, "message": message, "time": time.time(), **more}
+        append_json(self._store.job_folder(name) / "events.jsonl", line)
+
+    def tell(self, name: str, kind: str, message: str, **more: Any) -> None:
+        """The same of what has been done already, and does not depend on it."""
+        try:
+            self.note(name, kind, message, **more)
+        except OSError as error:
+            log.warning("job %s: %s is not written: %s", name, kind, error)
+
+
+def why(error: Exception) -> str:
+    """Why a job has failed, and what to do."""
+    if not isinstance(error, OSError) or not disk.refuses(error):
+        return f"{type(error).__name__}: {error}"
+    file = f" ({Path(error.filename).name})" if error.filename else ""
+    advice = "Make room on the server's disk" if error.errno in disk.FULL else "Let the server write to its folder"
+    return f"{disk.reason(error)}{file}. {advice}, then resume the job"
