@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from zoray.records import TokenSequence
+
 WRITERS = ("o_proj", "out_proj", "down_proj", "fc2", "attention.dense", "self_attn.dense", "dense_4h_to_h")
 READ = 32  # sequences of a forward pass without gradients
 
@@ -92,6 +94,14 @@ def token_loss(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[torch.Te
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     there = mask[:, 1:].bool()
     return cross_entropy(logits[:, :-1][there].float(), ids[:, 1:][there], reduction="sum"), int(there.sum())
+
+
+def answer_loss(model: Any, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+    """The mean cross-entropy of the targets of each sequence, (n,)."""
+    ids, mask = padded([sequence.tokens.tolist() for sequence in sequences], model.device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    asked = ((logits[i, torch.from_numpy(s.rows).long()], s.targets) for i, s in enumerate(sequences))
+    return torch.stack([cross_entropy(own.float(), torch.from_numpy(t).long().to(ids.device)) for own, t in asked])
 
 
 class MeanSign(torch.optim.Optimizer):

@@ -3,6 +3,7 @@
     python -m benchmarks.baselines                                   all of them on movie_reviews, then the table
     python -m benchmarks.baselines what=backprop budget=1600 rules=adam lr=0.5,1,2 seeds=0
     python -m benchmarks.baselines what=text file=lines.txt out=text.json
+    python -m benchmarks.baselines what=answers task=file task.path=mail.jsonl
     python -m benchmarks.baselines model=hf model.path=FOLDER task=sst2 bos=true
 
 Any task will do whose examples all have the same options of one token each; other keys than those of DEFAULTS are
@@ -12,7 +13,8 @@ states, of the last prompt token. A probe's layer and penalty are chosen on dev,
 `backprop` trains both halves of adapters of rank 8 and alpha 16 with the cross-entropy over the option words, a run for
 each budget of sequences, its learning rate falling linearly to 0. `adam` and `meansign` have them on the layers that
 write to the residual stream, from block `first` on (the upper half), `adamw-all` on all linear layers of all blocks.
-`text` is the next-token loss on 300 held-out lines of a file, under the same adapters and rules.
+`text` is the next-token loss on 300 held-out lines of a file, under the same adapters and rules; `answers` that of the
+answers of a task, on its own dev rows, as objective=answer_nll has it (the mean over a row's tokens, then over rows).
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from benchmarks.bare_model import (
     Split,
     adapted,
     answer_logits,
+    answer_loss,
     blocks,
     descend,
     linear_layers,
@@ -45,7 +48,8 @@ from benchmarks.bare_model import (
     token_loss,
 )
 from benchmarks.options import parse
-from zoray.cli import build, compose, guarded
+from zoray.cli import build, build_experiment, compose, guarded
+from zoray.data import load_workload
 from zoray.models import load_tokenizer, max_length
 from zoray.order import Order, labels_of
 from zoray.paths import user_path
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
 DEFAULTS = {"what": "all", "seeds": "0,1,2", "budget": "", "rules": "adam,meansign,adamw-all", "lr": "1", "batch": "16"}
 DEFAULTS |= {"first": "", "layers": "1", "penalties": "10,100,1000", "bos": "false", "file": "", "out": ""}
 ALL = ("untuned", "margin", "probe", "backprop")
+PARTS = (*ALL, "text", "answers")
 BUDGETS, TEXT_BUDGETS = "320,1280,1600,6400", "0,160,320,640,1280,5120"
 RULES: dict[str, tuple[str, float, bool]] = {  # optimizer, learning rate, whether on all linear layers
     "adam": ("Adam", 1e-3, False),
@@ -92,8 +97,8 @@ def main(arguments: list[str]) -> None:
 def measure(options: dict[str, str], where: Sequence[str] = ()) -> Iterator[Record]:
     """The results one by one. `where`: settings of conf/."""
     parts = ALL if options["what"] == "all" else tuple(options["what"].split(","))
-    if wrong := (set(parts) - {*ALL, "text"}) | (set(options["rules"].split(",")) - RULES.keys()):
-        raise ConfigError(f"expected what of {', '.join((*ALL, 'text'))}, rules of {', '.join(RULES)}; got {wrong}")
+    if wrong := (set(parts) - {*PARTS}) | (set(options["rules"].split(",")) - RULES.keys()):
+        raise ConfigError(f"expected what of {', '.join(PARTS)}, rules of {', '.join(RULES)}; got {wrong}")
     if "text" in parts and not user_path(options["file"]).is_file():
         raise ConfigError(f"what=text needs a text file; got file={options['file']!r}. Set file=PATH")
     config = compose("config", where)
@@ -129,6 +134,8 @@ def measure(options: dict[str, str], where: Sequence[str] = ()) -> Iterator[Reco
             yield from backprop(model, options, (options["budget"] or BUDGETS).split(","), seeds, loss_of, reached)
     if "text" in parts:
         yield from text(load(folder, source.dtype), encoder, bos, options, seeds)
+    if "answers" in parts:
+        yield from answers(load(folder, source.dtype), options, seeds, where)
 
 
 def encode(
@@ -313,6 +320,27 @@ def text(
         parts = [token_loss(model, held[first : first + READ]) for first in range(0, len(held), READ)]
         return {"dev_loss": sum(total.item() for total, _ in parts) / sum(count for _, count in parts)}
 
+    yield from _of_text(model, options, seeds, loss_of, reached)
+
+
+def answers(model: Any, options: dict[str, str], seeds: Sequence[int], where: Sequence[str]) -> Iterator[Record]:
+    """The same on the answers of a task, as zoray encodes them; the loss a row on dev."""
+    workload = load_workload(build_experiment(compose("config", ["objective=answer_nll", *where])).spec)
+    train, held = ([sequence for (sequence,) in workload.encoded[split]] for split in ("train", "dev"))
+    order = {seed: order_of(seed, labels_of(workload.splits.train), int(options["batch"])) for seed in seeds}
+
+    def loss_of(seed: int, step: int) -> torch.Tensor:
+        return answer_loss(model, [train[i] for i in order[seed].step(step)]).mean()
+
+    @torch.no_grad()
+    def reached() -> Record:
+        losses = [answer_loss(model, held[first : first + READ]) for first in range(0, len(held), READ)]
+        return {"dev_loss": torch.cat(losses).mean().item()}
+
+    yield from _of_text(model, options, seeds, loss_of, reached)
+
+
+def _of_text(model: Any, options: dict[str, str], seeds: Sequence[int], loss_of: Any, reached: Any) -> Iterator[Record]:
     budgets = (options["budget"] or TEXT_BUDGETS).split(",")
     if "0" in budgets:
         yield {"method": "untuned", "setting": "text", "seed": seeds[0], **reached()}

@@ -13,9 +13,13 @@ from transformers import AutoModelForCausalLM
 from benchmarks import baselines, through_block
 from benchmarks.bare_model import MeanSign, Reading, Split, adapted, descend, linear_layers, load, read
 from benchmarks.baselines import DEFAULTS, Probe
+from zoray import records
+from zoray.cli import build_experiment, compose
+from zoray.data import load_workload
 from zoray.models import load_tokenizer
 from zoray.prompts import Encoder
 from zoray.records import ConfigError, Example
+from zoray.replica import Replica
 
 WORDS = "task.words=[' terrible',' great']"
 
@@ -203,6 +207,19 @@ def test_text_is_learnt_and_held_out_lines_are_held_out(tiny_models, tmp_path):
     assert tuned["steps"] == 30 and tuned["dev_loss"] < 0.9 * untuned["dev_loss"]
     with pytest.raises(ConfigError, match="more than 300 lines"):
         baselines.lines_of(path, encoder, False, 300)
+
+
+def test_answers_are_scored_as_zoray_scores_them(tiny_models, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"The film {n} was", "completion": f" one of the best {n % 3} of all"} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = [f"model.path={tiny_models['llama']}", "task=file", f"task.path={path}", "task.dev=20", "task.test=0"]
+    options = {**DEFAULTS, "what": "answers", "budget": "0,320", "rules": "adam", "lr": "10", "seeds": "0"}
+    untuned, tuned = baselines.measure(options, where)
+    e = build_experiment(compose("config", [*where, "objective=answer_nll", "engine=hf"]))
+    own = Replica(e.spec, load_workload(e.spec)).outcomes("dev", records.Probe(0, 0, 0.0)).losses.mean()
+    assert untuned["dev_loss"] == pytest.approx(own, rel=1e-5)
+    assert tuned["steps"] == 20 and tuned["dev_loss"] < 0.9 * untuned["dev_loss"]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
