@@ -57,7 +57,7 @@ def message(*overrides: str, config: str = "config") -> str:
         ("run.name=2026", ["run.name to be text; got 2026", "'run.name=\"2026\"'"]),
         ("run=3", ["run to be a component's settings; got 3"]),
         ("space.rank=???", ["no default and must be given: space.rank=..."]),
-        ("task.template={text} It was", ["can't read the value of", "'task.template=\"...\"'"]),
+        ("task.template={text} It was", ["can't read the value of", "'task.template=\"{text} It was\"'"]),
         ("task.path=a,b.csv", ["expected one value; got 'task.path=a,b.csv'", "'task.path=\"a,b.csv\"'", "--multirun"]),
         ("task.words={no: x, yes: y}", ["task.words={no: x, yes: y}"]),
         ("space.rank=${nope}", ["nope"]),
@@ -185,7 +185,7 @@ def test_an_experiment_goes_with_hydras_flags(arguments, tmp_path):
     [
         ("zoray.replay", "step", "expected the folder of a run", []),
         ("zoray.evaluate", "split", "expected a run, or a model and a task", []),
-        ("zoray.export", "format", "expected python -m zoray.export run=runs/<name> out=DIR", ["out=there"]),
+        ("zoray.export", "format", "expected python -m zoray.export run=runs/NAME out=DIR", ["out=there"]),
     ],
 )
 def test_the_other_mains_say_what_they_need(module, key, usage, more, tmp_path):

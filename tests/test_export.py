@@ -338,8 +338,14 @@ def test_the_best_step_on_dev_is_the_default(command, runs, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"run": None}, "expected python -m zoray.export run=runs/<name> out=DIR [step=K|best] [format=peft|merged]"),
-        ({"out": None}, "expected python -m zoray.export run=runs/<name> out=DIR [step=K|best] [format=peft|merged]"),
+        (
+            {"run": None},
+            "expected python -m zoray.export run=runs/NAME out=DIR (and step=K or step=best, format=peft or",
+        ),
+        (
+            {"out": None},
+            "expected python -m zoray.export run=runs/NAME out=DIR (and step=K or step=best, format=peft or",
+        ),
         ({"format": "gguf"}, "expected format to be one of peft, merged; got 'gguf'"),
         ({"format": None}, "expected format to be one of peft, merged; got None"),
         ({"rank": 0}, "expected rank to be a whole number from 1 to 512; got 0"),
@@ -371,7 +377,7 @@ def test_a_mistake_is_said_before_anything_is_written(export, runs, tmp_path, se
 
 def test_a_mistake_in_the_command_is_one_clear_line(command, runs, tmp_path):
     run = Path(shutil.copytree(runs["lora-B"].folder, tmp_path / "run"))
-    usage = "expected python -m zoray.export run=runs/<name> out=DIR [step=K|best] [format=peft|merged]"
+    usage = "expected python -m zoray.export run=runs/NAME out=DIR (and step=K or step=best, format=peft or"
     assert command("out=out") == (2, "", f"error: {usage}\n")
     assert command("run=run") == (2, "", f"error: {usage}\n")
     measured(run, (2, "test", 0.9))  # which chooses nothing

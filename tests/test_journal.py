@@ -250,7 +250,7 @@ def test_random_coefficients_and_losses_round_trip(tmp_path):
 
 
 def test_a_missing_journal_is_the_users_mistake(tmp_path):
-    with pytest.raises(ConfigError, match=r"expected a journal at .*journal\.jsonl; there is none.*run=runs/<name>"):
+    with pytest.raises(ConfigError, match=r"expected a journal at .*journal\.jsonl; there is none.*run=runs/NAME"):
         journal.read(tmp_path / "journal.jsonl")
 
 

@@ -264,7 +264,7 @@ def test_the_command_prints_step_and_digest(folder, tmp_path):
 
 def test_a_missing_run_is_one_clear_line(tmp_path):
     done = command(tmp_path, "run=gone")
-    says = "expected a journal at gone/journal.jsonl; there is none. Give the folder of a run: run=runs/<name>"
+    says = "expected a journal at gone/journal.jsonl; there is none. Give the folder of a run: run=runs/NAME"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {says}\n")
 
 
@@ -291,7 +291,7 @@ def test_the_command_stops_at_a_step(in_process, folder):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "expected the folder of a run: python -m zoray.replay run=runs/<name> [step=K|best]"),
+        ([], "expected the folder of a run: python -m zoray.replay run=runs/NAME (and step=K or step=best)"),
         (["run=run", "step=two"], "expected step to be a whole number or best; got 'two'"),
         (["run=run", "step=1.0"], "expected step to be a whole number or best; got 1.0"),
         (["run=run", "step=true"], "expected step to be a whole number or best; got True"),

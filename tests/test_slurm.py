@@ -69,7 +69,7 @@ def test_the_command_line_has_what_the_settings_say(tmp_path):
         *("sbatch", "--job-name=zoray-a b", "--nodes=4", "--gpus-per-node=8", "--time=1-12", "--partition=gpu"),
         *("--signal=B:USR1@120", f"--chdir={Path.cwd()}", "--export=ALL", f"--output={logs}/%j.log"),
         *("--exclusive", "--requeue", "--constraint=h100"),
-        *(str(logs / "zoray.sbatch"), f"run.resume='{tmp_path}/a b'", "engine.dtype=bfloat16"),
+        *(str(logs / "zoray.sbatch"), f'run.resume="{tmp_path}/a b"', "engine.dtype=bfloat16"),
     ]
     assert compose("config", [line[-2]]).run.resume == f"{tmp_path}/a b"
     shared = command(Slurm(exclusive=False, cpus_per_node=3, memory="8G"), tmp_path, [])

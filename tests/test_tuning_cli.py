@@ -124,7 +124,7 @@ def test_a_job_learns_from_a_task_that_zoray_brings_along(ask, server):
         (["create", "task=sst2", "stpes=3"], "unknown config key 'stpes'"),
         (["create", "task=sst2", "steps=many"], "expected steps to be a whole number; got 'many'"),
         (["create", "task=sst2", "steps=0"], "hyperparameters.steps: Input should be greater than or equal to 1"),
-        (["create", "task=sst2", "words=bad"], "expected words as 'words={label"),
+        (["create", "task=sst2", "words=bad"], "expected words as 'words={no: "),
         (["create", "task=sst2", "chat=yes"], "expected chat to be true or false; got 'yes'"),
         (["create", "steps"], "expected arguments of the form key=value; got 'steps'"),
     ],

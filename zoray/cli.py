@@ -5,12 +5,14 @@ Used by the mains only. Nothing here imports torch, vLLM or Ray, so a mistake in
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from zoray import disk, streams
+from zoray.overrides import check_whole, setting, unescaped, value_of
 from zoray.records import ConfigError, JournalError, ReplicaLost
 from zoray.signatures import check_signature, did_you_mean, in_quotes, unknown_key
 
@@ -43,8 +45,9 @@ def run_main(config_name: str, function: Callable[[Any], int | None]) -> NoRetur
     import hydra
 
     codes = [0]
+    keys = [argument.partition("=")[0].lstrip("+") for argument in arguments if "=" in argument]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(
-        lambda config: codes.append(guarded(lambda: function(config)))
+        lambda config: codes.append(guarded(lambda: function(_with_line_breaks(config, keys))))
     )()
     sys.exit(max(codes))
 
@@ -90,7 +93,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
                     check_option(key, value)
                     options.append(f"{key}={value}")
                 else:
-                    settings.append((key, override.lstrip("+")))
+                    settings.append((key, f"{key}={value}"))
             _check_experiment(options)
             config = hydra_compose(config_name, options) if options else base
             for key, _ in settings:
@@ -98,9 +101,33 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
                     check_key(key, config)
             if settings:
                 config = hydra_compose(config_name, options + [override for _, override in settings])
-            return expand_mixture(config)
+            return expand_mixture(_with_line_breaks(config, [key for key, _ in settings]))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(f"{error} {error.__cause__ or ''}".split())) from None
+
+
+def _with_line_breaks(config: Any, keys: Sequence[str]) -> Any:
+    r"""A config with real line breaks where the command line has \n: a shell passes on a backslash and an n."""
+    from omegaconf import OmegaConf
+
+    for key in keys:
+        node: Any = OmegaConf.to_container(config)
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        meant = _each_text(node, unescaped)
+        if meant != node and not key.startswith("hydra."):
+            print(rf"note: \n, \t or \r in {key} is read as a line break or tab; \\n stays \n", file=sys.stderr)
+            OmegaConf.update(config, key, meant, merge=False)
+    return config
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A plain value with all texts in it changed, but for the keys of mappings."""
+    if isinstance(value, dict):
+        return {key: _each_text(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_each_text(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def expand_mixture(config: Any) -> Any:
@@ -174,26 +201,60 @@ def readable(override: str) -> str:
 
 
 def _split(override: str) -> tuple[str, str]:
-    """(key, value) of an override. Hydra's grammar decides what a value is."""
+    """(key, value) of an override. Hydra's grammar decides what a value is; beyond it, keys of a mapping may be quoted.
+
+    Raises:
+        ConfigError: it is no key=value, or can't be read.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     key, equals, value = override.partition("=")
-    if not equals or not key.strip("+") or key.startswith("~"):
+    key = key.lstrip("+")
+    if not equals or not key or key.startswith("~"):
         raise ConfigError(f"expected arguments of the form key=value; got {override!r}. --help lists the keys")
+    check_whole(value, f"the value of {key}")
     try:
-        several = OverridesParser.create().parse_override(override).is_sweep_override()
+        parsed = OverridesParser.create().parse_override(f"{key}={value}")
+        several = parsed.is_sweep_override()
+        found = None if several else parsed.value()
+        unkeyed = isinstance(found, dict) and None in found
     except HydraException as error:
+        if (mapping := _mapping(value)) is not None:
+            return key, value_of(mapping)
         raise ConfigError(
             f"can't read the value of {override!r} ({str(error).splitlines()[0]}). "
-            f"""Quote text with special characters, for the shell as well: '{key}="..."'"""
+            f"Quote text with special characters, for the shell as well: {setting(key, value)}"
         ) from None
     if several:
         raise ConfigError(
-            f"expected one value; got {override!r}. Write {key}=[{value}] for a list, "
-            f"""'{key}="{value}"' for text, or add --multirun for a run with each value"""
+            f"expected one value; got {override!r}. Write {_as_list(key, value)}{setting(key, value)} for text, or add "
+            "--multirun for a run with each value"
         )
-    return key.lstrip("+"), value
+    mapping = _mapping(value) if unkeyed else None
+    return key, value if mapping is None else value_of(mapping)
+
+
+def _as_list(key: str, value: str) -> str:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(f"{key}=[{value}]")
+    except HydraException:  # a sweep of another form
+        return ""
+    return f"{shlex.quote(f'{key}=[{value}]')} for a list, "
+
+
+def _mapping(value: str) -> dict[Any, Any] | None:
+    """A mapping of which Hydra can't read a key (in quotes, with an accent, null), and YAML can."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(value) if value.lstrip().startswith("{") else None
+    except (yaml.YAMLError, ValueError):
+        return None
+    return {"null" if key is None else key: item for key, item in found.items()} if isinstance(found, dict) else None
 
 
 def check_option(group: str, option: str, where: str = "") -> None:

@@ -20,6 +20,7 @@ from zoray.history import best, stalled, summarise
 from zoray.measure import Losses, check_rewards, evaluate
 from zoray.models import weights_hash
 from zoray.monitoring import Monitor
+from zoray.overrides import setting
 from zoray.pool import Pool
 from zoray.records import ConfigError, JournalError, StepResult, record, require
 from zoray.spaces.signs import packed
@@ -211,9 +212,12 @@ def tune(
             if failed:
                 monitor.message(f"warning: {failed} completions had no reward, see `failed` in metrics.jsonl")
             if not finished:
-                monitor.message(f"stopped after step {last} of {run.steps}; go on with run.resume={folder}")
+                monitor.message(
+                    f"stopped after step {last} of {run.steps}; go on with {setting('run.resume', str(folder))}"
+                )
             elif e.space.folds:
-                monitor.message(f"the tuned model: python -m zoray.export run={folder} step={selected} out=DIR")
+                shown = setting("run", str(folder))
+                monitor.message(f"the tuned model: python -m zoray.export {shown} step={selected} out=DIR")
             monitor.check()
     return summary
 

@@ -42,8 +42,8 @@ def main(config: Any) -> int:
     """Print metric, loss and digest; fails where nobody can read them."""
     if config.run is None and (config.task is None or config.model is None):
         raise ConfigError(
-            "expected a run, or a model and a task: python -m zoray.evaluate run=runs/<name> [step=K|best] "
-            "[split=dev] [task=NAME], or model=smollm2-135m task=NAME [adapter=DIR]"
+            "expected a run, or a model and a task: python -m zoray.evaluate run=runs/NAME (and step=K or step=best, "
+            "split=dev, task=NAME), or model=smollm2-135m task=NAME (and adapter=DIR)"
         )
     if config.run is not None and (config.adapter is not None or config.model is not None):
         raise ConfigError("expected either run=..., which has its model and adapter, or model=... and adapter=...")

@@ -31,7 +31,10 @@ RANK = 64  # of an adapter that a change of weights is cut to
 def main(config: Any) -> None:
     """Rebuild the state and write it; print what was written and how exact it is."""
     if config.run is None or config.out is None:
-        raise ConfigError("expected python -m zoray.export run=runs/<name> out=DIR [step=K|best] [format=peft|merged]")
+        raise ConfigError(
+            "expected python -m zoray.export run=runs/NAME out=DIR (and step=K or step=best, format=peft or "
+            "format=merged)"
+        )
     require(config.format in FORMATS, f"format to be one of {', '.join(FORMATS)}", config.format)
     ok = isinstance(config.rank, int) and 1 <= config.rank <= MAX_RANK
     require(ok, f"rank to be a whole number from 1 to {MAX_RANK}", config.rank)

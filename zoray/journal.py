@@ -92,7 +92,7 @@ def read(path: Path) -> Contents:
         JournalError: a damaged line (named), a broken chain, or another format.
     """
     if not path.is_file():
-        raise ConfigError(f"expected a journal at {path}; there is none. Give the folder of a run: run=runs/<name>")
+        raise ConfigError(f"expected a journal at {path}; there is none. Give the folder of a run: run=runs/NAME")
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     lines = whole.split(b"\n")[:-1]

@@ -12,6 +12,7 @@ from typing import Any
 
 from zoray import disk
 from zoray.cli import build_experiment, load_run_config, run_main
+from zoray.overrides import setting
 from zoray.paths import user_path
 from zoray.records import ConfigError
 from zoray.signatures import in_quotes
@@ -33,7 +34,7 @@ def main(config: Any) -> int:
     if resume is None and path.exists():
         raise ConfigError(
             f"expected run folder {path} not to exist yet (runs are never overwritten); "
-            f"go on with it: run.resume={path}, or choose another run.name"
+            f"go on with it: {setting('run.resume', str(path))}, or choose another run.name"
         )
 
     from zoray.data import load_workload

@@ -28,8 +28,8 @@ def main(config: Any) -> None:
     """Print the harness's table; write its results if a file is given."""
     if (config.run is None) == (config.model is None) or not config.tasks:
         raise ConfigError(
-            "expected a run or a model, and tasks: python -m zoray.lm_eval run=runs/<name> tasks=[arc_easy] "
-            "[step=K|best], or model=smollm2-135m tasks=[arc_easy]"
+            "expected a run or a model, and tasks: python -m zoray.lm_eval run=runs/NAME 'tasks=[arc_easy]' "
+            "(and step=K or step=best), or model=smollm2-135m 'tasks=[arc_easy]'"
         )
     require(config.backend in BACKENDS, f"backend to be one of {', '.join(BACKENDS)}", config.backend)
     if importlib.util.find_spec("lm_eval") is None:

@@ -23,7 +23,9 @@ __all__ = ["main", "replay"]
 def main(config: Any) -> int:
     """Print step and digest; fails where nobody can read them."""
     if config.run is None:
-        raise ConfigError("expected the folder of a run: python -m zoray.replay run=runs/<name> [step=K|best]")
+        raise ConfigError(
+            "expected the folder of a run: python -m zoray.replay run=runs/NAME (and step=K or step=best)"
+        )
     folder = user_path(config.run)
     contents = journal.read(folder / journal.FILE_NAME)
     step, header = resolve_step(config.step, folder, len(contents.steps)), contents.header

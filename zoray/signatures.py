@@ -14,6 +14,7 @@ from importlib import import_module
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from zoray.overrides import setting
 from zoray.records import ConfigError
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
@@ -39,7 +40,7 @@ def check_signature(settings: Any, where: str) -> None:
         if "_target_" in inner:
             check_signature(value, f"{where}.{key}")
         elif key != "_target_" and not _fits(value, types[key]):
-            quote = f". Write '{where}.{key}=\"{value}\"' for text" if _fits("", types[key]) else ""
+            quote = f". Write {setting(f'{where}.{key}', _typed(value))} for text" if _fits("", types[key]) else ""
             raise ConfigError(f"expected {where}.{key} to be {_words(types[key])}; got {value!r}{quote}")
 
 
@@ -53,6 +54,11 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
     return kind is Any or isinstance(value, get_origin(kind) or kind)
+
+
+def _typed(value: Any) -> str:
+    """What was typed for a value, if that was meant to be text: {text} is read as a mapping."""
+    return f"{{{', '.join(map(str, value))}}}" if isinstance(value, Mapping) else str(value)
 
 
 def _words(kind: Any) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoray.cluster import Cluster, check_reachable
+from zoray.overrides import setting, value_of
 from zoray.records import ConfigError, require
-from zoray.signatures import in_quotes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -210,7 +210,7 @@ def command(slurm: Slurm, folder: Path, arguments: Sequence[str]) -> list[str]:
         "--requeue" if slurm.requeue else "--no-requeue",
         *slurm.extra,
         str(folder / LOGS / "zoray.sbatch"),
-        f"run.resume={in_quotes(str(folder))}",
+        f"run.resume={value_of(str(folder))}",
         *arguments,
     ]
 
@@ -244,6 +244,6 @@ def submit(slurm: Slurm, folder: Path, arguments: Sequence[str], say: Callable[[
         )
     job = done.stdout.split()[-1]
     say(f"{done.stdout.strip()}: {slurm.nodes} node(s), run folder {folder}")
-    say(f"  log, with the dashboard's address:  tail -F {logs / job}.log")
+    say(f"  log, with the dashboard's address:  tail -F {shlex.quote(f'{logs / job}.log')}")
     say(f"  stop it, so that it can be resumed: scancel --signal=TERM --batch {job}")
-    say(f"  go on with it:                      python -m zoray.launch run.resume={folder}")
+    say(f"  go on with it:                      python -m zoray.launch {setting('run.resume', str(folder))}")

@@ -19,11 +19,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from zoray import streams
 from zoray.cli import guarded
 from zoray.client import DEFAULT, URL, Client
+from zoray.overrides import mapping_of, setting, unescaped
 from zoray.paths import user_path
 from zoray.records import ConfigError
 from zoray.serving.requests import Hyperparameters, Use
@@ -255,19 +254,21 @@ def _value(key: str, text: str) -> Any:
         except ValueError:
             kind = "a whole number" if NUMBERS[key] is int else "a number"
             raise ConfigError(f"expected {key} to be {kind}; got {text!r}") from None
-    if key == "chat":
+    if key in ("chat", "space"):
         if text not in ("true", "false"):
-            raise ConfigError(f"expected chat to be true or false; got {text!r}")
+            raise ConfigError(f"expected {key} to be true or false; got {text!r}")
         return text == "true"
     if key == "words":
-        try:
-            words = yaml.safe_load(text)
-        except yaml.YAMLError:
-            words = None
-        if not isinstance(words, dict):
-            raise ConfigError(f"expected words as 'words={{label: \" word\", ...}}'; got {text!r}")
-        return {str(label): str(word) for label, word in words.items()}
-    return text
+        if (words := mapping_of(_unquoted(text))) is None:
+            raise ConfigError(f"expected words as {setting('words', {'no': ' bad', 'yes': ' good'})}; got {text!r}")
+        return {label: unescaped(word) for label, word in words.items()}
+    return unescaped(_unquoted(text))
+
+
+def _unquoted(text: str) -> str:
+    """A text without the quotes that the command line of a run needs, and messages print."""
+    quoted = len(text) > 1 and text[0] == text[-1] == '"'
+    return re.sub(r'\\(["\\])', r"\1", text[1:-1]) if quoted else text
 
 
 def _line(job: Mapping[str, Any]) -> str:
