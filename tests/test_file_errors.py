@@ -31,7 +31,7 @@ def write(tmp_path: Path) -> Write:
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        (["0", "1", "0"], r"words; .*a\.csv has the numbers 0, 1\. .*task\.words=\{0: ' word', 1: ' word'\}"),
+        (["0", "1", "0"], r"words; .*a\.csv has the numbers 0, 1\. .*: 'task\.words=\{0: \" no\", 1: \" yes\"\}'"),
         (["1", "-2.5", "1"], "has the numbers -2.5, 1"),
         (["spam", "spam", "spam"], r"at least two labels in .*a\.csv; got only 'spam'"),
         (["Urgent", "urgent", "private"], "differ in more than capitals; .*has 'Urgent' and 'urgent'"),
@@ -55,21 +55,25 @@ def test_labels_that_can_not_be_words(labels, says, write):
             "body,category",
             {},
             r"a\.csv, line 1: expected the columns of one kind of data: text and label \(choice\); .*; prompt "
-            r"\(prompt\); the columns are body, category\. task\.text_column=body "
+            r"\(prompt\); the columns are 'body', 'category'\. task\.text_column=body "
             r"task\.label_column=category makes it choice",
         ),
         ("Question,Answer", {}, r"task\.prompt_column=Question task\.completion_column=Answer makes it completion"),
-        ("a,b", {}, r"the columns are a, b\. Name yours, such as task\.text_column=body"),
-        ("text,b", {}, r"the columns are text, b\. Name yours"),
-        ("text,b", {"text_column": "text"}, r"are text, b, and task\.text_column=text is given\. Name yours"),
-        ("text,b", {"words": WORDS}, r"no column 'label'; choice needs text and label, and the columns are text, b"),
+        ("a,b", {}, r"the columns are 'a', 'b'\. Name yours, such as task\.text_column=body"),
+        ("text,b", {}, r"the columns are 'text', 'b'\. Name yours"),
+        ("text,b", {"text_column": "text"}, r"are 'text', 'b', and task\.text_column=text is given\. Name yours"),
+        (
+            "text,b",
+            {"words": WORDS},
+            r"no column 'label'; choice needs text and label, and the columns are 'text', 'b'",
+        ),
         ("text,topic", {"kind": "choice"}, r"no column 'label'; .* Name it, task\.label_column=topic, or rename it"),
         ("text,label", {"label_column": "lable"}, r"the column 'lable', which task\.label_column names; .*mean label"),
         (
             "text,label,messages",
             {},
-            r"the columns text, label, messages make more than one kind of data: text and label \(choice\); messages "
-            r"\(chat\)\. Set task\.kind=choice or task\.kind=chat",
+            r"the columns 'text', 'label', 'messages' make more than one kind of data: text and label \(choice\); "
+            r"messages \(chat\)\. Set task\.kind=choice or task\.kind=chat",
         ),
         ("prompt,completion,chosen,rejected", {}, r"Set task\.kind=completion or task\.kind=preference"),
         ("prompt,completion,label", {}, r"or 'label' says which completions are good\. Set task\.kind=completion"),
@@ -110,14 +114,18 @@ GOOD = '{"text": "a", "label": "positive"}\n'
         ("a.jsonl", GOOD + '{"text": "b", "label": "meh"}', r"line 2: label 'meh' has no word; words has \['negative'"),
         ("a.jsonl", GOOD + '{"text": " ", "label": "positive"}', r"a\.jsonl, line 2: column 'text' must hold text"),
         ("a.jsonl", GOOD + '{"text": 3, "label": "positive"}', r"line 2: column 'text' must hold text; got 3"),
-        ("a.jsonl", GOOD + '{"text": "\\ud83d", "label": "positive"}', r"line 2: the prompt holds half a character"),
+        ("a.jsonl", GOOD + '{"text": "\\ud83d", "label": "positive"}', r"line 2: column 'text' holds half a character"),
         ("a.jsonl", GOOD.encode() + b'{"text": "\xe9"}', r"a\.jsonl, line 2: not UTF-8 at character 11 \(byte 0xe9"),
         ("a.csv", "text,label\na,positive\n".encode("utf-16"), r"a\.csv, line 1: not UTF-8 at character 1 \(UTF-16"),
         ("a.jsonl", "", r"a\.jsonl has no rows"),
         ("a.jsonl", "\ufeff\n \n", r"a\.jsonl has no rows"),
         ("a.csv", "", r"a\.csv has no rows"),
         ("a.csv", "text,label\n", r"a\.csv has no rows"),
-        ("a.csv", "text,sentiment\na,positive\n", r"a\.csv, line 1: no column 'label'; .* text, sentiment\. Name it"),
+        (
+            "a.csv",
+            "text,sentiment\na,positive\n",
+            r"a\.csv, line 1: no column 'label'; .* 'text', 'sentiment'\. Name it",
+        ),
         ("a.csv", "text,label\na,positive\nb\n", r"line 3: expected 2 cells .*; got 1; column 'label' has none"),
         ("a.csv", "text,label\na, b,positive\n", r"a\.csv, line 2: expected 2 cells .*; got 3\. Quote"),
         ("a.csv", 'text,label\n"a\nb",positive\nc,meh\n', r"a\.csv, line 4: label 'meh'"),
@@ -161,7 +169,7 @@ def turns(*pairs: str) -> str:
         ),
         (
             '{"messages": [{"from": "human", "value": "a"}]}',
-            r"message 1 must have role and content; got the keys from, v",
+            r"message 1 must have role and content; got the keys 'from', 'v",
         ),
         ('{"messages": ["a"]}', r"message 1 must have role and content; got 'a'"),
         ('{"messages": [{"role": "user", "content": [1]}]}', r"message 1: content must be text; got \[1\]"),
@@ -236,7 +244,7 @@ def test_bad_file_settings_are_refused(kwargs, says):
         (
             {"data/a.csv": "x"},
             "data",
-            r"task\.path to be a file; .*data is a folder\. Give its files: task\.path='.*\*\.csv",
+            r"task\.path to be a file; .*data is a folder\. Give its files: 'task\.path=\".*\*\.csv\"'",
         ),
         (
             {"a.csv": "text,label\na,b\n", "b.jsonl": "{}"},

@@ -17,8 +17,8 @@ FILES = {str(path.relative_to(SOURCES)): path for path in sorted(SOURCES.rglob("
 
 # A file imports only what stands before it. A new file takes its place in this list and in the README's tree.
 ORDER = [
-    *("__init__", "streams", "records", "paths", "disk", "stopping", "signatures", "kernels", "cpu_kernels"),
-    *("directions", "tiles"),
+    *("__init__", "streams", "records", "paths", "disk", "stopping", "overrides", "signatures", "kernels"),
+    *("cpu_kernels", "directions", "tiles"),
     *("spaces.base", "spaces.signs", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces"),
     *("checkpoint", "models"),
     *("rewards.base", "rewards.answers", "rewards.numbers", "rewards.shape", "rewards.countdown"),
@@ -26,7 +26,18 @@ ORDER = [
     *("estimators", "feedback", "optimizers", "journal", "snapshots", "prompts"),
     *("objectives.base", "objectives.choice", "objectives.reward", "objectives.answer", "objectives.metric"),
     *("objectives.preference", "objectives", "order"),
-    *("tasks", "tasks.base", "tasks.files", "tasks.parquet", "tasks.hub_rows", "tasks.columns", "tasks.cells"),
+    *(
+        "tasks",
+        "tasks.base",
+        "tasks.faults",
+        "tasks.files",
+        "tasks.parquet",
+        "tasks.hub_rows",
+        "tasks.columns",
+        "tasks.spacing",
+        "tasks.labels",
+        "tasks.cells",
+    ),
     *("tasks.stream", "tasks.scanned", "tasks.file", "tasks.movie_reviews", "tasks.hub", "tasks.sst2", "tasks.rte"),
     *("tasks.cb", "tasks.boolq", "tasks.wsc", "tasks.wic", "tasks.multirc", "tasks.copa", "tasks.record"),
     *("tasks.squad", "tasks.drop", "tasks.gsm8k", "tasks.countdown", "tasks.structured", "tasks.questions"),

@@ -48,6 +48,7 @@ class Use(BaseModel):
     chosen_column: str | None = Column
     rejected_column: str | None = Column
     chat: bool = False
+    space: bool | None = None
     train: int | None = Field(default=None, ge=1, le=1_000_000)
     dev: int | None = Field(default=None, ge=1, le=1000)
     test: int | None = Field(default=None, ge=0, le=1000)

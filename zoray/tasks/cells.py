@@ -1,6 +1,7 @@
 """From a row's cells to an example.
 
-Guarantees: a cell that is empty, of the wrong type, or no chat is refused with the row's place and the column's name.
+Guarantees: a cell that is empty, of the wrong type, no chat, or holds half a character is refused with the row's place
+and the column's name.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zoray.records import ConfigError, Example, Message
+from zoray.records import Example, Message
 from zoray.tasks.columns import Schema
+from zoray.tasks.faults import WrongRow
 from zoray.tasks.files import Row
+from zoray.tasks.labels import label_text, look, plain_form, spellings
+from zoray.tasks.spacing import gap
 
 CHAT_ROLES = ("system", "user", "assistant")
 SHOWN = 80  # characters of a cell in a message
@@ -29,12 +33,17 @@ class Reader:
         chat: whether a plain text prompt is one message of a user.
         cells: whether a row's values are all text, so that a list comes as JSON in a cell.
         words: label -> label word, of a choice; none while they are being found out.
+        space: whether a space is put between a prompt and what follows; None for what the script wants (spacing.py).
     """
 
     schema: Schema
     chat: bool = False
     cells: bool = False
     words: Mapping[str, str] | None = None
+    space: bool | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_spellings", spellings(self.words or {}))
 
     def example(self, row: Row, where: str) -> Example:
         """The example that a row is."""
@@ -48,10 +57,10 @@ class Reader:
             return Example(before, answers=(answer,))
         if kind == "preference":
             prompt, chosen, rejected = self._preference(row, where)
-            return Example(prompt, (_joined(prompt, chosen), _joined(prompt, rejected)))
+            return Example(prompt, (self._joined(prompt, chosen), self._joined(prompt, rejected)))
         if kind == "completion":
             prompt, answers = self._completion(row, where)
-            return Example(prompt, answers=tuple(_joined(prompt, answer) for answer in answers), data=plain(row))
+            return Example(prompt, answers=tuple(self._joined(prompt, answer) for answer in answers), data=plain(row))
         return Example(self.prompt(row, where), data=plain(row))
 
     def scan(self, row: Row, where: str) -> tuple[Prompt, str | None]:
@@ -63,6 +72,8 @@ class Reader:
             return self._turns(row, where)[0], None
         if kind == "preference":
             return self._preference(row, where)[0], None
+        for column, value in row.items():  # a reward is given all of them
+            _whole(value, column, where)
         return self._completion(row, where)[0] if kind == "completion" else self.prompt(row, where), None
 
     def label(self, row: Row, where: str) -> str:
@@ -71,10 +82,19 @@ class Reader:
         value = _filled(row, column, where)
         label = label_text(value)
         if isinstance(value, dict | list) or not label:
-            raise ConfigError(f"{where}: column {column!r} must hold a label; got {_shown(value)}. Complete the row")
-        if self.words is not None and label not in self.words:
-            raise ConfigError(f"{where}: label {label!r} has no word; words has {list(self.words)}. Add it to words")
-        return label
+            raise WrongRow(where, f"column {column!r} must hold a label", f"; got {_shown(value)}. Complete the row")
+        _whole(label, column, where)
+        if self.words is None or label in self.words:
+            return label
+        spelled: Mapping[str, str] = getattr(self, "_spellings")  # noqa: B009
+        if (known := spelled.get(plain_form(label))) is not None:
+            return known
+        if alike := [known for known in self.words if look(known) == look(label)]:
+            how = "which only looks like it" if alike[0].lower() != label.lower() else "in other capitals"
+            said = f"label {label!a} has no word; words has {alike[0]!a}, {how}. Write them alike"
+        else:
+            said = f"label {label!r} has no word; words has {list(self.words)}. Add it to words"
+        raise WrongRow(where, said, kind="a label without a word")
 
     def prompt(self, row: Row, where: str) -> Prompt:
         """The prompt of a row: its template filled, or its messages."""
@@ -88,18 +108,59 @@ class Reader:
                 turns = _chat(listed, column, where)
                 _ends(turns[-1], "user", column, where)
                 return turns
-        values = [_text(row, column, where) for column in template.columns]
+        if len(template.columns) == 1:
+            values = [_text(row, template.columns[0], where)]
+        else:
+            pairs = zip(template.columns, template.optional, strict=True)
+            values = [_optional(row, column, where, optional) for column, optional in pairs]
         if self.schema.kind == "choice":
             values = [value.strip() for value in values]
         text = template.fill(values)
+        if self.schema.instruction or "system" in self.schema.columns or "history" in self.schema.columns:
+            return self._instruction(row, text, where)
         return (Message("user", text),) if self.chat else text
+
+    def _instruction(self, row: Row, text: str, where: str) -> Prompt:
+        """An instruction with what other columns say before it; in a chat without the line break at its end."""
+        columns = self.schema.columns
+        system = _optional(row, columns["system"], where) if "system" in columns else ""
+        earlier = self._history(row, where) if "history" in columns else ()
+        if not self.chat:
+            if earlier:
+                column = columns["history"]
+                what = f"column {column!r} holds earlier turns, which a plain text has no place for"
+                raise WrongRow(where, what, ". Set task.chat=true, or leave the column out")
+            return f"{system}\n\n{text}" if system else text
+        return (*([Message("system", system)] if system else []), *earlier, Message("user", text.rstrip("\n")))
+
+    def _history(self, row: Row, where: str) -> tuple[Message, ...]:
+        """Earlier turns, [[what the user said, what was answered], ...]."""
+        column = self.schema.columns["history"]
+        value = row.get(column)
+        listed = _json_list(value, list) or value if self.cells and isinstance(value, str) else value
+        if not listed or (isinstance(listed, str) and listed.strip() in ("", "[]")):
+            return ()
+        pairs = listed if isinstance(listed, list) else [listed]
+        if not all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
+            for pair in pairs
+        ):
+            what = f"column {column!r} must hold pairs of texts, [[asked, answered], ...]"
+            raise WrongRow(where, what, f"; got {_shown(value)}. Write them so, or leave the column out")
+        _whole(pairs, column, where)
+        turns = [(Message("user", asked), Message("assistant", answered.strip())) for asked, answered in pairs]
+        return tuple(turn for pair in turns for turn in pair)
+
+    def _joined(self, prompt: Prompt, text: str) -> str:
+        """A text that follows a prompt: the file's own space parts them, or else one is put where one belongs."""
+        return gap(prompt, text, self.space) + text if isinstance(prompt, str) else text
 
     def _turns(self, row: Row, where: str) -> tuple[tuple[Message, ...], str]:
         column = self.schema.columns["messages"]
         *before, last = _chat(_filled(row, column, where), column, where)
         _ends(last, "assistant", column, where)
         if not before:
-            raise ConfigError(f"{where}: column {column!r} begins with its answer. Put a question first")
+            raise WrongRow(where, f"column {column!r} begins with its answer", ". Put a question first")
         return tuple(before), last.content
 
     def _completion(self, row: Row, where: str) -> tuple[Prompt, tuple[str, ...]]:
@@ -110,16 +171,18 @@ class Reader:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             before, text = _side(value, column, where)
             if before:
-                raise ConfigError(
-                    f"{where}: column {column!r} must hold one message of the assistant's; got {len(before) + 1}. Give "
-                    "the others in the prompt, or the whole chat in a column messages"
+                raise WrongRow(
+                    where,
+                    f"column {column!r} must hold one message of the assistant's",
+                    f"; got {len(before) + 1}. Give the others in the prompt, or the whole chat in a column messages",
                 )
             return _as_chat(prompt), (text,)
         answers = value if isinstance(value, list) else [value]
         if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-            raise ConfigError(
-                f"{where}: column {column!r} must hold text, or a list of texts that are all right; got "
-                f"{_shown(value)}. Complete the row, or write numbers in quotes"
+            raise WrongRow(
+                where,
+                f"column {column!r} must hold text, or a list of texts that are all right",
+                f"; got {_shown(value)}. Complete the row, or write numbers in quotes",
             )
         return prompt, tuple(answers)
 
@@ -130,38 +193,34 @@ class Reader:
             values = [_json_list(value, dict) or value for value in values]
         (before, chosen), (also, rejected) = (_side(*pair, where) for pair in zip(values, names, strict=True))
         if before != also:
-            raise ConfigError(
-                f"{where}: columns {names[0]!r} and {names[1]!r} must be answers to the same messages; they differ "
-                "before the last one. Cut both chats where they part"
+            raise WrongRow(
+                where,
+                f"columns {names[0]!r} and {names[1]!r} must be answers to the same messages",
+                "; they differ before the last one. Cut both chats where they part",
             )
         if chosen.strip() == rejected.strip():
-            raise ConfigError(f"{where}: columns {names[0]!r} and {names[1]!r} hold the same text. Remove the row")
+            raise WrongRow(where, f"columns {names[0]!r} and {names[1]!r} hold the same text", ". Remove the row")
         if before:
             _ends(before[-1], "user", names[0], where)
         if self.schema.template is None:
             if not before:
-                raise ConfigError(
-                    f"{where}: no prompt: no column has it, and column {names[0]!r} holds no messages before the "
-                    "answer. Add a column prompt, or name it: task.prompt_column=..."
+                raise WrongRow(
+                    where,
+                    f"no prompt: no column has it, and column {names[0]!r} holds no messages before the answer",
+                    ". Add a column prompt, or name it: task.prompt_column=...",
                 )
             return before, chosen, rejected
         prompt = self.prompt(row, where)
         if before:
             asked = _as_chat(prompt)
             if [_bare(turn) for turn in before[-len(asked) :]] != [_bare(turn) for turn in asked]:
-                raise ConfigError(
-                    f"{where}: the messages of column {names[0]!r} before the answer must be the prompt's; got "
-                    f"{_shown(before[-1].content)} for {_shown(asked[-1].content)}. Give only the answers in them"
+                raise WrongRow(
+                    where,
+                    f"the messages of column {names[0]!r} before the answer must be the prompt's",
+                    f"; got {_shown(before[-1].content)} for {_shown(asked[-1].content)}. Give only answers there",
                 )
             return before, chosen, rejected
         return (_as_chat(prompt) if any(isinstance(value, list) for value in values) else prompt), chosen, rejected
-
-
-def label_text(value: object) -> str:
-    """A label as text: 1, 1.0 and "1" are the same label, and so are JSON's true and "true"."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
 def plain(value: Any) -> Any:
@@ -179,15 +238,43 @@ def _filled(row: Row, column: str, where: str) -> Any:
     value = row.get(column)
     if value is None or value != value:  # nan is how some tables say that there is nothing
         has = [str(key) for key, value in row.items() if value is not None]
-        raise ConfigError(f"{where}: no value for column {column!r}; the row has {has}. Complete the row, or remove it")
+        raise WrongRow(where, f"no value for column {column!r}", f"; the row has {has}. Complete the row, or remove it")
     return value
 
 
-def _text(row: Row, column: str, where: str) -> str:
+def _text(row: Row, column: str, where: str, advice: str = "Remove the row") -> str:
     value = _filled(row, column, where)
     if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{where}: column {column!r} must hold text; got {_shown(value)}. Remove the row")
+        raise WrongRow(where, f"column {column!r} must hold text", f"; got {_shown(value)}. {advice}")
+    _whole(value, column, where)
     return value
+
+
+def _optional(row: Row, column: str, where: str, optional: bool = True) -> str:
+    """The text of one of several cells; of an optional one there may be none."""
+    if not optional:
+        return _text(row, column, where, f"Remove the row, or write {{{column}?}} in task.template if it may be empty")
+    value = row.get(column)
+    empty = value is None or value != value or (isinstance(value, str) and not value.strip())
+    return "" if empty else _text(row, column, where)
+
+
+def _whole(value: Any, column: str, where: str) -> None:
+    """Refuse half a character, which JSON can spell and no tokenizer can read, anywhere in a cell."""
+    if isinstance(value, str):
+        if value.isascii():
+            return
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise WrongRow(
+                where,
+                f"column {column!r} holds half a character",
+                f", {value[error.start]!r} (character {error.start + 1}). Write whole characters, in UTF-8",
+            ) from None
+    elif isinstance(value, list | dict):
+        for inner in value if isinstance(value, list) else (*value, *value.values()):
+            _whole(inner, column, where)
 
 
 def _chat(value: Any, column: str, where: str) -> tuple[Message, ...]:
@@ -197,34 +284,41 @@ def _chat(value: Any, column: str, where: str) -> tuple[Message, ...]:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             at = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise ConfigError(
-                f"{where}: column {column!r} must hold a JSON list of messages; got {_shown(value)}, which is no JSON"
-                f'{at} ({error}). Write [{{"role": "user", "content": "..."}}, ...]'
+            raise WrongRow(
+                where,
+                f"column {column!r} must hold a JSON list of messages",
+                f"; got {_shown(value)}, which is no JSON{at} ({error}). "
+                'Write [{"role": "user", "content": "..."}, ...]',
             ) from error
     if not isinstance(value, list) or not value:
-        raise ConfigError(
-            f"{where}: column {column!r} must hold a list of messages; got {_shown(value)}. Write "
-            '[{"role": "user", "content": "..."}, ...]'
+        raise WrongRow(
+            where,
+            f"column {column!r} must hold a list of messages",
+            f'; got {_shown(value)}. Write [{{"role": "user", "content": "..."}}, ...]',
         )
     turns = []
     for number, turn in enumerate(value, start=1):
         role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
         if role not in CHAT_ROLES or not isinstance(content, str):
-            raise _wrong_turn(turn, f"{where}: column {column!r}, message {number}")
+            raise _wrong_turn(turn, where, column, number)
         if role == "assistant" and not (content := content.strip()):
-            raise _wrong_turn(turn, f"{where}: column {column!r}, message {number}")
+            raise _wrong_turn(turn, where, column, number)
+        _whole(content, column, where)
         turns.append(Message(role, content))
     return tuple(turns)
 
 
-def _wrong_turn(turn: object, here: str) -> ConfigError:
+def _wrong_turn(turn: object, where: str, column: str, number: int) -> WrongRow:
+    here, kind = f"column {column!r}, message {number}", f"column {column!r}: "
     if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
-        got = f"the keys {', '.join(map(str, turn))}" if isinstance(turn, dict) else _shown(turn)
-        return ConfigError(f"{here} must have role and content; got {got}. Rename from and value, if it has those")
+        got = f"the keys {', '.join(map(repr, turn))}" if isinstance(turn, dict) else _shown(turn)
+        rest = f" must have role and content; got {got}. Rename from and value, if it has those"
+        return WrongRow(where, here, rest, f"{kind}keys")
     role, content = turn["role"], turn["content"]
     if role not in CHAT_ROLES:
-        return ConfigError(f"{here}: role must be {', '.join(CHAT_ROLES)}; got {_shown(role)}. Rename or remove it")
-    return ConfigError(f"{here}: content must be text; got {_shown(content)}. Complete or remove it")
+        rest = f": role must be {', '.join(CHAT_ROLES)}; got {_shown(role)}. Rename or remove it"
+        return WrongRow(where, here, rest, f"{kind}role")
+    return WrongRow(where, here, f": content must be text; got {_shown(content)}. Complete or remove it", f"{kind}text")
 
 
 def _side(value: Any, column: str, where: str) -> tuple[tuple[Message, ...], str]:
@@ -234,15 +328,17 @@ def _side(value: Any, column: str, where: str) -> tuple[tuple[Message, ...], str
         _ends(last, "assistant", column, where)
         return tuple(before), last.content
     if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{where}: column {column!r} must hold text or messages; got {_shown(value)}. Remove the row")
+        raise WrongRow(where, f"column {column!r} must hold text or messages", f"; got {_shown(value)}. Remove the row")
+    _whole(value, column, where)
     return (), value
 
 
 def _ends(last: Message, role: str, column: str, where: str) -> None:
     if last.role != role:
-        raise ConfigError(
-            f"{where}: column {column!r} must end in a message of the {role}; got one of the {last.role}. Remove what "
-            f"follows the last {role} message"
+        raise WrongRow(
+            where,
+            f"column {column!r} must end in a message of the {role}",
+            f"; got one of the {last.role}. Remove what follows the last {role} message",
         )
 
 
@@ -252,13 +348,6 @@ def _as_chat(prompt: Prompt) -> tuple[Message, ...]:
 
 def _bare(turn: Message) -> Message:
     return Message(turn.role, turn.content.strip())
-
-
-def _joined(prompt: Prompt, text: str) -> str:
-    """A text that follows a prompt: the file's own space parts them, or else one is put between."""
-    if not isinstance(prompt, str) or prompt[-1:].isspace() or text[:1].isspace():
-        return text
-    return f" {text}"
 
 
 def _json_list(text: str, kind: type) -> list[Any]:

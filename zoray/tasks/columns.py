@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from unicodedata import normalize
 
+from zoray.overrides import setting
 from zoray.records import ConfigError
 from zoray.signatures import did_you_mean
 
@@ -33,20 +35,45 @@ OTHER_NAMES = {  # as other files call them; suggested, never taken
     "rejected": ("dispreferred", "worse", "loser", "refused"),
 }
 NAMES = re.compile(r"\{([^{}\n]+)\}")
+ALPACA = ("instruction", "input", "output")  # columns of many instruction data sets; all but these are optional
+ALSO_ALPACA = ("system", "history")
+CONTEXT = ("input", "context")  # columns that belong to an instruction, and are empty in many rows
 
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt with columns in it: texts[0] columns[0] texts[1] columns[1] ... texts[n]."""
+    """A prompt with columns in it: texts[0] columns[0] texts[1] columns[1] ... texts[n].
+
+    A column that is `optional` may be empty. Its line of the template is left out then, unless it holds other columns,
+    and white space before it goes as well.
+    """
 
     texts: tuple[str, ...]
     columns: tuple[str, ...]
+    optional: tuple[bool, ...] = ()
 
     def fill(self, values: Sequence[str]) -> str:
         """The prompt; what looks like a template within a value stays as it is."""
         if len(values) == 1:
             return f"{self.texts[0]}{values[0]}{self.texts[1]}"
+        if not all(values):
+            return self._without(values)
         return self.texts[0] + "".join(value + text for value, text in zip(values, self.texts[1:], strict=True))
+
+    def _without(self, values: Sequence[str]) -> str:
+        """The prompt where some values are empty."""
+        prompt = self.texts[0]
+        line = prompt.rfind("\n") + 1  # where the template's present line begins
+        for value, text in zip(values, self.texts[1:], strict=True):
+            if value:
+                prompt, line = prompt + value, -1  # a line with something in it
+            else:
+                prompt = prompt[: line if line >= 0 else None].rstrip()
+                text = text.lstrip() if not prompt else text
+            if "\n" in text:
+                line = len(prompt) + text.rfind("\n") + 1
+            prompt += text
+        return prompt
 
 
 @dataclass(frozen=True)
@@ -56,6 +83,7 @@ class Schema:
     kind: str
     columns: Mapping[str, str]  # role -> column, for the roles that are used
     template: Template | None = None  # of the prompt; none where messages hold it
+    instruction: bool = False  # of an instruction data set, in its usual template
 
 
 def infer(
@@ -70,14 +98,14 @@ def infer(
         template: of the prompt; None for the kind's own.
         where: the line that has the columns, for messages.
     """
-    for role, column in given.items():
-        if column not in present:
-            raise ConfigError(
-                f"{where}: expected the column {column!r}, which task.{role}_column names; the columns are "
-                f"{_list(present)}{did_you_mean(column, list(present))}"
-            )
+    given = {role: _given(role, column, present, where) for role, column in given.items()}
     known = {role: column for role in ROLES if (column := given.get(role) or _called(role, present))}
-    named = [] if template is None else names_in(template)
+    alpaca, usual = _alpaca(known, given, present), False
+    if alpaca:
+        known["completion"] = alpaca["output"]
+        usual = template is None
+        template = _alpaca_template(alpaca) if usual else template
+    named = [] if template is None else [name.removesuffix("?") for name in names_in(template)]
     needs = {name: _needs(name, known, given, named) for name in KINDS if template is None or name in SOURCE}
     possible = [name for name, roles in needs.items() if roles <= set(known) and set(given) <= set(KINDS[name])]
     best = [name for name in possible if not any(needs[name] < needs[other] for other in possible)]
@@ -96,7 +124,10 @@ def infer(
     label = known.get("label")
     if kind is None and best[0] in ("completion", "prompt") and label is not None:
         raise _unclear_label(best[0], label, known, present, where)
-    return _schema(best[0], known, given, present, template, where)
+    schema = _schema(best[0], known, given, present, template, where)
+    _check_alike(schema.columns, given, present, where)
+    others = {role: alpaca[role] for role in ALSO_ALPACA if role in alpaca and role not in named}
+    return replace(schema, columns={**schema.columns, **others}, instruction=usual)
 
 
 def names_in(template: str) -> list[str]:
@@ -106,8 +137,45 @@ def names_in(template: str) -> list[str]:
 
 def _called(role: str, present: Sequence[str]) -> str | None:
     """The column of a role's name, in capitals or not."""
-    alike = [column for column in present if column.lower() == role]
-    return role if role in present else alike[0] if len(alike) == 1 else None
+    alike = [column for column in present if column.strip().lower() == role]
+    return role if role in present else alike[0] if alike else None
+
+
+def _given(role: str, column: str, present: Sequence[str], where: str) -> str:
+    """The column that a setting names, however its letters are composed, and with or without space around it."""
+    if column in present:
+        return column
+    alike = [name for name in present if normalize("NFC", name.strip()) == normalize("NFC", column.strip())]
+    if len(alike) == 1:
+        return alike[0]
+    raise ConfigError(
+        f"{where}: expected the column {column!r}, which task.{role}_column names; the columns are {_list(present)}"
+        f"{did_you_mean(column, list(present))}"
+    )
+
+
+def _check_alike(used: Mapping[str, str], given: Mapping[str, str], present: Sequence[str], where: str) -> None:
+    """Raise ConfigError where a column was taken by its name, and another one has that name in other capitals."""
+    for role in used:
+        alike = [name for name in present if name.strip().lower() == role]
+        if role not in given and len(alike) > 1:
+            raise ConfigError(
+                f"{where}: expected one column called {role}; got {' and '.join(map(repr, alike))}. Rename one, or say "
+                f"which: {' or '.join(setting(f'task.{role}_column', name) for name in alike)}"
+            )
+
+
+def _alpaca(known: Mapping[str, str], given: Mapping[str, str], present: Sequence[str]) -> dict[str, str]:
+    """The columns of an instruction data set by their usual names, if that is what the columns are."""
+    found = {name: column for name in (*ALPACA, *ALSO_ALPACA) if (column := _called(name, present))}
+    whole = "instruction" in found and "output" in found
+    taken = any(set(roles) <= set(known) for roles in KINDS.values())
+    return found if whole and not taken and not given else {}
+
+
+def _alpaca_template(columns: Mapping[str, str]) -> str:
+    lines = [f"{{{columns['instruction']}}}"]
+    return "\n".join([*lines, *([f"{{{columns['input']}?}}"] if "input" in columns else []), ""])
 
 
 def _needs(kind: str, known: Mapping[str, str], given: Mapping[str, str], named: Sequence[str]) -> set[str]:
@@ -129,16 +197,18 @@ def _schema(
     source = SOURCE.get(kind)
     if source is None or (template is None and source not in columns):
         return Schema(kind, columns)
-    texts, used = [""], []
+    texts, used, optional = [""], [], []
     for place, piece in enumerate(NAMES.split(template or TEMPLATES[kind])):
-        column = known[source] if piece == source and source in known else piece
+        name = piece if piece in present else piece.removesuffix("?")
+        column = known[source] if name == source and source in known else name
         if place % 2 and column in present:
             used.append(column)
+            optional.append(name != piece)
             texts.append("")
-        elif place % 2 and piece.isidentifier():
+        elif place % 2 and name.isidentifier():
             raise ConfigError(
                 f"{where}: expected columns in the braces of task.template; got {{{piece}}}; the columns are "
-                f"{_list(present)}{did_you_mean(piece, list(present))}"
+                f"{_list(present)}{did_you_mean(name, list(present))}"
             )
         else:
             texts[-1] += f"{{{piece}}}" if place % 2 else piece
@@ -146,18 +216,22 @@ def _schema(
         raise ConfigError(
             f"{where}: expected a column in braces in task.template, such as {TEMPLATES[kind]!r}; got {template!r}"
         )
+    if all(optional):
+        raise ConfigError(
+            f"{where}: expected a column in task.template that may not be empty; got {template!r}. Leave out one ?"
+        )
     if source in columns and columns[source] not in used:
         if source in given:
             raise ConfigError(
-                f"expected {{{source}}} in task.template, since task.{source}_column={given[source]} is given; got "
-                f"{template!r}. Leave one of them out"
+                f"expected {{{source}}} in task.template, since {setting(f'task.{source}_column', given[source])} is "
+                f"given; got {template!r}. Leave one of them out"
             )
         del columns[source]
-    return Schema(kind, columns, Template(tuple(texts), tuple(used)))
+    return Schema(kind, columns, Template(tuple(texts), tuple(used), tuple(optional)))
 
 
 def _list(columns: Sequence[str]) -> str:
-    return ", ".join(columns) or "none"
+    return ", ".join(map(repr, columns)) or "none"
 
 
 def _roles(kind: str) -> str:
@@ -187,11 +261,20 @@ def _none_fits(present: Sequence[str], given: Mapping[str, str], where: str) -> 
         lacking = [role for role in roles if not (given.get(role) or _called(role, present))]
         if set(given) <= set(roles) and (settings := _settings(lacking, present)):
             advice.append(f"{settings} makes it {kind}")
+    said = [setting(f"task.{role}_column", column) for role, column in given.items()]
     return ConfigError(
         f"{where}: expected the columns of one kind of data: {kinds}; the columns are {_list(present)}"
-        f"{''.join(f', and task.{role}_column={column} is given' for role, column in given.items())}. "
-        f"{'; or '.join(advice) or 'Name yours, such as task.text_column=body task.label_column=category'}"
+        f"{''.join(f', and {named} is given' for named in said)}. "
+        f"{'; or '.join(advice) or _otherwise(present)}"
     )
+
+
+def _otherwise(present: Sequence[str]) -> str:
+    """What to do where no column has a telling name."""
+    if len(present) == 1 and (signs := [sign for sign in "\t;,|" if sign in present[0]]):
+        name = {"\t": "tabs, call it .tsv", ",": "commas, call it .csv"}.get(signs[0])
+        return f"If columns are separated by {name or f'{signs[0]!r}, separate them by commas'}"
+    return "Name yours, such as task.text_column=body task.label_column=category"
 
 
 def _settings(lacking: Sequence[str], present: Sequence[str]) -> str:
@@ -202,12 +285,18 @@ def _settings(lacking: Sequence[str], present: Sequence[str]) -> str:
         if not names:
             return ""
         found[role] = names[0]
-    return " ".join(f"task.{role}_column={column}" for role, column in found.items())
+    asked = found.get("prompt", "").strip().lower()
+    context = [column for column in present if column.strip().lower() in CONTEXT and column not in found.values()]
+    texts = [setting(f"task.{role}_column", column) for role, column in found.items()]
+    if asked in ("instruction", "question", "query", "problem") and context:  # a prompt of two columns
+        template = setting("task.template", f"{{{found.pop('prompt')}}}\n{{{context[0]}?}}\n")
+        texts = [template, *(setting(f"task.{role}_column", column) for role, column in found.items())]
+    return " ".join(texts)
 
 
 def _unclear_label(kind: str, label: str, known: Mapping[str, str], present: Sequence[str], where: str) -> ConfigError:
     if kind == "prompt":
-        means, other = "is what to choose", f"set task.text_column={known.get('prompt', '...')} for that"
+        means, other = "is what to choose", f"set {setting('task.text_column', known.get('prompt', '...'))} for that"
     else:
         means, other = "says which completions are good", "keep only the rows with a good one"
     return ConfigError(

@@ -9,24 +9,31 @@ for, and are those that would be in memory were the file small.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from zoray.overrides import check_whole, mapping_of, setting
 from zoray.paths import user_path
 from zoray.records import WHOLE, ConfigError, Sampling, Splits, require
 from zoray.tasks import scanned
 from zoray.tasks.base import Task, check_sizes, check_words, seeded_parts
-from zoray.tasks.cells import Reader, label_text
-from zoray.tasks.columns import KINDS, NAMES, ROLES, infer
-from zoray.tasks.files import TEXT_SUFFIXES, Rows, TextFiles
+from zoray.tasks.cells import Reader
+from zoray.tasks.columns import KINDS, NAMES, ROLES, Schema, infer
+from zoray.tasks.faults import Faults, WrongRow
+from zoray.tasks.files import TEXT_SUFFIXES, Rows, TextFiles, several_rows
 from zoray.tasks.hub_rows import hub_rows
+from zoray.tasks.labels import MOST as MOST_LABELS
+from zoray.tasks.labels import label_text, label_words
 from zoray.tasks.parquet import ParquetFiles
-from zoray.tasks.stream import Examples, first_of_each, scan
+from zoray.tasks.spacing import gap
+from zoray.tasks.stream import Examples, Scan, first_of_each, scan
 
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
@@ -36,8 +43,8 @@ FOREIGN = {  # what a file of another format is to be made
     **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "Unpack it"),
     **dict.fromkeys((".txt", ".tab", ".data", ".arrow", ".md", ".xml", ".html", ".pkl"), "Convert the file"),
 }
-NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
-MOST_LABELS = 20  # that become label words by themselves
+LOOK = 1000  # rows from which the columns of JSON lines are known at first
+SHOWN = 100  # examples that are looked at for what is said of them
 SHARE, MOST = 10, {"dev": 500, "test": 1000}  # dev and test are a tenth of a file each, and at most so many rows
 
 
@@ -50,14 +57,16 @@ class File(Task):
     messages                    a chat, [{"role": ..., "content": ...}, ...], whose last message is the answer
     prompt, chosen, rejected    a preference
     prompt                      what a reward judges the completion of
+    instruction, input, output  prompt and completion; input, system and history may be empty, or not be there
 
     Args:
         path: a file, a pattern such as data/*.jsonl, or org/name (org/name:configuration) on the Hub. CSV and TSV need
             a header line; a cell with a separator, a quote or a line break in it is quoted, as spreadsheets do.
-        words: label -> label word, {negative: " terrible", positive: " great"}, or a list for labels 0, 1, ...; null
-            takes each label behind a space.
+        words: label -> label word, {negative: " terrible", positive: " great"}, or a list for labels 0, 1, ...; as a
+            text in JSON for labels that a mapping of Hydra's has no way to write. null takes each label behind a space.
         text_column: the column that is the text; null for the one of that name. So are the others.
-        template: the prompt, with columns in braces; null is "{text} It was" for a choice, else the prompt itself.
+        template: the prompt, with columns in braces, {input?} for one that may be empty; null is "{text} It was" for a
+            choice, else the prompt itself.
         train: examples to learn from; null for all that dev and test leave.
         dev: null is 10 %, and at most 500.
         test: null is 10 %, and at most 1,000.
@@ -67,12 +76,14 @@ class File(Task):
             to accuracy where there are options.
         max_tokens: longest answer that it writes.
         stop: texts that end one.
+        space: whether a space is put between a prompt and what follows where the file has none there, and before
+            labels as words; null puts one unless the script takes none (Chinese, Japanese, Thai, ...).
     """
 
     cached: ClassVar[bool] = True  # whether what a large file was found to hold may be kept outside of it
 
     path: str
-    words: Mapping[str, str] | Sequence[str] | None = None
+    words: Mapping[str, str] | Sequence[str] | str | None = None
     text_column: str | None = None
     label_column: str | None = None
     template: str | None = None
@@ -90,20 +101,18 @@ class File(Task):
     metric: str | None = None
     max_tokens: int = 50
     stop: tuple[str, ...] = ()
+    space: bool | None = None
 
     def __post_init__(self) -> None:
         _check_path(self.path)
         if self.words is not None:
-            if isinstance(self.words, str) or not isinstance(self.words, Mapping | Sequence):
-                raise ConfigError(f"words must map labels to label words, or list them; got {self.words!r}")
-            words = self.words if isinstance(self.words, Mapping) else dict(enumerate(self.words))
-            words = {label_text(key): word for key, word in words.items()}
-            check_words(list(words.values()))
-            object.__setattr__(self, "words", words)
+            object.__setattr__(self, "words", _words(self.words))
         if self.template is not None and (not isinstance(self.template, str) or not NAMES.search(self.template)):
             raise ConfigError(
                 f"template must be text with a column in braces, such as '{{text}} It was'; got {self.template!r}"
             )
+        for name in ("template", *(f"{role}_column" for role in ROLES)):
+            check_whole(getattr(self, name) or "", f"task.{name}") if isinstance(getattr(self, name), str) else None
         train, dev, test = (1 if size is None else size for size in (self.train, self.dev, self.test))
         check_sizes(train, dev, test, self.seed)
         for role in ROLES:
@@ -112,6 +121,7 @@ class File(Task):
                 raise ConfigError(f"{role}_column must be a column's name, or null; got {name!r}")
         require(self.kind in (*KINDS, None), f"task.kind to be one of {', '.join(KINDS)}, or null", self.kind)
         require(isinstance(self.chat, bool), "task.chat to be true or false", self.chat)
+        require(self.space in (True, False, None), "task.space to be true, false or null", self.space)
         ok = self.metric is None or (isinstance(self.metric, str) and self.metric.isidentifier())
         require(ok, "task.metric to be null or a metric's name, such as f1 or exact_match", self.metric)
         object.__setattr__(self, "stop", self.sampling.stop)
@@ -141,22 +151,16 @@ class File(Task):
         """The examples of each split, and what `describe` says."""
         if self.test == 0:
             tables.pop("test", None)  # its labels may be hidden
-        reader = self._reader(tables["train"])
-        numbers: dict[str, int] = {}  # of labels, by first appearance
-
-        def number_of(label: str, where: str) -> int:
-            if label not in numbers and len(numbers) == MOST_LABELS and reader.words is None:
-                raise ConfigError(
-                    f"{where}: expected at most {MOST_LABELS} labels that are label words themselves; {label!r} is one "
-                    "more. Give task.words={label: ' word', ...}, or name another column: task.label_column=..."
-                )
-            return numbers.setdefault(label, len(numbers))
-
-        scans = {name: scan(tables[name], reader, number_of) for name in ("test", "dev", "train") if name in tables}
+        reader, scans, numbers = self._passed(tables)
         if not len(scans["train"].places):
             raise ConfigError(f"{self.path} has no rows; expected one example a row")
+        rows = tables["train"]
+        if isinstance(rows, TextFiles):
+            _check_doubts(rows, reader, numbers)
         if reader.schema.kind == "choice" and reader.words is None:
-            reader = replace(reader, words=_label_words(list(numbers), self.path))
+            reader = replace(
+                reader, words=label_words(list(numbers), self.path, self._ending(reader.schema), self.space)
+            )
         known = list(reader.words or ())
         labels = np.array([known.index(label) for label in numbers] or [0], np.int64)
         first = first_of_each([found.keys for found in scans.values()])
@@ -164,12 +168,37 @@ class File(Task):
             name: Examples(tables[name], reader, found.places[own], labels[found.labels[own]])
             for (name, found), own in zip(scans.items(), first, strict=True)
         }
-        return self._split(kept), _description(self.path, reader, sum(map(len, first)), kept)
+        return self._split(kept), _description(self.path, reader, rows, sum(map(len, first)), kept)
+
+    def _passed(self, tables: dict[str, Rows]) -> tuple[Reader, dict[str, Scan], dict[str, int]]:
+        """What makes examples of the rows, what is kept of them, and the labels' numbers by first appearance.
+
+        Of JSON lines all columns are known once all have been read; if others than at first, they are read again.
+        """
+        _look(tables["train"], self.path)
+        again = self._reader(tables["train"])
+        while True:
+            reader, numbers, error = again, dict[str, int](), None
+            number_of = partial(_number, numbers, reader.words is None)
+            scans = {}
+            try:
+                for name in ("test", "dev", "train"):
+                    if name in tables:
+                        scans[name] = scan(tables[name], reader, number_of)
+            except ConfigError as wrong:
+                error = wrong
+            again = self._reader(tables["train"])
+            if again == reader:
+                if error is not None:
+                    raise error
+                return reader, scans, numbers
 
     @property
     def kind_found(self) -> str:
         """`kind`, or what the columns say."""
-        return self._reader(open_rows(self.path)["train"]).schema.kind
+        rows = open_rows(self.path)["train"]
+        _look(rows, self.path)
+        return self._reader(rows).schema.kind
 
     def describe(self) -> list[str]:
         """What the file has been taken for."""
@@ -179,8 +208,6 @@ class File(Task):
 
     def _reader(self, rows: Rows) -> Reader:
         """What makes examples of the rows, from their columns."""
-        if next(iter(rows), None) is None:
-            raise ConfigError(f"{self.path} has no rows; expected one example a row")
         given = {role: name for role in ROLES if (name := getattr(self, f"{role}_column"))}
         kind = self.kind or ("choice" if self.words is not None else None)
         schema = infer(rows.columns, given, kind, self.template, rows.header)
@@ -193,9 +220,15 @@ class File(Task):
             require(ok, f"task.metric to be null, {instead} for {schema.kind}", self.metric)
         words: Any = self.words
         if words is None and schema.kind == "choice":
-            words = rows.words.get(schema.columns["label"])
-            words = words if words and len(words) <= MOST_LABELS else None
-        return Reader(schema, self.chat, rows.cells, words)
+            names = rows.words.get(schema.columns["label"], {})
+            if 0 < len(names) <= MOST_LABELS:
+                ending = self._ending(schema)
+                words = {label: gap(ending, name, self.space) + name for label, name in names.items()}
+        return Reader(schema, self.chat, rows.cells, words, self.space)
+
+    def _ending(self, schema: Schema) -> str:
+        """What a prompt ends in, as far as that is known; label words of a chat stand alone."""
+        return "" if schema.template is None or self.chat else schema.template.texts[-1]
 
     def _split(self, kept: Mapping[str, Examples]) -> dict[str, Examples]:
         """Test, dev and train, in this order out of the rows, unless they have rows of their own."""
@@ -225,7 +258,8 @@ def open_rows(path: str) -> dict[str, Rows]:
     here = user_path(path)
     if here.is_dir():
         raise ConfigError(
-            f"expected task.path to be a file; {path} is a folder. Give its files: task.path='{path}/*.csv'"
+            f"expected task.path to be a file; {path} is a folder. Give its files: "
+            f"{setting('task.path', f'{path}/*.csv')}"
         )
     if not here.exists() and not _is_pattern(path):
         if here.suffix.lower() not in SUFFIXES:
@@ -234,7 +268,7 @@ def open_rows(path: str) -> dict[str, Rows]:
     found = [here] if here.exists() else sorted(map(Path, glob(str(here), recursive=True)))
     files = [file for file in found if not file.is_dir()]
     if not files:
-        raise ConfigError(f"can't read task.path={path}: no file matches it. Look with: ls {path}")
+        raise ConfigError(f"can't read task.path={path}: no file matches it. Look with: ls {_globbed(path)}")
     suffixes = {file.suffix.lower(): file for file in reversed(files)}
     for suffix, file in suffixes.items():
         if suffix not in SUFFIXES:
@@ -243,9 +277,14 @@ def open_rows(path: str) -> dict[str, Rows]:
         names = ", ".join(f"{suffixes[suffix].name} and others in {suffix}" for suffix in sorted(suffixes))
         raise ConfigError(
             f"expected files of one format for task.path={path}; got {names}. Narrow the pattern, such as "
-            f"task.path='{here.parent}/*{min(suffixes)}'"
+            f"{setting('task.path', f'{here.parent}/*{min(suffixes)}')}"
         )
     return {"train": ParquetFiles(path, files) if ".parquet" in suffixes else TextFiles(path, files)}
+
+
+def _globbed(pattern: str) -> str:
+    """A pattern for a shell, which matches nothing within quotes."""
+    return re.sub(r"[^*?\[\]]+", lambda found: shlex.quote(found[0]), pattern)
 
 
 def _is_pattern(path: str) -> bool:
@@ -269,43 +308,102 @@ def _foreign(suffix: str, path: object) -> str:
     return f"task.path must end in {wanted}; got {str(path)!r}. {advice}"
 
 
-def _label_words(labels: Sequence[str], source: str) -> dict[str, str]:
-    """Each label behind a space, in alphabetical order, where labels are words."""
-    example = ", ".join(f"{label}: ' word'" for label in sorted(labels)[:3])
-    if len(labels) < 2:
-        raise ConfigError(
-            f"expected at least two labels in {source}; got only {labels[0]!r}. Give rows with another one as well, or "
-            "name another column: task.label_column=..."
-        )
-    if all(NUMBER.fullmatch(label) for label in labels):
-        raise ConfigError(
-            f"expected labels that are words; {source} has the numbers {', '.join(sorted(labels))}. Say which word "
-            f"stands for which, with its leading space: 'task.words={{{example}}}'"
-        )
-    alike: dict[str, str] = {}
-    for label in labels:
-        if (other := alike.setdefault(label.lower(), label)) != label:
-            raise ConfigError(
-                f"expected labels that differ in more than capitals; {source} has {other!r} and {label!r}. Write them "
-                f"alike, or give task.words={{{example}}}"
-            )
-    return {label: f" {label}" for label in sorted(labels)}
+def _words(given: object) -> dict[str, str]:
+    """Label -> label word, as a setting has them."""
+    listed = mapping_of(given) if isinstance(given, str) else given
+    if isinstance(listed, str) or not isinstance(listed, Mapping | Sequence):
+        example = setting("task.words", {"no": " terrible", "yes": " great"})
+        raise ConfigError(f"words must map labels to label words, or list them; got {given!r}. For example {example}")
+    pairs = listed if isinstance(listed, Mapping) else dict(enumerate(listed))
+    words = {label_text(label): word for label, word in pairs.items()}
+    check_words(list(words.values()))
+    if len(words) < len(pairs):
+        raise ConfigError(f"words must have each label once; got {list(pairs)}. Leave one out")
+    for text in (*words, *words.values()):
+        check_whole(text, "task.words")
+    return words
 
 
-def _description(path: str, reader: Reader, rows: int, kept: Mapping[str, Examples]) -> list[str]:
-    """The schema, labels with their counts, and how many rows were left out."""
+def _look(rows: Rows, path: str) -> None:
+    """Read the first rows, so that columns are known; raise ConfigError if not one can be read."""
+    faults, good = Faults(), 0
+    for number, (_, _, row) in enumerate(rows):
+        if isinstance(row, WrongRow):
+            faults.add(row)
+        else:
+            good += 1
+        if good and number >= LOOK:
+            return
+    if not rows.columns or not good:
+        faults.check()
+    if not good:
+        raise ConfigError(f"{path} has no rows; expected one example a row")
+
+
+def _number(numbers: dict[str, int], words: bool, label: str, where: str) -> int:
+    """The number of a label; `words`: whether labels are to be their own words."""
+    if label not in numbers and len(numbers) == MOST_LABELS and words:
+        raise ConfigError(
+            f"{where}: expected at most {MOST_LABELS} labels that are label words themselves; {label!r} is one more. "
+            "Give task.words=..., a mapping of labels to words, or name another column: task.label_column=..."
+        )
+    return numbers.setdefault(label, len(numbers))
+
+
+def _check_doubts(rows: TextFiles, reader: Reader, labels: Mapping[str, int]) -> None:
+    """Refuse a row whose cell in quotes holds whole lines, if each of them ends in a label of the file."""
+    column, faults = reader.schema.columns.get("label"), Faults()
+    if column is None:
+        return
+    for where, lines in rows.doubts:
+        if all(label_text(line[column].strip().strip('"')) in labels for line in lines):
+            faults.add(several_rows(where, len(lines), f"each of which has a label in column {column!r}", "CSV"))
+    faults.check()
+
+
+def _description(path: str, reader: Reader, rows: Rows, count: int, kept: Mapping[str, Examples]) -> list[str]:
+    """The schema, labels with their counts, where spaces were put, and how many rows were left out."""
     schema, usable = reader.schema, sum(map(len, kept.values()))
-    lines = [f"{path}: {rows:,} rows, {schema.kind}"]
+    lines = [f"{path}: {count:,} rows, {schema.kind}"]
     if schema.columns:
         named = (f"{column!r} is the {role}" for role, column in schema.columns.items())
         lines.append(f"columns: {', '.join(named)}")
     if schema.template is not None:
-        text = schema.template.fill([f"{{{column}}}" for column in schema.template.columns])
+        marks = zip(schema.template.columns, schema.template.optional, strict=True)
+        text = schema.template.fill([f"{{{column}{'?' * optional}}}" for column, optional in marks])
         lines.append(f"prompt: {text!r}" + (", as one message of a user" if reader.chat else ""))
     if reader.words is not None:
         counts = np.bincount(np.concatenate([own.labels for own in kept.values()]), minlength=len(reader.words))
         each = zip(reader.words.items(), counts.tolist(), strict=True)
         lines.append("labels: " + ", ".join(f"{label!r} as {word!r} ({count:,})" for (label, word), count in each))
-    if rows > usable:
-        lines.append(f"left out, since their prompt came before: {rows - usable:,} rows")
+    if reader.space is None and schema.kind in ("completion", "preference"):
+        lines += _spaces(reader, kept["train"])
+    if isinstance(rows, TextFiles):
+        lines += _oddities(rows)
+    if count > usable:
+        lines.append(f"left out, since their prompt came before: {count - usable:,} rows")
+    return lines
+
+
+def _spaces(reader: Reader, examples: Examples) -> list[str]:
+    """Whether spaces are put before completions, by the first examples."""
+    few, never = range(min(SHOWN, len(examples))), replace(reader, space=False)
+    put = sum(example != examples.again(never, i) for i, example in enumerate(examples.take(few)))
+    if not put:
+        return []
+    every = "the" if put == len(few) else f"{put} of the first {len(few)}"
+    return [f"a space is put before {every} completions, which have none ({setting('task.space', False)} for none)"]
+
+
+def _oddities(rows: TextFiles) -> list[str]:
+    """What a table holds that may be another number of rows."""
+    lines = []
+    if rows.empty:
+        lines.append(f"left out, since all their cells are empty: {rows.empty:,} rows")
+    if rows.doubts:
+        where, several = rows.doubts[0]
+        lines.append(
+            f"a cell goes on over lines that could be rows: {len(rows.doubts):,} times, first in {where} "
+            f"({len(several)} lines). If they are rows, write the quote that the cell begins with twice, within quotes"
+        )
     return lines

@@ -10,30 +10,45 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
+from unicodedata import normalize
 
 import numpy as np
 
 from zoray.records import ConfigError
+from zoray.tasks.faults import WrongRow
 
 TEXT_SUFFIXES = (".jsonl", ".csv", ".tsv")
 MARK = "\ufeff"  # spreadsheets begin a file with it
 HANDLES = 64  # files that are held open
+DEEPEST = 100  # lists and objects of JSON within each other
+DOUBTS = 10_000  # rows that may be several of which is taken note
+BLANK = " \t\r\n\f\v\xa0\u200b\ufeff"  # around the name of a column
 LINES = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
+csv.field_size_limit(sys.maxsize)  # a long text is no mistake
+
 Row = Mapping[str, Any]
+
+
+class Doubt(NamedTuple):
+    """A row of a table that may be several: a cell in quotes that holds what look like whole lines."""
+
+    where: str
+    lines: list[dict[str, str]]  # each as a row, were there no quotes
 
 
 class Rows(Protocol):
     """Rows by their places, which are whole numbers.
 
     name: what messages call it.
-    columns: names of columns; of JSONL those of the first row. Of text files they are known once iteration has begun,
+    columns: names of columns; of JSONL those of all rows so far. Of text files they are known once iteration has begun,
     header: and so is where they stand, for messages.
     cells: whether a row's values are all text, so that a list comes as JSON in a cell.
-    words: label words that the source itself knows, by label and column.
+    words: names of labels that the source itself knows, by label and column.
     """
 
     name: str
@@ -44,8 +59,8 @@ class Rows(Protocol):
     @property
     def cells(self) -> bool: ...
 
-    def __iter__(self) -> Iterator[tuple[int, str, Row]]:
-        """(place, "FILE, line N", row) of each row, in order."""
+    def __iter__(self) -> Iterator[tuple[int, str, Row | WrongRow]]:
+        """(place, "FILE, line N", row) of each row, in order, or what is wrong with it."""
         ...
 
     def row(self, place: int) -> Row:
@@ -89,6 +104,10 @@ class TextFiles:
     Args:
         name: what messages call them together.
         paths: in order.
+
+    Attributes:
+        empty: rows of a table without anything in them, which are left out.
+        doubts: rows of a table that may be several, the first of them.
     """
 
     words: Mapping[str, Mapping[str, str]] = {}
@@ -96,6 +115,7 @@ class TextFiles:
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
         self.name, self.header = name, name
         self.columns: tuple[str, ...] = ()
+        self.empty, self.doubts = 0, list[Doubt]()
         self.stamps = Stamps(paths)
         sizes = [size for size, _ in self.stamps.known]
         self._starts = np.cumsum([0, *sizes])
@@ -107,15 +127,15 @@ class TextFiles:
     def cells(self) -> bool:
         return self._suffix != ".jsonl"
 
-    def __iter__(self) -> Iterator[tuple[int, str, Row]]:
+    def __iter__(self) -> Iterator[tuple[int, str, Row | WrongRow]]:
+        self.empty, self.doubts = 0, []
         for number, path in enumerate(self.stamps.paths):
             try:
                 with path.open("rb") as file:
+                    start = int(self._starts[number])
                     rows = self._table_rows(number, file) if self.cells else self._json_rows(path, file)
                     for offset, where, row in rows:
-                        if not self.columns:
-                            self.columns, self.header = tuple(row), where
-                        yield int(self._starts[number]) + offset, where, row
+                        yield start + offset, where, row
             except OSError as error:
                 raise ConfigError(f"can't read task.path={path}: {error.strerror}. Give an existing file") from error
             self.stamps.check(number)
@@ -147,16 +167,33 @@ class TextFiles:
             self._handles[number] = self.stamps.paths[number].open("rb")
         return self._handles[number]
 
-    def _json_rows(self, path: Path, file: BinaryIO) -> Iterator[tuple[int, str, Row]]:
-        offset = 0
+    def _json_rows(self, path: Path, file: BinaryIO) -> Iterator[tuple[int, str, Row | WrongRow]]:
+        offset, known = 0, dict.fromkeys(self.columns)
         for number, raw in enumerate(file, start=1):
             where = f"{path}, line {number}"
-            text = _decoded(raw, where)
-            if text.strip() not in ("", MARK):
-                yield offset, where, _object(text, where)
+            try:
+                text = _decoded(raw, where)
+                if text.strip() not in ("", MARK):
+                    row = _object(text, where)
+                    if not known.keys() >= row.keys():  # also of the first
+                        known = self._more_columns(row, where)
+                    yield offset, where, row
+            except WrongRow as error:
+                yield offset, where, error
             offset += len(raw)
 
-    def _table_rows(self, number: int, file: BinaryIO) -> Iterator[tuple[int, str, Row]]:
+    def _more_columns(self, row: Row, where: str) -> dict[str, None]:
+        """All columns so far, with those of a row that has others than the ones before it."""
+        more = [name for name in row if name not in self.columns]
+        check_names([*self.columns, *more], where)
+        if not self.columns:
+            self.header = where
+        elif more:
+            self.header = f"{self.header.partition(' (')[0]} ({more[0]!r} from {where.rpartition(', ')[2]} on)"
+        self.columns = (*self.columns, *more)
+        return dict.fromkeys(self.columns)
+
+    def _table_rows(self, number: int, file: BinaryIO) -> Iterator[tuple[int, str, Row | WrongRow]]:
         # strict: a quote that is opened and not closed properly is an error, not half the file in one cell.
         path, first = self.stamps.paths[number], next((line for line in file if line.strip()), b"")
         delimiter = "\t" if self._suffix == ".tsv" else ";" if b";" in first and b"," not in first else ","
@@ -172,28 +209,52 @@ class TextFiles:
             except csv.Error as error:
                 at = _bad_quote("".join(feed.record), delimiter)
                 raise ConfigError(f"{where}: {error}{at}. Quote cells as spreadsheets do, or use JSONL") from error
+            except WrongRow as error:  # not UTF-8
+                yield offset, error.where, error
+                yield from ((offset, wrong.where, wrong) for wrong in _undecoded(file, path, error.where))
+                return
             if cells is None:
                 return
             if not any(cell.strip() for cell in cells):
-                continue
-            if not header:
+                self.empty += any(line.strip() for line in feed.record)
+            elif not header:
                 header = self._header(cells, number, delimiter, where)
             elif len(cells) != len(header):
                 short = f"; column {header[len(cells)]!r} has none" if len(cells) < len(header) else ""
-                raise ConfigError(
-                    f"{where}: expected {len(header)} cells ({header}); got {len(cells)}{short}. Quote or complete it"
+                yield (
+                    offset,
+                    where,
+                    WrongRow(
+                        where,
+                        f"expected {len(header)} cells ({header})",
+                        f"; got {len(cells)}{short}. Quote or complete it",
+                    ),
                 )
+            elif len(feed.record) > 1 and (error := self._doubt(feed.record, header, delimiter, where)):
+                yield offset, where, error
             else:
                 yield offset, where, dict(zip(header, cells, strict=True))
 
+    def _doubt(self, record: Sequence[str], header: Sequence[str], delimiter: str, where: str) -> WrongRow | None:
+        """Take note of a row of several lines of which each could be a row; in TSV, where that is no accident, refuse.
+
+        TSV is written without quotes as often as with them, and then a cell may begin with one.
+        """
+        lines = [line.rstrip("\r\n").split(delimiter) for line in record if line.strip()]
+        if len(lines) < 2 or any(len(cells) != len(header) for cells in lines):
+            return None
+        if delimiter != "\t" or len(header) == 1:
+            if len(self.doubts) < DOUBTS:
+                self.doubts.append(Doubt(where, [dict(zip(header, cells, strict=True)) for cells in lines]))
+            return None
+        return several_rows(where, len(lines), f"each of which has {len(header)} cells", "TSV")
+
     def _header(self, cells: Sequence[str], number: int, delimiter: str, where: str) -> list[str]:
-        header = [cell.strip() for cell in cells]
+        header = [cell.strip(BLANK) for cell in cells]
         named = [name for name in header if name]
-        twice = sorted({name for name in named if named.count(name) > 1})
-        if twice:
-            raise ConfigError(
-                f"{where}: expected each column once; got {', '.join(map(repr, twice))} twice. Rename one"
-            )
+        if any("\0" in name for name in named):
+            raise ConfigError(f"{where}: not UTF-8 (UTF-16, it seems). Save the file as UTF-8")
+        check_names(named, where)
         if self._formats and set(header) != set(first := self._formats[min(self._formats)][0]):
             raise ConfigError(
                 f"{where}: expected the columns of {self.stamps.paths[0].name}, {first}; got {header}. Give all files "
@@ -230,6 +291,37 @@ class _Feed:
         return line
 
 
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raise ConfigError for columns whose names are the same, or look so."""
+    found: dict[str, str] = {}
+    for name in names:
+        if name.strip() and (other := found.setdefault(normalize("NFC", name.strip(BLANK)), name)) != name:
+            raise ConfigError(f"{where}: expected each column once; got {other!a} and {name!a}. Rename one")
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ConfigError(f"{where}: expected each column once; got {', '.join(map(repr, twice))} twice. Rename one")
+
+
+def several_rows(where: str, lines: int, each: str, form: str) -> WrongRow:
+    """The error of a row that swallowed others."""
+    return WrongRow(
+        where,
+        f"a cell that begins with a quote goes on over {lines} lines, {each}",
+        f". Where a quote is part of the text, write the cell in quotes and its own quotes twice, as spreadsheets do "
+        f"in {form}, or use JSONL",
+        "a cell that swallows lines",
+    )
+
+
+def _undecoded(file: BinaryIO, path: Path, where: str) -> Iterator[WrongRow]:
+    """The other lines of a table that are not UTF-8, behind the one at `where`."""
+    for number, raw in enumerate(file, start=int(where.rpartition(" ")[2]) + 1):
+        try:
+            _decoded(raw, f"{path}, line {number}")
+        except WrongRow as error:
+            yield error
+
+
 def _lines(file: BinaryIO, path: Path) -> Iterator[str]:
     """Lines of a table, which may end in any of the three ways."""
     for number, raw in enumerate(file, start=1):
@@ -246,40 +338,69 @@ def _decoded(raw: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         character = len(raw[: error.start].decode()) + 1
         kind = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {raw[error.start]:#04x}"
-        raise ConfigError(
-            f"{where}: not UTF-8 at character {character} ({kind}; {error.reason}). Save the file as UTF-8 (in a "
-            "spreadsheet: Save as, CSV UTF-8)"
+        raise WrongRow(
+            where,
+            "not UTF-8",
+            f" at character {character} ({kind}; {error.reason}). Save the file as UTF-8 (in a spreadsheet: Save as, "
+            "CSV UTF-8)",
         ) from error
 
 
 def _object(text: str, where: str) -> Row:
+    text = text.removeprefix(MARK)
     try:
-        row = json.loads(text.removeprefix(MARK))
+        row = json.loads(text)
+        members = _members(row) if isinstance(row, dict) else 0
     except (ValueError, RecursionError) as error:
         at = f" at character {error.colno}, {error.msg}" if isinstance(error, json.JSONDecodeError) else f" ({error})"
-        raise ConfigError(f"{where}: not JSON{at}. Write one JSON object a line") from error
+        raise WrongRow(where, "not JSON", f"{at}. Write one JSON object a line") from error
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: expected a JSON object; got {type(row).__name__}. Write one JSON object a line")
+        raise WrongRow(where, "expected a JSON object", f"; got {type(row).__name__}. Write one JSON object a line")
+    # A key that comes twice is one of fewer than the colons say. Colons may be in a text as well: then the keys decide.
+    if text.count('":') != members or '" ' in text or '"\t' in text or '"\r' in text:
+        json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
     return row
+
+
+def _members(value: Any, depth: int = 0) -> int:
+    """How many keys all objects of a value have together."""
+    if depth > DEEPEST:
+        raise RecursionError(f"more than {DEEPEST} lists and objects within each other")
+    inner, count = (value.values(), len(value)) if type(value) is dict else (value, 0)
+    for item in inner:
+        if type(item) is dict or type(item) is list:
+            count += _members(item, depth + 1)
+    return count
+
+
+def _once(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """An object of JSON whose keys differ."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise WrongRow(where, f"expected each key once; got {', '.join(map(repr, twice))} twice", ". Leave one out")
+    return found
 
 
 def _bad_quote(text: str, delimiter: str) -> str:
     """Which quote of a row is opened and never closed, or followed by what it must not be; nothing if none is."""
-    opened, place = -1, 0
-    while place < len(text):
-        character = text[place]
+    opened, past = -1, 0
+    for quote in re.finditer('"', text):
+        place = quote.start()
+        if place < past:
+            continue
         if opened < 0:
             before = text[place - 1] if place else delimiter
-            opened = place if character == '"' and before in (delimiter, "\n", "\r") else opened
-        elif character == '"':
-            after = text[place + 1 : place + 2]
-            if after == '"':
-                place += 1  # a quote in the cell
-            elif after in ("", delimiter, "\n", "\r"):
-                opened = -1
-            else:
-                return f" at character {place - _line_start(text, place) + 1} of the row's line {_line(text, place)}"
-        place += 1
+            opened = place if before in (delimiter, "\n", "\r") else opened
+            continue
+        after = text[place + 1 : place + 2]
+        if after == '"':
+            past = place + 2  # a quote in the cell
+        elif after in ("", delimiter, "\n", "\r"):
+            opened = -1
+        else:
+            return f" at character {place - _line_start(text, place) + 1} of the row's line {_line(text, place)}"
     return "" if opened < 0 else f": the quote at character {opened - _line_start(text, opened) + 1} is not closed"
 
 

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError
-from zoray.tasks.files import Row
+from zoray.tasks.faults import WrongRow
+from zoray.tasks.files import Row, check_names
+from zoray.tasks.parquet import plain_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,22 +33,26 @@ class HubRows:
     def __init__(self, name: str, dataset: Dataset) -> None:
         self.name = self.header = name
         self.columns = tuple(dataset.column_names)
+        check_names(self.columns, name)
         self.words: Mapping[str, Mapping[str, str]] = {
-            column: {str(label): f" {text}" for label, text in enumerate(feature.names)}
+            column: {str(label): str(text) for label, text in enumerate(feature.names)}
             for column, feature in dataset.features.items()
             if hasattr(feature, "names")
         }
         self._dataset = dataset.with_format("arrow")  # no image or sound is decoded
 
-    def __iter__(self) -> Iterator[tuple[int, str, Row]]:
+    def __iter__(self) -> Iterator[tuple[int, str, Row | WrongRow]]:
         place = 0
         for batch in self._dataset.iter(BATCH):
-            for row in batch.to_pylist():  # type: ignore[union-attr]
+            for row in plain_rows(batch, lambda number, first=place: self.where(first + number)):
                 yield place, self.where(place), row
                 place += 1
 
     def row(self, place: int) -> Row:
-        return self._dataset[place].to_pylist()[0]  # type: ignore[union-attr]
+        (row,) = plain_rows(self._dataset[place], lambda _: self.where(place))
+        if isinstance(row, WrongRow):
+            raise row
+        return row
 
     def where(self, place: int) -> str:
         return f"{self.name}, row {place} (from 0)"

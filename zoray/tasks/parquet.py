@@ -10,7 +10,7 @@ import hashlib
 import json
 import uuid
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ import numpy as np
 
 from zoray.models import cache_dir
 from zoray.records import WHOLE, ConfigError
-from zoray.tasks.files import Row, Stamps
+from zoray.tasks.faults import WrongRow
+from zoray.tasks.files import Row, Stamps, check_names
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -45,18 +46,21 @@ class ParquetFiles:
         self._files = [self._batches(number) for number in range(len(paths))]
         self._starts = np.cumsum([0, *(len(file) for file in self._files)]).tolist()
 
-    def __iter__(self) -> Iterator[tuple[int, str, Row]]:
+    def __iter__(self) -> Iterator[tuple[int, str, Row | WrongRow]]:
         for path, file, start in zip(self._stamps.paths, self._files, self._starts, strict=False):
             number = 0
             for batch in file:
-                for row in batch.to_pylist():
+                for row in plain_rows(batch, lambda i, path=path, first=number: f"{path}, row {first + i} (from 0)"):
                     yield start + number, f"{path}, row {number} (from 0)", row
                     number += 1
 
     def row(self, place: int) -> Row:
         number = self._file(place)
         self._stamps.check(number)
-        return self._files[number].row(place - self._starts[number])
+        (row,) = plain_rows(self._files[number].row(place - self._starts[number]), lambda _: self.where(place))
+        if isinstance(row, WrongRow):
+            raise row
+        return row
 
     def where(self, place: int) -> str:
         number = self._file(place)
@@ -74,6 +78,7 @@ class ParquetFiles:
         try:
             with parquet.ParquetFile(path, pre_buffer=False) as file:
                 found = tuple(file.schema_arrow.names)
+                check_names(found, str(path))
                 self.columns = self.columns or found
                 self.words = self.words or _class_words(file.schema_arrow.metadata)
                 if set(found) != set(self.columns):
@@ -111,11 +116,11 @@ class Batches:
     def __iter__(self) -> Iterator[RecordBatch]:
         return iter(self._source) if isinstance(self._source, list) else self._from_file()
 
-    def row(self, number: int) -> Row:
-        """A row by its number."""
+    def row(self, number: int) -> RecordBatch:
+        """A row by its number, as a batch of its own."""
         at = bisect_right(self._ends, number)
         first = self._ends[at - 1] if at else 0
-        return self._batch(at).slice(number - first, 1).to_pylist()[0]
+        return self._batch(at).slice(number - first, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -133,6 +138,33 @@ class Batches:
         if self._opened is None:
             self._opened = pyarrow.ipc.open_file(pyarrow.OSFile(str(self._source)))
         return self._opened
+
+
+def plain_rows(batch: Any, where: Callable[[int], str]) -> Iterator[Row | WrongRow]:
+    """The rows of an Arrow batch or table as plain values, or what is wrong with one; `where` is asked with its number.
+
+    Arrow holds any bytes as text, and times that Python has no word for.
+    """
+    import pyarrow
+
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, ArithmeticError, pyarrow.ArrowException):
+        rows = None  # which row it is, is found one by one
+    yield from rows or ()
+    for number in range(batch.num_rows if rows is None else 0):
+        row: dict[str, Any] = {}
+        try:
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                row[name] = column[number].as_py()
+            yield row
+        except UnicodeDecodeError as error:
+            got = f"; got the byte {error.object[error.start]:#04x} (byte {error.start + 1} of the text)"
+            what = f"column {name!r} must hold text in UTF-8"
+            yield WrongRow(where(number), what, f"{got}. Write the file anew, from text that was read right")
+        except (ValueError, ArithmeticError, pyarrow.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            yield WrongRow(where(number), f"column {name!r} can't be read", f" ({reason}). Write it in another type")
 
 
 def _copy_path(path: Path, stamp: tuple[int, int]) -> Path:
@@ -157,9 +189,12 @@ def _copy(file: ParquetFile, target: Path) -> None:
 
 def _class_words(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[str, str]]:
     """Names of labels, where the `datasets` library has written them into the file."""
-    features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return {
-        column: {str(label): f" {name}" for label, name in enumerate(feature["names"])}
-        for column, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    }
+    try:
+        features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        return {
+            column: {str(label): str(name) for label, name in enumerate(feature["names"])}
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):  # another program's own
+        return {}

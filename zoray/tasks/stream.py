@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from zoray.records import ConfigError, Example
+from zoray.records import Example
 from zoray.tasks.cells import Prompt, Reader
+from zoray.tasks.faults import Faults, WrongRow
 from zoray.tasks.files import Rows
 
 
@@ -26,13 +27,24 @@ class Scan:
 
 
 def scan(rows: Rows, reader: Reader, number_of: Callable[[str, str], int]) -> Scan:
-    """Read and check every row. `number_of` numbers a label, given it and where it stands."""
-    places, labels, keys = array("q"), array("q"), bytearray()
+    """Read and check every row. `number_of` numbers a label, given it and where it stands.
+
+    Raises:
+        ConfigError: rows are wrong; they are counted first.
+    """
+    places, labels, keys, faults = array("q"), array("q"), bytearray(), Faults()
     for place, where, row in rows:
-        prompt, label = reader.scan(row, where)
+        try:
+            if isinstance(row, WrongRow):
+                raise row
+            prompt, label = reader.scan(row, where)
+        except WrongRow as error:
+            faults.add(error)
+            continue
         places.append(place)
         labels.append(0 if label is None else number_of(label, where))
-        keys += _key(prompt, where)
+        keys += _key(prompt)
+    faults.check()
     return Scan(np.frombuffer(places, np.int64), np.frombuffer(labels, np.int64), np.frombuffer(keys, np.uint64))
 
 
@@ -69,6 +81,11 @@ class Examples(Sequence[Example]):
         place = int(self._places[number])
         return self._reader.example(self._rows.row(place), self._rows.where(place))
 
+    def again(self, reader: Reader, index: int) -> Example:
+        """One of them, made in another way."""
+        place = int(self._places[index])
+        return reader.example(self._rows.row(place), self._rows.where(place))
+
     def part(self, numbers: np.ndarray) -> Examples:
         """Some of them, in this order."""
         return Examples(self._rows, self._reader, self._places[numbers], self.labels[numbers])
@@ -80,12 +97,6 @@ class Examples(Sequence[Example]):
         return tuple(found[number] for number in wanted)
 
 
-def _key(prompt: Prompt, where: str) -> bytes:
+def _key(prompt: Prompt) -> bytes:
     text = prompt if isinstance(prompt, str) else "\x1e".join(f"{role}\x1f{content}" for role, content in prompt)
-    try:
-        return blake2b(text.encode(), digest_size=8).digest()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{where}: the prompt holds half a character, {text[error.start]!r} (character {error.start + 1}). Write "
-            "the file as UTF-8, with whole characters"
-        ) from error
+    return blake2b(text.encode(), digest_size=8).digest()

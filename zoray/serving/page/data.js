@@ -84,7 +84,7 @@ function pairs(id, example) {
 
 // The settings that the fields stand for.
 function how() {
-  const found = {}, template = $("template").value.trim();
+  const found = {}, template = $("template").value.trim().replaceAll("\\n", "\n");
   if (template) found.template = template;
   for (const [name, value] of pairs("columns", "columns such as text=body, label=category")) {
     found[name === "kind" ? "kind" : `${name.replace(/_column$/, "")}_column`] = value;
