@@ -16,7 +16,7 @@ from local_pool import LocalPool
 
 import zoray.driver
 from zoray import disk as module
-from zoray import evaluate, export, launch
+from zoray import evaluate, export, launch, models
 from zoray.cli import compose, guarded
 from zoray.history import read_metrics
 from zoray.records import ConfigError
@@ -167,6 +167,25 @@ def test_output_that_is_cut_short_is_an_error(undisturbed, disk):
     with (disk.path / "said").open("w") as out:
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (1, "output is lost: No space left on device\n")
+
+
+def test_a_model_that_finds_no_room_is_said_and_a_digest_that_finds_none_is_no_trouble(
+    disk, monkeypatch, capsys, tiny_models
+):
+    def prepare(path, folder):
+        (disk.path / "half").write_bytes(b"0" * 8000)
+
+    monkeypatch.setenv("ZORAY_CACHE", str(disk.path))
+    monkeypatch.setattr(models, "package_folder", lambda path: disk.path / "models" / "any")
+    monkeypatch.setattr(models, "_prepare", prepare)
+    disk.fill()
+    assert guarded(lambda: models.Model("package:any/any.gguf").resolve() and 0) == 1
+    assert f"can't write {disk.path / 'models' / 'any'}: no space left on device" in capsys.readouterr().err
+    files = list(tiny_models["llama"].glob("*.safetensors"))
+    assert models._cached_digest(files, lambda: "0123") == "0123"
+    with disk.locked():
+        assert models._cached_digest(files, lambda: "0123") == "0123"
+    assert not list(disk.path.rglob("*.tmp"))
 
 
 def test_what_a_disk_refuses_is_told_from_defects():

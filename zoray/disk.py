@@ -60,7 +60,7 @@ def naming(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:
+        if error.errno not in (*FULL, *LOCKED, *TAKEN, *OTHERS):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     except Exception as error:

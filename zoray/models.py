@@ -20,10 +20,12 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoray import disk
 from zoray.checkpoint import FIX, check_files, check_gguf
 from zoray.paths import user_path
 from zoray.records import ConfigError, JournalError
@@ -117,7 +119,8 @@ class Model:
         if self.path.startswith("package:"):
             self._refuse_revision("a package")
             folder = package_folder(self.path)
-            return folder if folder.exists() else _prepare(self.path, folder)
+            with disk.naming(folder):
+                return folder if folder.exists() else _prepare(self.path, folder)
         if _looks_local(self.path):
             self._refuse_revision("a local folder")
             return _check_local(user_path(self.path), self.path)
@@ -472,8 +475,7 @@ def _cached_digest(files: list[Path], compute: Callable[[], str]) -> str:
     if entry.is_file():
         return entry.read_text(encoding="utf-8")
     digest = compute()
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    temporary = entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_text(digest, encoding="utf-8")
-    temporary.replace(entry)
+    with suppress(OSError):  # a cache that is full or read-only costs time only
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        disk.replace(entry, digest.encode(), entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.tmp"))
     return digest

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zoray import disk
 from zoray.cluster import Cluster, check_reachable
 from zoray.overrides import setting, value_of
 from zoray.records import ConfigError, require
@@ -229,11 +230,12 @@ def submit(slurm: Slurm, folder: Path, arguments: Sequence[str], say: Callable[[
         say(f"{shown}\n\n# {folder / LOGS / 'zoray.sbatch'}\n{script}")
         return
     logs = folder / LOGS
-    logs.mkdir(exist_ok=True)
-    (logs / "zoray.sbatch").write_text(script, encoding="utf-8")
-    (logs / "submit.sh").write_text(
-        f"# the job's command line; once more, and the run goes on\n{shown}\n", encoding="utf-8"
-    )
+    with disk.naming(logs):
+        logs.mkdir(exist_ok=True)
+        (logs / "zoray.sbatch").write_text(script, encoding="utf-8")
+        (logs / "submit.sh").write_text(
+            f"# the job's command line; once more, and the run goes on\n{shown}\n", encoding="utf-8"
+        )
     done = subprocess.run(
         line, env={**os.environ, **variables}, capture_output=True, encoding="utf-8", errors="replace"
     )

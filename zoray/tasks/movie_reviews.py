@@ -18,6 +18,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from zoray import disk
 from zoray.models import cache_dir
 from zoray.paths import user_path
 from zoray.records import ConfigError, Example, Splits
@@ -111,9 +112,7 @@ def published_file() -> Path:
     if not path.exists():
         content = fetch()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        disk.replace(path, content, path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"))
     if hashlib.sha256(path.read_bytes()).hexdigest() != FILE_SHA256:
         raise ConfigError(
             f"{path} is not the published file. Delete it to fetch it again; your own file goes to task.path"
