@@ -211,7 +211,10 @@ def test_malformed_cells_name_line_and_column(row, says, write):
 @pytest.mark.parametrize(
     ("kwargs", "says"),
     [
-        ({"path": "a.txt"}, r"must end in \.jsonl, \.csv, \.tsv, \.parquet; got 'a\.txt'\. Convert the file"),
+        (
+            {"path": "a.xml"},
+            r"must end in \.jsonl, .*, \.parquet, \.txt, \.md; got 'a\.xml'\. Convert the file",
+        ),
         ({"path": "data/a.xlsx"}, r"got 'data/a\.xlsx'\. In the spreadsheet: Save as, CSV UTF-8"),
         ({"path": "a.json"}, r"Write one JSON object a line, and call it \.jsonl"),
         ({"path": "a.jsonl.gz"}, "Unpack it"),
@@ -252,9 +255,9 @@ def test_bad_file_settings_are_refused(kwargs, says):
             r"of one format .*; got a\.csv and others in \.csv, b\.jsonl",
         ),
         (
-            {"a.csv": "text,label\na,b\n", "b.txt": "x"},
+            {"a.csv": "text,label\na,b\n", "b.xml": "x"},
             "*",
-            r"\.parquet; got '.*b\.txt \(of task\.path=.*Convert the file",
+            r"\.md; got '.*b\.xml \(of task\.path=.*Convert the file",
         ),
         (
             {"a.csv": "text,label\na,b\n", "b.csv": "text,labels\na,b\n"},

@@ -32,6 +32,7 @@ ORDER = [
         "tasks.faults",
         "tasks.files",
         "tasks.parquet",
+        "tasks.plain_text",
         "tasks.hub_rows",
         "tasks.columns",
         "tasks.spacing",

@@ -11,7 +11,7 @@ from zoray.cli import group_options
 from zoray.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.records import ConfigError
 from zoray.serving import presets
-from zoray.serving.requests import NewJob, Use, objective_of, plain_text, plainly
+from zoray.serving.requests import NewJob, Use, objective_of, plainly
 from zoray.tasks.movie_reviews import MovieReviews
 
 ID = "file-" + "0" * 24
@@ -134,33 +134,12 @@ def test_prompts_alone_are_nothing_to_learn_from(tmp_path):
         objective_of(Use().task(path))
 
 
-def test_a_text_is_cut_into_pieces_of_which_a_third_is_given(tmp_path):
+def test_a_text_is_to_be_gone_on_with(tmp_path):
     path = tmp_path / "data.txt"
-    path.write_text(
-        "\n\n".join(f"Paragraph {i} of\nabout six words." for i in range(12)) + "\n\nToo short.\n\n" + "w " * 250
-    )
-    rows = [json.loads(line) for line in plain_text(path).read_text().splitlines()]
-    assert rows[0] == {"prompt": "Paragraph 0", "completion": " of about six words."}
-    assert [len((row["prompt"] + row["completion"]).split()) for row in rows[12:]] == [120, 120, 10]
+    path.write_text("\n\n".join(f"Paragraph {i} of\nabout six words." for i in range(12)))
     task, objective = NewJob(training_file=ID).lessons(lambda number: path)
-    assert len(rows) == 15 and task.kind_found == "completion" and objective == AnswerNLL()
-    assert {file.name for file in tmp_path.iterdir()} == {"data.txt", "rows.jsonl"}
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (b"One paragraph of just enough words.", "at least 10 paragraphs of 6 words or more; got 1. Give more text"),
-        (b"", "got 0"),
-        (b"caf\xe9", "expected a text in UTF-8; byte 3 is not"),
-    ],
-    ids=["short", "empty", "latin-1"],
-)
-def test_a_text_that_is_none_is_refused(data, says, tmp_path):
-    path = tmp_path / "data.txt"
-    path.write_bytes(data)
-    with pytest.raises(ConfigError, match=says):
-        plain_text(path)
+    assert task.kind_found == "completion" and objective == AnswerNLL()
+    assert {file.name for file in tmp_path.iterdir()} == {"data.txt"}
 
 
 def test_messages_have_no_paths_of_the_server_and_name_settings_as_requests_do(tmp_path):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-import uuid
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from zoray import disk
 from zoray.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.records import ConfigError
 from zoray.serving.presets import PREFIX, SIZES, preset
@@ -27,9 +24,7 @@ if TYPE_CHECKING:
 Word = Annotated[str, Field(max_length=200)]
 Column = Field(default=None, min_length=1, max_length=200)
 MOST_COLUMNS = 10  # of a template: each may hold a long text
-WORDS = 120  # of a piece of plain text
-GIVEN = 3  # a piece's first third is given, the rest is to be written
-UPLOAD = re.compile(r"[^\s'\"]*/files/(?P<number>file-[0-9a-f]{24})/(data|rows)\.\w+")  # where one lies on the server
+UPLOAD = re.compile(r"[^\s'\"]*/files/(?P<number>file-[0-9a-f]{24})/data\.\w+")  # where one lies on the server
 
 
 class Use(BaseModel):
@@ -66,8 +61,7 @@ class Use(BaseModel):
         Raises:
             ConfigError: the settings contradict each other.
         """
-        path = plain_text(data) if data.suffix == ".txt" else data
-        return Upload(path=str(path), **self.model_dump())
+        return Upload(path=str(data), **self.model_dump())
 
 
 class Upload(File):
@@ -178,34 +172,3 @@ def objective_of(task: File) -> Objective:
     if (kind := task.kind_found) not in kinds:
         raise ConfigError("expected rows with a label, a completion, a chat or a preference; got prompts only")
     return kinds[kind]()
-
-
-def plain_text(path: Path) -> Path:
-    """A text as rows to learn from, beside it: of each piece the first part is given, the rest is to be written.
-
-    Raises:
-        ConfigError: too little text, or none in UTF-8.
-    """
-    rows = path.with_name("rows.jsonl")
-    if rows.exists():  # uploads do not change, and a job may be reading it
-        return rows
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"expected a text in UTF-8; byte {error.start} is not. Save it as UTF-8") from None
-    lines = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        words = paragraph.split()
-        for begin in range(0, len(words), WORDS):
-            if len(piece := words[begin : begin + WORDS]) >= 2 * GIVEN:
-                cut = len(piece) // GIVEN
-                row = {"prompt": " ".join(piece[:cut]), "completion": " " + " ".join(piece[cut:])}
-                lines.append(json.dumps(row, ensure_ascii=False))
-    if len(lines) < 10:
-        raise ConfigError(
-            f"expected at least 10 paragraphs of {2 * GIVEN} words or more; got {len(lines)}. Give more text, or rows "
-            "with questions and answers (CSV with columns prompt and completion)"
-        )
-    partial = rows.with_name(f".rows-{uuid.uuid4().hex[:8]}")
-    disk.replace(rows, ("\n".join(lines) + "\n").encode(), partial)
-    return rows

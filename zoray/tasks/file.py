@@ -1,4 +1,4 @@
-"""Your own data: JSONL, CSV, TSV or Parquet files, or a data set on the Hub.
+"""Your own data: JSONL, CSV, TSV or Parquet files, plain text, or a data set on the Hub.
 
 Guarantees: every row is used or refused, and a refusal names file, line and column. Rows that repeat an earlier row's
 prompt are left out, so that no prompt is in two splits (prompts are told apart by 64 bits of a hash). A large file is
@@ -32,16 +32,17 @@ from zoray.tasks.hub_rows import hub_rows
 from zoray.tasks.labels import MOST as MOST_LABELS
 from zoray.tasks.labels import label_text, label_words
 from zoray.tasks.parquet import ParquetFiles
+from zoray.tasks.plain_text import PLAIN_SUFFIXES, PlainText
 from zoray.tasks.spacing import gap
 from zoray.tasks.stream import Examples, Scan, first_of_each, scan
 
-SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *PLAIN_SUFFIXES)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 FOREIGN = {  # what a file of another format is to be made
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "In the spreadsheet: Save as, CSV UTF-8"),
     ".json": "Write one JSON object a line, and call it .jsonl",
     **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "Unpack it"),
-    **dict.fromkeys((".txt", ".tab", ".data", ".arrow", ".md", ".xml", ".html", ".pkl"), "Convert the file"),
+    **dict.fromkeys((".tab", ".data", ".arrow", ".xml", ".html", ".pkl"), "Convert the file"),
 }
 LOOK = 1000  # rows from which the columns of JSON lines are known at first
 SHOWN = 100  # examples that are looked at for what is said of them
@@ -58,6 +59,8 @@ class File(Task):
     prompt, chosen, rejected    a preference
     prompt                      what a reward judges the completion of
     instruction, input, output  prompt and completion; input, system and history may be empty, or not be there
+
+    A .txt or .md has no columns: of each paragraph the first third is a prompt, the rest its completion.
 
     Args:
         path: a file, a pattern such as data/*.jsonl, or org/name (org/name:configuration) on the Hub. CSV and TSV need
@@ -279,7 +282,9 @@ def open_rows(path: str) -> dict[str, Rows]:
             f"expected files of one format for task.path={path}; got {names}. Narrow the pattern, such as "
             f"{setting('task.path', f'{here.parent}/*{min(suffixes)}')}"
         )
-    return {"train": ParquetFiles(path, files) if ".parquet" in suffixes else TextFiles(path, files)}
+    (suffix,) = suffixes
+    kind = ParquetFiles if suffix == ".parquet" else PlainText if suffix in PLAIN_SUFFIXES else TextFiles
+    return {"train": kind(path, files)}
 
 
 def _globbed(pattern: str) -> str:

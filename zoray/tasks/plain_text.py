@@ -1,0 +1,87 @@
+"""Rows of plain text: of each paragraph the first part is given, the rest is to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from zoray.records import ConfigError
+from zoray.tasks.files import MARK, Row
+
+PLAIN_SUFFIXES = (".txt", ".md")
+WORDS = 120  # of a piece; a longer paragraph is several
+GIVEN = 3  # a piece's first third is given
+FEWEST = 10  # pieces
+
+
+class _Piece(NamedTuple):
+    where: str
+    row: Row
+
+
+class PlainText:
+    """The pieces of texts in UTF-8, as columns prompt and completion. Paragraphs are set apart by blank lines.
+
+    Line breaks within a paragraph are spaces. Pieces of fewer than 2 * GIVEN words are left out. A place is a piece's
+    number.
+
+    Args:
+        name: what messages call the texts together.
+        paths: in order.
+
+    Raises:
+        ConfigError: too little text, or none in UTF-8.
+    """
+
+    cells = False
+    words: Mapping[str, Mapping[str, str]] = {}
+
+    def __init__(self, name: str, paths: Sequence[Path]) -> None:
+        self.name = self.header = name
+        self.columns: tuple[str, ...] = ("prompt", "completion")
+        self._pieces = [piece for path in paths for piece in _pieces(path)]
+        if len(self._pieces) < FEWEST:
+            raise ConfigError(
+                f"expected at least {FEWEST} paragraphs of {2 * GIVEN} words or more in {name}; got "
+                f"{len(self._pieces)}. Set paragraphs apart by blank lines, give more text, or rows with questions and "
+                "answers (CSV with columns prompt and completion)"
+            )
+
+    def __iter__(self) -> Iterator[tuple[int, str, Row]]:
+        yield from ((place, where, row) for place, (where, row) in enumerate(self._pieces))
+
+    def row(self, place: int) -> Row:
+        return self._pieces[place].row
+
+    def where(self, place: int) -> str:
+        return self._pieces[place].where
+
+
+def _pieces(path: Path) -> Iterator[_Piece]:
+    first, words = 1, list[str]()
+    for number, line in enumerate((*_read(path).removeprefix(MARK).split("\n"), ""), start=1):
+        if line.strip():
+            first = first if words else number
+            words += line.split()
+            continue
+        for begin in range(0, len(words), WORDS):
+            if len(piece := words[begin : begin + WORDS]) >= 2 * GIVEN:
+                cut = len(piece) // GIVEN
+                row = {"prompt": " ".join(piece[:cut]), "completion": " " + " ".join(piece[cut:])}
+                yield _Piece(f"{path}, line {first}", row)
+        words.clear()
+
+
+def _read(path: Path) -> str:
+    """A text with the line ends of Unix, whatever the file has."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"can't read task.path={path}: {error.strerror}. Give an existing file") from error
+    try:
+        return data.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        byte = f"byte {data[error.start]:#04x}"
+        raise ConfigError(f"{path}, line {line}: not UTF-8 ({byte}; {error.reason}). Save the file as UTF-8") from error
