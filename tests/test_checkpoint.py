@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from zoray.checkpoint import check_gguf
-from zoray.models import Model, load_tokenizer
+from zoray.models import Model, load_tokenizer, weights_hash
 from zoray.records import ConfigError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 538090408\n"
@@ -48,7 +48,6 @@ BROKEN = {
         {"model.safetensors": None, "adapter_config.json": "{}", "adapter_model.safetensors": "x"},
         "neither .* with weights. It is an adapter; give its base model",
     ),
-    "no safetensors": ({"model.safetensors": "<html>not found</html>"}, "is cut short or no safetensors file"),
     "an archive without its end": ({"model.safetensors": None, BIN: "PK\x03\x04rest"}, "end of the archive"),
 }
 
@@ -69,7 +68,7 @@ def test_an_incomplete_folder_is_refused_by_its_files(folder, case):
     if case == "a shard is missing":
         (folder / "a.safetensors").write_text("not looked at yet")
     with pytest.raises(ConfigError, match=said) as error:
-        Model(str(folder)).resolve()
+        load_tokenizer(Model(str(folder)).resolve())
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -95,6 +94,12 @@ def test_a_tokenizer_that_does_not_load_is_one_line(folder, files):
     with pytest.raises(ConfigError, match="holds no tokenizer that transformers can load") as error:
         load_tokenizer(Model(str(folder)).resolve())
     assert "\n" not in str(error.value)
+
+
+def test_what_is_no_safetensors_file_is_refused_before_a_replica_starts(folder):
+    (folder / "model.safetensors").write_text("<html>not found</html>")
+    with pytest.raises(ConfigError, match=r"model\.safetensors is no safetensors file"):
+        weights_hash(Model(str(folder)).resolve())
 
 
 def test_a_package_without_its_gguf_is_refused(tmp_path):

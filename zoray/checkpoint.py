@@ -24,12 +24,13 @@ INDEXES = {
 }  # which shards there are, unless the one file is there
 TOKENIZERS = re.compile(r".*(token|vocab|tekken|\.model$|\.spm$|\.tiktoken$)")  # names of their files
 OTHERS = ("training_args", "optimizer", "scheduler", "rng_state", "adapter_model")  # no model's weights, by their stems
+LONGEST = 100 << 20  # bytes of a header, for safetensors itself
 AGAIN = "Copy or download it again"
 FIX = "Give a Hugging Face folder (config.json, *.safetensors, tokenizer files) or a Hub id (org/name)"
 
 
 def check_files(folder: Path, name: str) -> None:
-    """Raise ConfigError unless the folder has config.json, whole weights and a tokenizer.
+    """Raise ConfigError unless the folder has config.json and whole weights.
 
     Args:
         folder: of the model.
@@ -65,7 +66,7 @@ def _check_pointers(files: Iterable[Path], name: str) -> None:
 
 
 def _check_kind(names: set[str], name: str) -> None:
-    """Config, weights and tokenizer are there, by their names."""
+    """Config and weights are there, by their names."""
     adapter = "It is an adapter; give its base model. " if "adapter_config.json" in names else ""
     if "config.json" not in names:
         raise ConfigError(f"{name} has no config.json. {adapter}{FIX}")
@@ -73,11 +74,23 @@ def _check_kind(names: set[str], name: str) -> None:
         other = sorted(file for file in names if file.endswith((".gguf", ".pth", ".pt", ".msgpack", ".h5", ".onnx")))
         found = f"; it has {', '.join(other[:3])}, which is another format" if other else ""
         raise ConfigError(f"{name} has neither *.safetensors nor *.bin with weights{found}. {adapter}{FIX}")
-    if not any(map(TOKENIZERS.match, names)):
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ConfigError if no file of the folder can be a tokenizer's."""
+    if not any(TOKENIZERS.match(path.name) for path in folder.iterdir()):
         raise ConfigError(
-            f"{name} has no tokenizer (tokenizer.json and tokenizer_config.json, say). Copy its files from the model "
+            f"{folder} has no tokenizer (tokenizer.json and tokenizer_config.json, say). Copy its files from the model "
             "that this one was made from"
         )
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ConfigError if files of weights are none: what `check_files` leaves to who is about to read them."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        _require(length <= LONGEST, f"{folder}", path, "is no safetensors file")
 
 
 def _weights(names: Iterable[str]) -> list[str]:
@@ -108,7 +121,9 @@ def _check_safetensors(path: Path, name: str) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        _require(size >= 8 and 8 + length <= size, name, path, f"is cut short or no safetensors file ({size:,} bytes)")
+        if length > LONGEST:
+            return  # see check_weights
+        _require(size >= 8 + length, name, path, f"is cut short: it has {size:,} bytes")
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]

@@ -7,18 +7,19 @@ loads; a split that is read as it goes (a file of a million lines) is tokenised 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from zoray.engines.residual import family_of
-from zoray.models import linear_matrices, load_tokenizer, max_length, quantisation
+from zoray.models import embeddings, linear_matrices, load_tokenizer, max_length, quantisation
 from zoray.order import Order, labels_of, part_numbers
 from zoray.prompts import Encoder
-from zoray.records import WHOLE, ConfigError, Example, Splits, TokenSequence
+from zoray.records import WHOLE, ConfigError, Example, SettingError, Splits, TokenSequence
 from zoray.tasks import mixture
 from zoray.tasks.mixture import Mixture
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from zoray.objectives.base import Objective
 
+Found = TypeVar("Found")
 SPLITS = ("train", "dev", "test")
 RECENT = 4_096  # examples whose tokens are kept, of a larger one
 CHECKED = 256  # examples of a larger one that are tokenised at start, to find mistakes in the settings
@@ -48,6 +50,7 @@ class ReplicaSpec:
     stratify: bool = False
     tile_examples: int = 4
     too_long: str | None = None  # "refuse" or "cut" sequences over the limit; None: cut only what is read as it goes
+    date: str | None = None  # that a chat template writes where it asks for today's; None for today's
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,18 @@ class Workload:
     encoded: dict[str, Sequence[tuple[TokenSequence, ...]]]  # split -> example -> its sequences, for its objective
     parts: tuple[Part, ...] = ()
     encoder: Encoder | None = None
+
+    @property
+    def digest(self) -> str | None:
+        """Of the tokens of what is in memory: rows, tokenizer, template and date; None where a limit has cut some."""
+        if self.encoder is None or self.encoder.shortened:
+            return None
+        found = hashlib.blake2b(digest_size=8)
+        for split in SPLITS:
+            for sequences in self.encoded[split][:CHECKED]:
+                for sequence in sequences:
+                    found.update(sequence.tokens.tobytes() + sequence.targets.tobytes())
+        return found.hexdigest()
 
     @property
     def pooled(self) -> bool:
@@ -103,23 +118,10 @@ def load_workload(spec: ReplicaSpec) -> Workload:
     model_limit = max_length(folder)
     limit = spec.engine.length_limit(model_limit)
     streamed = any(len(splits[split]) > WHOLE for split in SPLITS)
-    encoder = Encoder(load_tokenizer(folder), limit, spec.too_long == "cut" or (spec.too_long is None and streamed))
-    encoded = {
-        split: encode_split(splits[split], lambda example: parts[example.part].objective.encode(example, encoder))
-        for split in SPLITS
-    }
-    for split in SPLITS:
-        for index, sequences in zip(range(len(splits[split])), encoded[split], strict=False):
-            if index == CHECKED and not isinstance(encoded[split], tuple):
-                break
-            longest = max(len(sequence.tokens) for sequence in sequences)
-            if longest > limit:
-                whose = "the model" if limit == model_limit else "the engine (engine.max_length, engine.max_tokens)"
-                raise ConfigError(
-                    f"expected sequences of at most {limit} tokens, the limit of {whose}; got {longest} tokens in "
-                    f"{split} example {index} ({str(splits[split][index].prompt)[:50]!r}...). Shorten it, raise the "
-                    "limit, or set run.too_long=cut, which takes away the beginning"
-                )
+    cut = spec.too_long == "cut" or (spec.too_long is None and streamed)
+    encoder = Encoder(load_tokenizer(folder), limit, cut, embeddings(folder), spec.model.path, spec.date)
+    whose = "the model" if limit == model_limit else "the engine (engine.max_length, engine.max_tokens)"
+    encoded = Encoding(splits, parts, encoder, f"{limit} tokens, the limit of {whose}").all()
     workload = Workload(folder, matrices, splits, encoded, parts, encoder)
     if workload.pooled and (len(parts) > 1 or spec.estimator.per_example):
         raise ConfigError(
@@ -127,6 +129,110 @@ def load_workload(spec: ReplicaSpec) -> Workload:
             "not of an example. Take objective.name=accuracy"
         )
     return workload
+
+
+class Encoding:
+    """All splits of a run as token sequences. What is wrong with them is found for all rows before it is said.
+
+    Args:
+        splits: of the run.
+        parts: with objectives that are bound.
+        encoder: of the model.
+        limit: of a sequence, in words.
+    """
+
+    def __init__(self, splits: Splits, parts: Sequence[Part], encoder: Encoder, limit: str) -> None:
+        self._splits, self._parts, self._encoder, self._limit = splits, parts, encoder, limit
+        self._refused: list[tuple[int, str]] = []
+
+    def all(self) -> dict[str, Sequence[tuple[TokenSequence, ...]]]:
+        """The sequences of each split.
+
+        Raises:
+            ConfigError: the first example that can't be taken, why, and how many more there are.
+        """
+        encoded = {split: self._split(split) for split in SPLITS}
+        if not self._refused:
+            self._check_measured()
+        if self._refused:
+            first, *others = [text for _, text in sorted(self._refused, key=lambda one: one[0])]
+            more = f". {len(others)} more row{'s are' if len(others) > 1 else ' is'} refused as well" if others else ""
+            raise ConfigError(first + more)
+        return encoded
+
+    def _split(self, split: str) -> Sequence[tuple[TokenSequence, ...]]:
+        examples = self._splits[split]
+        if len(examples) > WHOLE:
+            found = EncodedAsAsked(examples, lambda example: self._encode(example))
+            for index in range(CHECKED):
+                self._checked(split, index, lambda example: found[index])  # noqa: B023, called at once
+            return found
+        return tuple(self._checked(split, index, self._encode) for index in range(len(examples)))
+
+    def _encode(self, example: Example) -> tuple[TokenSequence, ...]:
+        hidden = self._encoder.control.hidden.total()
+        sequences = placed(example, lambda: self._parts[example.part].objective.encode(example, self._encoder))
+        if self._encoder.control.hidden.total() > hidden:
+            self._encoder.note_literal(example)
+        return sequences
+
+    def _checked(
+        self, split: str, index: int, encode: Callable[[Example], tuple[TokenSequence, ...]]
+    ) -> tuple[TokenSequence, ...]:
+        """An example's sequences; none if it is refused, which is noted."""
+        example = self._splits[split][index]
+        try:
+            sequences = encode(example)
+        except SettingError:
+            raise
+        except ConfigError as error:
+            self._refuse(example, str(error))
+            return ()
+        longest = max(len(sequence.tokens) for sequence in sequences)
+        writes = self._parts[example.part].objective.sampling is not None
+        self._check_length(longest + writes, writes, split, index, example)
+        return sequences
+
+    def _check_length(self, tokens: int, writes: bool, split: str, index: int, example: Example) -> None:
+        """Refuse a sequence over the limit, or a prompt that leaves no room for a token to be written."""
+        limit = self._encoder.limit
+        if limit is not None and tokens + writes > limit:
+            place, what = f"{example.where}: " if example.where else "", " and one to write" if writes else ""
+            self._refuse(
+                example,
+                f"{place}expected sequences of at most {self._limit}; got {tokens} tokens{what} in {split} example "
+                f"{index} ({str(example.prompt)[:50]!r}...). Shorten it, raise the limit, or set run.too_long=cut, "
+                "which takes away the beginning",
+            )
+
+    def _check_measured(self) -> None:
+        """Refuse what dev and test would be found wrong with only once the model has loaded."""
+        shortened = self._encoder.shortened
+        for part in self._parts:
+            if part.objective.sampling or part.evaluator.sampling:
+                self._encoder.stop_ids(())
+        for split in ("dev", "test"):
+            count = len(self._splits[split])
+            for index, example in enumerate(self._splits[split] if count <= WHOLE else ()):
+                part = self._parts[example.part]
+                if part.evaluator is not part.objective:
+                    self._check_evaluated(part.evaluator, split, index, example)
+        self._encoder.shortened = shortened
+
+    def _check_evaluated(self, evaluator: Objective, split: str, index: int, example: Example) -> None:
+        try:
+            if evaluator.sampling is None:
+                placed(example, lambda: evaluator.encode(example, self._encoder))
+            else:
+                room = evaluator.sampling.max_tokens
+                tokens = placed(example, lambda: self._encoder.tokens(example.prompt, room))
+                self._check_length(len(tokens), True, split, index, example)
+        except ConfigError as error:
+            self._refuse(example, str(error))
+
+    def _refuse(self, example: Example, why: str) -> None:
+        row = example.where.row if example.where else None
+        self._refused.append((getattr(row, "place", 0), why))
 
 
 def order_of(spec: ReplicaSpec, workload: Workload) -> Order:
@@ -172,6 +278,16 @@ def encode_split(
 ) -> Sequence[tuple[TokenSequence, ...]]:
     """The sequences of each example of a split; made now, or when they are asked for if there are very many."""
     return EncodedAsAsked(examples, encode) if len(examples) > WHOLE else tuple(map(encode, examples))
+
+
+def placed(example: Example, call: Callable[[], Found]) -> Found:
+    """`call()`, whose errors say where the example comes from."""
+    try:
+        return call()
+    except SettingError:
+        raise
+    except ConfigError as error:
+        raise ConfigError(f"{example.where}: {error}" if example.where else str(error)) from error
 
 
 class EncodedAsAsked(Sequence[tuple[TokenSequence, ...]]):

@@ -250,8 +250,9 @@ def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:
         "optimizer": record(e.optimizer),
         "run": {
             name: getattr(e.run, name)
-            for name in ("seed", "data_seed", "batch", "stratify", "steps", "tile_examples", "too_long")
+            for name in ("seed", "data_seed", "batch", "stratify", "steps", "tile_examples", "too_long", "date")
         },
+        "examples": workload.digest,
         "versions": dict(_versions()),
     }
 
@@ -270,9 +271,23 @@ def read_journal(path: Path, header: dict[str, Any]) -> journal.Contents | None:
     contents = journal.read(path)
     for key, value in header.items():
         found = contents.header.get(key)
-        if key != "versions" and found != value:
+        if key == "examples" and None not in (found, value) and found != value:
+            raise JournalError(
+                f"{path} was made with other examples (digest {found}; now {value}): the rows, the tokenizer or its "
+                "chat template have changed since. Put them back, or start a new run"
+            )
+        if key == "examples":
+            continue
+        if key != "versions" and not _agree(found, value):
             raise JournalError(f"{path} was made with {key}={found}; this run has {value}. Resume with the same {key}")
     return contents
+
+
+def _agree(found: Any, value: Any) -> bool:
+    """Whether a journal's value is this run's; what the version that wrote it did not know yet has its default."""
+    if isinstance(found, dict) and isinstance(value, dict):
+        return all(key in value and _agree(known, value[key]) for key, known in found.items())
+    return found == value
 
 
 def open_journal(

@@ -177,7 +177,7 @@ def _write(path: Path, replica: Replica, split: str, outcomes: Outcomes) -> None
     lines = []
     for i, example in enumerate(workload.splits[split]):
         evaluator = workload.parts[example.part].evaluator
-        line: dict[str, Any] = {"example": i, "prompt": example.prompt}
+        line: dict[str, Any] = {"example": i, "prompt": _asked(example.prompt)}
         line |= {"options": example.options, "label": example.label} if example.options else {}
         line |= {"answers": example.answers} if example.answers else {}
         if id(evaluator) in places:
@@ -190,6 +190,11 @@ def _write(path: Path, replica: Replica, split: str, outcomes: Outcomes) -> None
         lines.append(json.dumps(numbers, ensure_ascii=False, default=float) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     disk.replace(path, "".join(lines).encode())
+
+
+def _asked(prompt: Any) -> Any:
+    """A prompt as JSON: of a chat pairs of role and content, with what else a message has as a third."""
+    return prompt if isinstance(prompt, str) else [[m.role, m.content, *filter(None, [m.more])] for m in prompt]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 from zoray.data import ReplicaSpec
 from zoray.paths import user_path
+from zoray.prompts import checked_date
 from zoray.records import ConfigError, require
 from zoray.tiles import MAX_TILE
 
@@ -36,6 +37,8 @@ class Run:
         too_long: "refuse" sequences over the model's or the engine's limit, or "cut" their beginning, as MeZO does;
             null refuses, but cuts those of a file so large that it is read as it goes.
         test: evaluate on test, before the first step and at the selected one.
+        date: YYYY-MM-DD, what a chat template writes that asks for today's date; null for the day on which the run
+            begins, by UTC. Resumed runs, evaluations and all replicas have the run's own.
     """
 
     name: str = "run"
@@ -53,8 +56,10 @@ class Run:
     select: str = "best"
     too_long: str | None = None
     test: bool = True
+    date: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "date", checked_date(self.date, "run.date"))
         ok = re.fullmatch(r"[A-Za-z0-9][\w.+-]*", str(self.name)) is not None
         require(ok, "run.name of letters, digits and . _ - +, beginning with a letter or digit", self.name)
         for field in ("steps", "batch", "tile_examples", "digest_every"):
@@ -151,4 +156,5 @@ class Experiment:
             self.run.stratify,
             self.run.tile_examples,
             self.run.too_long,
+            self.run.date,
         )

@@ -28,6 +28,8 @@ def main(config: Any) -> int:
     if resume is not None:
         config = _resumed(config, user_path(resume))
     experiment = build_experiment(config)
+    if resume is None:
+        OmegaConf.update(config, "run.date", experiment.run.date, force_add=True)  # kept, where it was not given
     experiment.logging.check()
     path = experiment.run.path
     _check_kept(path)

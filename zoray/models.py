@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoray import disk
-from zoray.checkpoint import FIX, check_files, check_gguf
+from zoray.checkpoint import FIX, check_files, check_gguf, check_tokenizer, check_weights
 from zoray.paths import user_path
 from zoray.records import ConfigError, JournalError
 from zoray.spaces.base import is_embedding
@@ -155,6 +155,8 @@ def weights_hash(folder: str | Path) -> str:
     if not weights or not config.is_file():
         raise ConfigError(f"{folder} must hold config.json and *.safetensors or *.bin; give a Hugging Face folder")
 
+    check_weights(folder)
+
     def compute() -> str:
         digest = hashlib.sha256()
         for file in weights:
@@ -279,6 +281,13 @@ def quantisation(folder: str | Path) -> str | None:
     return None if not found else str(found.get("quant_method", "unknown"))
 
 
+def embeddings(folder: str | Path) -> int:
+    """How many tokens the model has embeddings for."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+
+
 def tied(folder: str | Path) -> bool:
     """Whether the model's LM head and input embedding are one weight."""
     from transformers import AutoConfig
@@ -290,6 +299,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer."""
     from transformers import AutoTokenizer
 
+    check_tokenizer(Path(folder))
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers has no class of its own for a damaged file

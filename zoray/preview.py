@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoray.control import shown
 from zoray.order import labels_of, part_numbers
-from zoray.records import Message
+from zoray.prompts import answered
 
 if TYPE_CHECKING:
     from zoray.prompts import Encoder
@@ -32,7 +33,7 @@ def preview(task: Any, splits: Splits, encoder: Encoder) -> list[str]:
     describe = getattr(task, "describe", None)
     lines = list(describe()) if describe is not None else [f"task: {type(task).__name__.lower()}"]
     sizes = ", ".join(f"{len(splits[name]):,} {name}" for name in ("train", "dev", "test"))
-    lines.append(f"examples: {sizes}")
+    lines += [f"examples: {sizes}", *encoder.notes()]
     for number in _varied(splits.train):
         shown = _few(rendered(splits.train[number], encoder))
         lines += ["", f"training example {number}, as the model reads it:", *(f"    {line}" for line in shown)]
@@ -59,11 +60,11 @@ def rendered(example: Example, encoder: Encoder) -> list[str]:
     if isinstance(prompt, str):
         lines = (shortened(prompt) + _marked(answer)).splitlines()
     else:  # every turn of the assistant's is trained
-        whole, spans = encoder.assistant_spans((*prompt, Message("assistant", answer.strip())))
+        whole, spans = encoder.assistant_spans(answered(prompt, answer), example.untrained)
         text, end = "", 0
         for first, last in spans:
-            text, end = text + shortened(whole[end:first]) + _marked(whole[first:last]), last
-        lines = (text + whole[end:]).splitlines()
+            text, end = text + shortened(shown(whole[end:first])) + _marked(shown(whole[first:last])), last
+        lines = (text + shown(whole[end:])).splitlines()
     return lines + [f"or, as right: {shortened(text)!r}" for text in also[: OPTIONS - 1]]
 
 

@@ -7,17 +7,31 @@ MeZO's own code, or is refused by who asks (data.py).
 
 from __future__ import annotations
 
+import json
+import re
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
 
-from zoray.records import ConfigError, Message, TokenSequence
+from zoray.control import Control, shown
+from zoray.records import ConfigError, Marked, Message, SettingError, TokenSequence
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
+
+    from zoray.records import Example
 
     Prompt = str | tuple[Message, ...]
+
+AMBIENT = re.compile(r"\|\s*random\b|\blipsum\b")  # what Jinja has that is not a function of the chat
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+PROBE = "zoray"  # an answer that stands for any
 
 
 class Encoder:
@@ -27,56 +41,84 @@ class Encoder:
         tokenizer: of transformers; a chat needs one with a chat template.
         limit: the longest sequence that may reach the model, in tokens; None for no limit.
         cut: longer ones lose their beginning; otherwise they come as they are.
+        embeddings: how many tokens the model knows; None where that is not known.
+        name: of the model, for messages.
+        date: YYYY-MM-DD, what a chat template writes as today's; None for today's, by UTC.
     """
 
-    def __init__(self, tokenizer: Any, limit: int | None = None, cut: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        limit: int | None = None,
+        cut: bool = False,
+        embeddings: int | None = None,
+        name: str = "the model",
+        date: str | None = None,
+    ) -> None:
         self.tokenizer, self.limit, self.cut = tokenizer, limit, cut
+        self.control = Control(tokenizer, embeddings, name)
+        self._now = clock_of(checked_date(date, "date"))
         self.shortened = 0  # sequences that have lost their beginning
+        self.literal, self._first_literal = 0, ""  # examples with control tokens in their text, and the first of them
+
+    def note_literal(self, example: Example) -> None:
+        """Count an example in whose text control tokens stand."""
+        self.literal += 1
+        if self.literal == 1:
+            place = f"; the first in {example.where}" if example.where else ""
+            plain = ". task.control_tokens=true makes them control tokens" if isinstance(example.prompt, str) else ""
+            self._first_literal = f"{place}{plain}"
+
+    def notes(self) -> list[str]:
+        """What is to be said of the texts that have been seen."""
+        if not self.literal:
+            return []
+        names = ", ".join(map(repr, sorted(self.control.hidden)[:5]))
+        several = "examples have" if self.literal > 1 else "example has"
+        return [f"{self.literal:,} {several} control tokens ({names}) as text, and are read so{self._first_literal}"]
 
     def text(self, prompt: Prompt) -> str:
         """The prompt as the model reads it, up to where it goes on itself."""
-        if isinstance(prompt, str):
-            return prompt
-        return self._render(prompt, add_generation_prompt=True)
+        return shown(self._begun(prompt))
 
     def tokens(self, prompt: Prompt, room: int = 0) -> list[int]:
         """A prompt's tokens, with `room` below the limit for what the model is to write."""
-        return self._fit(self._ids(self.text(prompt), prompt), room)[0]
+        if not isinstance(prompt, str):
+            self.check_keys(prompt)
+        return self._fit(self._ids(self._begun(prompt), prompt), room)[0]
 
     def continuation(self, prompt: Prompt, text: str) -> str:
         """What follows the prompt: the text itself; in a chat with the end of turn that its template has."""
-        if isinstance(prompt, str):
-            return text
-        before, whole = self.text(prompt), self._render((*prompt, Message("assistant", text.strip())))
-        if not whole.startswith(before):
-            raise ConfigError(
-                f"the model's chat template does not begin an answer as it renders one: {before[-40:]!r} is not in "
-                f"{whole[-80:]!r}. Take text prompts, or another model"
-            )
-        return whole[len(before) :].rstrip("\n")
+        return shown(self._following(prompt, text))
 
-    def continued(self, prompt: Prompt, texts: Sequence[str], start: bool = False) -> tuple[int, list[list[int]]]:
+    def continued(
+        self, prompt: Prompt, texts: Sequence[str], start: bool = False, ended: bool = True
+    ) -> tuple[int, list[list[int]]]:
         """Tokens of the prompt with each of some texts behind it, and how many tokens all have in common with it.
 
-        With `start`, a prompt of no tokens is the mark of a beginning, or else the model's end of text.
+        With `start`, a prompt of no tokens is the mark of a beginning, or else the model's end of text. `ended`: with
+        what the tokenizer puts behind every text, if it puts anything there.
 
         Raises:
             ConfigError: a text adds no token, or there is nothing before it.
         """
-        before = self.text(prompt)
+        if not isinstance(prompt, str):
+            for text in texts:
+                self.check_keys(answered(prompt, text))
+        before = self._begun(prompt)
         begun = self._ids(before, prompt)
-        whole = [self._ids(before + self.continuation(prompt, text), prompt) for text in texts]
+        whole = [self._ids(before + self._following(prompt, text), prompt, ended) for text in texts]
         if start and not begun:
             bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
             mark = eos if bos is None else bos
             begun, whole = [mark], [[mark, *tokens] for tokens in whole]
-        # A tokenizer may merge across the border (or end a text with a special token): keep what all have in common.
+        # A tokenizer may merge across the border: keep what all have in common.
         shared = min(_common_prefix(begun, tokens) for tokens in whole)
         for text, tokens in zip(texts, whole, strict=True):
             if len(tokens) == shared:
-                raise ConfigError(f"option {text!r} adds no token to the prompt {before[-40:]!r}")
+                raise ConfigError(f"option {text!r} adds no token to the prompt {shown(before)[-40:]!r}")
         if shared == 0:
-            raise ConfigError(f"expected a prompt of at least one token; got {before!r}")
+            raise ConfigError(f"expected a prompt of at least one token; got {shown(before)!r}")
         return shared, whole
 
     def answer(self, prompt: Prompt, text: str, eos: bool | None) -> TokenSequence:
@@ -84,10 +126,11 @@ class Encoder:
 
         `eos`: whether the model's end of text follows a plain answer; None: unless the answer ends in a line break.
         """
-        shared, (tokens,) = self.continued(prompt, (text,))
         end = self.tokenizer.eos_token_id
+        shared, (tokens,) = self.continued(prompt, (self._with_end(text),), ended=False)
         ends = eos if eos is not None else not text.endswith("\n")
         if isinstance(prompt, str) and ends and end is not None and tokens[-1] != end:
+            self.control.check([end])
             tokens = [*tokens, end]
         return self.sequence(tokens, range(shared, len(tokens)))
 
@@ -105,41 +148,55 @@ class Encoder:
             n_outputs=1,
         )
 
-    def assistant_spans(self, messages: tuple[Message, ...]) -> tuple[str, list[tuple[int, int]]]:
-        """A whole chat as text, and where in it each assistant's turn begins and ends, its end of turn included."""
+    def assistant_spans(
+        self, messages: tuple[Message, ...], untrained: Collection[int] = ()
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """A whole chat as text, and where in it each assistant's turn begins and ends, its end of turn included.
+
+        `untrained`: the numbers of messages that are left out. Control tokens in what people say have a mark within,
+        see control.py.
+        """
+        self.check_keys(messages)
         whole, spans = self._render(messages), []
         for i, message in enumerate(messages):
-            if message.role == "assistant":
-                before = self.text(messages[:i])
-                turn = self.continuation(messages[:i], message.content)
+            if message.role == "assistant" and i not in untrained:
+                before = self._begun(messages[:i])
+                turn = self._following(messages[:i], Marked(message.content, more=message.more))
                 if not whole.startswith(before + turn):
                     raise ConfigError(
                         f"the model's chat template renders turn {i + 1} of a chat otherwise once more follows "
-                        f"({turn[:60]!r}...): its loss can't be taken there. Give only the last answer's turns"
+                        f"({shown(turn)[:60]!r}...), as those of models do that drop earlier thoughts: its loss can't "
+                        "be taken there. Set task.turns=last, which trains the last answer alone"
                     )
                 spans.append((len(before), len(before) + len(turn)))
         return whole, spans
 
     def tokens_in(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
         """Tokens of a rendered chat, and the positions of those that begin within one of the spans of characters."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        inside = [
-            place
-            for place, (start, end) in enumerate(encoded["offset_mapping"])
-            if end > start and any(first <= start < last for first, last in spans)
-        ]
-        return encoded["input_ids"], inside
+        tokens, places = self.control.placed(text)
+        bounds = [(len(shown(text[:first])), len(shown(text[:last]))) for first, last in spans]
+        inside = [k for k, (start, _) in enumerate(places) if any(first <= start < last for first, last in bounds)]
+        return tokens, inside
 
     def stop_ids(self, stops: Sequence[str]) -> frozenset[int]:
         """Tokens that end a completion: the model's own ends, and all whose text holds one of `stops`."""
         ends = {self.tokenizer.eos_token_id} - {None}
-        if self.tokenizer.chat_template:
-            turn = self.tokenizer(self.continuation((Message("user", "a"),), "b"), add_special_tokens=False)
-            ends |= {turn["input_ids"][-1]} & set(self.tokenizer.all_special_ids)
+        self.control.check(sorted(ends))
+        ends |= self._ends_of_turns()
         if stops:
             texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
             ends |= {i for i, text in enumerate(texts) if any(stop in text for stop in stops)}
         return frozenset(ends)
+
+    def _ends_of_turns(self) -> set[int]:
+        """The control token that ends an answer in the model's chat template, if there is one."""
+        if not self.tokenizer.chat_template:
+            return set()
+        try:
+            said = self._render((Message("user", "a"), Message("assistant", "b"))).rstrip("\n")
+        except ConfigError:  # it wants another order of roles, which a task of chats will show
+            return set()
+        return set(self.control.ids(said, False)[-1:]) & set(self.tokenizer.all_special_ids)
 
     def written(self, tokens: Sequence[int], stops: Sequence[str]) -> tuple[str, bool]:
         """A completion as text, up to the first of `stops`, and whether one of them is in it."""
@@ -147,9 +204,37 @@ class Encoder:
         cuts = [place for stop in stops if (place := text.find(stop)) >= 0]
         return (text[: min(cuts)], True) if cuts else (text, False)
 
-    def _ids(self, text: str, prompt: Prompt) -> list[int]:
+    def _begun(self, prompt: Prompt) -> str:
+        """A prompt as the model reads it, with marks (control.py), up to where it goes on itself."""
+        if isinstance(prompt, str):
+            return self.control.hide(prompt)
+        before = self._render(prompt, add_generation_prompt=True)
+        return opening(before, self.tokenizer.eos_token, lambda: self._render((*prompt, Message("assistant", PROBE))))
+
+    def _following(self, prompt: Prompt, text: str) -> str:
+        """What follows the prompt, with marks, see `continuation`."""
+        if isinstance(prompt, str):
+            return self.control.hide(text)
+        before, whole = self._begun(prompt), self._render(answered(prompt, text))
+        if not whole.startswith(before):
+            raise ConfigError(
+                "the model's chat template does not begin an answer as it renders one: "
+                f"{shown(before)[-40:]!r} is not in {shown(whole)[-80:]!r}. Take text prompts, or another model"
+            )
+        return whole[len(before) :].rstrip("\n")
+
+    def _with_end(self, text: str) -> str:
+        """An answer at whose end the model's own end of text stands, as some files have it, ends there."""
+        end = self.tokenizer.eos_token
+        if not end or not text.endswith(end) or isinstance(text, Marked) or text.count(end) > 1:
+            return text
+        if self.control.found(text.removesuffix(end)):
+            return text
+        return Marked(text, ((len(text) - len(end), len(text)),))
+
+    def _ids(self, text: str, prompt: Prompt, ended: bool = False) -> list[int]:
         """A chat template writes special tokens itself."""
-        return self.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
+        return self.control.ids(text, isinstance(prompt, str), ended)
 
     def _fit(self, tokens: list[int], room: int) -> tuple[list[int], int]:
         """Tokens within the limit, and how many are lost; the first one stays if it is the mark of a beginning."""
@@ -163,22 +248,136 @@ class Encoder:
 
     def _render(self, messages: Sequence[Message], **options: Any) -> str:
         if not self.tokenizer.chat_template:
-            raise ConfigError(
+            raise SettingError(
                 "expected a model with a chat template for a task of messages; this one's tokenizer has none. Take a "
                 "chat model (one that is called Instruct or Chat), or give text prompts"
             )
-        if not messages:
+        if AMBIENT.search(str(self.tokenizer.chat_template)):
+            raise SettingError(
+                "expected a chat template that writes the same for the same chat; the model's draws at random. Take "
+                "text prompts, or another model"
+            )
+        if not any(message.role != "tools" for message in messages):
             raise ConfigError(
                 "expected a chat that begins with a question; got one that begins with an answer. Add one"
             )
-        chat = [{"role": message.role, "content": message.content} for message in messages]
+        texts = [text for message in messages for text in (message.content, message.more)]
+        return self.control.rendered(lambda change: self._rendered(messages, change, options), texts)
+
+    def _rendered(self, messages: Sequence[Message], change: Callable[[str], str], options: dict[str, Any]) -> str:
+        """By the template, after a change of each text."""
+        chat = [
+            {"role": m.role, "content": change(m.content), **(every_text(json.loads(m.more), change) if m.more else {})}
+            for m in messages
+            if m.role != "tools"
+        ]
+        for message in messages:
+            if message.role == "tools":
+                options = {**options, "tools": every_text(json.loads(message.content), change)}
         try:
-            return self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
+            return self.tokenizer.apply_chat_template(chat, tokenize=False, strftime_now=self._now, **options)
         except (ValueError, TypeError, TemplateError) as error:  # many refuse some order of roles
             roles = ", ".join(message.role for message in messages[:8])
             raise ConfigError(
                 f"the model's chat template does not take messages of {roles}: {error}. Change them"
             ) from error
+
+    def check_keys(self, messages: tuple[Message, ...]) -> None:
+        """Raise ConfigError if the chat template leaves out a key of a message, the tools, or what a tool says."""
+        if not any(message.more or message.role in ("tools", "tool") for message in messages):
+            return
+        keys: dict[str, list[int]] = {}
+        for place, message in enumerate(messages):
+            for key in json.loads(message.more) if message.more else ():
+                keys.setdefault(key, []).append(place)
+        lost = [key for key, places in keys.items() if not any(self._writes(messages, k, key) for k in places)]
+        called = [place for place, message in enumerate(messages) if message.role == "tools"]
+        if called and not any(self._writes(messages, place, "") for place in called):
+            lost.append("tools")
+        if lost:
+            raise ConfigError(
+                f"the model's chat template does not write {', '.join(map(repr, lost))}, so it would be lost. Take a "
+                f"model whose template does, or leave it out: 'task.ignore=[{', '.join(lost)}]'"
+            )
+        for place, message in enumerate(messages):
+            if message.role == "tool" and not self._writes(messages, place, ""):
+                raise ConfigError("the model's chat template does not write messages of the role tool. Remove them")
+
+    def _writes(self, messages: tuple[Message, ...], place: int, key: str) -> bool:
+        """Whether the template's text has a part in it that is due to a key of a message, or ("") to that message.
+
+        A message is looked at as the last one too: templates drop thoughts of earlier turns, and mean to.
+        """
+        for end in {place + 1, len(messages)}:
+            some = messages[:end]
+            try:
+                with_it, without = self._render(some), self._render(_without(some, place, key))
+            except ConfigError:  # it wants more than there is so far; a chat that it refuses is refused as a whole
+                continue
+            if with_it != without:
+                return True
+        return False
+
+
+def _without(messages: tuple[Message, ...], place: int, key: str) -> tuple[Message, ...]:
+    """A chat without a key of a message, or ("") without that message."""
+    if not key:
+        return messages[:place] + messages[place + 1 :]
+    kept = {name: value for name, value in json.loads(messages[place].more).items() if name != key}
+    changed = messages[place]._replace(more=json.dumps(kept) if kept else "")
+    return (*messages[:place], changed, *messages[place + 1 :])
+
+
+def every_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: every_text(inner, change) for key, inner in value.items()}
+    return [every_text(inner, change) for inner in value] if isinstance(value, list) else value
+
+
+def opening(before: str, end: str | None, whole: Callable[[], str]) -> str:
+    """A chat up to where the model goes on, which is not behind an end of text if the template has it otherwise.
+
+    Some templates know no prompt for an answer: what one begins with is only there where there is one.
+
+    Args:
+        before: the chat as the template renders it for an answer to come.
+        end: the model's end of text.
+        whole: renders it with PROBE as the answer.
+    """
+    if not end or not before.rstrip().endswith(end):
+        return before
+    said = whole()
+    for begun in (before, before.rstrip().removesuffix(end)):
+        if said.startswith(begun) and (place := said.find(PROBE, len(begun))) >= 0:
+            return said[:place]
+    return before
+
+
+def checked_date(date: object, name: str) -> str:
+    """A date as YYYY-MM-DD; today's, by UTC, where it is None."""
+    if date is None:
+        return datetime.now(UTC).date().isoformat()
+    try:
+        return datetime.strptime(str(date), "%Y-%m-%d").date().isoformat()
+    except ValueError:
+        raise ConfigError(f"expected {name} as YYYY-MM-DD, such as 2026-12-01; got {str(date)!r}") from None
+
+
+def clock_of(date: str) -> Callable[[str], str]:
+    """What chat templates call as strftime_now: at that day's beginning, and in English in any locale."""
+    day = datetime.fromisoformat(date)
+    weekday, month = WEEKDAYS[day.weekday()], MONTHS[day.month - 1]
+    names = {"%A": weekday, "%a": weekday[:3], "%B": month, "%b": month[:3], "%h": month[:3], "%p": "AM"}
+    names |= {"%x": "%m/%d/%y", "%X": "%H:%M:%S", "%c": f"{weekday[:3]} {month[:3]} %e %H:%M:%S %Y"}
+    return lambda form: day.strftime(re.sub("%.", lambda found: names.get(found[0], found[0]), form))
+
+
+def answered(prompt: tuple[Message, ...], text: str) -> tuple[Message, ...]:
+    """A chat with its answer."""
+    return (*prompt, Message("assistant", text.strip(), text.more if isinstance(text, Marked) else ""))
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -22,6 +22,10 @@ class ConfigError(ValueError):
     """The user asked for something that can't be done: what was expected, what came, what to do instead."""
 
 
+class SettingError(ConfigError):
+    """What is wrong is a setting, whatever an example says."""
+
+
 class JournalError(ValueError):
     """A journal is damaged, or does not belong to what it is applied to."""
 
@@ -145,10 +149,38 @@ def _scores(losses: bytes, dtype: str, score: float, tokens: int, rest: tuple[An
 
 
 class Message(NamedTuple):
-    """A message of a chat."""
+    """A message of a chat. One of the role "tools" holds no words: its content is a JSON list of what may be called."""
 
-    role: str  # "system", "user" or "assistant"
+    role: str  # "system", "user", "assistant" or "tool"
     content: str
+    more: str = ""  # further keys (tool_calls, name, ...) for the chat template, as a JSON object
+
+
+class Facts(dict[str, Any]):
+    """An example's `data` that knows where its row stands."""
+
+    where: Any = None
+
+
+class Marked(str):
+    """A text of which it is known what in it is not the data's own.
+
+    own: (first, end) of characters that a template or a setting has put there; control tokens in them count.
+    more: of an answer in a chat, see Message.
+    """
+
+    own: tuple[tuple[int, int], ...]
+    more: str
+
+    def __new__(cls, text: str, own: tuple[tuple[int, int], ...] = (), more: str = "") -> Marked:
+        self = super().__new__(cls, text)
+        self.own, self.more = own, more
+        return self
+
+
+def settled(text: str) -> str:
+    """A text whose control tokens all count, as those of a setting do."""
+    return Marked(text, ((0, len(text)),))
 
 
 @dataclass(frozen=True)
@@ -166,6 +198,7 @@ class Example:
         calibration: what stands for the prompt without its input, to learn how likely an option is anyhow.
         data: whatever a reward wants to know, as plain JSON values.
         part: which part of a mixture it belongs to.
+        untrained: of a prompt's messages, the numbers of those of the assistant's that are not learnt.
     """
 
     prompt: str | tuple[Message, ...]
@@ -176,6 +209,12 @@ class Example:
     calibration: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict, hash=False)
     part: int = 0
+    untrained: tuple[int, ...] = ()
+
+    @property
+    def where(self) -> Any:
+        """Where it comes from, for messages (tasks/faults.py); None where that is not known."""
+        return getattr(self.data, "where", None)
 
     def __post_init__(self) -> None:
         for label in (self.label, *self.also) if self.options else ():

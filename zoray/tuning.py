@@ -254,10 +254,12 @@ def _value(key: str, text: str) -> Any:
         except ValueError:
             kind = "a whole number" if NUMBERS[key] is int else "a number"
             raise ConfigError(f"expected {key} to be {kind}; got {text!r}") from None
-    if key in ("chat", "space"):
+    if key in ("chat", "control_tokens", "space"):
         if text not in ("true", "false"):
             raise ConfigError(f"expected {key} to be true or false; got {text!r}")
         return text == "true"
+    if key == "ignore":
+        return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
     if key == "words":
         if (words := mapping_of(_unquoted(text))) is None:
             raise ConfigError(f"expected words as {setting('words', {'no': ' bad', 'yes': ' good'})}; got {text!r}")

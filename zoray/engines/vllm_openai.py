@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from zoray.records import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
@@ -37,8 +39,12 @@ class OpenAI:
         from starlette.datastructures import State
         from vllm.entrypoints.openai.api_server import init_app_state
 
+        from zoray.engines.vllm_tokenizer import guard
         from zoray.engines.vllm_versions import server_arguments
+        from zoray.models import load_tokenizer
 
+        embeddings, name = client.model_config.get_vocab_size(), client.model_config.served_model_name
+        guard(client.get_tokenizer(), load_tokenizer(client.model_config.model), embeddings, name)
         arguments = server_arguments()
         arguments.model = client.model_config.model
         arguments.served_model_name = [client.model_config.served_model_name]
@@ -68,6 +74,7 @@ class OpenAI:
 
         chat, text = self._state.openai_serving_chat, self._state.openai_serving_completion
         try:
+            _check_tokens(body.get("prompt"), self.client.model_config.get_vocab_size())
             request = _request(kind, body, salt)
             found = await (chat.create_chat_completion if kind == "chat" else text.create_completion)(request)
         except ValidationError as error:
@@ -87,6 +94,14 @@ class OpenAI:
             yield status, False, failure(status, error.message, error.param)
         else:
             yield 200, False, found.model_dump_json().encode()
+
+
+def _check_tokens(prompt: Any, embeddings: int) -> None:
+    """Raise ConfigError if a prompt that is given as tokens has one that the model has no embedding for."""
+    for part in prompt if isinstance(prompt, list) else ():
+        for token in part if isinstance(part, list) else [part]:
+            if isinstance(token, int) and token >= embeddings:
+                raise ConfigError(f"expected tokens below {embeddings}, the model's embeddings; got {token}")
 
 
 def failure(status: int, message: str, param: str | None = None) -> bytes:

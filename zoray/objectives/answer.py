@@ -10,7 +10,8 @@ import numpy as np
 from zoray.objectives.base import Objective, Outcomes, Sums
 from zoray.objectives.choice import ChoiceNLL
 from zoray.objectives.reward import text_metric
-from zoray.records import ConfigError, Example, Message, TokenSequence, require
+from zoray.prompts import answered
+from zoray.records import ConfigError, Example, TokenSequence, require
 
 if TYPE_CHECKING:
     from zoray.prompts import Encoder
@@ -59,7 +60,7 @@ class AnswerNLL(Objective):
         answer = example.answers[0] if example.answers else example.options[example.label]
         if isinstance(example.prompt, str):
             return (encoder.answer(example.prompt, answer, self.eos),)
-        text, spans = encoder.assistant_spans((*example.prompt, Message("assistant", answer.strip())))
+        text, spans = encoder.assistant_spans(answered(example.prompt, answer), example.untrained)
         return (encoder.sequence(*encoder.tokens_in(text, spans)),)
 
     def reduce(self, batch: Sums) -> Outcomes:

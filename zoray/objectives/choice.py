@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from zoray.objectives.base import Objective, Outcomes, Sums, need_options
-from zoray.records import ConfigError, Example, TokenSequence, require
+from zoray.records import ConfigError, Example, SettingError, TokenSequence, require
 
 if TYPE_CHECKING:
     from zoray.prompts import Encoder
@@ -73,7 +73,7 @@ class ChoiceNLL(Objective):
         shared, full = encoder.continued(prompt, options, start)
         for option, tokens in zip(options, full, strict=True):
             if self.single_token and len(tokens) != shared + 1:
-                raise ConfigError(
+                raise SettingError(
                     f"expected label words of one token (objective.single_token); got {option!r}, which is "
                     f"{len(tokens) - shared} tokens: {encoder.tokenizer.convert_ids_to_tokens(tokens[shared:])}. "
                     "Choose another word in task.words, or set objective.single_token=false"

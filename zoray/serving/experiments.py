@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from zoray.serving.store import Store
 
 
-def experiment_of(settings: Settings, store: Store, name: str, request: NewJob) -> Experiment:
-    """The experiment of a job, whose run is in the job's folder.
+def experiment_of(settings: Settings, store: Store, name: str, request: NewJob, date: str | None = None) -> Experiment:
+    """The experiment of a job, whose run is in the job's folder; `date`: on which it was asked for.
 
     Raises:
         ConfigError: there is no such upload or task, or a setting does not suit it.
@@ -43,6 +43,7 @@ def experiment_of(settings: Settings, store: Store, name: str, request: NewJob) 
         data_seed=s.seed if request.seed is None else request.seed,
         eval_every=s.eval_every,
         too_long="cut",
+        date=date,
         test=request.use.test != 0,
     )
     patience = dict.fromkeys(("hang_timeout_s", "start_timeout_s", "wait_timeout_s"), PATIENT)

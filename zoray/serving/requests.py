@@ -44,6 +44,9 @@ class Use(BaseModel):
     rejected_column: str | None = Column
     chat: bool = False
     space: bool | None = None
+    control_tokens: bool | None = None
+    turns: Literal["all", "last"] | None = None
+    ignore: list[Annotated[str, Field(min_length=1, max_length=100)]] | None = Field(default=None, max_length=20)
     train: int | None = Field(default=None, ge=1, le=1_000_000)
     dev: int | None = Field(default=None, ge=1, le=1000)
     test: int | None = Field(default=None, ge=0, le=1000)
@@ -61,7 +64,7 @@ class Use(BaseModel):
         Raises:
             ConfigError: the settings contradict each other.
         """
-        return Upload(path=str(data), **self.model_dump())
+        return Upload(path=str(data), **self.model_dump(exclude_none=True))
 
 
 class Upload(File):

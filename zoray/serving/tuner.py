@@ -406,7 +406,9 @@ class Tuner:
 
     def _run(self, name: str) -> dict[str, Any]:
         folder = self.store.job_folder(name)
-        experiment = self._experiment(name, NewJob(**_asked(read_json(folder / "request.json"))))
+        request = read_json(folder / "request.json")
+        date = time.strftime("%Y-%m-%d", time.gmtime(request["created_at"]))
+        experiment = self._experiment(name, NewJob(**_asked(request)), date)
         workload = load_workload(experiment.spec)
         (folder / "run").mkdir(exist_ok=True)
         config = {key: record(getattr(experiment, key)) for key in ("model", "task", "space", "estimator")}
@@ -432,8 +434,8 @@ class Tuner:
             self._listener = None
             listener.close()  # an engine may have connected that nobody has taken
 
-    def _experiment(self, name: str, request: NewJob) -> Experiment:
-        return experiment_of(self.settings, self.store, name, request)
+    def _experiment(self, name: str, request: NewJob, date: str | None = None) -> Experiment:
+        return experiment_of(self.settings, self.store, name, request, date)
 
     def _next(self) -> str | None:
         if self._deleting or not self.learning:

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 
-from zoray.records import ConfigError, Example, Sampling, Splits
+from zoray.records import ConfigError, Example, Marked, Sampling, Splits
 
 Row = TypeVar("Row")
 CHUNK = 1 << 16  # digests that are made at a time
@@ -75,7 +75,11 @@ def distinct(examples: Iterable[Example]) -> list[Example]:
 
 def fill(template: str, text: str) -> str:
     """The template with `{text}` replaced; other braces, in template or text, stay as they are."""
-    return template.replace("{text}", text)
+    before, _, behind = template.partition("{text}")
+    filled = f"{before}{text}{behind}"
+    if "<" not in before + behind and "[" not in before + behind:
+        return filled
+    return Marked(filled, ((0, len(before)), (len(before) + len(text), len(filled))))  # control tokens of its own
 
 
 def parted(prompt: str, texts: Iterable[str]) -> tuple[str, tuple[str, ...]]:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from zoray.records import Example, Message
+from zoray.records import Example, Facts, Marked, Message, settled
+from zoray.tasks import messages
 from zoray.tasks.columns import Schema
-from zoray.tasks.faults import WrongRow
+from zoray.tasks.faults import Place, WrongRow
 from zoray.tasks.files import Row
 from zoray.tasks.labels import label_text, look, plain_form, spellings
+from zoray.tasks.messages import check_whole, shown
 from zoray.tasks.spacing import gap
-
-CHAT_ROLES = ("system", "user", "assistant")
-SHOWN = 80  # characters of a cell in a message
 
 Prompt = str | tuple[Message, ...]
 
@@ -34,6 +33,9 @@ class Reader:
         cells: whether a row's values are all text, so that a list comes as JSON in a cell.
         words: label -> label word, of a choice; none while they are being found out.
         space: whether a space is put between a prompt and what follows; None for what the script wants (spacing.py).
+        control: whether control tokens in plain text are control tokens.
+        turns: which of the assistant's turns in a chat are learnt, "all" or "last".
+        ignore: keys of messages, and the column `tools`, that are left out.
     """
 
     schema: Schema
@@ -41,29 +43,51 @@ class Reader:
     cells: bool = False
     words: Mapping[str, str] | None = None
     space: bool | None = None
+    control: bool = False
+    turns: str = "all"
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_spellings", spellings(self.words or {}))
 
-    def example(self, row: Row, where: str) -> Example:
-        """The example that a row is."""
+    def example(self, row: Row, where: Any) -> Example:
+        """The example that a row is; `where` says where it stands, when it is made text."""
+        found = self._example(row, where)
+        facts = Facts(found.data)
+        facts.where = Place(where, self._sources)
+        found = replace(found, data=facts)
+        if not self.control or not isinstance(found.prompt, str):
+            return found
+        options, answers = (tuple(map(settled, texts)) for texts in (found.options, found.answers))
+        return replace(found, prompt=settled(found.prompt), options=options, answers=answers)
+
+    @property
+    def _sources(self) -> tuple[str, ...]:
+        """The columns that a prompt is made of."""
+        columns, template = self.schema.columns, self.schema.template
+        if template is not None:
+            return tuple(dict.fromkeys(template.columns))
+        return (columns.get("messages") or columns["chosen"],)
+
+    def _example(self, row: Row, where: Any) -> Example:
         kind = self.schema.kind
         if kind == "choice":
             assert self.words is not None
             label = list(self.words).index(self.label(row, where))
             return Example(self.prompt(row, where), tuple(self.words.values()), label)
         if kind == "chat":
-            before, answer = self._turns(row, where)
-            return Example(before, answers=(answer,))
+            before, answer, untrained = self._turns(row, where)
+            return Example(before, answers=(answer,), untrained=untrained)
         if kind == "preference":
             prompt, chosen, rejected = self._preference(row, where)
             return Example(prompt, (self._joined(prompt, chosen), self._joined(prompt, rejected)))
         if kind == "completion":
             prompt, answers = self._completion(row, where)
-            return Example(prompt, answers=tuple(self._joined(prompt, answer) for answer in answers), data=plain(row))
+            texts = tuple(self._joined(prompt, answer) for answer in answers)
+            return Example(prompt, answers=texts, data=plain(row), untrained=_of_assistant(prompt))
         return Example(self.prompt(row, where), data=plain(row))
 
-    def scan(self, row: Row, where: str) -> tuple[Prompt, str | None]:
+    def scan(self, row: Row, where: Any) -> tuple[Prompt, str | None]:
         """The prompt of a row whose every cell is checked, and its label if it has one."""
         kind = self.schema.kind
         if kind == "choice":
@@ -73,17 +97,17 @@ class Reader:
         if kind == "preference":
             return self._preference(row, where)[0], None
         for column, value in row.items():  # a reward is given all of them
-            _whole(value, column, where)
+            check_whole(value, column, where)
         return self._completion(row, where)[0] if kind == "completion" else self.prompt(row, where), None
 
-    def label(self, row: Row, where: str) -> str:
+    def label(self, row: Row, where: Any) -> str:
         """The label of a row, as text."""
         column = self.schema.columns["label"]
         value = _filled(row, column, where)
         label = label_text(value)
         if isinstance(value, dict | list) or not label:
-            raise WrongRow(where, f"column {column!r} must hold a label", f"; got {_shown(value)}. Complete the row")
-        _whole(label, column, where)
+            raise WrongRow(where, f"column {column!r} must hold a label", f"; got {shown(value)}. Complete the row")
+        check_whole(label, column, where)
         if self.words is None or label in self.words:
             return label
         spelled: Mapping[str, str] = getattr(self, "_spellings")  # noqa: B009
@@ -96,7 +120,7 @@ class Reader:
             said = f"label {label!r} has no word; words has {list(self.words)}. Add it to words"
         raise WrongRow(where, said, kind="a label without a word")
 
-    def prompt(self, row: Row, where: str) -> Prompt:
+    def prompt(self, row: Row, where: Any) -> Prompt:
         """The prompt of a row: its template filled, or its messages."""
         template = self.schema.template
         assert template is not None
@@ -105,9 +129,9 @@ class Reader:
             value = row.get(column)
             listed = _json_list(value, dict) if self.cells and isinstance(value, str) else value
             if listed and isinstance(listed, list):
-                turns = _chat(listed, column, where)
+                turns = self._chat(listed, column, where)
                 _ends(turns[-1], "user", column, where)
-                return turns
+                return (*self._tools(row, where), *turns)
         if len(template.columns) == 1:
             values = [_text(row, template.columns[0], where)]
         else:
@@ -120,7 +144,7 @@ class Reader:
             return self._instruction(row, text, where)
         return (Message("user", text),) if self.chat else text
 
-    def _instruction(self, row: Row, text: str, where: str) -> Prompt:
+    def _instruction(self, row: Row, text: str, where: Any) -> Prompt:
         """An instruction with what other columns say before it; in a chat without the line break at its end."""
         columns = self.schema.columns
         system = _optional(row, columns["system"], where) if "system" in columns else ""
@@ -133,7 +157,7 @@ class Reader:
             return f"{system}\n\n{text}" if system else text
         return (*([Message("system", system)] if system else []), *earlier, Message("user", text.rstrip("\n")))
 
-    def _history(self, row: Row, where: str) -> tuple[Message, ...]:
+    def _history(self, row: Row, where: Any) -> tuple[Message, ...]:
         """Earlier turns, [[what the user said, what was answered], ...]."""
         column = self.schema.columns["history"]
         value = row.get(column)
@@ -146,8 +170,8 @@ class Reader:
             for pair in pairs
         ):
             what = f"column {column!r} must hold pairs of texts, [[asked, answered], ...]"
-            raise WrongRow(where, what, f"; got {_shown(value)}. Write them so, or leave the column out")
-        _whole(pairs, column, where)
+            raise WrongRow(where, what, f"; got {shown(value)}. Write them so, or leave the column out")
+        check_whole(pairs, column, where)
         turns = [(Message("user", asked), Message("assistant", answered.strip())) for asked, answered in pairs]
         return tuple(turn for pair in turns for turn in pair)
 
@@ -155,21 +179,49 @@ class Reader:
         """A text that follows a prompt: the file's own space parts them, or else one is put where one belongs."""
         return gap(prompt, text, self.space) + text if isinstance(prompt, str) else text
 
-    def _turns(self, row: Row, where: str) -> tuple[tuple[Message, ...], str]:
+    def _turns(self, row: Row, where: Any) -> tuple[tuple[Message, ...], str, tuple[int, ...]]:
+        """The messages before the last answer that is learnt, that answer, and which turns before are not."""
         column = self.schema.columns["messages"]
-        *before, last = _chat(_filled(row, column, where), column, where)
-        _ends(last, "assistant", column, where)
-        if not before:
+        found = messages.turns(_filled(row, column, where), column, where, self.ignore)
+        _ends(found[-1].message, "assistant", column, where)
+        learnt = [number for number, turn in enumerate(found) if turn.learnt and turn.message.role == "assistant"]
+        if not learnt:
+            what = f"column {column!r}: all messages of the assistant have weight 0, which leaves nothing to learn"
+            raise WrongRow(where, what, ". Remove the row, or a weight")
+        if not learnt[-1]:
             raise WrongRow(where, f"column {column!r} begins with its answer", ". Put a question first")
-        return tuple(before), last.content
+        before = (*self._tools(row, where), *(turn.message for turn in found[: learnt[-1]]))
+        skipped = len(before) - learnt[-1]
+        kept = set() if self.turns == "last" else {number + skipped for number in learnt}
+        untrained = tuple(number for number in _of_assistant(before) if number not in kept)
+        return before, _answer(found[learnt[-1]].message), untrained
 
-    def _completion(self, row: Row, where: str) -> tuple[Prompt, tuple[str, ...]]:
+    def _chat(self, value: Any, column: str, where: Any) -> tuple[Message, ...]:
+        return tuple(turn.message for turn in messages.turns(value, column, where, self.ignore))
+
+    def _side(self, value: Any, column: str, where: Any) -> tuple[tuple[Message, ...], str]:
+        """The messages before an answer, and the answer: a text, or the last message of a list."""
+        if isinstance(value, list):
+            *before, last = self._chat(value, column, where)
+            _ends(last, "assistant", column, where)
+            return tuple(before), _answer(last)
+        if not isinstance(value, str) or not value.strip():
+            what = f"column {column!r} must hold text or messages"
+            raise WrongRow(where, what, f"; got {shown(value)}. Remove the row")
+        check_whole(value, column, where)
+        return (), value
+
+    def _tools(self, row: Row, where: Any) -> tuple[Message, ...]:
+        """What a chat's model may call, from the column `tools`."""
+        return () if "tools" in self.ignore else messages.tools(row.get("tools"), where)
+
+    def _completion(self, row: Row, where: Any) -> tuple[Prompt, tuple[str, ...]]:
         prompt, column = self.prompt(row, where), self.schema.columns["completion"]
         value = _filled(row, column, where)
         if isinstance(value, str) and self.cells:
             value = _json_list(value, str) or _json_list(value, dict) or value
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            before, text = _side(value, column, where)
+            before, text = self._side(value, column, where)
             if before:
                 raise WrongRow(
                     where,
@@ -182,16 +234,16 @@ class Reader:
             raise WrongRow(
                 where,
                 f"column {column!r} must hold text, or a list of texts that are all right",
-                f"; got {_shown(value)}. Complete the row, or write numbers in quotes",
+                f"; got {shown(value)}. Complete the row, or write numbers in quotes",
             )
         return prompt, tuple(answers)
 
-    def _preference(self, row: Row, where: str) -> tuple[Prompt, str, str]:
+    def _preference(self, row: Row, where: Any) -> tuple[Prompt, str, str]:
         names = [self.schema.columns[role] for role in ("chosen", "rejected")]
         values = [_filled(row, name, where) for name in names]
         if self.cells:
             values = [_json_list(value, dict) or value for value in values]
-        (before, chosen), (also, rejected) = (_side(*pair, where) for pair in zip(values, names, strict=True))
+        (before, chosen), (also, rejected) = (self._side(*pair, where) for pair in zip(values, names, strict=True))
         if before != also:
             raise WrongRow(
                 where,
@@ -209,17 +261,17 @@ class Reader:
                     f"no prompt: no column has it, and column {names[0]!r} holds no messages before the answer",
                     ". Add a column prompt, or name it: task.prompt_column=...",
                 )
-            return before, chosen, rejected
+            return (*self._tools(row, where), *before), chosen, rejected
         prompt = self.prompt(row, where)
         if before:
-            asked = _as_chat(prompt)
+            asked = tuple(turn for turn in _as_chat(prompt) if turn.role != "tools")
             if [_bare(turn) for turn in before[-len(asked) :]] != [_bare(turn) for turn in asked]:
                 raise WrongRow(
                     where,
                     f"the messages of column {names[0]!r} before the answer must be the prompt's",
-                    f"; got {_shown(before[-1].content)} for {_shown(asked[-1].content)}. Give only answers there",
+                    f"; got {shown(before[-1].content)} for {shown(asked[-1].content)}. Give only answers there",
                 )
-            return before, chosen, rejected
+            return (*self._tools(row, where), *before), chosen, rejected
         return (_as_chat(prompt) if any(isinstance(value, list) for value in values) else prompt), chosen, rejected
 
 
@@ -234,7 +286,7 @@ def plain(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-def _filled(row: Row, column: str, where: str) -> Any:
+def _filled(row: Row, column: str, where: Any) -> Any:
     value = row.get(column)
     if value is None or value != value:  # nan is how some tables say that there is nothing
         has = [str(key) for key, value in row.items() if value is not None]
@@ -242,15 +294,15 @@ def _filled(row: Row, column: str, where: str) -> Any:
     return value
 
 
-def _text(row: Row, column: str, where: str, advice: str = "Remove the row") -> str:
+def _text(row: Row, column: str, where: Any, advice: str = "Remove the row") -> str:
     value = _filled(row, column, where)
     if not isinstance(value, str) or not value.strip():
-        raise WrongRow(where, f"column {column!r} must hold text", f"; got {_shown(value)}. {advice}")
-    _whole(value, column, where)
+        raise WrongRow(where, f"column {column!r} must hold text", f"; got {shown(value)}. {advice}")
+    check_whole(value, column, where)
     return value
 
 
-def _optional(row: Row, column: str, where: str, optional: bool = True) -> str:
+def _optional(row: Row, column: str, where: Any, optional: bool = True) -> str:
     """The text of one of several cells; of an optional one there may be none."""
     if not optional:
         return _text(row, column, where, f"Remove the row, or write {{{column}?}} in task.template if it may be empty")
@@ -259,81 +311,19 @@ def _optional(row: Row, column: str, where: str, optional: bool = True) -> str:
     return "" if empty else _text(row, column, where)
 
 
-def _whole(value: Any, column: str, where: str) -> None:
-    """Refuse half a character, which JSON can spell and no tokenizer can read, anywhere in a cell."""
-    if isinstance(value, str):
-        if value.isascii():
-            return
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise WrongRow(
-                where,
-                f"column {column!r} holds half a character",
-                f", {value[error.start]!r} (character {error.start + 1}). Write whole characters, in UTF-8",
-            ) from None
-    elif isinstance(value, list | dict):
-        for inner in value if isinstance(value, list) else (*value, *value.values()):
-            _whole(inner, column, where)
+def _answer(message: Message) -> str:
+    """What an assistant says, with the keys that its message has besides."""
+    return Marked(message.content, more=message.more) if message.more else message.content
 
 
-def _chat(value: Any, column: str, where: str) -> tuple[Message, ...]:
-    """Messages, checked; space around what an assistant says is no part of it."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            at = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise WrongRow(
-                where,
-                f"column {column!r} must hold a JSON list of messages",
-                f"; got {_shown(value)}, which is no JSON{at} ({error}). "
-                'Write [{"role": "user", "content": "..."}, ...]',
-            ) from error
-    if not isinstance(value, list) or not value:
-        raise WrongRow(
-            where,
-            f"column {column!r} must hold a list of messages",
-            f'; got {_shown(value)}. Write [{{"role": "user", "content": "..."}}, ...]',
-        )
-    turns = []
-    for number, turn in enumerate(value, start=1):
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-        if role not in CHAT_ROLES or not isinstance(content, str):
-            raise _wrong_turn(turn, where, column, number)
-        if role == "assistant" and not (content := content.strip()):
-            raise _wrong_turn(turn, where, column, number)
-        _whole(content, column, where)
-        turns.append(Message(role, content))
-    return tuple(turns)
+def _of_assistant(prompt: Prompt) -> tuple[int, ...]:
+    """The numbers of the assistant's messages in a prompt."""
+    if isinstance(prompt, str):
+        return ()
+    return tuple(number for number, message in enumerate(prompt) if message.role == "assistant")
 
 
-def _wrong_turn(turn: object, where: str, column: str, number: int) -> WrongRow:
-    here, kind = f"column {column!r}, message {number}", f"column {column!r}: "
-    if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
-        got = f"the keys {', '.join(map(repr, turn))}" if isinstance(turn, dict) else _shown(turn)
-        rest = f" must have role and content; got {got}. Rename from and value, if it has those"
-        return WrongRow(where, here, rest, f"{kind}keys")
-    role, content = turn["role"], turn["content"]
-    if role not in CHAT_ROLES:
-        rest = f": role must be {', '.join(CHAT_ROLES)}; got {_shown(role)}. Rename or remove it"
-        return WrongRow(where, here, rest, f"{kind}role")
-    return WrongRow(where, here, f": content must be text; got {_shown(content)}. Complete or remove it", f"{kind}text")
-
-
-def _side(value: Any, column: str, where: str) -> tuple[tuple[Message, ...], str]:
-    """The messages before an answer, and the answer: a text, or the last message of a list."""
-    if isinstance(value, list):
-        *before, last = _chat(value, column, where)
-        _ends(last, "assistant", column, where)
-        return tuple(before), last.content
-    if not isinstance(value, str) or not value.strip():
-        raise WrongRow(where, f"column {column!r} must hold text or messages", f"; got {_shown(value)}. Remove the row")
-    _whole(value, column, where)
-    return (), value
-
-
-def _ends(last: Message, role: str, column: str, where: str) -> None:
+def _ends(last: Message, role: str, column: str, where: Any) -> None:
     if last.role != role:
         raise WrongRow(
             where,
@@ -359,8 +349,3 @@ def _json_list(text: str, kind: type) -> list[Any]:
     except (ValueError, RecursionError):
         return []
     return items if isinstance(items, list) and all(isinstance(item, kind) for item in items) else []
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from unicodedata import normalize
 
 from zoray.overrides import setting
-from zoray.records import ConfigError
+from zoray.records import ConfigError, Marked
 from zoray.signatures import did_you_mean
 
 KINDS = {  # kind -> what it needs
@@ -34,6 +36,7 @@ OTHER_NAMES = {  # as other files call them; suggested, never taken
     "chosen": ("preferred", "accepted", "better", "winner"),
     "rejected": ("dispreferred", "worse", "loser", "refused"),
 }
+CONTROL = ("<", "[", "\uff5c")  # what control tokens begin with, or have in them
 NAMES = re.compile(r"\{([^{}\n]+)\}")
 ALPACA = ("instruction", "input", "output")  # columns of many instruction data sets; all but these are optional
 ALSO_ALPACA = ("system", "history")
@@ -52,8 +55,29 @@ class Template:
     columns: tuple[str, ...]
     optional: tuple[bool, ...] = ()
 
+    @cached_property
+    def _marked(self) -> bool:
+        """Whether it may hold control tokens itself."""
+        return any(mark in text for text in self.texts for mark in CONTROL)
+
     def fill(self, values: Sequence[str]) -> str:
         """The prompt; what looks like a template within a value stays as it is."""
+        return self._own(values) if self._marked else self._filled(values)
+
+    def _own(self, values: Sequence[str]) -> str:
+        """The prompt with what in it is the template's own, whose control tokens count."""
+        if all(values):
+            parts = [part for pair in zip(self.texts, (*values, ""), strict=True) for part in pair]
+            ends = list(accumulate(map(len, parts)))
+            return Marked("".join(parts), tuple(zip([0, *ends[1::2]], ends[::2], strict=False)))
+        prompt, end, own = self._filled(values), 0, list[tuple[int, int]]()
+        for value in filter(None, values):
+            place = prompt.index(value, end)
+            own.append((end, place))
+            end = place + len(value)
+        return Marked(prompt, (*own, (end, len(prompt))))
+
+    def _filled(self, values: Sequence[str]) -> str:
         if len(values) == 1:
             return f"{self.texts[0]}{values[0]}{self.texts[1]}"
         if not all(values):

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from zoray.records import ConfigError
 
 NAMED = 3  # further places of a kind that a message names
+
+
+class Place(NamedTuple):
+    """Where an example comes from, for messages: a row, and the columns of it that its prompt is made of."""
+
+    row: Any
+    columns: tuple[str, ...]
+
+    def __str__(self) -> str:
+        names = " and ".join(map(repr, self.columns))
+        return f"{self.row}, column{'s' * (len(self.columns) > 1)} {names}" if names else str(self.row)
 
 
 class WrongRow(ConfigError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from zoray.records import ConfigError, Example, Message, Splits, require
+from zoray.records import ConfigError, Example, Marked, Message, Splits, require
 from zoray.tasks.base import Task, seeded_split
 
 SEPARATOR = "\n\n"
@@ -49,8 +49,7 @@ class FewShot:
 def before(example: Example, shown: list[Example]) -> Example:
     """An example whose prompt begins with others and their right answers."""
     if isinstance(example.prompt, str):
-        texts = [f"{other.prompt}{_answer(other)}".strip() for other in shown]
-        return replace(example, prompt=SEPARATOR.join([*texts, example.prompt]))
+        return replace(example, prompt=_chained([*map(_solved, shown), example.prompt]))
     turns: list[Message] = []
     for other in shown:
         if isinstance(other.prompt, str):
@@ -59,6 +58,23 @@ def before(example: Example, shown: list[Example]) -> Example:
     systems = [message for message in example.prompt if message.role == "system"]
     asked = [message for message in example.prompt if message.role != "system"]
     return replace(example, prompt=(*systems, *(turn for turn in turns if turn.role != "system"), *asked))
+
+
+def _solved(example: Example) -> str:
+    """A plain prompt with its answer; control tokens of its template stay such."""
+    whole = f"{example.prompt}{_answer(example)}"
+    text = whole.strip()
+    own, first = example.prompt.own if isinstance(example.prompt, Marked) else (), whole.index(text)
+    ends = [(max(0, start - first), min(end - first, len(text))) for start, end in own]
+    return Marked(text, tuple((start, end) for start, end in ends if start < end))
+
+
+def _chained(texts: list[str]) -> str:
+    own, at = list[tuple[int, int]](), 0
+    for text in texts:
+        own += [(start + at, end + at) for start, end in (text.own if isinstance(text, Marked) else ())]
+        at += len(text) + len(SEPARATOR)
+    return Marked(SEPARATOR.join(texts), tuple(own)) if own else SEPARATOR.join(texts)
 
 
 def _answer(example: Example) -> str:

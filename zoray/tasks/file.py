@@ -21,11 +21,11 @@ import numpy as np
 
 from zoray.overrides import check_whole, mapping_of, setting
 from zoray.paths import user_path
-from zoray.records import WHOLE, ConfigError, Sampling, Splits, require
+from zoray.records import WHOLE, ConfigError, Sampling, Splits, require, settled
 from zoray.tasks import scanned
 from zoray.tasks.base import Task, check_sizes, check_words, seeded_parts
 from zoray.tasks.cells import Reader
-from zoray.tasks.columns import KINDS, NAMES, ROLES, Schema, infer
+from zoray.tasks.columns import CONTROL, KINDS, NAMES, ROLES, Schema, infer
 from zoray.tasks.faults import Faults, WrongRow
 from zoray.tasks.files import TEXT_SUFFIXES, Rows, TextFiles, several_rows
 from zoray.tasks.hub_rows import hub_rows
@@ -81,6 +81,11 @@ class File(Task):
         stop: texts that end one.
         space: whether a space is put between a prompt and what follows where the file has none there, and before
             labels as words; null puts one unless the script takes none (Chinese, Japanese, Thai, ...).
+        control_tokens: whether the model's control tokens count where the plain text of a row has them, as in prompts
+            that a chat template has rendered already; otherwise they are text. Those of `template` and `words` count.
+        turns: of a chat, which of the assistant's are learnt, "all" or "last".
+        ignore: keys of messages that are left out, such as name; else the model's chat template has to write them. With
+            `tools` the column of that name is left out.
     """
 
     cached: ClassVar[bool] = True  # whether what a large file was found to hold may be kept outside of it
@@ -105,6 +110,9 @@ class File(Task):
     max_tokens: int = 50
     stop: tuple[str, ...] = ()
     space: bool | None = None
+    control_tokens: bool = False
+    turns: str = "all"
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_path(self.path)
@@ -124,6 +132,11 @@ class File(Task):
                 raise ConfigError(f"{role}_column must be a column's name, or null; got {name!r}")
         require(self.kind in (*KINDS, None), f"task.kind to be one of {', '.join(KINDS)}, or null", self.kind)
         require(isinstance(self.chat, bool), "task.chat to be true or false", self.chat)
+        require(isinstance(self.control_tokens, bool), "task.control_tokens to be true or false", self.control_tokens)
+        ok = not isinstance(self.ignore, str) and all(isinstance(key, str) and key for key in self.ignore)
+        require(ok, "task.ignore to be a list of keys, such as [name]", self.ignore)
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        require(self.turns in ("all", "last"), "task.turns to be all or last", self.turns)
         require(self.space in (True, False, None), "task.space to be true, false or null", self.space)
         ok = self.metric is None or (isinstance(self.metric, str) and self.metric.isidentifier())
         require(ok, "task.metric to be null or a metric's name, such as f1 or exact_match", self.metric)
@@ -227,7 +240,8 @@ class File(Task):
             if 0 < len(names) <= MOST_LABELS:
                 ending = self._ending(schema)
                 words = {label: gap(ending, name, self.space) + name for label, name in names.items()}
-        return Reader(schema, self.chat, rows.cells, words, self.space)
+        kept = (self.space, self.control_tokens, self.turns, self.ignore)
+        return Reader(schema, self.chat, rows.cells, words, *kept)
 
     def _ending(self, schema: Schema) -> str:
         """What a prompt ends in, as far as that is known; label words of a chat stand alone."""
@@ -326,7 +340,7 @@ def _words(given: object) -> dict[str, str]:
         raise ConfigError(f"words must have each label once; got {list(pairs)}. Leave one out")
     for text in (*words, *words.values()):
         check_whole(text, "task.words")
-    return words
+    return {label: settled(word) if any(mark in word for mark in CONTROL) else word for label, word in words.items()}
 
 
 def _look(rows: Rows, path: str) -> None:

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 from unicodedata import normalize
@@ -27,6 +28,7 @@ HANDLES = 64  # files that are held open
 DEEPEST = 100  # lists and objects of JSON within each other
 DOUBTS = 10_000  # rows that may be several of which is taken note
 BLANK = " \t\r\n\f\v\xa0\u200b\ufeff"  # around the name of a column
+ENDS = re.compile(rb"\r\n|\r|\n")
 LINES = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 csv.field_size_limit(sys.maxsize)  # a long text is no mistake
@@ -70,6 +72,16 @@ class Rows(Protocol):
     def where(self, place: int) -> str:
         """Where a row stands, for messages."""
         ...
+
+
+class Where:
+    """Where a row stands, said when it is asked for: finding a line takes a look at the file."""
+
+    def __init__(self, rows: Rows, place: int) -> None:
+        self._rows, self.place = rows, place
+
+    def __str__(self) -> str:
+        return self._rows.where(self.place)
 
 
 class Stamps:
@@ -146,13 +158,17 @@ class TextFiles:
         file, path = self._handle(number), self.stamps.paths[number]
         file.seek(place - int(self._starts[number]))
         if not self.cells:
-            return _object(_decoded(file.readline(), self.where(place)), self.where(place))
+            where = Where(self, place)
+            return _object(_decoded(file.readline(), where), where)
         header, delimiter = self._formats[number]
         return dict(zip(header, next(csv.reader(_lines(file, path), delimiter=delimiter, strict=True)), strict=True))
 
     def where(self, place: int) -> str:
         number = self._file(place)
-        return f"{self.stamps.paths[number]}, byte {place - int(self._starts[number])}"
+        path, ends = self.stamps.paths[number], ENDS if self.cells else re.compile(rb"\n")
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            line = 1 + sum(1 for _ in ends.finditer(data, 0, place - int(self._starts[number])))
+        return f"{path}, line {line}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}  # each process opens the files itself
@@ -332,7 +348,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[str]:
             yield text
 
 
-def _decoded(raw: bytes, where: str) -> str:
+def _decoded(raw: bytes, where: Any) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -346,7 +362,7 @@ def _decoded(raw: bytes, where: str) -> str:
         ) from error
 
 
-def _object(text: str, where: str) -> Row:
+def _object(text: str, where: Any) -> Row:
     text = text.removeprefix(MARK)
     try:
         row = json.loads(text)

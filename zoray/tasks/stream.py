@@ -14,7 +14,7 @@ import numpy as np
 from zoray.records import Example
 from zoray.tasks.cells import Prompt, Reader
 from zoray.tasks.faults import Faults, WrongRow
-from zoray.tasks.files import Rows
+from zoray.tasks.files import Rows, Where
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +79,12 @@ class Examples(Sequence[Example]):
         if not -len(self) <= number < len(self):
             raise IndexError(f"expected an example below {len(self)}; got {number}")
         place = int(self._places[number])
-        return self._reader.example(self._rows.row(place), self._rows.where(place))
+        return self._reader.example(self._rows.row(place), Where(self._rows, place))
 
     def again(self, reader: Reader, index: int) -> Example:
         """One of them, made in another way."""
         place = int(self._places[index])
-        return reader.example(self._rows.row(place), self._rows.where(place))
+        return reader.example(self._rows.row(place), Where(self._rows, place))
 
     def part(self, numbers: np.ndarray) -> Examples:
         """Some of them, in this order."""
@@ -98,5 +98,5 @@ class Examples(Sequence[Example]):
 
 
 def _key(prompt: Prompt) -> bytes:
-    text = prompt if isinstance(prompt, str) else "\x1e".join(f"{role}\x1f{content}" for role, content in prompt)
+    text = prompt if isinstance(prompt, str) else "\x1e".join("\x1f".join(turn).rstrip("\x1f") for turn in prompt)
     return blake2b(text.encode(), digest_size=8).digest()

@@ -1,0 +1,70 @@
+"""The tokenizer of a server's requests: it reads them as training reads rows (control.py, prompts.py).
+
+What people write in a chat is text, and never a control token of the template's; no prompt ends in an end of text; no
+token is beyond the model's embeddings.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from zoray.control import BREAK, Control
+from zoray.prompts import PROBE, every_text, opening
+
+
+def guard(tokenizer: Any, inner: Any, embeddings: int, name: str) -> None:
+    """Change a tokenizer that vLLM has, in place, whoever holds it.
+
+    Args:
+        tokenizer: vLLM's, whose calls may come from several threads.
+        inner: another of the same folder, for texts that vLLM's is not asked about.
+        embeddings: how many tokens the model knows.
+        name: of the model, for messages.
+    """
+    control, turn = Control(inner, embeddings, name), threading.Lock()
+
+    class Guarded(tokenizer.__class__):
+        def apply_chat_template(self, conversation: Any, *args: Any, **options: Any) -> Any:
+            render = super().apply_chat_template
+            if options.get("tokenize", True):
+                return render(conversation, *args, **options)
+
+            def marked(chat: list[dict[str, Any]], **more: Any) -> str:
+                def changed(change: Any) -> str:
+                    said = [{key: every_text(value, at(key, change)) for key, value in one.items()} for one in chat]
+                    return render(said, *args, **{**options, **more})
+
+                texts: list[str] = []
+                for message in chat:
+                    every_text(message, lambda text: texts.append(text) or text)
+                return control.rendered(changed, texts)
+
+            before = marked(conversation)
+            if not options.get("add_generation_prompt"):
+                return before
+            answered = [*conversation, {"role": "assistant", "content": PROBE}]
+            return opening(before, inner.eos_token, lambda: marked(answered, add_generation_prompt=False))
+
+        def __call__(self, text: Any = None, *args: Any, **options: Any) -> Any:
+            special = options.get("add_special_tokens", True)
+            if isinstance(text, str) and BREAK in text:
+                with turn:
+                    ids = control.ids(text, special)
+                most = options.get("max_length") if options.get("truncation") else None
+                ids = ids if most is None else ids[-most:] if self.truncation_side == "left" else ids[:most]
+                return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+            found = super().__call__(text, *args, **options)
+            if isinstance(text, str):
+                if special and control.appended and found["input_ids"]:
+                    found = {key: values[: -control.appended] for key, values in found.items()}
+                control.check(found["input_ids"])
+            return found
+
+    Guarded.__name__ = f"Guarded{tokenizer.__class__.__name__}"
+    tokenizer.__class__ = Guarded
+
+
+def at(key: str, change: Any) -> Any:
+    """What a message's values go through: a role is the API's own word."""
+    return (lambda text: text) if key in ("role", "type") else change

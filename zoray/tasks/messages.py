@@ -1,0 +1,201 @@
+"""Messages of a chat from a cell: roles, contents, and what else a message may have.
+
+Guarantees: no key of a message is dropped unseen. `weight` decides whether a turn is learnt, what `ignored` names is
+left out, and all others go to the model's chat template, which is asked whether it writes them (prompts.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from zoray.overrides import setting
+from zoray.records import Message
+from zoray.tasks.faults import WrongRow
+
+CHAT_ROLES = ("system", "user", "assistant", "tool")
+CALLS = ("tool_calls", "function_call")  # what an assistant may write in the place of words
+SHOWN = 80  # characters of a cell in a message
+
+
+class Turn(NamedTuple):
+    """A message, and whether it is learnt where it is the assistant's."""
+
+    message: Message
+    learnt: bool
+
+
+def turns(value: Any, column: str, where: Any, ignored: Collection[str] = ()) -> list[Turn]:
+    """The messages that a cell holds as a list or as JSON; space around what an assistant says is no part of it.
+
+    Raises:
+        WrongRow: there are none, or one of them is wrong, by its number.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            at = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise WrongRow(
+                where,
+                f"column {column!r} must hold a JSON list of messages",
+                f"; got {shown(value)}, which is no JSON{at} ({error}). "
+                'Write [{"role": "user", "content": "..."}, ...]',
+            ) from error
+    if not isinstance(value, list) or not value:
+        raise WrongRow(
+            where,
+            f"column {column!r} must hold a list of messages",
+            f'; got {shown(value)}. Write [{{"role": "user", "content": "..."}}, ...]',
+        )
+    found = []
+    for number, turn in enumerate(value, start=1):
+        made = _plain(turn) or _turn(turn, _Here(where, column, number), ignored)
+        check_whole(made.message.content, column, where)
+        if made.message.more:
+            check_whole(turn, column, where)
+        found.append(made)
+    return found
+
+
+class _Here(NamedTuple):
+    """A message in a cell, for errors."""
+
+    where: Any
+    column: str
+    number: int
+
+    def wrong(self, about: str, rest: str) -> WrongRow:
+        """What is wrong with it; messages that are wrong about the same are counted together."""
+        return WrongRow(
+            self.where, f"column {self.column!r}, message {self.number}", rest, f"column {self.column!r}: {about}"
+        )
+
+
+def tools(value: Any, where: Any) -> tuple[Message, ...]:
+    """What the column `tools` holds, as a message of that role; nothing if it is empty."""
+    if isinstance(value, str) and value.strip():
+        with suppress(ValueError, RecursionError):  # text that is no JSON is refused as no list
+            value = json.loads(value)
+    if not value or value != value:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise WrongRow(
+            where,
+            "column 'tools' must hold a list of JSON objects",
+            f"; got {shown(value)}. Write them as the model's chat template wants them, or leave the column out: "
+            f"{setting('task.ignore', ['tools'])}",
+        )
+    check_whole(value, "tools", where)
+    return (Message("tools", json.dumps(_filled(value), ensure_ascii=False)),)
+
+
+def check_whole(value: Any, column: str, where: Any) -> None:
+    """Refuse half a character, which JSON can spell and no tokenizer can read, anywhere in a cell."""
+    if isinstance(value, str):
+        if value.isascii():
+            return
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise WrongRow(
+                where,
+                f"column {column!r} holds half a character",
+                f", {value[error.start]!r} (character {error.start + 1}). Write whole characters, in UTF-8",
+            ) from None
+    elif isinstance(value, list | dict):
+        for inner in value if isinstance(value, list) else (*value, *value.values()):
+            check_whole(inner, column, where)
+
+
+def shown(value: object) -> str:
+    """A value as messages show it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _plain(turn: Any) -> Turn | None:
+    """A message that has a role and text and nothing else, as nearly all have; None for others."""
+    if not isinstance(turn, dict) or len(turn) != 2:
+        return None
+    role, content = turn.get("role"), turn.get("content")
+    if role not in CHAT_ROLES or not isinstance(content, str):
+        return None
+    if role == "assistant" and not (content := content.strip()):
+        return None
+    return Turn(Message(role, content), True)
+
+
+def _turn(turn: Any, here: _Here, ignored: Collection[str]) -> Turn:
+    if not isinstance(turn, dict) or "role" not in turn or ("content" not in turn and not _calls(turn)):
+        got = f"the keys {', '.join(map(repr, turn))}" if isinstance(turn, dict) else shown(turn)
+        raise here.wrong("keys", f" must have role and content; got {got}. Rename from and value, if it has those")
+    role, more = turn["role"], {key: value for key, value in turn.items() if key not in ("role", "content", "weight")}
+    if role not in CHAT_ROLES:
+        roles = ", ".join(CHAT_ROLES[:-1])
+        raise here.wrong("role", f": role must be {roles}; got {shown(role)}. Rename or remove it")
+    content = _content(turn.get("content"), here)
+    if role == "assistant":
+        content = content.strip() if isinstance(content, str) else "" if _calls(turn) else content
+    if not isinstance(content, str) or (role == "assistant" and not content and not _calls(turn)):
+        raise here.wrong("text", f": content must be text; got {shown(turn.get('content'))}. Complete or remove it")
+    more = {str(key): _called(value) for key, value in _filled(more).items() if key not in ignored}
+    text = json.dumps(more, ensure_ascii=False, default=str) if more else ""
+    return Turn(Message(role, content, text), _weight(turn.get("weight"), here))
+
+
+def _calls(turn: dict[str, Any]) -> bool:
+    return turn.get("role") == "assistant" and any(turn.get(key) for key in CALLS)
+
+
+def _weight(weight: Any, here: _Here) -> bool:
+    if weight is None or (isinstance(weight, bool | int | float) and weight in (0, 1)):
+        return weight is None or bool(weight)
+    raise here.wrong("weight", f": weight must be 0 (not learnt) or 1; got {shown(weight)}. Round it, or remove it")
+
+
+def _content(content: Any, here: _Here) -> Any:
+    """A content that is a list of parts, as one text: the parts stand on lines of their own, as a server puts them."""
+    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
+        return content
+    texts = []
+    for number, part in enumerate(content, start=1):
+        known = _filled(part)
+        if (
+            set(known) - {"type", "text"}
+            or known.get("type", "text") != "text"
+            or not isinstance(part.get("text"), str)
+        ):
+            raise here.wrong(
+                "parts",
+                f', part {number}: expected {{"type": "text", "text": "..."}}; got {shown(part)}. zoray takes text '
+                "only; remove the part or the row",
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _filled(value: Any) -> Any:
+    """A value without what is empty in it: tables give each row the keys of all."""
+    if isinstance(value, dict):
+        kept = {key: _filled(inner) for key, inner in value.items()}
+        return {key: inner for key, inner in kept.items() if inner is not None and inner != [] and inner != ""}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _called(value: Any) -> Any:
+    """Calls whose arguments are objects: OpenAI's API has them as JSON within a text, and templates write them."""
+    if isinstance(value, list):
+        return [_called(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    found = {key: _called(inner) for key, inner in value.items()}
+    if isinstance(text := found.get("arguments"), str):
+        try:
+            inner = json.loads(text)
+        except (ValueError, RecursionError):
+            return found
+        found["arguments"] = inner if isinstance(inner, dict) else text
+    return found
