@@ -106,7 +106,7 @@ def test_what_has_no_default_must_be_given():
             "run, step, adapter, split, shots, shots_seed, predictions, model, engine, task, objective",
         ),
         ("replay", "task=sst2", "run, step"),
-        ("export", "engine=hf", "run, out, step, format, rank"),
+        ("export", "engine=hf", "run, out, step, format, dtype, rank"),
     ],
 )
 def test_a_group_that_a_main_does_not_have(main, override, known):

@@ -154,7 +154,7 @@ def test_the_other_mains_have_the_settings_that_they_need():
     bare, shown = {"model", "adapter"}, {"shots", "shots_seed", "predictions"}
     assert set(compose("evaluate", [])) == {"run", "step", "split", "engine", "task", "objective", *bare, *shown}
     assert set(compose("replay", [])) == {"run", "step"}
-    assert set(compose("export", [])) == {"run", "out", "step", "format", "rank"}
+    assert set(compose("export", [])) == {"run", "out", "step", "format", "rank", "dtype"}
     assert [compose(name, []).step for name in ("evaluate", "replay", "export")] == [None, None, "best"]
     for name in ("evaluate", "replay", "export"):
         assert [compose(name, [f"step={step}"]).step for step in ("best", "3", "null")] == ["best", 3, None]

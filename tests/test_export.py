@@ -293,6 +293,45 @@ def test_the_base_weights_of_16_bits_are_rounded_to(export, tiny_models, tmp_pat
         assert (model.get_parameter(f"{name}.weight").data.double().numpy() == weight).all()
 
 
+@pytest.fixture(scope="module")
+def narrow(tiny_models, tmp_path_factory):
+    """The tiny Llama with weights of 16 bits."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("narrow") / "llama"
+    shutil.copytree(tiny_models["llama"], folder)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+SMALL = [Commit(step, (to_float32(-4e-4), to_float32(2e-4), 0.0)) for step in range(STEPS)]  # as real steps are
+
+
+@pytest.mark.parametrize("space", [Lora(rank=2, alpha=3.0), Lozo(rank=2, interval=50)], ids=["lora", "lozo"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
+def test_what_rounding_takes_from_a_merged_change_is_said(export, narrow, tmp_path, space, dtype):
+    """The printed share is that of the files; where it is much, the advice is printed, and holds."""
+    space = replace(space, targets=("q_proj", "up_proj"))
+    made = make(tmp_path / "run", narrow, space, commits=lambda step: SMALL[step], dtype="bfloat16")
+    said = export(run="run", out="merged", step=None, format="merged", dtype=dtype)
+    model = merged_model(tmp_path / "merged")
+    kept = "bfloat16" if dtype == "auto" else dtype
+    assert str(model.dtype) == f"torch.{kept}" and said.endswith(f"merged, {kept}: merged\n")
+    missed = total = 0.0
+    for name, final in made.effective[-1].items():
+        written = model.get_parameter(f"{name}.weight").data.double().numpy()
+        missed += ((written - final) ** 2).sum()
+        total += ((final - made.effective[0][name]) ** 2).sum()
+    lost = math.sqrt(missed / total)
+    assert lost > 0.15 if kept == "bfloat16" else lost < (1e-4 if kept == "float32" else 0.5)
+    if kept == "float32":
+        assert "rounding" not in said
+        return
+    found = re.match(r"(warning: )?rounding to (\w+) lost (\S+) % of the change", said)
+    assert float(found[3]) / 100 == pytest.approx(lost, rel=0.1) and found[2] == kept
+    assert bool(found[1]) == ("dtype=float32 keeps it" in said) == (lost > 0.05)
+
+
 def test_a_run_in_float64_is_merged_to_the_bit(export, tiny_models, tmp_path):
     made = make(tmp_path / "run", tiny_models["llama"], LowRank(targets=("q_proj",)), dtype="float64")
     said = export(run="run", out="out", step=None, format="merged")
@@ -347,6 +386,7 @@ def test_the_best_step_on_dev_is_the_default(command, runs, tmp_path):
             "expected python -m zoray.export run=runs/NAME out=DIR (and step=K or step=best, format=peft or",
         ),
         ({"format": "gguf"}, "expected format to be one of peft, merged; got 'gguf'"),
+        ({"dtype": "int8"}, "expected dtype to be one of auto, float32, float16, bfloat16; got 'int8'"),
         ({"format": None}, "expected format to be one of peft, merged; got None"),
         ({"rank": 0}, "expected rank to be a whole number from 1 to 512; got 0"),
         ({"rank": 513}, "expected rank to be a whole number from 1 to 512; got 513"),
@@ -364,7 +404,7 @@ def test_the_best_step_on_dev_is_the_default(command, runs, tmp_path):
         ({"step": -1}, "expected step in 0..5, the steps in this journal; got -1"),
         ({"step": "first"}, "expected step to be a whole number or best; got 'first'"),
         ({"step": True}, "expected step to be a whole number or best; got True"),
-        ({"step": 1, "out": "file/out"}, "can't write to file/out: Not a directory. Choose another folder"),
+        ({"step": 1, "out": "file/out"}, "file is a file. Choose another place"),
     ],
 )
 def test_a_mistake_is_said_before_anything_is_written(export, runs, tmp_path, settings, says):
@@ -377,7 +417,9 @@ def test_a_mistake_is_said_before_anything_is_written(export, runs, tmp_path, se
 
 def test_a_mistake_in_the_command_is_one_clear_line(command, runs, tmp_path):
     run = Path(shutil.copytree(runs["lora-B"].folder, tmp_path / "run"))
-    usage = "expected python -m zoray.export run=runs/NAME out=DIR (and step=K or step=best, format=peft or"
+    usage = (
+        "expected python -m zoray.export run=runs/NAME out=DIR (and step=K or step=best, format=peft or format=merged)"
+    )
     assert command("out=out") == (2, "", f"error: {usage}\n")
     assert command("run=run") == (2, "", f"error: {usage}\n")
     measured(run, (2, "test", 0.9))  # which chooses nothing

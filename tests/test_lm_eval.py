@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from chatty import CHOICES, Given, chat_llama, experiment
+from journalled import make
 from local_pool import LocalPool
+from vllm.config.lora import MaxLoRARanks
 
+from zoray import lm_eval
+from zoray.cli import compose
 from zoray.data import load_workload
 from zoray.driver import tune
 from zoray.objectives import ChoiceNLL
@@ -38,7 +43,7 @@ def run(request, tmp_path_factory):
     """A run's folder, a folder with the task, and how many examples the run's last state has right."""
     root = tmp_path_factory.mktemp("harness")
     folder = chat_llama(root / "model")
-    space = {"lora": Lora(rank=2, alpha=4.0, train="AB"), "lowrank": LowRank(rank=1)}[request.param]
+    space = {"lora": Lora(rank=12, alpha=24.0, train="AB"), "lowrank": LowRank(rank=1)}[request.param]
     e = experiment(folder, Given(CHOICES), ChoiceNLL(), root / "runs", space=space, optimizer=Sgd(lr=3e-2), steps=4)
     e.run.path.mkdir(parents=True)
     tune(e, load_workload(e.spec), {}, LocalPool)
@@ -86,6 +91,28 @@ def test_the_harness_scores_the_step(run, tmp_path):
         ReplicaSpec(Model(str(tmp_path / "m")), Given(CHOICES), ChoiceNLL(), Lora(), TwoPoint(), Hf(), 0, 0, 4)
     )
     assert accuracy["null"] == merged.outcomes("train", Probe(0, 0, 0.0)).scores.mean()
+
+
+@pytest.mark.slow
+def test_vllm_scores_the_step_as_transformers_does(run, tmp_path):
+    """Also where vLLM is its build for CPUs, and where no slot has the adapter's rank."""
+    folder, tasks, _ = run
+    accuracy = {}
+    for backend in ("hf", "vllm"):
+        where = [f"run={folder}", "step=null", f"include_path={tasks}", f"out={tmp_path / backend}.json"]
+        done = harness("tasks=[films]", "model_args={dtype: float32}", f"backend={backend}", *where)
+        assert done.returncode == 0, done.stderr[-3000:]
+        accuracy[backend] = json.loads((tmp_path / f"{backend}.json").read_text())["results"]["films"]["acc,none"]
+    assert accuracy["vllm"] == accuracy["hf"]
+
+
+@pytest.mark.parametrize(("rank", "slot"), [(1, 1), (2, 8), (12, 16), (33, 64), (300, 320), (512, 512)])
+def test_vllm_is_asked_for_a_rank_that_it_has_slots_for(tiny_models, tmp_path, rank, slot):
+    made = make(tmp_path / "run", tiny_models["llama"], Lora(rank=rank, targets=("q_proj",)), steps=1)
+    config = compose("lm_eval", [f"run={made.folder}", "step=null", "backend=vllm", "tasks=[films]"])
+    asked = lm_eval._step(config, tmp_path)
+    assert asked["max_lora_rank"] == str(slot) and slot in get_args(MaxLoRARanks)
+    assert json.loads((tmp_path / "model" / "adapter_config.json").read_text())["r"] == rank
 
 
 @pytest.mark.parametrize(

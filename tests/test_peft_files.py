@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from zoray.adapters import peft_space, read_peft
 from zoray.engines.hf import Hf
 from zoray.engines.packing import Plan
+from zoray.engines.vllm import Vllm
 from zoray.models import linear_matrices
 from zoray.records import ConfigError, Probe, TokenSequence
 
@@ -132,12 +133,12 @@ def changed(folder: Path, out: Path, **keys: Any) -> Path:
     return out
 
 
-def ours(folder: Path, adapter: Path) -> torch.Tensor:
+def ours(folder: Path, adapter: Path, how: Any = None) -> torch.Tensor:
     """Log-probabilities of the tokens, by zoray."""
     space = peft_space(adapter)
     matrices = linear_matrices(folder, space.targets)
     data = read_peft(adapter, space, matrices, folder)
-    engine = Hf().start(folder, "float32", matrices, space, 0)
+    engine = (how or Hf()).start(folder, "float32", matrices, space, 0)
     engine.restore(data, 0)
     sequence = TokenSequence(TOKENS, ROWS, TOKENS[1:].astype(np.int64), ROWS, len(ROWS))
     return torch.from_numpy(engine.score_plan(Plan.of([(Probe(0, 0, 0.0), sequence)])))
@@ -193,6 +194,21 @@ def folders(tiny_models, tmp_path_factory):
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_models_tied_and_untied_and_both_files(folders, tmp_path, kind, targets, safe):
     agree(folders[kind], made(folders[kind], tmp_path / "a", safe, target_modules=targets))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers_to_transform": [1], "rank_pattern": {"v_proj": 9}, "alpha_pattern": {"q_proj": 3}},
+        {"target_modules": ["embed_tokens", "lm_head", "o_proj"], "use_rslora": True},
+    ],
+    ids=["patterns", "vocabulary"],
+)
+def test_vllm_scores_the_same(tiny_models, tmp_path, settings):
+    """Slots hold what is asked for, with ranks of their own and on some of the layers."""
+    adapter = made(tiny_models["llama"], tmp_path / "a", **settings)
+    found = ours(tiny_models["llama"], adapter, Vllm(slots=1, max_tokens=256, kv_cache_gib=0.1))
+    assert (found - theirs(tiny_models["llama"], adapter)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -253,7 +269,10 @@ def test_an_old_configuration_lacks_most_keys(tiny_models, tmp_path):
         ({"rank_pattern": [3]}, "expected r and rank_pattern"),
         ({"lora_alpha": None}, "expected lora_alpha and alpha_pattern in .* positive numbers; got"),
         ({"target_modules": 3}, "expected target_modules in .* text or a list of texts; got 3"),
-        ({"target_modules": "("}, "regular expressions of modules"),
+        ({"target_modules": "("}, "expected regular expressions in .*; got '\\('"),
+        ({"alpha_pattern": {"q_proj": 3, "[": 4}}, "expected regular expressions in"),
+        ({"layers_to_transform": "1"}, "expected layers_to_transform in .* whole numbers; got '1'"),
+        ({"layers_pattern": 3}, "expected layers_pattern in"),
         ({"r": 8}, r"expected model.layers.0.self_attn.q_proj.lora_A of shape \(8, 64\) in .*; got \(4, 64\)"),
         ({"rank_pattern": {"v_proj": 5}}, r"v_proj.lora_A of shape \(5, 64\)"),
         ({"r": 600}, "of rank 512 at most"),

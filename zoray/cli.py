@@ -8,11 +8,13 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from os.path import abspath
 from pathlib import Path
 from typing import Any, NoReturn
 
 from zoray import disk, streams
 from zoray.overrides import check_whole, setting, unescaped, value_of
+from zoray.paths import absolute_paths, missing_paths
 from zoray.records import ConfigError, JournalError, ReplicaLost
 from zoray.signatures import check_signature, did_you_mean, in_quotes, unknown_key
 
@@ -331,7 +333,7 @@ def build_experiment(config: Any) -> Any:
 
 
 def load_run_config(folder: Path) -> Any:
-    """The config that a run was started with; ConfigError if the folder is not a run's."""
+    """The config that a run was started with, its files by absolute paths; ConfigError if the folder is not a run's."""
     import yaml
     from omegaconf import OmegaConf
 
@@ -339,6 +341,48 @@ def load_run_config(folder: Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"expected the folder of a run (with config.yaml and journal.jsonl); got {str(folder)!r}")
     try:
-        return OmegaConf.load(path)
+        settings = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OSError) as error:  # OmegaConf's word for neither a mapping nor a list is OSError
         raise ConfigError(f"{path} is not readable: {' '.join(str(error).split())}") from None
+    if (start := _started_in(folder, settings)) is not None:
+        settings = absolute_paths(settings, start)
+    return OmegaConf.create(absolute_paths(settings, Path.cwd()))
+
+
+def _started_in(folder: Path, settings: Any) -> Path | None:
+    """The working directory that a run was started from, as its folder tells where run.folder is relative."""
+    run = settings.get("run") if isinstance(settings, Mapping) else None
+    below = Path(str(run.get("folder")), str(run.get("name"))) if isinstance(run, Mapping) else Path()
+    here = Path(abspath(folder))
+    if not below.parts or below.is_absolute() or here.parts[-len(below.parts) :] != below.parts:
+        return None
+    return here.parents[len(below.parts) - 1]
+
+
+def check_run_files(config: Any, folder: Path, parts: Sequence[str] = ("model", "task", "objective")) -> None:
+    """Raise ConfigError unless the files and folders are there that these parts of a run's config name."""
+    from omegaconf import OmegaConf
+
+    settings: Any = OmegaConf.to_container(config)
+    if missing := list(missing_paths({part: settings.get(part) for part in parts})):
+        (key, value), more = missing[0], f" (and {len(missing) - 1} more of its settings)" if len(missing) > 1 else ""
+        raise ConfigError(
+            f"expected {key}={value} of the run {folder} to be there; it is not{more}. If it was moved, set {key} in "
+            f"{folder / 'config.yaml'} to the place where it is now"
+        )
+
+
+def base_of_run(folder: Path, header: Mapping[str, Any]) -> Path:
+    """The folder of the model that a run's journal pins: where its config says it is now.
+
+    Raises:
+        ConfigError: it is not there.
+        JournalError: it has other weights.
+    """
+    from zoray.models import pinned_folder
+
+    if not (folder / "config.yaml").is_file():  # the journal alone
+        return pinned_folder(header)
+    stored = load_run_config(folder)
+    check_run_files(stored, folder, ["model"])
+    return pinned_folder({**header, "model": stored.model.path})

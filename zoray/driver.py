@@ -21,6 +21,7 @@ from zoray.measure import Losses, check_rewards, evaluate
 from zoray.models import weights_hash
 from zoray.monitoring import Monitor
 from zoray.overrides import setting
+from zoray.paths import agree_but_for_places
 from zoray.pool import Pool
 from zoray.records import ConfigError, JournalError, StepResult, record, require
 from zoray.spaces.signs import packed
@@ -269,7 +270,7 @@ def read_journal(path: Path, header: dict[str, Any]) -> journal.Contents | None:
         path.unlink()
         return None
     contents = journal.read(path)
-    for key, value in header.items():
+    for key, value in header.items():  # weights and examples have hashes; files may be moved
         found = contents.header.get(key)
         if key == "examples" and None not in (found, value) and found != value:
             raise JournalError(
@@ -278,16 +279,9 @@ def read_journal(path: Path, header: dict[str, Any]) -> journal.Contents | None:
             )
         if key == "examples":
             continue
-        if key != "versions" and not _agree(found, value):
+        if key != "versions" and not agree_but_for_places(found, value, "path" if key == "model" else key):
             raise JournalError(f"{path} was made with {key}={found}; this run has {value}. Resume with the same {key}")
     return contents
-
-
-def _agree(found: Any, value: Any) -> bool:
-    """Whether a journal's value is this run's; what the version that wrote it did not know yet has its default."""
-    if isinstance(found, dict) and isinstance(value, dict):
-        return all(key in value and _agree(known, value[key]) for key, known in found.items())
-    return found == value
 
 
 def open_journal(

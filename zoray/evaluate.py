@@ -17,7 +17,7 @@ import numpy as np
 
 from zoray import disk, journal, streams
 from zoray.adapters import peft_space, read_peft
-from zoray.cli import build, build_experiment, load_run_config, run_main
+from zoray.cli import build, build_experiment, check_run_files, load_run_config, run_main
 from zoray.data import ReplicaSpec, load_workload
 from zoray.estimators import TwoPoint
 from zoray.history import resolve_step
@@ -85,7 +85,9 @@ def main(config: Any) -> int:
 def _of_run(config: Any) -> tuple[ReplicaSpec, journal.Contents, int]:
     folder = user_path(config.run)
     contents = journal.read(folder / journal.FILE_NAME)
-    experiment = build_experiment(load_run_config(folder))
+    stored = load_run_config(folder)
+    check_run_files(stored, folder, ["model", *(part for part in ("task", "objective") if config[part] is None)])
+    experiment = build_experiment(stored)
     if experiment.estimator.guided:  # a state is scored without
         experiment = replace(experiment, estimator=TwoPoint())
     if config.engine is not None:

