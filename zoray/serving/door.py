@@ -2,7 +2,7 @@
 
 Guarantees: a request without the key, from a page of another site, too often or too large is refused before its body
 is kept; bodies in memory are bounded, each and all together; every refusal is an error as OpenAI's API has it; nothing
-of a request is logged.
+of a request is logged; HEAD is answered as GET is, without a body.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from starlette.responses import Response
 
 from zoray.engines.vllm_openai import failure
 from zoray.serving.logs import LOG
-from zoray.serving.settings import is_own
+from zoray.serving.settings import is_own, is_public
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -116,6 +116,8 @@ class Door:
                 begun, headers = True, MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
+            elif scope["method"] == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -159,11 +161,10 @@ class Door:
             self._held -= held
 
     def _check(self, scope: Scope) -> None:
-        headers, path = Headers(scope=scope), scope["path"]
-        if _foreign(headers, path, self._settings.host):
-            raise Refused(403, "requests from pages of other sites are not answered")
-        client = scope.get("client")
-        if wait := self._rates.take(client[0] if client else "?"):
+        headers, path, settings = Headers(scope=scope), scope["path"], self._settings
+        if why := _foreign(headers, path, settings.host, settings.names):
+            raise Refused(403, why)
+        if wait := self._rates.take(_address(scope.get("client"), headers, bool(settings.names))):
             most = self._settings.requests_per_minute
             raise Refused(429, f"expected at most {most} requests a minute; wait {wait:.1f} s", after=wait)
         is_open = path in self._open and scope["method"] in ("GET", "HEAD")
@@ -183,17 +184,42 @@ def _holds(headers: Headers, key: str) -> bool:
     return kind.lower() == "bearer" and hmac.compare_digest(value.strip().encode("latin-1"), key.encode())
 
 
-def _foreign(headers: Headers, path: str, own: str) -> bool:
-    """Whether a browser sends this for a page of another site: a form or script there could reach a local server."""
+def _foreign(headers: Headers, path: str, own: str, names: Sequence[str]) -> str | None:
+    """Why a request may be one that a browser sends for a page of another site, which could reach a local server."""
     host = headers.get("host", "")
     found = HOST.fullmatch(host)
+    if found is None:
+        return _not_accepted("Host", host, "a name or an address", None)
     # A name of a foreign site that has been made to stand for 127.0.0.1 (DNS rebinding); others need the key.
-    if found is None or (is_own(own) and not is_own(found[1].strip("[]"))):
-        return True
-    if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-        return path != "/"  # a link to the page is no harm
+    if is_own(own) and not is_own(found[1].strip("[]")) and not is_public(host, names):
+        return _not_accepted("Host", host, "of this machine (127.0.0.1, localhost), or of serve.names", found[1])
+    site = headers.get("sec-fetch-site")
+    if site in ("cross-site", "same-site"):
+        if path == "/":  # a link to the page is no harm
+            return None
+        return f"requests from pages of other sites are not answered; got Sec-Fetch-Site: {site}"
     origin = headers.get("origin")
-    return origin is not None and origin.partition("://")[2].lower() != host.lower()
+    if origin is None:
+        return None
+    scheme, _, name = origin.partition("://")
+    if name.lower() == host.lower() or (name and is_public(name, names, scheme)):
+        return None
+    where = HOST.fullmatch(name)
+    return _not_accepted("Origin", origin, f"that of {host}, or of serve.names", where and where[0])
+
+
+def _not_accepted(header: str, got: str, expected: str, name: str | None) -> str:
+    """What to set, should the name be the server's after all: a proxy in front of it has one of its own."""
+    shown = "".join(c if c.isprintable() else "?" for c in got[:100])
+    advice = f". If that is how people reach this server, start it with 'serve.names=[\"{name}\"]'" if name else ""
+    return f"expected {header} to be {expected}; got {shown!r}{advice}"
+
+
+def _address(client: Sequence[Any] | None, headers: Headers, proxied: bool) -> str:
+    """Whose rate a request counts to: behind a proxy of this machine, that of the client which it names."""
+    address = client[0] if client else "?"
+    named = headers.get("x-forwarded-for", "").rpartition(",")[2].strip()  # what the nearest proxy has added
+    return named if proxied and named and is_own(address) else address
 
 
 def _payer(address: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from zoray.serving.gate import Gate
 from zoray.signatures import check_signature
 
 KEY = "ZORAY_API_KEY"  # the environment variable that holds it
+PUBLIC = re.compile(r"(?!-)[A-Za-z0-9.-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")  # a name of an address
+PORTS = {"http": "80", "https": "443"}  # that addresses leave out
 PARTS = ("model", "engine", "space", "estimator", "optimizer")
 
 
@@ -36,6 +38,8 @@ class Settings:
         folder: where uploads, jobs and versions are kept.
         host: to listen on. Any other than this machine's own needs a key, in the environment variable ZORAY_API_KEY.
         port: to listen on.
+        names: what this server is called in public, by a proxy in front of it: names of addresses, with the port where
+            that is not 80 or 443. Needs a key.
         replicas: engines. Requests are shared out among them, and so is tuning.
         gpus: of each engine; null takes engine.tensor_parallel of them where there are any.
         slots: versions, besides the base model, that can answer at the same time.
@@ -61,6 +65,7 @@ class Settings:
     folder: str = "serving"
     host: str = "127.0.0.1"
     port: int = 8000
+    names: tuple[str, ...] = ()
     replicas: int = 1
     gpus: int | None = None
     slots: int = 4
@@ -85,6 +90,10 @@ class Settings:
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, f"serve.{name} to be a whole number of at least 1", value)
         require(isinstance(self.port, int) and 0 < self.port < 65536, "serve.port in 1..65535", self.port)
+        for name in self.names:
+            ok = isinstance(name, str) and PUBLIC.fullmatch(name) is not None
+            require(ok, "serve.names such as llm.example.org or llm.example.org:8443, without https:// and paths", name)
+        object.__setattr__(self, "names", tuple(self.names))
         require(self.max_slowdown >= 1, "serve.max_slowdown of at least 1", self.max_slowdown)
         require(self.max_upload_mb > 0 and self.max_storage_mb > 0, "serve.max_upload_mb over 0", self.max_upload_mb)
         ok = self.requests_per_minute is None or self.requests_per_minute >= 1
@@ -113,10 +122,12 @@ class Settings:
         key = os.environ.get(KEY) or None
         if key is not None and len(key) < 16:
             raise ConfigError(f"expected {KEY} to have at least 16 characters; it has {len(key)}")
-        if key is None and not is_own(self.host):
+        if key is None and (self.names or not is_own(self.host)):
+            what, instead = ("host", "127.0.0.1") if not is_own(self.host) else ("names", "[]")
+            given = self.host if what == "host" else f"[{','.join(self.names)}]"
             raise ConfigError(
-                f"expected an API key in the environment variable {KEY}, since host={self.host} lets others reach this "
-                f"server. Take host=127.0.0.1, or set one: export {KEY}=$(openssl rand -hex 24)"
+                f"expected an API key in the environment variable {KEY}, since {what}={given} lets others reach this "
+                f"server. Take {what}={instead}, or set one: export {KEY}=$(openssl rand -hex 24)"
             )
         return key
 
@@ -129,6 +140,8 @@ def settings_of(config: Any) -> Settings:
     """
     parts = {name: build(config[name], name) for name in PARTS}
     own = dict(config.serve)
+    names = own["names"]
+    own["names"] = [names] if isinstance(names, str) else list(names) if isinstance(names, Sequence) else names
     gate = dict(own["gate"]) if isinstance(own["gate"], Mapping) else own["gate"]
     typed = {**gate, "_target_": "zoray.serving.gate.Gate"} if isinstance(gate, dict) else gate
     check_signature({**own, "gate": typed, "_target_": "zoray.serving.settings.Settings"}, "serve")
@@ -141,3 +154,19 @@ def is_own(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def is_public(address: str, names: Sequence[str], scheme: str = "") -> bool:
+    """Whether an address is one of the server's public names; its port counts where a `scheme` is given.
+
+    Hosts come without: proxies pass them on with a port or not, and another port is no other name.
+    """
+    host, port = _parts(address)
+    usual = PORTS.get(scheme, "")
+    return any(host == name and (not scheme or (port or usual) == (own or usual)) for name, own in map(_parts, names))
+
+
+def _parts(address: str) -> tuple[str, str]:
+    """Name and port of an address, "" for none."""
+    found = re.fullmatch(r"(.*?)(?::([0-9]+))?", address.lower())
+    return (found[1], found[2] or "") if found else (address, "")
