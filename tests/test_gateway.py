@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import time
 from itertools import product
 
@@ -129,6 +131,67 @@ def test_all_of_this_machines_addresses_are_guarded_against_rebound_names(chat_m
     assert public.get("/v1/files", headers=headers).status_code == 403
 
 
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({"Host": "llm.example.org"}, "Host to be of this .* got 'llm.example.org'.*names=\\[.llm.example.org.\\]"),
+        ({"Host": "llm.example.org:8443"}, "got 'llm.example.org:8443'.*names=\\[.llm.example.org.\\]"),
+        ({"Host": "evil.example/x"}, "expected Host to be a name or an address; got 'evil.example/x'$"),
+        ({"Origin": "https://llm.example.org"}, "Origin to be that of 127.0.0.1:8000.*names=\\[.llm.example.org.\\]"),
+        ({"Origin": "https://llm.example.org:8443"}, "names=\\[.llm.example.org:8443.\\]"),
+        ({"Origin": "null"}, "expected Origin .* got 'null'$"),
+        ({"Sec-Fetch-Site": "cross-site"}, "pages of other sites are not answered; got Sec-Fetch-Site: cross-site"),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_which_header_was_not_accepted_and_what_to_set(client, headers, said):
+    error = error_of(client.get("/v1/files", headers=headers))
+    assert error["code"] == 403 and re.search(said, error["message"]), error
+
+
+NAMES = ("llm.example.org", "chat.example.org:8443")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "llm.example.org"}, 200),
+        ({"Host": "LLM.example.org:443"}, 200),
+        ({"Host": "llm.example.org", "Origin": "https://llm.example.org"}, 200),
+        ({"Host": "llm.example.org:80", "Origin": "http://llm.example.org"}, 200),
+        ({"Origin": "https://llm.example.org", "Sec-Fetch-Site": "same-origin"}, 200),  # the Host header not passed on
+        ({"Origin": "https://llm.example.org:443"}, 200),
+        ({"Host": "chat.example.org", "Origin": "https://chat.example.org:8443"}, 200),  # passed on as nginx's $host
+        ({"Host": "localhost:8000"}, 200),
+        ({"Origin": "https://llm.example.org:9999"}, 403),
+        ({"Origin": "https://chat.example.org"}, 403),
+        ({"Origin": "https://www.llm.example.org"}, 403),
+        ({"Origin": "https://example.org"}, 403),
+        ({"Origin": "https://llm.example.org", "Sec-Fetch-Site": "same-site"}, 403),
+        ({"Host": "example.org"}, 403),
+        ({"Host": "llm.example.org.evil.example"}, 403),
+    ],
+)
+def test_behind_a_proxy_the_servers_public_names_are_its_own(chat_model, tmp_path, headers, status):
+    client = Client(FakeGateway(settings_of(chat_model, tmp_path / "s", names=NAMES), KEY), KEY)
+    for response in (client.get("/v1/files", headers=headers), client.post("/v1/conversations/file", headers=headers)):
+        assert (response.status_code == 403) == (status == 403), response.text
+
+
+def test_behind_a_proxy_each_client_has_its_own_rate(chat_model, tmp_path):
+    settings = settings_of(chat_model, tmp_path / "s", names=NAMES, requests_per_minute=2)
+    client = Client(FakeGateway(settings, KEY), KEY)
+
+    def statuses(address, client=client):
+        headers = {"X-Forwarded-For": address}
+        return [client.get("/v1/learning", headers=headers).status_code for _ in range(3)]
+
+    assert statuses("203.0.113.5") == [200, 200, 429]
+    assert statuses("10.9.9.9, 203.0.113.5") == [429] * 3  # what it has made up itself does not count
+    assert statuses("203.0.113.6") == [200, 200, 429]
+    other = Client(FakeGateway(settings, KEY), KEY, address="203.0.113.7")  # no proxy of this machine
+    assert [status for k in range(2) for status in statuses(f"10.0.0.{k}", other)] == [200, 200, *[429] * 4]
+
+
 def test_a_link_to_the_page_may_be_followed_and_no_other(client):
     assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code in (200, 404)
     assert client.get("/app.js", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
@@ -160,6 +223,48 @@ def test_there_are_no_websockets(client):
 
     asyncio.run(main())
     assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+# Methods and addresses.
+
+
+def test_head_is_answered_on_every_route_that_has_get(client):
+    number = client.upload(rows()).json()["id"]
+    for path in ("/health", "/", "/app.js", "/v1/models", "/v1/models/tiny", "/v1/files", f"/v1/files/{number}/content",
+                 "/v1/fine_tuning/jobs", "/v1/versions", "/v1/overview", "/openapi.json"):  # fmt: skip
+        found, whole = client.request("HEAD", path), client.get(path)
+        assert found.status_code == whole.status_code == 200 and found.content == b"" != whole.content, path
+        assert found.headers == whole.headers
+    assert client.request("HEAD", "/v1/models/none").status_code == 404
+    assert client.request("HEAD", "/v1/chat/completions").status_code == 405
+    assert all("head" not in methods for methods in client.get("/openapi.json").json()["paths"].values())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "meant"),
+    [
+        ("POST", "/chat/completions", "/v1/chat/completions"),
+        ("POST", "/completions", "/v1/completions"),
+        ("GET", "/models", "/v1/models"),
+        ("GET", "/models/tiny", "/v1/models/tiny"),
+        ("POST", "/files", "/v1/files"),
+        ("POST", "/fine_tuning/jobs", "/v1/fine_tuning/jobs"),
+        ("POST", "/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("POST", "/api/v1/chat/completions", "/v1/chat/completions"),
+        ("POST", "//v1/chat/completions", "/v1/chat/completions"),
+        ("POST", "/v1/chat/completions/", "/v1/chat/completions"),
+    ],
+)
+def test_a_base_url_without_v1_is_told_so(client, method, path, meant):
+    status, _, body = client.raw({"method": method, "path": path})
+    error = json.loads(body)["error"]
+    assert status == 404 and "base_url=http://HOST:PORT/v1" in error["message"] and f"mean {meant}?" in error["message"]
+
+
+def test_what_else_openais_api_has_is_told_apart_from_typing_errors(client):
+    for path in ("/v1/responses", "/v1/embeddings", "/v1/images/generations"):
+        assert "expected one of chat/completions, completions, models" in error_of(client.post(path))["message"]
+    assert error_of(client.get("/v1/nothing"))["message"] == "there is nothing here"
 
 
 # Rates and sizes.

@@ -74,7 +74,7 @@ def test_unknown_fields_of_jobs_and_uses_are_refused(client):
     number = client.upload(rows()).json()["id"]
     asked = {"training_file": number}
     for more in ({"_target_": "os.system"}, {"use": {"path": "/etc/passwd"}}, {"use": {"_target_": "x"}},
-                 {"hyperparameters": {"n_epochs": 3}}, {"run": {"folder": "/tmp"}},
+                 {"hyperparameters": {"epochs": 3}}, {"run": {"folder": "/tmp"}},
                  {"use": {"metric": "f1"}}):  # fmt: skip
         error = error_of(client.post("/v1/fine_tuning/jobs", json=asked | more))
         assert "Extra inputs are not permitted" in error["message"]
@@ -140,9 +140,11 @@ def test_schemas_whose_grammar_may_explode_are_refused(client, gateway):
                    {"enum": ["x" * 100] * 200}, {"properties": []}, {"anyOf": {}}, {"items": 1}):  # fmt: skip
         assert shaped(client, schema) == 400, schema
     person = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    noted = {**person, "$defs": {"A": {"type": "integer", "title": "A"}}, "properties": {"age": {"$ref": "#/$defs/A"}}}
     assert shaped(client, person) == 200 and [
         body["response_format"]["json_schema"]["schema"] for _, body in gateway.asked
     ] == [person]
+    assert shaped(client, noted) == 200 and gateway.asked[1] == gateway.asked[0]
 
 
 def test_what_reaches_the_engine_is_what_openai_documents(client, gateway):

@@ -7,8 +7,10 @@ import math
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 from served import labelled
 
@@ -67,6 +69,28 @@ def test_the_openai_client_completes_a_text(server):
         model="tiny", prompt="It was", max_tokens=5, temperature=0, stream=True, stop=["\n\n"]
     )
     assert "".join(event.choices[0].text for event in stream) == found.choices[0].text
+
+
+def test_the_openai_client_gets_answers_of_a_form(server):
+    class Film(pydantic.BaseModel):
+        kind: Literal["good", "bad"] = pydantic.Field(description="what it was")
+        stars: int = pydantic.Field(ge=1, le=5)
+        code: str = pydantic.Field(pattern=r"^[a-c]{2}$")
+
+    class Films(pydantic.BaseModel):
+        films: list[Film] = pydantic.Field(min_length=1, max_length=2)
+        first: Film | None = None
+
+    messages = [{"role": "user", "content": "It was"}]
+    for _ in range(5):  # a random model may fill what it has with spaces
+        try:
+            found = server.openai.chat.completions.parse(
+                model="tiny", messages=messages, response_format=Films, max_tokens=160, temperature=1.0
+            )
+        except openai.LengthFinishReasonError as error:
+            assert (error.completion.choices[0].message.content or "{").lstrip()[:1] in ("{", "")
+            continue
+        assert 1 <= len(found.choices[0].message.parsed.films) <= 2
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,52 @@
 """What may be asked of a model over the network: OpenAI's fields within bounds; other fields are left out, not refused.
 
 Guarantees: no field has a request cost more than its tokens do; what is a picture, a sound or an address to be fetched
-is refused, and so are schemas whose grammar could grow beyond its text.
+is refused, and so are schemas that the grammar does not hold to (grammar.py). A field of OpenAI's that would change the
+answer, and can't here, is refused by name.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, model_validator
+
+from zoray.serving.fields import LIST, LISTS, TEXT, TEXTS, TOKENS, by_type, only, wrong
+from zoray.serving.grammar import enforced
 
 MOST_CHOICES = 16  # of a prompt
 MOST_PROMPTS = 32
 MOST_ALTERNATIVES = 20  # tokens beside the one that was chosen
-MOST_SCHEMA = 16_384  # characters
-DEEPEST = 12  # levels of a schema
-PLAIN = {  # keywords of JSON schema whose grammar is no larger than what is written; all others are refused
-    "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "title", "description",
-}  # fmt: skip
+NO_TOOLS = "this server has no tools"
 
 Text = Annotated[str, Field(max_length=2_000_000)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
+Stops = Annotated[
+    Annotated[Stop, Tag(TEXT)] | Annotated[list[Stop], Field(max_length=16), Tag(LIST)],
+    by_type("a text, or a list of texts"),
+]
+
+
+def _prompts(value: Any) -> str | None:
+    """Which of its kinds a prompt is, by what it begins with."""
+    if not isinstance(value, list):
+        return TEXT if isinstance(value, str) else None
+    first = type(value[0]) if value else str
+    return {int: TOKENS, list: LISTS}.get(first, TEXTS)
+
+
+Prompts = Annotated[
+    Annotated[str, Field(min_length=1, max_length=2_000_000), Tag(TEXT)]
+    | Annotated[list[Token], Field(min_length=1, fail_fast=True), Tag(TOKENS)]
+    | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True), Tag(TEXTS)]
+    | Annotated[
+        list[Annotated[list[Token], Field(min_length=1, fail_fast=True)]],
+        Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True),
+        Tag(LISTS),
+    ],
+    by_type("a text, a list of texts, a list of token numbers, or a list of such lists", _prompts),
+]
 
 
 class Asked(BaseModel):
@@ -35,7 +59,7 @@ class Asked(BaseModel):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stops | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -66,13 +90,34 @@ class Streaming(BaseModel):
     include_usage: bool | None = None
 
 
+def _text_only(kind: Any) -> Any:
+    if isinstance(kind, str) and kind != "text":
+        raise wrong(f"this server reads text parts only; got one of type {kind[:50]!r}")
+    return kind
+
+
 class Part(BaseModel):
     """A piece of a message: text only."""
 
     model_config = ConfigDict(extra="ignore")
 
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(_text_only)]
     text: Text
+
+
+Content = Annotated[
+    Annotated[Text, Tag(TEXT)] | Annotated[list[Part], Field(min_length=1, max_length=100, fail_fast=True), Tag(LIST)],
+    by_type("a text, or a list of text parts"),
+]
+
+
+def _speaker(role: Any) -> Any:
+    if role in ("tool", "function"):
+        raise wrong(f"{NO_TOOLS}, and reads no turn of role {role!r}. Say it in a turn of the user")
+    return role
+
+
+CALLS = f"{NO_TOOLS}, and reads no calls of them. Leave the turn out, or say in its content what was called"
 
 
 class Said(BaseModel):
@@ -80,8 +125,11 @@ class Said(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, max_length=100, fail_fast=True)]
+    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_speaker)]
+    tool_calls: Annotated[Any, only([], why=CALLS)] = Field(default=None, exclude=True)
+    function_call: Annotated[Any, only(why=CALLS)] = Field(default=None, exclude=True)
+    audio: Annotated[Any, only(why="this server reads texts only")] = Field(default=None, exclude=True)
+    content: Content
     name: str | None = Field(default=None, max_length=100)
 
 
@@ -96,10 +144,11 @@ class Shape(BaseModel):
     strict: bool | None = None
 
     @model_validator(mode="after")
-    def _bounded(self) -> Shape:
-        if len(json.dumps(self.shape)) > MOST_SCHEMA:
-            raise ValueError(f"expected a schema of at most {MOST_SCHEMA:,} characters")
-        _check_schema(self.shape, 1)
+    def _enforced(self) -> Shape:
+        found = enforced(self.shape)
+        if found is False:
+            raise ValueError("expected a schema that something fits")
+        self.shape = {} if found is True else found
         return self
 
 
@@ -110,12 +159,32 @@ class Format(BaseModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Shape | None = None
+    schema_beside: Annotated[Any, only(why="a schema is read as json_schema={name, schema}, with type=json_schema")] = (
+        Field(default=None, alias="schema", exclude=True)
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Format:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("expected json_schema with type=json_schema, and only there")
         return self
+
+
+def _choice(choice: Any) -> None:
+    """No tools means that none is called, which none and auto allow."""
+    mode = choice
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        inner = choice.get("allowed_tools")
+        mode = inner.get("mode") if isinstance(inner, dict) else choice.get("mode")
+    if mode not in (None, "none", "auto"):
+        raise wrong(
+            f"{NO_TOOLS}: no answer calls one, so expected none or auto. For an answer of a given form take "
+            "response_format of type json_schema"
+        )
+
+
+Choice = Annotated[Any, BeforeValidator(_choice)]
+Unread = Annotated[Any, Field(exclude=True)]
 
 
 class Chat(Asked):
@@ -126,11 +195,27 @@ class Chat(Asked):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_ALTERNATIVES)
     response_format: Format | None = None
+    tools: Unread = Field(default=None, description="Not read: no answer calls any.")
+    functions: Unread = None
+    tool_choice: Choice = Field(default=None, exclude=True)
+    function_call: Choice = Field(default=None, exclude=True)
+    modalities: Annotated[Any, only(["text"], why="this server writes texts only")] = Field(default=None, exclude=True)
+    audio: Annotated[Any, only(why="this server writes texts only")] = Field(default=None, exclude=True)
+    web_search_options: Annotated[Any, only(why="this server searches nothing")] = Field(default=None, exclude=True)
+    reasoning_effort: Annotated[Any, only("none", why="this server has no say in how long a model reasons")] = Field(
+        default=None, exclude=True
+    )
+    verbosity: Annotated[Any, only("medium", why="this server has no say in it; say it in a message")] = Field(
+        default=None, exclude=True
+    )
+    store: Annotated[Any, only(False, why="this server keeps no answers")] = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
     def _fits(self) -> Chat:
         if self.max_tokens == 0:
             raise ValueError("expected max_tokens of at least 1")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("expected one of max_completion_tokens and max_tokens, its former name; got two numbers")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("expected top_logprobs only with logprobs=true")
         return self
@@ -139,18 +224,13 @@ class Chat(Asked):
 class Completion(Asked):
     """A request for what follows a text."""
 
-    prompt: (
-        Annotated[str, Field(min_length=1, max_length=2_000_000)]
-        | Annotated[list[Token], Field(min_length=1, fail_fast=True)]
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
-        | Annotated[
-            list[Annotated[list[Token], Field(min_length=1, fail_fast=True)]],
-            Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True),
-        ]
-    )
+    prompt: Prompts
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MOST_ALTERNATIVES)
     best_of: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
+    suffix: Annotated[Any, only("", why="this server writes what follows a prompt, and nothing in between")] = Field(
+        default=None, exclude=True
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Completion:
@@ -164,25 +244,6 @@ class Completion(Asked):
         if (self.n or 1) * len(prompts) > 2 * MOST_PROMPTS:
             raise ValueError(f"expected at most {2 * MOST_PROMPTS} completions; got {(self.n or 1) * len(prompts)}")
         return self
-
-
-def _check_schema(schema: Any, depth: int) -> None:
-    """Raise ValueError unless a schema is of PLAIN keywords."""
-    if isinstance(schema, bool):
-        return
-    if not isinstance(schema, dict) or depth > DEEPEST:
-        raise ValueError(f"expected schemas that are objects, at most {DEEPEST} levels deep")
-    if foreign := sorted(set(schema) - PLAIN):
-        raise ValueError(f"expected a schema of {', '.join(sorted(PLAIN))}; got {foreign[0][:50]!r}")
-    properties, choices = schema.get("properties", {}), schema.get("anyOf", [])
-    if not isinstance(properties, dict) or not isinstance(choices, list):
-        raise ValueError("expected properties to be an object, and anyOf a list")
-    for inner in (
-        *properties.values(),
-        *choices,
-        *(schema[name] for name in ("items", "additionalProperties") if name in schema),
-    ):
-        _check_schema(inner, depth + 1)
 
 
 Asked.model_rebuild()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from contextlib import aclosing
 from hashlib import blake2b
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.datastructures import UploadFile
@@ -29,6 +31,7 @@ from zoray.serving import overview, shapes
 from zoray.serving.asked import Asked, Chat, Completion
 from zoray.serving.described import CONTENT, ERROR, FORM, STREAMED
 from zoray.serving.door import Door, Refused
+from zoray.serving.fields import place, told
 from zoray.serving.requests import NewJob, Rated, Use, Wish
 from zoray.serving.store import NotFound
 
@@ -41,6 +44,12 @@ SCRIPTS = ("app", "chat", "curve", "data", "learning", "parts", "server", "store
 ASSETS = {"": "index.html", "style.css": "style.css", **{f"{name}.js": f"{name}.js" for name in SCRIPTS}}
 OPEN = ("/health", *(f"/{asset}" for asset in ASSETS))  # to everyone
 UPLOAD = "/v1/files"
+NOTHING = "there is nothing here"
+PARTS = ("chat/completions", "completions", "models", "files", "fine_tuning/jobs")  # of OpenAI's API that are here
+ELSEWHERE = (  # and such as clients may look for
+    "responses", "embeddings", "images", "audio", "moderations", "batches", "assistants", "threads", "vector_stores",
+    "uploads", "realtime", "evals", "videos", "containers",
+)  # fmt: skip
 
 
 def build_app(gateway: Any) -> FastAPI:
@@ -89,17 +98,19 @@ def build_app(gateway: Any) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])[:200]
+        where = place(first["loc"][1:])
         if first["type"] == "model_attributes_type" and not where:
             return Refused(400, "expected a JSON object, sent as Content-Type: application/json").response
         if first["type"] == "json_invalid":
             return Refused(400, "expected a body of JSON").response
-        said = first["msg"].removeprefix("Value error, ")
+        said = told(first)
         return Refused(400, f"{where}: {said}" if where else said, where or None).response
 
     @app.exception_handler(HTTPException)
-    async def unknown(_: Request, error: HTTPException) -> Response:
-        known = {404: "there is nothing here", 405: "this is not done that way", 400: "expected a body of JSON"}
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        if error.status_code in (404, 405) and (hint := _hint(app, request.url.path)):
+            return Refused(404, hint).response
+        known = {404: NOTHING, 405: "this is not done that way", 400: "expected a body of JSON"}
         response = Refused(error.status_code, known.get(error.status_code, str(error.detail))).response
         response.headers.update(error.headers or {})
         return response
@@ -289,10 +300,25 @@ def build_app(gateway: Any) -> FastAPI:
     @app.get("/", include_in_schema=False)
     async def page(asset: str = "") -> Response:
         if asset not in ASSETS:
-            raise Refused(404, "there is nothing here")
+            raise HTTPException(404)
         return FileResponse(PAGE / ASSETS[asset])
 
+    app.openapi()  # it is kept; of HEAD there is nothing to say
+    for route in app.routes:
+        if isinstance(route, APIRoute) and "GET" in route.methods:
+            route.methods.add("HEAD")  # the door leaves the body out
     return app
+
+
+def _hint(app: FastAPI, path: str) -> str | None:
+    """What a client may have meant that has a wrong base_url, or looks for a part of OpenAI's API that is not here."""
+    last = re.sub(r"/+", "/", f"/{path}").rstrip("/").rpartition("/v1/")[2].lstrip("/")
+    meant = f"/v1/{last}"
+    if meant != path and any(isinstance(one, APIRoute) and one.path_regex.match(meant) for one in app.routes):
+        return f"{NOTHING}; OpenAI's API is at /v1, as in base_url=http://HOST:PORT/v1. Did you mean {meant[:100]}?"
+    if path.startswith("/v1/") and last.partition("/")[0] in ELSEWHERE:
+        return f"there is no {path[:100]} here: expected one of {', '.join(PARTS)}"
+    return None
 
 
 def _turn(gateway: Any, verb: str, base: str) -> Any:
