@@ -2,7 +2,7 @@
 
 upload FILE                             an upload, for several jobs
 preview FILE_ID|task:NAME [key=value]   how it would be used
-create file=PATH|training_file=ID|task=NAME [name=...] [steps= batch_size= learning_rate= seed=] [template= ...]
+create file=PATH|training_file=ID|task=NAME [name=...] [steps= n_epochs= batch_size= ...] [template= ...]
 list, files, status NAME, metrics NAME, events NAME [follow]
 pause, resume, stop NAME                stop is for good
 delete NAME                             a job that has ended, an upload (file-...) or a version (job@step)
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 USE, HYPER = tuple(Use.model_fields), tuple(Hyperparameters.model_fields)
 SOURCES = ("file", "training_file", "task")
-NUMBERS = {"learning_rate": float, **dict.fromkeys(("steps", "batch_size", "seed", "train", "dev", "test"), int)}
+NUMBERS = {
+    **dict.fromkeys(("learning_rate", "learning_rate_multiplier", "beta"), float),
+    **dict.fromkeys(("steps", "n_epochs", "batch_size", "seed", "train", "dev", "test"), int),
+}
 FILE_ID = re.compile(r"file-[0-9a-f]{24}")
 ENDED = ("succeeded", "failed", "cancelled")
 FOLLOW_SECONDS = 1.0  # between looks at a job's events
@@ -72,12 +75,12 @@ def _preview(client: Client, asked: Any) -> Found:
 
 
 def _create(client: Client, asked: Any) -> Found:
-    given = _settings(asked.settings, (*SOURCES, "name", "seed", *HYPER, *USE))
+    given = _settings(asked.settings, (*SOURCES, "validation_file", "name", "seed", *HYPER, *USE))
     if len(sources := [key for key in SOURCES if key in given]) != 1:
         got = " and ".join(sources) or "none of them"
         raise ConfigError(f"expected one of file=PATH, training_file=ID and task=NAME; got {got}")
     uploaded = client.upload(user_path(given.pop("file")))["id"] if "file" in given else None
-    request = {key: given[key] for key in ("task", "training_file", "seed") if key in given}
+    request = {key: given[key] for key in ("task", "training_file", "validation_file", "seed") if key in given}
     request |= {"training_file": uploaded} if uploaded else {}
     request |= {"suffix": given["name"]} if "name" in given else {}
     for part, keys in (("hyperparameters", HYPER), ("use", USE)):

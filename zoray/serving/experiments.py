@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zoray.cluster import Cluster
 from zoray.experiment import Experiment, Run
 from zoray.models import max_length
 from zoray.monitoring import Logging
+from zoray.objectives import Preference
 from zoray.optimizers import LEAST_DECAY
+from zoray.records import ConfigError
 from zoray.serving.pool import PATIENT
+from zoray.serving.requests import MOST_RATE, MOST_STEPS, Hyperparameters
 from zoray.tiles import MAX_TILE
 
 if TYPE_CHECKING:
@@ -52,3 +55,39 @@ def experiment_of(settings: Settings, store: Store, name: str, request: NewJob, 
     engine = replace(s.engine, max_length=s.engine.length_limit(max_length(s.model.resolve())) - 1)
     logging_ = Logging(progress=False, curve=False)
     return Experiment(s.model, task, objective, s.space, s.estimator, optimizer, engine, cluster, logging_, run)
+
+
+def settled(settings: Settings, request: NewJob, experiment: Experiment, rows: int) -> dict[str, Any]:
+    """A request as it is kept: what depends on the number of rows and on the server's settings is a number of its own.
+
+    Raises:
+        ConfigError: epochs come to more steps than a job may take, or a multiplier to too high a learning rate.
+    """
+    numbers = request.hyperparameters or Hyperparameters()
+    found = numbers.model_dump(exclude_none=True)
+    if (epochs := found.pop("n_epochs", None)) is not None:
+        found["steps"] = -(-epochs * rows // experiment.run.batch)
+        if found["steps"] > MOST_STEPS:
+            raise ConfigError(f"expected n_epochs of at most {MOST_STEPS:,} steps; got {found['steps']:,}")
+    if (times := found.pop("learning_rate_multiplier", None)) is not None:
+        found["learning_rate"] = times * settings.optimizer.lr
+        if found["learning_rate"] >= MOST_RATE:
+            raise ConfigError(f"expected a learning rate below {MOST_RATE}; got {found['learning_rate']:g}")
+    kept = request.model_dump(exclude_none=True) | ({"hyperparameters": found} if found else {})
+    return {**kept, "rows": rows, "learns_by": "dpo" if isinstance(experiment.objective, Preference) else "supervised"}
+
+
+def numbers_of(settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
+    """What a job is done with, for people: `request` as it is kept."""
+    found, base = request.get("hyperparameters") or {}, settings.optimizer.lr
+    steps, batch = found.get("steps") or settings.steps, found.get("batch_size") or settings.batch
+    rate = found.get("learning_rate") or base
+    seen = steps * batch / request["rows"] if request.get("rows") else None  # of jobs before there were rows
+    return {
+        "steps": steps,
+        "batch_size": batch,
+        "learning_rate": rate,
+        "learning_rate_multiplier": float(f"{rate / base:.6g}"),
+        "n_epochs": "auto" if seen is None else int(seen) if seen == int(seen) else round(seen, 2),
+        **({"beta": found.get("beta") or Preference.beta} if request.get("learns_by") == "dpo" else {}),
+    }

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from zoray.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.records import ConfigError
+from zoray.serving.fields import only, wrong
 from zoray.serving.presets import PREFIX, SIZES, preset
 from zoray.tasks.columns import names_in
-from zoray.tasks.file import File
+from zoray.tasks.file import File, open_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
 
     from zoray.objectives.base import Objective
     from zoray.tasks.base import Task
+    from zoray.tasks.files import Rows
 
 Word = Annotated[str, Field(max_length=200)]
 Column = Field(default=None, min_length=1, max_length=200)
 MOST_COLUMNS = 10  # of a template: each may hold a long text
+MOST_STEPS, MOST_RATE = 1_000_000, 100  # of a job; a learning rate is below
 UPLOAD = re.compile(r"[^\s'\"]*/files/(?P<number>file-[0-9a-f]{24})/data\.\w+")  # where one lies on the server
 
 
@@ -58,19 +62,96 @@ class Use(BaseModel):
             raise ValueError(f"expected at most {MOST_COLUMNS} columns in braces")
         return template
 
-    def task(self, data: Path) -> File:
-        """The task of an upload's data.
+    def task(self, data: Path, held_out: Path | None = None) -> File:
+        """The task of an upload's data; `held_out` is another's, whose rows are dev.
 
         Raises:
             ConfigError: the settings contradict each other.
         """
-        return Upload(path=str(data), **self.model_dump(exclude_none=True))
+        settings = {"path": str(data), **self.model_dump(exclude_none=True)}
+        return Upload(**settings) if held_out is None else Apart(held_out=str(held_out), **settings)
 
 
 class Upload(File):
     """A file of the server's own, of which nothing is kept elsewhere: what people delete is gone."""
 
     cached: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Apart(Upload):
+    """One with another beside it, whose rows are dev.
+
+    Args:
+        held_out: the other.
+    """
+
+    held_out: str = ""
+
+    def tables(self) -> dict[str, Rows]:
+        """Its rows, and those that are held out."""
+        return {**super().tables(), "dev": open_rows(self.held_out)["train"]}
+
+
+def _automatic(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+Auto = BeforeValidator(_automatic)  # OpenAI's word for what the server chooses
+
+
+class Hyperparameters(BaseModel):
+    """Numbers of a job; what is not given, or "auto", is the server's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: Annotated[int | None, Auto] = Field(default=None, ge=1, le=MOST_STEPS)
+    batch_size: Annotated[int | None, Auto] = Field(default=None, ge=1, le=4096)
+    learning_rate: Annotated[float | None, Auto] = Field(default=None, gt=0, lt=MOST_RATE)
+    n_epochs: Annotated[int | None, Auto] = Field(default=None, ge=1, le=1000)
+    learning_rate_multiplier: Annotated[float | None, Auto] = Field(default=None, gt=0, le=1e6)
+    beta: Annotated[float | None, Auto] = Field(default=None, gt=0, le=1000)
+
+    @model_validator(mode="after")
+    def _once(self) -> Hyperparameters:
+        for one, other in (("steps", "n_epochs"), ("learning_rate", "learning_rate_multiplier")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise wrong(f"expected {one} or {other}; got both")
+        return self
+
+
+class Way(BaseModel):
+    """A method's own part."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    hyperparameters: Hyperparameters | None = None
+
+
+def _likelihood(kind: Any) -> Any:
+    if kind == "reinforcement":
+        raise wrong(
+            "rewards are code, which does not come over a network: expected supervised or dpo. Run "
+            "python -m zoray.launch objective=reward (docs/rewards.md)"
+        )
+    return kind
+
+
+class Method(BaseModel):
+    """How a job learns; it follows from the rows, so that this can only say the same."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_likelihood)]
+    supervised: Way | None = None
+    dpo: Way | None = None
+
+    @model_validator(mode="after")
+    def _own(self) -> Method:
+        other = "dpo" if self.type == "supervised" else "supervised"
+        if getattr(self, other) is not None:
+            raise wrong(f"expected {self.type} beside type {self.type}; got {other}")
+        return self
 
 
 class NewJob(BaseModel):
@@ -82,11 +163,19 @@ class NewJob(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     training_file: str | None = Field(default=None, min_length=1, max_length=64)
+    validation_file: str | None = Field(default=None, min_length=1, max_length=64)
     task: str | None = Field(default=None, min_length=1, max_length=64)
     model: str | None = Field(default=None, max_length=200)
     suffix: str | None = Field(default=None, max_length=40)
     seed: int | None = Field(default=None, ge=0, lt=2**32)
+    method: Method | None = None
     hyperparameters: Hyperparameters | None = None
+    metadata: dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, Field(max_length=512)]] | None = (
+        Field(default=None, max_length=16)
+    )
+    integrations: Annotated[Any, only([], why="this server sends numbers nowhere (GET .../metrics has them)")] = Field(
+        default=None, exclude=True
+    )
     use: Use = Field(default_factory=Use)
 
     @model_validator(mode="after")
@@ -98,6 +187,27 @@ class NewJob(BaseModel):
         if (self.training_file is None) == (self.task is None):
             got = "neither" if self.task is None else "both"
             raise PydanticCustomError("source", "expected training_file or task; got {got}", {"got": got})
+        if self.validation_file is not None and (self.training_file is None or self.validation_file.startswith(PREFIX)):
+            raise wrong(
+                "expected validation_file beside a training_file, both uploads: a task has held-out rows of its own"
+            )
+        if self.validation_file is not None and self.validation_file == self.training_file:
+            raise wrong(
+                "expected validation_file to be another than training_file; leave it out for a tenth of the rows"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_place(self) -> NewJob:
+        """Hyperparameters of the method are those of the job, as they were called before there were methods."""
+        way = self.method and (self.method.supervised or self.method.dpo)
+        if self.method is None or way is None or way.hyperparameters is None:
+            return self
+        own = way.hyperparameters.model_dump(exclude_none=True)
+        given = self.hyperparameters.model_dump(exclude_none=True) if self.hyperparameters else {}
+        if twice := sorted(own.keys() & given.keys()):
+            raise wrong(f"expected {twice[0]} once; got it in hyperparameters and in method.{self.method.type}")
+        self.hyperparameters, self.method = Hyperparameters(**own, **given), Method(type=self.method.type)
         return self
 
     @property
@@ -118,22 +228,25 @@ class NewJob(BaseModel):
                     f"expected use of a task to have {', '.join(SIZES)} only; got {', '.join(sorted(other))}. Upload "
                     "your own data to say how they are read"
                 )
-            return preset(source.removeprefix(PREFIX), self.use.model_dump(include=set(SIZES)))
-        task = self.use.task(data_path(source))
-        return task, objective_of(task)
+            task, objective = preset(source.removeprefix(PREFIX), self.use.model_dump(include=set(SIZES)))
+        else:
+            held_out = None if self.validation_file is None else data_path(self.validation_file)
+            task = self.use.task(data_path(source), held_out)
+            objective = objective_of(task)
+        return task, self._as_asked(objective)
 
-
-class Hyperparameters(BaseModel):
-    """Numbers of a job; what is not given is the server's."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    steps: int | None = Field(default=None, ge=1, le=1_000_000)
-    batch_size: int | None = Field(default=None, ge=1, le=4096)
-    learning_rate: float | None = Field(default=None, gt=0, lt=100)
-
-
-NewJob.model_rebuild()
+    def _as_asked(self, objective: Objective) -> Objective:
+        """With the method's own number; ConfigError if the rows are learnt from by another method."""
+        pairs, beta = isinstance(objective, Preference), self.hyperparameters and self.hyperparameters.beta
+        if self.method is not None and (self.method.type == "dpo") != pairs:
+            have, method = ("preferences", "dpo") if pairs else ("no preferences", "supervised")
+            raise ConfigError(
+                f"expected method {method}, since the rows have {have}; got {self.method.type}. Rows with columns "
+                "prompt, chosen and rejected are learnt from by dpo, all others by supervised"
+            )
+        if beta is not None and not pairs:
+            raise ConfigError("expected beta with preferences only (prompt, chosen, rejected); leave it out")
+        return replace(objective, beta=beta) if beta is not None else objective  # type: ignore[type-var]
 
 
 class Wish(BaseModel):

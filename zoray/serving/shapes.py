@@ -28,7 +28,7 @@ def file_of(file: dict[str, Any]) -> dict[str, Any]:
 
 def job_of(job: dict[str, Any], base: str) -> dict[str, Any]:
     """A job as OpenAI's API shows it, with zoray's own fields beside."""
-    request, last = job["request"], job["last"]
+    request, last, numbers, way = job["request"], job["last"], job["numbers"], job["request"].get("learns_by")
     ended = job["status"] in ("succeeded", "failed", "cancelled")
     return {
         "id": job["id"],
@@ -40,10 +40,13 @@ def job_of(job: dict[str, Any], base: str) -> dict[str, Any]:
         "organization_id": "local",
         "status": job["status"],
         "training_file": request.get("training_file") or f"task:{request['task']}",
-        "validation_file": None,
+        "validation_file": request.get("validation_file"),
         "result_files": [],
-        "seed": request.get("seed") or 0,
-        "hyperparameters": {"n_epochs": 1, "batch_size": job["batch"]},
+        "seed": job["seed"],
+        "hyperparameters": numbers,
+        "method": way and {"type": way, way: {"hyperparameters": numbers}},
+        "metadata": request.get("metadata"),
+        "integrations": [],
         "trained_tokens": job["tokens"],
         "error": {"code": "failed", "message": job["error"], "param": None} if job.get("error") else None,
         "filename": request["filename"],

@@ -24,7 +24,7 @@ from zoray.preview import preview
 from zoray.records import ConfigError, record
 from zoray.serving import versions
 from zoray.serving.conversations import Conversations
-from zoray.serving.experiments import experiment_of
+from zoray.serving.experiments import experiment_of, numbers_of, settled
 from zoray.serving.overview import gather
 from zoray.serving.pool import start_pool
 from zoray.serving.promotion import BY_HAND, Promotion
@@ -171,11 +171,9 @@ class Tuner:
         if len(self.store.jobs()) >= MOST_JOBS:
             raise ConfigError(f"expected at most {MOST_JOBS} jobs; delete some")
         name = request.suffix or f"job-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-        load_workload(
-            experiment_of(self.settings, self.store, name, request).spec
-        )  # every mistake in the data shows before there is a job
-        now = time.time()
-        asked = {**request.model_dump(exclude_none=True), "created_at": now, "filename": source}
+        experiment, now = self._experiment(name, request), time.time()
+        rows = len(load_workload(experiment.spec).splits.train)  # every mistake in the data shows before there is a job
+        asked = {**settled(self.settings, request, experiment, rows), "created_at": now, "filename": source}
         self.store.new_job(name, asked, {"status": "queued", "changed_at": now})
         self._states.forget(name)  # of a deleted one of that name
         self._states.tell(name, "created", f"learns from {source}")
@@ -215,7 +213,7 @@ class Tuner:
         self.store.file(number)
         for name in self.store.jobs():
             request = read_json(self.store.job_folder(name) / "request.json")
-            if request.get("training_file") == number and self.state(name)["status"] in (*GOING, "paused"):
+            if number in _files_of(request) and self.state(name)["status"] in (*GOING, "paused"):
                 self._end(name)
         self._await_none(lambda name: self._uses(name, number))
         self.store.delete_file(number)
@@ -234,8 +232,9 @@ class Tuner:
             **state,
             "working": self._current == name,
             "step": steps[-1]["step"] if steps else 0,
-            "steps": self._steps(request),
-            "batch": (request.get("hyperparameters") or {}).get("batch_size") or self.settings.batch,
+            "steps": (numbers := numbers_of(self.settings, request))["steps"],
+            "numbers": numbers,
+            "seed": self.settings.seed if request.get("seed") is None else request["seed"],
             "tokens": sum(step["tokens"] for step in steps),
             "best_version": own[-1]["id"] if own else None,
             "first": dev[0] if dev else None,
@@ -472,14 +471,15 @@ class Tuner:
             time.sleep(0.05)
 
     def _uses(self, name: str, number: str) -> bool:
-        return read_json(self.store.job_folder(name) / "request.json").get("training_file") == number
-
-    def _steps(self, request: dict[str, Any]) -> int:
-        return (request.get("hyperparameters") or {}).get("steps") or self.settings.steps
+        return number in _files_of(read_json(self.store.job_folder(name) / "request.json"))
 
     def _notify(self) -> None:
         with self._wake:
             self._wake.notify_all()
+
+
+def _files_of(request: dict[str, Any]) -> tuple[Any, Any]:
+    return request.get("training_file"), request.get("validation_file")
 
 
 def _asked(request: dict[str, Any]) -> dict[str, Any]:

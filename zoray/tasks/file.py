@@ -147,9 +147,13 @@ class File(Task):
         """How answers are written."""
         return Sampling(max_tokens=self.max_tokens, stop=self.stop)
 
+    def tables(self) -> dict[str, Rows]:
+        """Its rows, as open_rows has them."""
+        return open_rows(self.path)
+
     def load(self) -> Splits:
         """Read every row once, check it, and split them."""
-        tables = open_rows(self.path)
+        tables = self.tables()
         rows = tables["train"]
         # Others hold their rows, which are not to be kept.
         stamps = rows.stamps if isinstance(rows, TextFiles) and self.cached else None
