@@ -83,6 +83,7 @@ ORDER = [
         "noise",
         "replica",
         "channel",
+        "local_ray",
         "cluster",
         "slurm",
         "actor",
@@ -138,7 +139,7 @@ ORDER = [
     ),
 ]
 ALLOWED = {  # library -> the files that may import it
-    "ray": ["actor.py", "cluster.py", "placement.py", "serving/*"],
+    "ray": ["actor.py", "cluster.py", "local_ray.py", "placement.py", "serving/*"],
     "vllm": ["engines/vllm*.py", "engines/cpu_*.py", "engines/cuda_*.py"],
     "triton": ["kernels.py"],
     "hydra": ["cli.py"],

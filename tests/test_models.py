@@ -549,3 +549,9 @@ def test_tiny_models_are_what_the_tests_rely_on(llama, opt, tmp_path):
         assert logits.std() > 0.5
     assert weights_hash(tiny_llama(tmp_path / "same")) == weights_hash(llama)
     assert weights_hash(tiny_llama(tmp_path / "other", seed=1)) != weights_hash(llama)
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(monkeypatch, tiny_models):
+    found = weights_hash(tiny_models["llama"])
+    monkeypatch.setenv("ZORAY_CACHE", "/proc/none")
+    assert weights_hash(tiny_models["llama"]) == found

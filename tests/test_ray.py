@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from zoray import journal
-from zoray.cluster import _own_code
+from zoray.cluster import _own_code, check_reachable
 from zoray.launch import _check_kept
 from zoray.records import ConfigError
 
@@ -93,6 +93,31 @@ def head() -> Iterator[Head]:
         yield found
     finally:
         found.end()
+
+
+ASK = """
+import sys
+from zoray.cluster import Cluster, connect, leave
+leave(connect(Cluster(address=sys.argv[1]), print))
+"""
+
+
+@pytest.mark.ray
+def test_a_token_that_is_there_is_used_for_an_address(head):
+    """As `auto` does. Ray by itself would use it only where RAY_AUTH_MODE says so."""
+    there = {name: value for name, value in head.environment.items() if name != "RAY_AUTH_MODE"}
+    command = [sys.executable, "-c", ASK, head.address]
+    done = subprocess.run(command, env=there | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and f"joined the Ray cluster at {head.address}: 2 CPU" in done.stdout, done
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("token", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}])
+def test_a_token_that_is_missing_or_wrong_is_said(head, monkeypatch, token):
+    for name, value in (head.environment | token).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"at {head.address} .* Ray says: .*InvalidAuthToken.* `ray get-auth-token`"):
+        check_reachable(head.address)
 
 
 def submit(head: Head, *settings: str, check: bool = True) -> str:

@@ -9,22 +9,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoray import local_ray
 from zoray.records import ConfigError, require
-from zoray.stopping import children_survive_hangup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
 CONNECT_SECONDS = 30
+TOKEN = re.compile(r"auth\w* token|AuthToken|RAY_AUTH", re.IGNORECASE)
 _answered: set[str] = set()  # addresses that have answered this process; asking takes seconds
 
 
@@ -40,7 +41,7 @@ class Cluster:
         cpus_per_replica: cores that each replica reserves and binds to; null shares each node's cores out evenly.
         gpus_per_replica: GPUs of each replica; null takes one where there are any.
         dashboard: serve Ray's dashboard on this machine (loopback only) when the cluster is started here.
-        dashboard_port: its port; taken only if it is free.
+        dashboard_port: its port, or the next one that is free.
         start_timeout_s: longest wait for the actors to be placed, and then for one after the other to connect.
         port: of this process, where replicas connect, at any time of the run; 0 takes a free one. Only replicas on
             other nodes make it listen on more than loopback.
@@ -115,31 +116,19 @@ def connect(cluster: Cluster, say: Callable[[str], None]) -> bool:
     # Ray runs workers at niceness 15: one busy process beside them slows a replica (OpenMP barriers) up to 40-fold.
     os.environ.setdefault("RAY_worker_niceness", "0")
     address = cluster.joins
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address:
-        check_reachable(address)
-        try:
-            ray.init(address=address, runtime_env=_own_code() if cluster.ship else None, **quiet)
-        except ConnectionError as error:
-            raise ConfigError(f"expected a Ray cluster at cluster.address={address}; {error}") from error
-        say(f"joined the Ray cluster at {address}: {totals()}")
+    if not address:
+        local_ray.start(cluster.dashboard, cluster.dashboard_port, say)
         return True
-    port = cluster.dashboard_port if cluster.dashboard and _port_is_free(cluster.dashboard_port) else None
-    with _on_loopback(), children_survive_hangup():
-        context = ray.init(
-            address="local",
-            include_dashboard=port is not None,
-            dashboard_host="127.0.0.1",
-            dashboard_port=port,
-            **quiet,
-        )
-    if context.dashboard_url:
-        token = (
-            "" if os.environ.get("RAY_AUTH_MODE") == "disabled" else " (it asks for what `ray get-auth-token` prints)"
-        )
-        say(f"Ray dashboard: http://{context.dashboard_url}{token}")
-    elif cluster.dashboard:
-        say(f"Ray dashboard: off, port {cluster.dashboard_port} is taken (cluster.dashboard_port=... for another)")
+    check_reachable(address)
+    try:
+        code = _own_code() if cluster.ship else None
+        ray.init(address=address, runtime_env=code, logging_level=logging.ERROR, log_to_driver=False)
+    except Exception as error:  # its errors have no type in common
+        words = local_ray.own_words(str(error)) or type(error).__name__
+        raise ConfigError(
+            f"expected to join the Ray cluster at cluster.address={address}; Ray says: {words}"
+        ) from error
+    say(f"joined the Ray cluster at {address}: {totals()}")
     return True
 
 
@@ -153,24 +142,6 @@ def _own_code() -> dict[str, Any]:
     return {} if "py_modules" in job else {key: value for key, value in own.items() if key not in job}
 
 
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Let a Ray that starts here listen on 127.0.0.1 only: all of its servers, which else are open to the network.
-
-    Ray binds to loopback where a node's own address is loopback, as it is on macOS and Windows; it turns the
-    `_node_ip_address="127.0.0.1"` of `ray.init` into an address that others can reach. Its switch between the two is
-    read when ray is imported.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
 def check_reachable(address: str | None) -> None:
     """Raise ConfigError within CONNECT_SECONDS unless a Ray cluster answers at `address` ("host:port"); null is fine.
 
@@ -180,23 +151,45 @@ def check_reachable(address: str | None) -> None:
         return
     check_address(address)
     host, _, port = address.rpartition(":")
-    deadline = time.monotonic() + CONNECT_SECONDS
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS / 3).close()
-        command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-        subprocess.run(command, timeout=deadline - time.monotonic(), check=True, capture_output=True)
-        _answered.add(address)
-        return
-    except subprocess.TimeoutExpired:
-        why = f"a connection is accepted, but no answer came within {CONNECT_SECONDS} s"
-    except subprocess.CalledProcessError:
-        why = "what listens there is no Ray head, or one of another version"
     except (OSError, UnicodeError) as error:  # refused, unreachable, no such host
-        why = str(error)
-    raise ConfigError(
-        f"expected a Ray cluster at {address} (cluster.address or RAY_ADDRESS); it does not answer ({why}). "
-        "Start one with `ray start --head`, or leave both unset for a local one"
-    )
+        raise ConfigError(
+            f"expected a Ray cluster at {address} (cluster.address or RAY_ADDRESS); it does not answer ({error}). "
+            "Start one with `ray start --head`, or leave both unset for a local one"
+        ) from None
+    deadline = time.monotonic() + CONNECT_SECONDS
+    said = _ask(address, deadline)
+    if TOKEN.search(said) and "RAY_AUTH_MODE" not in os.environ and not _ask(address, deadline, RAY_AUTH_MODE="token"):
+        os.environ["RAY_AUTH_MODE"] = "token"  # as `auto` has it: there is a token here, and it is the right one
+        if "ray._raylet" in sys.modules:  # which has read the variable already
+            sys.modules["ray._raylet"].Config.initialize("")
+        said = ""
+    if said:
+        remedy = "Is it the address that `ray start --head` has printed, by default with port 6379?"
+        if TOKEN.search(said):
+            remedy = (
+                "Put the token of the cluster here, as ~/.ray/auth_token or in RAY_AUTH_TOKEN (`ray get-auth-token` "
+                "prints it on the head), and set RAY_AUTH_MODE=token"
+            )
+        raise ConfigError(
+            f"expected a Ray cluster at {address} (cluster.address or RAY_ADDRESS); Ray says: {said}. {remedy}"
+        )
+    _answered.add(address)
+
+
+def _ask(address: str, deadline: float, **variables: str) -> str:
+    """What Ray has against a cluster in this process's place, in its own words; empty if nothing."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    options: dict[str, Any] = {"env": {**os.environ, **variables}, "encoding": "utf-8", "errors": "replace"}
+    try:
+        done = subprocess.run(command, timeout=max(1.0, deadline - time.monotonic()), capture_output=True, **options)
+    except subprocess.TimeoutExpired as late:
+        words = local_ray.own_words((late.stderr or b"").decode(errors="replace"))
+        return f"nothing: a connection is accepted, but no answer came within {CONNECT_SECONDS} s. {words}".rstrip(". ")
+    if not done.returncode:
+        return ""
+    return local_ray.own_words(done.stderr + done.stdout) or f"nothing (its health-check ends with {done.returncode})"
 
 
 def check_address(address: str) -> None:
@@ -214,16 +207,6 @@ def check_address(address: str) -> None:
             f"expected cluster.address (or RAY_ADDRESS) as host:port or auto; got {address!r}. "
             "`ray start --head` prints the address, by default port 6379; 8265 is the dashboard's"
         )
-
-
-def _port_is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def size(cluster: Cluster, ranks: int = 1) -> tuple[int, int, float]:

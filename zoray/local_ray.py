@@ -1,0 +1,168 @@
+"""The Ray of a run's own: on loopback, with a dashboard where one can be had, and files where its sockets fit.
+
+Guarantees: what this machine lacks (a port, a home, a short path, room) is got round, with a line that says so, or is a
+ConfigError with Ray's own words. A dashboard never costs a run: its port may be taken by another run at any moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoray.records import ConfigError
+from zoray.stopping import children_survive_hangup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+LONGEST = 107  # bytes of a socket's path: sockaddr_un
+SOCKET = "/ray/session_2026-12-01_04-01-14_981226_4194304/sockets/plasma_store"  # the longest of Ray's; 4194304: a pid
+LEAST_FREE = 16 << 20  # bytes for Ray's logs and sockets
+OTHERS = ("/tmp", "/var/tmp")
+LOG_LINES = 12  # more of them are a log
+ERROR = re.compile(r"[\w.]*(Error|Exception): ")
+AGAIN = re.compile(r"address already in use|occupied|\bport\b|dashboard", re.IGNORECASE)
+
+
+def start(dashboard: bool, port: int, say: Callable[[str], None]) -> None:
+    """Start a Ray for this process alone.
+
+    Raises:
+        ConfigError: it does not start.
+    """
+    _own_token()
+    folder = temp_folder(say)
+    try:
+        address = _start(folder, dashboard, port)
+    except Exception as error:
+        if not AGAIN.search(str(error)):
+            raise _refused(error) from error
+        try:  # what was free was taken a moment later
+            address = _start(folder, False, port)
+        except Exception as again:
+            raise _refused(again) from again
+        if dashboard:
+            say(f"Ray dashboard: off ({own_words(str(error))})")
+        return
+    if address:
+        token = (
+            "" if os.environ.get("RAY_AUTH_MODE") == "disabled" else " (it asks for what `ray get-auth-token` prints)"
+        )
+        moved = "" if address.endswith(f":{port}") else f", as port {port} is taken"
+        say(f"Ray dashboard: http://{address}{token}{moved}")
+
+
+def _start(folder: str | None, dashboard: bool, port: int) -> str | None:
+    """`ray.init`; the dashboard's host and port."""
+    import ray
+
+    with _on_loopback(port), children_survive_hangup():
+        context = ray.init(
+            address="local",
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            logging_level=logging.CRITICAL,  # what it has to say of a failure is in what it raises
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    return context.dashboard_url
+
+
+@contextmanager
+def _on_loopback(dashboard_port: int) -> Iterator[None]:
+    """Let a Ray that starts here listen on 127.0.0.1 only: all of its servers, which else are open to the network.
+
+    Ray binds to loopback where a node's own address is loopback, as it is on macOS and Windows; it turns the
+    `_node_ip_address="127.0.0.1"` of `ray.init` into an address that others can reach. Its switch between the two is
+    read when ray is imported. Of ports for its
+    dashboard it tries the default one and the next 50, where it is given none.
+    """
+    from ray._private import ray_constants
+
+    changed: dict[str, Any] = {"ENABLE_RAY_CLUSTER": False, "DEFAULT_DASHBOARD_PORT": dashboard_port}
+    before = {name: getattr(ray_constants, name) for name in changed}
+    for name, value in changed.items():
+        setattr(ray_constants, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(ray_constants, name, value)
+
+
+def temp_folder(say: Callable[[str], None]) -> str | None:
+    """Where Ray keeps logs and sockets, if not where it would by itself.
+
+    Raises:
+        ConfigError: no folder is short enough, with room, and can be written to.
+    """
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "")
+    wanted = os.environ[name] if name else OTHERS[0]
+    why = _unfit(wanted)
+    if not why:
+        return None
+    for other in OTHERS:
+        if other != wanted and not _unfit(other):
+            say(f"Ray's files are in {other}/ray: {wanted}{f' ({name})' if name else ''} {why}")
+            return f"{other}/ray"
+    most = LONGEST - len(SOCKET)
+    raise ConfigError(
+        f"expected a folder for Ray's files; {wanted} {why}. Set RAY_TMPDIR to a folder that you may write to, of at "
+        f"most {most} characters, with {LEAST_FREE >> 20} MiB free"
+    )
+
+
+def _unfit(folder: str) -> str:
+    """What keeps Ray from having its files below a folder; empty if nothing does."""
+    if len(os.fsencode(folder) + SOCKET.encode()) > LONGEST:
+        return f"is too long for its sockets, by {len(os.fsencode(folder) + SOCKET.encode()) - LONGEST} characters"
+    if not os.path.isdir(folder):
+        return "is no folder"
+    below = Path(folder, "ray") if Path(folder, "ray").exists() else Path(folder)
+    try:
+        made = below / f".zoray-{secrets.token_hex(4)}"
+        made.mkdir()
+        made.rmdir()
+    except OSError as error:
+        return f"can't be written to ({error.strerror})"
+    return "" if shutil.disk_usage(folder).free >= LEAST_FREE else "is full"
+
+
+def _own_token() -> None:
+    """Where Ray would want to keep its token in a home that is not there or can't be written to, give it one."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    try:
+        kept = Path.home() / ".ray"
+        if (kept / "auth_token").exists():
+            return
+        kept.mkdir(parents=True, exist_ok=True)
+        if os.access(kept, os.W_OK):
+            return
+    except (OSError, RuntimeError):
+        pass
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+
+
+def own_words(said: str) -> str:
+    """What Ray says of a failure, in a line: of a traceback or a log the last error, of a message all of it."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    told = [line for line in lines if ERROR.match(line) or "Check failed" in line]
+    line = told[-1] if told else " ".join(lines) if len(lines) <= LOG_LINES else "".join(lines[-1:])
+    line = re.sub(r".*Check failed: [^A-Z]*", "", line)  # a file and a line of its C++
+    return ERROR.sub("", line).rstrip(".")
+
+
+def _refused(error: Exception) -> ConfigError:
+    return ConfigError(
+        f"expected to start Ray on this machine; it says: {own_words(str(error)) or type(error).__name__}"
+    )
