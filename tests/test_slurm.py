@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,21 @@ def settings(folder: Path, model: Path, data: Path, name: str) -> list[str]:
 def launch_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["zoray.launch", *arguments])
     assert main(compose("config", list(arguments))) == 0
+
+
+OTHER_JOBS = {
+    *("SLURM_MEM_PER_CPU", "SLURM_RESTART_COUNT", "SLURM_JOB_ID", "SLURMD_NODENAME", "SBATCH_MEM_PER_CPU"),
+    *("SBATCH_ARRAY_INX", "SRUN_CPUS_PER_TASK", "PMI_RANK", "PMIX_RANK", "PMI2_FD", "OMPI_COMM_WORLD_RANK"),
+    *("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_AUTH_TOKEN", "RAY_TMPDIR"),
+}
+OUTSIDE = {
+    "SLURM_CONF",
+    "SLURM_JWT",
+    "SBATCH_ACCOUNT",
+    "SBATCH_PARTITION",
+    "RAY_USAGE_STATS_ENABLED",
+    "OMP_NUM_THREADS",
+}
 
 
 @pytest.fixture
@@ -121,6 +137,42 @@ def test_the_script_is_sound_and_its_own_options_are_those_of_the_defaults():
     assert {"--nodes=1", f"--signal=B:USR1@{Slurm().signal_s}", "--no-requeue", "--open-mode=append"} < own
 
 
+FACTS = "JobId=9 Requeue=1 Restarts=%d MinCPUsNode=1 %s MinTmpDiskNode=0 TRES=cpu=1 Command=x"
+
+
+@pytest.mark.parametrize(
+    ("restarts", "memory", "left"),
+    [(0, "MinMemoryNode=1500M", "SLURM_MEM_PER_NODE"), (2, "MinMemoryCPU=7M", "SLURM_MEM_PER_CPU")],
+)
+def test_a_script_by_hand_has_nothing_of_the_job_it_was_submitted_in(tmp_path, restarts, memory, left):
+    """Its steps, and what it takes itself to be: with a scontrol that knows the job, and an srun that only looks."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    scripts = {"scontrol": f"echo '{FACTS % (restarts, memory)}'", "squeue": "", "scancel": ""}
+    scripts |= {"srun": f"env > {tmp_path}/env", "python": ""}
+    for name, lines in scripts.items():
+        (tools / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tools / name).chmod(0o755)
+    own = {"SLURM_JOB_ID": "9", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_SUBMIT_HOST": "login"}
+    leaked = {"SLURM_MEM_PER_CPU": "7", "SLURM_MEM_PER_NODE": "1500", "SLURM_RESTART_COUNT": "1", "SLURM_STEP_ID": "0"}
+    leaked |= {"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "3", "SLURM_GPUS_PER_NODE": "4", "PMI_RANK": "0"}
+    variables = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "ZORAY_TMP": "/tmp",
+    }
+    done = subprocess.run(
+        ["bash", script_path(), "run.folder=~/runs", "run.name=a"],
+        env={**variables, **own, **leaked},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert f"run folder {tmp_path}/runs/a, start {restarts + 1}" in done.stdout, done
+    seen = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+    assert left in seen and not seen.keys() & (leaked.keys() - {left, "SLURM_RESTART_COUNT"})
+
+
 # submission, without SLURM
 
 
@@ -173,9 +225,12 @@ def test_a_submitted_run_has_its_config_and_a_resumed_one_the_changes(
 ):
     said, folder = fake_sbatch("Submitted batch job 7"), tmp_path / "runs" / "job"
     arguments = settings(tmp_path / "runs", tiny_models["llama"], labelled_file, "job")
+    for name in (*OTHER_JOBS, *OUTSIDE):
+        monkeypatch.setenv(name, "x")
     launch_here(monkeypatch, *arguments, "cluster=slurm", "cluster.setup=[module load a,source b]")
     line, variables = json.loads(said.read_text())
     assert line == command(Slurm(), folder, [])[1:]
+    assert not OTHER_JOBS & variables.keys() and variables.keys() >= OUTSIDE
     assert variables["ZORAY_SETUP"] == "module load a\nsource b" and variables["ZORAY_PYTHON"] == sys.executable
     assert (folder / "slurm" / "zoray.sbatch").read_text() == script_path().read_text()
     assert load_run_config(folder).run.steps == STEPS and not (folder / "journal.jsonl").exists()
@@ -184,7 +239,8 @@ def test_a_submitted_run_has_its_config_and_a_resumed_one_the_changes(
 
     said.unlink()  # the noted command line submits the same once more
     subprocess.run(["bash", folder / "slurm" / "submit.sh"], check=True, capture_output=True, timeout=60)
-    assert json.loads(said.read_text())[0] == line
+    again, variables = json.loads(said.read_text())
+    assert again == line and not OTHER_JOBS & variables.keys() and variables.keys() >= OUTSIDE
     with pytest.raises(ConfigError, match="not to exist yet"):
         launch_here(monkeypatch, *arguments, "cluster=slurm")
     launch_here(monkeypatch, f"run.resume={folder}")
@@ -247,9 +303,11 @@ def whole(tmp_path_factory, tiny_models, labelled_file, local_ray) -> Path:
 def submit(nodes, tmp_path, tiny_models, labelled_file, whole):
     """A function that submits the settings of `whole` from the login node, and returns the job and the run's folder."""
 
-    def submit(name: str, *more: str) -> tuple[str, Path]:
+    def submit(name: str, *more: str, inside: Sequence[str] = ()) -> tuple[str, Path]:
         arguments = settings(tmp_path, tiny_models["llama"], labelled_file, name)
-        done = nodes.run(sys.executable, "-m", "zoray.launch", *arguments, "cluster=slurm", "cluster.nodes=2", *more)
+        done = nodes.run(
+            *inside, sys.executable, "-m", "zoray.launch", *arguments, "cluster=slurm", "cluster.nodes=2", *more
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.split("batch job ")[1].split(":")[0], tmp_path / name
 
@@ -300,7 +358,8 @@ def other(nodes):
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_job_tunes_on_both_nodes_and_gives_them_back(nodes, submit, whole, other):
-    job, folder = submit("both")
+    shell = ["salloc", "-N1", "-n1", "-c1", "--mem-per-cpu=700", "env", "SLURM_RESTART_COUNT=1"]  # another job's
+    job, folder = submit("both", "cluster.memory=1500M", inside=shell)
     await_steps(nodes, job, folder, 5)
     driver = driver_of(nodes)
     nodes.run("kill", "-STOP", str(driver), node="n1")  # what is looked at meanwhile takes longer than the steps

@@ -22,10 +22,21 @@ from zoray.overrides import setting, value_of
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 LOGS = "slurm"  # folder in the run's folder: log, script and command line of each job
 IN_JOB = "ZORAY_JOB"  # set by the script
+# What a job, a step, MPI or a Ray has put into the environment of a shell is no other job's business. How to reach
+# SLURM is, and who pays; what else sbatch reads from SBATCH_* comes from settings. As bash and Python both read them.
+STATE = r"^((SLURM|SLURMD|SBATCH|SALLOC|SRUN|PMI[A-Z0-9]*|OMPI|ORTE|PRTE)_|(CUDA|ROCR|HIP|NVIDIA)_VISIBLE_DEVICES$"
+STATE += r"|GPU_DEVICE_ORDINAL$|ZE_AFFINITY_MASK$|RAY_(ADDRESS|AUTH_TOKEN|TMPDIR|RAYLET|JOB|NODE|CLUSTER))"
+KEPT = (
+    r"^(SLURM_(CONF|CONF_SERVER|JWT|CLUSTERS|SACK_SOCKET)|SBATCH_(ACCOUNT|CLUSTERS|PARTITION|QOS|RESERVATION|WCKEY))$"
+)
+FORGET = f"""\
+state='{STATE}' kept='{KEPT}' # of another job, in whose shell this may be
+for name in $(compgen -e); do [[ ! $name =~ $state || $name =~ $kept ]] || unset "$name"; done
+"""
 SIGNALS = (30, 65535)  # seconds; SLURM takes no more, and the script needs some itself
 OWN = {  # sbatch's options that have a setting, or are the script's
     **{"nodes": "nodes", "gpus-per-node": "gpus_per_node", "cpus-per-task": "cpus_per_node", "mem": "memory"},
@@ -184,6 +195,11 @@ def environment(slurm: Slurm) -> dict[str, str]:
     }
 
 
+def outside(variables: Mapping[str, str]) -> dict[str, str]:
+    """Variables as a shell outside of any job would have them."""
+    return {name: value for name, value in variables.items() if re.match(KEPT, name) or not re.match(STATE, name)}
+
+
 def command(slurm: Slurm, folder: Path, arguments: Sequence[str]) -> list[str]:
     """sbatch's command line for a run's folder. `arguments`: of a resumed run, settings that change.
 
@@ -234,10 +250,10 @@ def submit(slurm: Slurm, folder: Path, arguments: Sequence[str], say: Callable[[
         logs.mkdir(exist_ok=True)
         (logs / "zoray.sbatch").write_text(script, encoding="utf-8")
         (logs / "submit.sh").write_text(
-            f"# the job's command line; once more, and the run goes on\n{shown}\n", encoding="utf-8"
+            f"# the job's command line; once more, and the run goes on\n{FORGET}{shown}\n", encoding="utf-8"
         )
     done = subprocess.run(
-        line, env={**os.environ, **variables}, capture_output=True, encoding="utf-8", errors="replace"
+        line, env={**outside(os.environ), **variables}, capture_output=True, encoding="utf-8", errors="replace"
     )
     if done.returncode:
         raise ConfigError(
