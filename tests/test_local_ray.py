@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from gatewayed import settings_of
 
 from zoray import local_ray
 from zoray.journal import read
 from zoray.local_ray import own_words, temp_folder
 from zoray.records import ConfigError
+from zoray.serving.start import _listen
 
 
 @pytest.fixture
@@ -24,8 +26,9 @@ def told() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def no_folder_named(monkeypatch):
-    for name in ("RAY_TMPDIR", "TMPDIR"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("RAY_TMPDIR", "TMPDIR", "VLLM_RPC_BASE_PATH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 def test_ray_keeps_its_files_where_it_is_told_to(monkeypatch, tmp_path, told):
@@ -89,8 +92,9 @@ def test_a_home_that_is_not_there_needs_no_token_file(monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", "/proc/none")
-    local_ray._own_token()
-    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64 and os.environ["RAY_AUTH_MODE"] == "token"
+    assert local_ray._own_token()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert not local_ray._own_token()  # which is there now
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,15 @@ def test_a_dashboard_never_costs_a_run(monkeypatch, told):
     monkeypatch.setattr(local_ray, "_start", start)
     local_ray.start(True, 8265, told.append)
     assert told == ["Ray dashboard: off (Failed to find a valid port for dashboard after 50 retries)"]
+
+
+def test_a_port_taken_while_a_server_starts(monkeypatch, tmp_path, tiny_models):
+    def fail(**_: object) -> None:
+        raise RuntimeError("ray::ProxyActor.ready() ... RuntimeError: Failed to bind to address '127.0.0.1:8000'.")
+
+    monkeypatch.setattr("ray.serve.start", fail)
+    with pytest.raises(ConfigError, match=r"listen on 127.0.0.1:8000; another program has taken it while the server"):
+        _listen(settings_of(tiny_models["llama"], tmp_path))
 
 
 @pytest.mark.ray

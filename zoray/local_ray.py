@@ -36,7 +36,7 @@ def start(dashboard: bool, port: int, say: Callable[[str], None]) -> None:
     Raises:
         ConfigError: it does not start.
     """
-    _own_token()
+    homeless = _own_token()
     folder = temp_folder(say)
     try:
         address = _start(folder, dashboard, port)
@@ -51,9 +51,11 @@ def start(dashboard: bool, port: int, say: Callable[[str], None]) -> None:
             say(f"Ray dashboard: off ({own_words(str(error))})")
         return
     if address:
-        token = (
-            "" if os.environ.get("RAY_AUTH_MODE") == "disabled" else " (it asks for what `ray get-auth-token` prints)"
-        )
+        token = " (it asks for what `ray get-auth-token` prints)"
+        if homeless:
+            token = " (set RAY_AUTH_TOKEN to enter it: there is no home to keep a token in)"
+        elif os.environ.get("RAY_AUTH_MODE") == "disabled":
+            token = ""
         moved = "" if address.endswith(f":{port}") else f", as port {port} is taken"
         say(f"Ray dashboard: http://{address}{token}{moved}")
 
@@ -111,6 +113,7 @@ def temp_folder(say: Callable[[str], None]) -> str | None:
     for other in OTHERS:
         if other != wanted and not _unfit(other):
             say(f"Ray's files are in {other}/ray: {wanted}{f' ({name})' if name else ''} {why}")
+            os.environ.setdefault("VLLM_RPC_BASE_PATH", other)  # of sockets as well
             return f"{other}/ray"
     most = LONGEST - len(SOCKET)
     raise ConfigError(
@@ -135,22 +138,20 @@ def _unfit(folder: str) -> str:
     return "" if shutil.disk_usage(folder).free >= LEAST_FREE else "is full"
 
 
-def _own_token() -> None:
-    """Where Ray would want to keep its token in a home that is not there or can't be written to, give it one."""
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
-        return
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return
+def _own_token() -> bool:
+    """Give Ray a token where it would keep one in a home that is not there or can't be written to; whether it is so."""
+    told = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if told or os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return False
     try:
         kept = Path.home() / ".ray"
-        if (kept / "auth_token").exists():
-            return
         kept.mkdir(parents=True, exist_ok=True)
-        if os.access(kept, os.W_OK):
-            return
+        if (kept / "auth_token").exists() or os.access(kept, os.W_OK):
+            return False
     except (OSError, RuntimeError):
         pass
-    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return True
 
 
 def own_words(said: str) -> str:
