@@ -33,7 +33,7 @@ def started(settings: Settings) -> Iterator[str]:
         else:
             _check_free()
         try:
-            serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
+            _listen(settings)
             serve.run(application(settings), name=APP, route_prefix="/")
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             yield f"http://{host}:{settings.port}"
@@ -47,6 +47,21 @@ def started(settings: Settings) -> Iterator[str]:
                     serve.shutdown()
     finally:
         leave(owns)
+
+
+def _listen(settings: Settings) -> None:
+    """Start Ray Serve. Its port was free when the command began, which another program may have ended meanwhile."""
+    from ray import serve
+
+    try:
+        serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
+    except RuntimeError as error:  # of the proxy's actor, by Ray made one of its own as well
+        if "Failed to bind" not in str(error):
+            raise
+        raise ConfigError(
+            f"expected to listen on {settings.host}:{settings.port}; another program has taken it while the server "
+            "started. Choose another serve.port"
+        ) from None
 
 
 def _check_free() -> None:
