@@ -27,7 +27,7 @@ LEAST_FREE = 16 << 20  # bytes for Ray's logs and sockets
 OTHERS = ("/tmp", "/var/tmp")
 LOG_LINES = 12  # more of them are a log
 ERROR = re.compile(r"[\w.]*(Error|Exception): ")
-AGAIN = re.compile(r"address already in use|occupied|\bport\b|dashboard", re.IGNORECASE)
+AGAIN = re.compile(r"address already in use|occupied|\bport\b|dashboard|timed out during startup", re.IGNORECASE)
 
 
 def start(dashboard: bool, port: int, say: Callable[[str], None]) -> None:
@@ -43,7 +43,7 @@ def start(dashboard: bool, port: int, say: Callable[[str], None]) -> None:
     except Exception as error:
         if not AGAIN.search(str(error)):
             raise _refused(error) from error
-        try:  # what was free was taken a moment later
+        try:  # what was free was taken a moment later, or two Rays are more than this machine starts within 30 s
             address = _start(folder, False, port)
         except Exception as again:
             raise _refused(again) from again
@@ -64,7 +64,7 @@ def _start(folder: str | None, dashboard: bool, port: int) -> str | None:
     """`ray.init`; the dashboard's host and port."""
     import ray
 
-    with _on_loopback(port), children_survive_hangup():
+    with _on_loopback(port), _in_folder(folder), children_survive_hangup():
         context = ray.init(
             address="local",
             include_dashboard=dashboard,
@@ -99,6 +99,19 @@ def _on_loopback(dashboard_port: int) -> Iterator[None]:
             setattr(ray_constants, name, value)
 
 
+@contextmanager
+def _in_folder(folder: str | None) -> Iterator[None]:
+    """Let what Ray starts have its sockets there as well: the dashboard's multiprocessing, a replica's vLLM."""
+    before = os.environ.get("TMPDIR", "")
+    if folder and before and _unfit(before):
+        os.environ["TMPDIR"] = str(Path(folder).parent)
+    try:
+        yield
+    finally:
+        if before:
+            os.environ["TMPDIR"] = before
+
+
 def temp_folder(say: Callable[[str], None]) -> str | None:
     """Where Ray keeps logs and sockets, if not where it would by itself.
 
@@ -113,7 +126,6 @@ def temp_folder(say: Callable[[str], None]) -> str | None:
     for other in OTHERS:
         if other != wanted and not _unfit(other):
             say(f"Ray's files are in {other}/ray: {wanted}{f' ({name})' if name else ''} {why}")
-            os.environ.setdefault("VLLM_RPC_BASE_PATH", other)  # of sockets as well
             return f"{other}/ray"
     most = LONGEST - len(SOCKET)
     raise ConfigError(
