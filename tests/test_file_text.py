@@ -376,7 +376,7 @@ def test_rows_without_anything_are_counted(write):
         ("a.csv", "text,label\na\nb,x\nc,d,e\n", "(and 1 more: line 4)"),
         ("a.csv", 'text,label\na,"b\n', "the quote at character 3 is not closed"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{\n{"text": 1, "label": "x"}\n[]\n}\n', "(and 1 more: line 5)"),
-        ("a.jsonl", '{"text": "a", "label": "x", "more": ' + "[" * 150 + "]" * 150 + "}", "more than 100 lists"),
+        ("a.jsonl", '{"prompt": "a", "wanted": ' + "[" * 150 + "]" * 150 + "}", "'wanted' holds more than 100 lists"),
     ],
 )  # fmt: skip
 def test_what_a_file_may_be_wrong_in_otherwise(name, content, says, write):

@@ -29,6 +29,7 @@ ORDER = [
     *(
         "tasks",
         "tasks.base",
+        "tasks.strict_json",
         "tasks.faults",
         "tasks.files",
         "tasks.parquet",

@@ -6,7 +6,6 @@ and the column's name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from zoray.tasks.files import Row
 from zoray.tasks.labels import label_text, look, plain_form, spellings
 from zoray.tasks.messages import check_whole, shown
 from zoray.tasks.spacing import gap
+from zoray.tasks.strict_json import Twice, parse
 
 Prompt = str | tuple[Message, ...]
 
@@ -97,7 +97,8 @@ class Reader:
         if kind == "preference":
             return self._preference(row, where)[0], None
         for column, value in row.items():  # a reward is given all of them
-            check_whole(value, column, where)
+            if not (type(value) is str and value.isascii()):
+                check_whole(value, column, where)
         return self._completion(row, where)[0] if kind == "completion" else self.prompt(row, where), None
 
     def label(self, row: Row, where: Any) -> str:
@@ -127,7 +128,7 @@ class Reader:
         if template.texts == ("", ""):
             (column,) = template.columns
             value = row.get(column)
-            listed = _json_list(value, dict) if self.cells and isinstance(value, str) else value
+            listed = _json_list(value, dict, column, where) if self.cells and isinstance(value, str) else value
             if listed and isinstance(listed, list):
                 turns = self._chat(listed, column, where)
                 _ends(turns[-1], "user", column, where)
@@ -161,7 +162,7 @@ class Reader:
         """Earlier turns, [[what the user said, what was answered], ...]."""
         column = self.schema.columns["history"]
         value = row.get(column)
-        listed = _json_list(value, list) or value if self.cells and isinstance(value, str) else value
+        listed = _json_list(value, list, column, where) or value if self.cells and isinstance(value, str) else value
         if not listed or (isinstance(listed, str) and listed.strip() in ("", "[]")):
             return ()
         pairs = listed if isinstance(listed, list) else [listed]
@@ -219,7 +220,7 @@ class Reader:
         prompt, column = self.prompt(row, where), self.schema.columns["completion"]
         value = _filled(row, column, where)
         if isinstance(value, str) and self.cells:
-            value = _json_list(value, str) or _json_list(value, dict) or value
+            value = _json_list(value, str, column, where) or _json_list(value, dict, column, where) or value
         if isinstance(value, list) and value and isinstance(value[0], dict):
             before, text = self._side(value, column, where)
             if before:
@@ -242,7 +243,8 @@ class Reader:
         names = [self.schema.columns[role] for role in ("chosen", "rejected")]
         values = [_filled(row, name, where) for name in names]
         if self.cells:
-            values = [_json_list(value, dict) or value for value in values]
+            pairs = zip(values, names, strict=True)
+            values = [_json_list(value, dict, name, where) or value for value, name in pairs]
         (before, chosen), (also, rejected) = (self._side(*pair, where) for pair in zip(values, names, strict=True))
         if before != also:
             raise WrongRow(
@@ -340,12 +342,14 @@ def _bare(turn: Message) -> Message:
     return Message(turn.role, turn.content.strip())
 
 
-def _json_list(text: str, kind: type) -> list[Any]:
+def _json_list(text: str, kind: type, column: str, where: Any) -> list[Any]:
     """The items of a cell that holds a JSON list of them; none for any other text."""
     if not text.strip().startswith("["):
         return []
     try:
-        items = json.loads(text)
+        items = parse(text)
+    except Twice as error:
+        raise WrongRow(where, f"column {column!r}: {error}", ". Leave one out") from None
     except (ValueError, RecursionError):
         return []
     return items if isinstance(items, list) and all(isinstance(item, kind) for item in items) else []

@@ -21,11 +21,11 @@ import numpy as np
 
 from zoray.records import ConfigError
 from zoray.tasks.faults import WrongRow
+from zoray.tasks.strict_json import Twice, parse_line
 
 TEXT_SUFFIXES = (".jsonl", ".csv", ".tsv")
 MARK = "\ufeff"  # spreadsheets begin a file with it
 HANDLES = 64  # files that are held open
-DEEPEST = 100  # lists and objects of JSON within each other
 DOUBTS = 10_000  # rows that may be several of which is taken note
 BLANK = " \t\r\n\f\v\xa0\u200b\ufeff"  # around the name of a column
 ENDS = re.compile(rb"\r\n|\r|\n")
@@ -363,40 +363,16 @@ def _decoded(raw: bytes, where: Any) -> str:
 
 
 def _object(text: str, where: Any) -> Row:
-    text = text.removeprefix(MARK)
     try:
-        row = json.loads(text)
-        members = _members(row) if isinstance(row, dict) else 0
+        row = parse_line(text)
+    except Twice as error:
+        raise WrongRow(where, str(error), ". Leave one out") from None
     except (ValueError, RecursionError) as error:
         at = f" at character {error.colno}, {error.msg}" if isinstance(error, json.JSONDecodeError) else f" ({error})"
         raise WrongRow(where, "not JSON", f"{at}. Write one JSON object a line") from error
     if not isinstance(row, dict):
         raise WrongRow(where, "expected a JSON object", f"; got {type(row).__name__}. Write one JSON object a line")
-    # A key that comes twice is one of fewer than the colons say. Colons may be in a text as well: then the keys decide.
-    if text.count('":') != members or '" ' in text or '"\t' in text or '"\r' in text:
-        json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
     return row
-
-
-def _members(value: Any, depth: int = 0) -> int:
-    """How many keys all objects of a value have together."""
-    if depth > DEEPEST:
-        raise RecursionError(f"more than {DEEPEST} lists and objects within each other")
-    inner, count = (value.values(), len(value)) if type(value) is dict else (value, 0)
-    for item in inner:
-        if type(item) is dict or type(item) is list:
-            count += _members(item, depth + 1)
-    return count
-
-
-def _once(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    """An object of JSON whose keys differ."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise WrongRow(where, f"expected each key once; got {', '.join(map(repr, twice))} twice", ". Leave one out")
-    return found
 
 
 def _bad_quote(text: str, delimiter: str) -> str:

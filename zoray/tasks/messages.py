@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 from zoray.overrides import setting
 from zoray.records import Message
 from zoray.tasks.faults import WrongRow
+from zoray.tasks.strict_json import parse
 
 CHAT_ROLES = ("system", "user", "assistant", "tool")
 CALLS = ("tool_calls", "function_call")  # what an assistant may write in the place of words
+DEEPEST = 100  # lists and objects of a cell within each other
 SHOWN = 80  # characters of a cell in a message
 
 
@@ -35,7 +37,7 @@ def turns(value: Any, column: str, where: Any, ignored: Collection[str] = ()) ->
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse(value)
         except (ValueError, RecursionError) as error:
             at = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise WrongRow(
@@ -78,7 +80,7 @@ def tools(value: Any, where: Any) -> tuple[Message, ...]:
     """What the column `tools` holds, as a message of that role; nothing if it is empty."""
     if isinstance(value, str) and value.strip():
         with suppress(ValueError, RecursionError):  # text that is no JSON is refused as no list
-            value = json.loads(value)
+            value = parse(value)
     if not value or value != value:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -92,7 +94,7 @@ def tools(value: Any, where: Any) -> tuple[Message, ...]:
     return (Message("tools", json.dumps(_filled(value), ensure_ascii=False)),)
 
 
-def check_whole(value: Any, column: str, where: Any) -> None:
+def check_whole(value: Any, column: str, where: Any, depth: int = 0) -> None:
     """Refuse half a character, which JSON can spell and no tokenizer can read, anywhere in a cell."""
     if isinstance(value, str):
         if value.isascii():
@@ -106,8 +108,11 @@ def check_whole(value: Any, column: str, where: Any) -> None:
                 f", {value[error.start]!r} (character {error.start + 1}). Write whole characters, in UTF-8",
             ) from None
     elif isinstance(value, list | dict):
+        if depth > DEEPEST:
+            what = f"column {column!r} holds more than {DEEPEST} lists and objects within each other"
+            raise WrongRow(where, what, ". Remove the row")
         for inner in value if isinstance(value, list) else (*value, *value.values()):
-            check_whole(inner, column, where)
+            check_whole(inner, column, where, depth + 1)
 
 
 def shown(value: object) -> str:
