@@ -353,7 +353,9 @@ def test_lines_that_could_be_rows_are_mentioned(write):
     path = write("a.csv", 'prompt,completion\n"Dear Ann, hello\nyours Ben",x\n"a\nb",y\nc,z\n')
     lines = File(path, dev=1, test=0).describe()
     assert any(
-        line.startswith(f"a cell goes on over lines that could be rows: 1 times, first in {path}, line 2 (2")
+        line.startswith(
+            f"cells go on over several lines in 2 rows, first in {path}, line 2. Of 1 of them each line could be a row"
+        )
         for line in lines
     )
     assert lines[0].endswith("3 rows, completion")

@@ -423,10 +423,12 @@ def _oddities(rows: TextFiles) -> list[str]:
     lines = []
     if rows.empty:
         lines.append(f"left out, since all their cells are empty: {rows.empty:,} rows")
+    if rows.long:
+        lines.append(f"cells go on over several lines in {rows.long:,} rows, first in {rows.first_long}")
     if rows.doubts:
         where, several = rows.doubts[0]
-        lines.append(
-            f"a cell goes on over lines that could be rows: {len(rows.doubts):,} times, first in {where} "
-            f"({len(several)} lines). If they are rows, write the quote that the cell begins with twice, within quotes"
+        lines[-1] += (
+            f". Of {len(rows.doubts):,} of them each line could be a row of its own, first in {where} ({len(several)} "
+            "lines). If they are rows, write the quote that a cell begins with twice, within quotes"
         )
     return lines

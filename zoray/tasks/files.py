@@ -119,6 +119,8 @@ class TextFiles:
 
     Attributes:
         empty: rows of a table without anything in them, which are left out.
+        long: how many rows of a table go on over several lines.
+        first_long: where the first of them begins.
         doubts: rows of a table that may be several, the first of them.
     """
 
@@ -127,7 +129,8 @@ class TextFiles:
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
         self.name, self.header = name, name
         self.columns: tuple[str, ...] = ()
-        self.empty, self.doubts = 0, list[Doubt]()
+        self.empty, self.long, self.first_long = 0, 0, ""
+        self.doubts = list[Doubt]()
         self.stamps = Stamps(paths)
         sizes = [size for size, _ in self.stamps.known]
         self._starts = np.cumsum([0, *sizes])
@@ -140,7 +143,7 @@ class TextFiles:
         return self._suffix != ".jsonl"
 
     def __iter__(self) -> Iterator[tuple[int, str, Row | WrongRow]]:
-        self.empty, self.doubts = 0, []
+        self.empty, self.long, self.first_long, self.doubts = 0, 0, "", []
         for number, path in enumerate(self.stamps.paths):
             try:
                 with path.open("rb") as file:
@@ -256,6 +259,8 @@ class TextFiles:
 
         TSV is written without quotes as often as with them, and then a cell may begin with one.
         """
+        self.long += 1
+        self.first_long = self.first_long or where
         lines = [line.rstrip("\r\n").split(delimiter) for line in record if line.strip()]
         if len(lines) < 2 or any(len(cells) != len(header) for cells in lines):
             return None
