@@ -420,12 +420,13 @@ def test_a_job_whose_numbers_are_not_finite_is_shown(client, gateway):
         assert response.status_code == 200 and "NaN" not in response.text, response.text
 
 
-def test_a_preview_while_a_job_reads_leaves_a_texts_rows_alone(client, gateway):
+def test_a_preview_while_a_job_reads_leaves_a_text_alone(client, gateway):
     text = b"\n\n".join(b"story %d of many words and of a few more words" % i for i in range(30))
     number = client.upload(text, "notes.txt").json()["id"]
     response = client.post("/v1/fine_tuning/jobs", json={"training_file": number, "suffix": "mail"})
     assert response.status_code == 200, response.text
-    path = gateway.inner.store.folder / "files" / number / "rows.jsonl"
+    path = gateway.inner.store.folder / "files" / number / "data.txt"
     before = path.stat()
     assert client.post(f"/v1/files/{number}/preview", json={}).status_code == 200
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert {one.name for one in path.parent.iterdir()} == {"data.txt", "meta.json"}
