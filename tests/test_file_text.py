@@ -361,6 +361,12 @@ def test_lines_that_could_be_rows_are_mentioned(write):
     assert lines[0].endswith("3 rows, completion")
 
 
+@pytest.mark.parametrize("sign", [";", "|", "\t", ","])
+def test_a_spreadsheet_may_name_its_separator(sign, write):
+    path = write("a.csv", f"sep={sign}\r\ntext{sign}label\r\na{sign}x\r\nb{sign}y\r\n")
+    assert {e.prompt for e in every(File(path, dev=1, test=0).load())} == {"a It was", "b It was"}
+
+
 def test_rows_without_anything_are_counted(write):
     path = write("a.csv", "text,label\na,x\n,\n\n  \nb,y\n , \n")
     assert "left out, since all their cells are empty: 2 rows" in File(path, dev=1, test=0).describe()
@@ -400,6 +406,15 @@ def test_what_a_file_may_be_wrong_in_otherwise(name, content, says, write):
 )  # fmt: skip
 def test_keys_that_come_twice_are_refused(line, says, write):
     assert says in error_of(write("a.jsonl", f'{{"text": "z", "label": "y"}}\n{line}\n'))
+
+
+def test_keys_that_come_twice_in_a_cell_are_refused(write):
+    turns = (
+        '[{""role"": ""user"", ""role"": ""user"", ""content"": ""a""}, {""role"": ""assistant"", ""content"": ""b""}]'
+    )
+    for name in ("messages", "prompt"):
+        says = error_of(write("a.csv", f'{name}\n"{turns}"\n'))
+        assert f"line 2: column '{name}'" in says and "expected each key once; got 'role' twice" in says
 
 
 def test_a_colon_in_a_text_is_no_key(write):

@@ -29,6 +29,7 @@ HANDLES = 64  # files that are held open
 DOUBTS = 10_000  # rows that may be several of which is taken note
 BLANK = " \t\r\n\f\v\xa0\u200b\ufeff"  # around the name of a column
 ENDS = re.compile(rb"\r\n|\r|\n")
+SEPARATOR = re.compile(rb"(?:\xef\xbb\xbf)?sep=([,;|\t])\s*$", re.I)
 LINES = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 csv.field_size_limit(sys.maxsize)  # a long text is no mistake
@@ -216,6 +217,8 @@ class TextFiles:
         # strict: a quote that is opened and not closed properly is an error, not half the file in one cell.
         path, first = self.stamps.paths[number], next((line for line in file if line.strip()), b"")
         delimiter = "\t" if self._suffix == ".tsv" else ";" if b";" in first and b"," not in first else ","
+        said = SEPARATOR.match(first)  # a line that tells spreadsheets
+        delimiter = said[1].decode() if said else delimiter
         file.seek(0)
         feed = _Feed(_lines(file, path))
         reader = csv.reader(feed, delimiter=delimiter, strict=True)
@@ -236,6 +239,8 @@ class TextFiles:
                 return
             if not any(cell.strip() for cell in cells):
                 self.empty += any(line.strip() for line in feed.record)
+            elif not header and said and SEPARATOR.match(feed.record[0].encode()):
+                continue
             elif not header:
                 header = self._header(cells, number, delimiter, where)
             elif len(cells) != len(header):
