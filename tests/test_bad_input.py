@@ -183,7 +183,7 @@ def test_a_text_that_is_longer_than_the_model(tmp_path, usual, refused):
         ("cells.csv", "text,label\na,0\nb, c,1\n", "cells.csv, line 3: expected 2 cells (['text', 'label']); got 3"),
         ("label.jsonl", '{"text": "a", "label": 7}\n', "label.jsonl, line 1: label '7' has no word"),
         ("columns.tsv", "body\tlabel\na\t0\n", "columns.tsv, line 1: no column 'text'"),
-        ("mail.txt", "a\t0\n", "task.path must end in .jsonl, .csv, .tsv"),
+        ("mail.xml", "a\t0\n", "task.path must end in .jsonl, .csv, .tsv"),
     ],
 )
 def test_an_empty_or_malformed_data_file(name, text, says, tmp_path, usual, refused):

@@ -32,7 +32,7 @@ def test_a_text_is_cut_into_pieces_of_which_a_third_is_given(tmp_path, suffix, e
 
 def test_it_is_a_task_of_completions_that_says_so(tmp_path):
     path = tmp_path / "notes.txt"
-    path.write_text("\n\n".join(PARAGRAPHS))
+    path.write_text("\n\n".join([*PARAGRAPHS, "# A title", "Too short, too."]))
     task = File(str(path), dev=2, test=2)
     splits = task.load()
     assert task.kind_found == "completion"
@@ -41,7 +41,8 @@ def test_it_is_a_task_of_completions_that_says_so(tmp_path):
         (example.prompt, *example.answers) for split in (splits.train, splits.dev, splits.test) for example in split
     }
     assert every == {(f"Paragraph {i}", " of about six words.") for i in range(12)}
-    assert "completion" in task.describe()[0]
+    assert "12 rows, completion" in task.describe()[0]
+    assert "left out, since they have fewer than 6 words: 2 paragraphs" in task.describe()
 
 
 def test_several_texts_are_one(tmp_path):

@@ -32,7 +32,7 @@ from zoray.tasks.hub_rows import hub_rows
 from zoray.tasks.labels import MOST as MOST_LABELS
 from zoray.tasks.labels import label_text, label_words
 from zoray.tasks.parquet import ParquetFiles
-from zoray.tasks.plain_text import PLAIN_SUFFIXES, PlainText
+from zoray.tasks.plain_text import FEWEST_WORDS, PLAIN_SUFFIXES, PlainText
 from zoray.tasks.spacing import gap
 from zoray.tasks.stream import Examples, Scan, first_of_each, scan
 
@@ -403,6 +403,8 @@ def _description(path: str, reader: Reader, rows: Rows, count: int, kept: Mappin
         lines += _spaces(reader, kept["train"])
     if isinstance(rows, TextFiles):
         lines += _oddities(rows)
+    if isinstance(rows, PlainText) and rows.short:
+        lines.append(f"left out, since they have fewer than {FEWEST_WORDS} words: {rows.short:,} paragraphs")
     if count > usable:
         lines.append(f"left out, since their prompt came before: {count - usable:,} rows")
     return lines

@@ -12,6 +12,7 @@ from zoray.tasks.files import MARK, Row
 PLAIN_SUFFIXES = (".txt", ".md")
 WORDS = 120  # of a piece; a longer paragraph is several
 GIVEN = 3  # a piece's first third is given
+FEWEST_WORDS = 2 * GIVEN  # of a piece
 FEWEST = 10  # pieces
 
 
@@ -23,8 +24,8 @@ class _Piece(NamedTuple):
 class PlainText:
     """The pieces of texts in UTF-8, as columns prompt and completion. Paragraphs are set apart by blank lines.
 
-    Line breaks within a paragraph are spaces. Pieces of fewer than 2 * GIVEN words are left out. A place is a piece's
-    number.
+    Line breaks within a paragraph are spaces. Pieces of fewer than FEWEST_WORDS words are counted (`short`), not given.
+    A place is a piece's number.
 
     Args:
         name: what messages call the texts together.
@@ -40,10 +41,12 @@ class PlainText:
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
         self.name = self.header = name
         self.columns: tuple[str, ...] = ("prompt", "completion")
-        self._pieces = [piece for path in paths for piece in _pieces(path)]
+        every = [piece for path in paths for piece in _pieces(path)]
+        self._pieces = [piece for piece in every if piece.row]
+        self.short = len(every) - len(self._pieces)
         if len(self._pieces) < FEWEST:
             raise ConfigError(
-                f"expected at least {FEWEST} paragraphs of {2 * GIVEN} words or more in {name}; got "
+                f"expected at least {FEWEST} paragraphs of {FEWEST_WORDS} words or more in {name}; got "
                 f"{len(self._pieces)}. Set paragraphs apart by blank lines, give more text, or rows with questions and "
                 "answers (CSV with columns prompt and completion)"
             )
@@ -59,6 +62,7 @@ class PlainText:
 
 
 def _pieces(path: Path) -> Iterator[_Piece]:
+    """The pieces of a text, each with the line where its paragraph begins; without a row where it is too short."""
     first, words = 1, list[str]()
     for number, line in enumerate((*_read(path).removeprefix(MARK).split("\n"), ""), start=1):
         if line.strip():
@@ -66,10 +70,10 @@ def _pieces(path: Path) -> Iterator[_Piece]:
             words += line.split()
             continue
         for begin in range(0, len(words), WORDS):
-            if len(piece := words[begin : begin + WORDS]) >= 2 * GIVEN:
-                cut = len(piece) // GIVEN
-                row = {"prompt": " ".join(piece[:cut]), "completion": " " + " ".join(piece[cut:])}
-                yield _Piece(f"{path}, line {first}", row)
+            piece = words[begin : begin + WORDS]
+            cut, enough = len(piece) // GIVEN, len(piece) >= FEWEST_WORDS
+            row = {"prompt": " ".join(piece[:cut]), "completion": " " + " ".join(piece[cut:])} if enough else {}
+            yield _Piece(f"{path}, line {first}", row)
         words.clear()
 
 
