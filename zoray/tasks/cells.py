@@ -183,22 +183,25 @@ class Reader:
     def _turns(self, row: Row, where: Any) -> tuple[tuple[Message, ...], str, tuple[int, ...]]:
         """The messages before the last answer that is learnt, that answer, and which turns before are not."""
         column = self.schema.columns["messages"]
-        found = messages.turns(_filled(row, column, where), column, where, self.ignore)
-        _ends(found[-1].message, "assistant", column, where)
-        learnt = [number for number, turn in enumerate(found) if turn.learnt and turn.message.role == "assistant"]
-        if not learnt:
+        found, silent = messages.turns(_filled(row, column, where), column, where, self.ignore)
+        _ends(found[-1], "assistant", column, where)
+        while silent and (number := len(found) - 1) >= 0 and (found[-1].role != "assistant" or number in silent):
+            found.pop()  # what follows the last answer that is learnt is no use
+        if not found:
             what = f"column {column!r}: all messages of the assistant have weight 0, which leaves nothing to learn"
             raise WrongRow(where, what, ". Remove the row, or a weight")
-        if not learnt[-1]:
+        *earlier, last = found
+        if not earlier:
             raise WrongRow(where, f"column {column!r} begins with its answer", ". Put a question first")
-        before = (*self._tools(row, where), *(turn.message for turn in found[: learnt[-1]]))
-        skipped = len(before) - learnt[-1]
-        kept = set() if self.turns == "last" else {number + skipped for number in learnt}
-        untrained = tuple(number for number in _of_assistant(before) if number not in kept)
-        return before, _answer(found[learnt[-1]].message), untrained
+        tools = self._tools(row, where)
+        before, skipped = (*tools, *earlier), len(tools)
+        if not silent and self.turns == "all":
+            return before, _answer(last), ()
+        kept = self.turns == "all"
+        return before, _answer(last), tuple(n for n in _of_assistant(before) if not kept or n - skipped in silent)
 
     def _chat(self, value: Any, column: str, where: Any) -> tuple[Message, ...]:
-        return tuple(turn.message for turn in messages.turns(value, column, where, self.ignore))
+        return tuple(messages.turns(value, column, where, self.ignore)[0])
 
     def _side(self, value: Any, column: str, where: Any) -> tuple[tuple[Message, ...], str]:
         """The messages before an answer, and the answer: a text, or the last message of a list."""

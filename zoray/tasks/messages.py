@@ -22,15 +22,10 @@ DEEPEST = 100  # lists and objects of a cell within each other
 SHOWN = 80  # characters of a cell in a message
 
 
-class Turn(NamedTuple):
-    """A message, and whether it is learnt where it is the assistant's."""
+def turns(value: Any, column: str, where: Any, ignored: Collection[str] = ()) -> tuple[list[Message], list[int]]:
+    """The messages that a cell holds as a list or as JSON, and the numbers, from 0, of those with weight 0.
 
-    message: Message
-    learnt: bool
-
-
-def turns(value: Any, column: str, where: Any, ignored: Collection[str] = ()) -> list[Turn]:
-    """The messages that a cell holds as a list or as JSON; space around what an assistant says is no part of it.
+    Space around what an assistant says is no part of it.
 
     Raises:
         WrongRow: there are none, or one of them is wrong, by its number.
@@ -52,14 +47,24 @@ def turns(value: Any, column: str, where: Any, ignored: Collection[str] = ()) ->
             f"column {column!r} must hold a list of messages",
             f'; got {shown(value)}. Write [{{"role": "user", "content": "..."}}, ...]',
         )
-    found = []
+    found, silent = list[Message](), list[int]()
     for number, turn in enumerate(value, start=1):
-        made = _plain(turn) or _turn(turn, _Here(where, column, number), ignored)
-        check_whole(made.message.content, column, where)
-        if made.message.more:
-            check_whole(turn, column, where)
-        found.append(made)
-    return found
+        if isinstance(turn, dict) and len(turn) == 2:  # role and content, as nearly all have
+            role, content = turn.get("role"), turn.get("content")
+            if role in CHAT_ROLES and isinstance(content, str):
+                if role == "assistant":
+                    content = content.strip()
+                if content or role != "assistant":
+                    if not content.isascii():
+                        check_whole(content, column, where)
+                    found.append(Message(role, content))
+                    continue
+        message, learnt = _turn(turn, _Here(where, column, number), ignored)
+        check_whole(turn, column, where)
+        found.append(message)
+        if not learnt:
+            silent.append(number - 1)
+    return found, silent
 
 
 class _Here(NamedTuple):
@@ -121,19 +126,7 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def _plain(turn: Any) -> Turn | None:
-    """A message that has a role and text and nothing else, as nearly all have; None for others."""
-    if not isinstance(turn, dict) or len(turn) != 2:
-        return None
-    role, content = turn.get("role"), turn.get("content")
-    if role not in CHAT_ROLES or not isinstance(content, str):
-        return None
-    if role == "assistant" and not (content := content.strip()):
-        return None
-    return Turn(Message(role, content), True)
-
-
-def _turn(turn: Any, here: _Here, ignored: Collection[str]) -> Turn:
+def _turn(turn: Any, here: _Here, ignored: Collection[str]) -> tuple[Message, bool]:
     if not isinstance(turn, dict) or "role" not in turn or ("content" not in turn and not _calls(turn)):
         got = f"the keys {', '.join(map(repr, turn))}" if isinstance(turn, dict) else shown(turn)
         raise here.wrong("keys", f" must have role and content; got {got}. Rename from and value, if it has those")
@@ -148,7 +141,7 @@ def _turn(turn: Any, here: _Here, ignored: Collection[str]) -> Turn:
         raise here.wrong("text", f": content must be text; got {shown(turn.get('content'))}. Complete or remove it")
     more = {str(key): _called(value) for key, value in _filled(more).items() if key not in ignored}
     text = json.dumps(more, ensure_ascii=False, default=str) if more else ""
-    return Turn(Message(role, content, text), _weight(turn.get("weight"), here))
+    return Message(role, content, text), _weight(turn.get("weight"), here)
 
 
 def _calls(turn: dict[str, Any]) -> bool:
