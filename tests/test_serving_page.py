@@ -184,9 +184,7 @@ def test_files_that_cannot_be_used_are_refused_in_plain_words(page, watched, ser
     said(page.locator("#wrong"), "broken.csv, line 3: expected 2 cells")
     assert page.is_disabled("#learn")
     upload(page, "other.csv", labelled().replace(b"text,label", b"body,kind", 1))
-    said(
-        page.locator("#wrong"), "the columns are body, kind. Name yours, such as text_column=body label_column=category"
-    )
+    said(page.locator("#wrong"), "the columns are 'body', 'kind'. Name yours, such as text_column=body label_column=")
     assert str(server.folder) not in page.inner_text("#wrong")
     page.fill("#columns", "text=body, label=kind")
     page.fill("#template", "{body} This is")
