@@ -56,9 +56,14 @@ def check_gguf(path: Path, name: str) -> None:
         _require(file.read(4) == b"GGUF", name, path, "is no GGUF file, which begins with the letters GGUF")
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a file stands for one that Git LFS keeps."""
+    return path.stat().st_size < SMALL and path.read_bytes().startswith(POINTER)
+
+
 def _check_pointers(files: Iterable[Path], name: str) -> None:
     for path in files:
-        if path.stat().st_size < SMALL and path.read_bytes().startswith(POINTER):
+        if is_pointer(path):
             raise ConfigError(
                 f"{name}: {path.name} is a Git LFS pointer, which stands for the file and is not it. Run `git lfs "
                 "install` and `git lfs pull` in that clone, or download the model again"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import shutil
 import sys
 import uuid
@@ -15,7 +13,6 @@ from zoray.cli import build_experiment, check_run_files, load_run_config, run_ma
 from zoray.overrides import setting
 from zoray.paths import absolute_paths, user_path
 from zoray.records import ConfigError
-from zoray.signatures import in_quotes
 
 MAY_CHANGE = ("cluster", "engine", "logging")  # in a resumed run: none of it enters the result
 
@@ -73,8 +70,7 @@ def main(config: Any) -> int:
 
 def resume_command(path: Path) -> str:
     """What goes on with a run, to be pasted into a shell."""
-    plain = re.fullmatch(r"[\w./+-]+", name := str(path))
-    return f"python -m zoray.launch {shlex.quote(f'run.resume={name if plain else in_quotes(name)}')}"
+    return f"python -m zoray.launch {setting('run.resume', str(path))}"
 
 
 def _with_absolute_paths(config: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from zoray.checkpoint import is_pointer
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of names in a file
 FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?[AB](?:\.weight)?")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 USED = {  # what `Adapter` reads
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -233,12 +233,11 @@ def _tensor_file(folder: Path) -> Path:
     path = next((file for name in (TENSORS, PICKLED) if (file := folder / name).is_file()), None)
     if path is None:
         raise ConfigError(f"expected {TENSORS} or {PICKLED} in the adapter's folder {folder}; there is neither")
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ConfigError(
-                f"expected an adapter's weights in {path}; got a Git LFS pointer, which only says where they are. "
-                f"Fetch them: git -C {shlex.quote(str(folder))} lfs pull"
-            )
+    if is_pointer(path):
+        raise ConfigError(
+            f"expected an adapter's weights in {path}; got a Git LFS pointer, which only says where they are. "
+            f"Fetch them: git -C {shlex.quote(str(folder))} lfs pull"
+        )
     return path
 
 

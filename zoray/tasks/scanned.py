@@ -7,12 +7,13 @@ own code are the same; no text. Small files are read anew each time.
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoray import disk
 from zoray.models import cache_dir
 
 if TYPE_CHECKING:
@@ -38,15 +39,11 @@ def keep(task: Any, stamps: Stamps, found: Any) -> None:
     path = _path(task, stamps)
     if path is None:
         return
-    partial = path.with_name(f".{uuid.uuid4().hex}")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(pickle.dumps(found, pickle.HIGHEST_PROTOCOL))
-        os.replace(partial, path)
+        disk.replace(path, pickle.dumps(found, pickle.HIGHEST_PROTOCOL), path.with_name(f".{uuid.uuid4().hex}"))
         for old in sorted(path.parent.glob("*.pickle"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)
-    except OSError:
-        partial.unlink(missing_ok=True)
 
 
 def _path(task: Any, stamps: Stamps) -> Path | None:
