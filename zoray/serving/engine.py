@@ -254,16 +254,17 @@ class TuningMember(ReplicaActor):
         Raises:
             Closed: it was `stopping`, between two slices.
         """
+        replica = self.replica if dev else None
+        if dev and replica is None:
+            raise RuntimeError("this replica has no job's data yet")
         pinned = Pinned(self._server.engine, slot, stopping)
         sums = pinned.score_plan(Plan.of([(Probe(0, 0, 0.0), part) for part in self._server.neutral]))
         spread = neutral.perplexity([sums], self._server.neutral)
-        if not dev:
+        if replica is None:
             return Measured(math.nan, math.nan, spread)
-        if self.replica is None:
-            raise RuntimeError("this replica has no job's data yet")
-        workload = self.replica.workload
+        workload = replica.workload
         count = len(workload.splits.dev)
-        scorer = Scorer(self.replica.spec, workload, pinned)  # type: ignore[arg-type]
+        scorer = Scorer(replica.spec, workload, pinned)  # type: ignore[arg-type]
         found = scorer.outcomes("dev", (Probe(0, 0, 0.0),), np.zeros(count, np.int64), np.arange(count), measured=True)
         score, metric, _ = metrics(workload, "dev", found.losses, {"score": found.scores, **found.columns})
         rows = worth(score, found.losses, {"score": found.scores})
