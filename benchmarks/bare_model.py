@@ -163,8 +163,8 @@ def adapted(
 
 def descend(
     parameters: list[torch.Tensor], optimizer: str, lr: float, steps: int, loss_of: Callable[[int], torch.Tensor]
-) -> None:
-    """So many steps, the learning rate falling linearly to 0."""
+) -> Iterator[int]:
+    """So many steps, the learning rate falling linearly to 0; yields how many have been taken, after each."""
     rule: Any = MeanSign if optimizer == "MeanSign" else getattr(torch.optim, optimizer)
     taken = rule(parameters, lr=lr)
     falling = torch.optim.lr_scheduler.LambdaLR(taken, lambda step: 1 - step / max(1, steps))
@@ -173,3 +173,4 @@ def descend(
         loss_of(step).backward()
         taken.step()
         falling.step()
+        yield step + 1

@@ -124,7 +124,7 @@ def test_a_model_without_such_layers_is_refused(tiny_models):
 def test_the_mean_of_signs_steps_as_written():
     x = torch.tensor([1.0, -1.0, 5.0], requires_grad=True)
     gradients = [torch.tensor([3.0, -0.1, 0.0]), torch.tensor([-2.0, -0.2, 1.0])]
-    descend([x], "MeanSign", 0.5, 2, lambda step: (x * gradients[step]).sum())
+    assert [*descend([x], "MeanSign", 0.5, 2, lambda step: (x * gradients[step]).sum())] == [1, 2]
     m1, factor = np.array([0.1, -0.1, 0.0]), 0.5  # the learning rate of the second of two steps is half
     m2 = 0.9 * m1 + 0.1 * np.array([-1.0, -1.0, 1.0])
     np.testing.assert_allclose(x.detach(), np.array([1.0, -1.0, 5.0]) - 0.5 * m1 - factor * 0.5 * m2, rtol=1e-6)
@@ -185,6 +185,16 @@ def test_a_run_again_is_the_same_and_leaves_the_model_as_it_was(tiny_models, lab
     options = {**DEFAULTS, "what": "untuned,backprop", "rules": "meansign", "seeds": "1", "budget": "64,64"}
     found = list(baselines.measure(options, settings(tiny_models["qwen2"], labelled_file)))
     assert found[1]["dev_loss"] == found[2]["dev_loss"] != found[0]["dev_loss"]
+
+
+def test_of_several_states_the_best_on_dev_has_a_row_of_its_own(tiny_models, labelled_file):
+    options = {**DEFAULTS, "what": "backprop", "rules": "adam", "lr": "300", "seeds": "0", "batch": "16"}
+    where = settings(tiny_models["llama"], labelled_file)
+    (alone,) = baselines.measure({**options, "budget": "128"}, where)
+    last, best = baselines.measure({**options, "budget": "128", "states": "4"}, where)
+    assert {**last, "seconds": 0} == {**alone, "seconds": 0}  # to measure on the way changes nothing
+    assert best["setting"] == f"{last['setting']}, best of 4 on dev" and best["steps"] in (2, 4, 6, 8)
+    assert (best["dev_accuracy"], -best["dev_loss"]) > (last["dev_accuracy"], -last["dev_loss"])
 
 
 def test_text_is_learnt_and_held_out_lines_are_held_out(tiny_models, tmp_path):

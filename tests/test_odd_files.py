@@ -11,7 +11,7 @@ import json
 import random
 import re
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 from local_pool import LocalPool
 from rows import every, write_parquet, write_rows
 
+import zoray.data
 from zoray import driver, launch, plan
 from zoray.cli import compose, guarded
 from zoray.records import ConfigError, Splits
@@ -243,9 +244,9 @@ def odd_parquet(seed: int, folder: Path) -> None:
     outcome(str(path))
 
 
-def odd_uploads(seed: int, folder: Path) -> None:
-    """The same on a server: kept, and made a task of, or refused."""
-    odd, store = Odd(seed), Store(folder / "server")
+def uploads(seed: int) -> dict[str, bytes]:
+    """Names and contents of odd files."""
+    odd = Odd(seed)
     rows = odd.rows(0.2)
     contents = {
         "a.csv": table(rows, ","),
@@ -253,9 +254,15 @@ def odd_uploads(seed: int, folder: Path) -> None:
         "a.jsonl": json.dumps(odd.value()).encode(),
         "a.txt": odd.text().encode(),
     }
-    for name, content in contents.items():
+    return {name: odd.broken(content) if seed % 3 and content else content for name, content in contents.items()}
+
+
+def odd_uploads(seed: int, folder: Path) -> None:
+    """The same on a server: kept, and made a task of, or refused."""
+    store = Store(folder / "server")
+    for name, content in uploads(seed).items():
         try:
-            number = store.add_file(name, odd.broken(content) if seed % 3 and content else content)["id"]
+            number = store.add_file(name, content)["id"]
             task, _ = NewJob(training_file=number, use={"dev": 1, "test": 0}).lessons(store.data_path)
             task.load()
         except ConfigError:
@@ -280,6 +287,23 @@ def test_thousands_of_odd_files_end_in_examples_or_in_one_message(part, tmp_path
         PARTS[part](seed, tmp_path)
         for path in tmp_path.glob("a.*"):
             path.unlink()
+
+
+def test_odd_uploads_over_http_are_jobs_or_refused(client, monkeypatch):
+    monkeypatch.setattr("zoray.data.load_tokenizer", cache(zoray.data.load_tokenizer))  # else it takes most of the time
+    seen = set()
+    for seed in range(24):
+        for name, content in uploads(seed).items():
+            kept = client.upload(content, name)
+            answers = [kept]
+            if kept.status_code == 200:
+                use = {"dev": 1, "test": 0}
+                answers.append(client.post("/v1/fine_tuning/jobs", json={"training_file": kept.json()["id"], "use": use}))
+            for answer in answers:
+                seen.add(answer.status_code)
+                assert answer.status_code == 200 or 400 <= answer.status_code < 500, (seed, name, answer.text)
+                assert answer.status_code == 200 or answer.json()["error"]["message"].count("\n") == 0, answer.text
+    assert {200, 400} <= seen
 
 
 OBJECTIVES = {"choice": "choice_nll", "completion": "answer_nll", "preference": "preference"}

@@ -17,7 +17,7 @@ from statistics import median, quantiles
 
 from zoray.engines.throttle import line
 
-SHARE = 0.06  # of the time of requests' steps
+SHARE = 0.08  # of the time of requests' steps
 RARE = 150  # steps
 FEWEST = 8  # tokens
 MOST_ALONE = 64  # tokens of a step without requests

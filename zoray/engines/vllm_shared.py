@@ -293,9 +293,7 @@ class SharedEngine(VllmEngine):
         while begin < len(probes):
             count = max(1, int(self.throttle.wait("slots", 1, len(probes))))
             some = probes[begin : begin + count]
-            began = time.monotonic()
-            self._call("zoray_write_some", some, begin)
-            self.throttle.took("slots", len(some), time.monotonic() - began)
+            self.throttle.took("slots", len(some), self._call("zoray_write_some", some, begin))
             begin += count
 
 

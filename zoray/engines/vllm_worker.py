@@ -7,6 +7,7 @@ internals is in engines/vllm*.py, cpu_*.py and cuda_*.py. Tried on 0.32 (CPU); w
 from __future__ import annotations
 
 import pickle
+import time
 from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -92,8 +93,11 @@ class ZorayWorker:
     def zoray_write(self, probes: Sequence[Probe]) -> None:
         self._zoray.write_all(probes)
 
-    def zoray_write_some(self, probes: Sequence[Probe], first: int) -> None:
+    def zoray_write_some(self, probes: Sequence[Probe], first: int) -> float:
+        """Seconds that it took, without those until a step of requests had ended."""
+        began = time.monotonic()
         self._zoray.write_all(probes, first)
+        return time.monotonic() - began
 
     def zoray_score_slots(self, table: SequenceTable, slots: np.ndarray) -> np.ndarray:
         return self._zoray.score_slots(table, np.arange(len(table)), slots)

@@ -254,6 +254,8 @@ class TextFiles:
                         f"; got {len(cells)}{short}. Quote or complete it",
                     ),
                 )
+            elif len(header) > 1 and cells[0].strip(BLANK) == header[0] and [c.strip(BLANK) for c in cells] == header:
+                yield offset, where, WrongRow(where, "expected a row", "; got the header line again. Delete this line")
             elif len(feed.record) > 1 and (error := self._doubt(feed.record, header, delimiter, where)):
                 yield offset, where, error
             else:
