@@ -12,8 +12,8 @@ states, of the last prompt token. A probe's layer and penalty are chosen on dev,
 
 `backprop` trains both halves of adapters of rank 8 and alpha 16 with the cross-entropy over the option words, a run for
 each budget of sequences, its learning rate falling linearly to 0. The last state counts; with `states=4` there is a row
-more, of that which is best on dev of four, as zoray's own runs have it. `adam` and `meansign` have them on the layers that
-write to the residual stream, from block `first` on (the upper half), `adamw-all` on all linear layers of all blocks.
+more, of that which is best on dev of four, as zoray's own runs have it. `adam` and `meansign` have them on the layers
+that write to the residual stream, from block `first` on (the upper half), `adamw-all` on all linear layers of all.
 `text` is the next-token loss on 300 held-out lines of a file, under the same adapters and rules; `answers` that of the
 answers of a task, on its own dev rows, as objective=answer_nll has it (the mean over a row's tokens, then over rows).
 """
@@ -63,7 +63,8 @@ if TYPE_CHECKING:
     Record = dict[str, Any]
 
 DEFAULTS = {"what": "all", "seeds": "0,1,2", "budget": "", "rules": "adam,meansign,adamw-all", "lr": "1", "batch": "16"}
-DEFAULTS |= {"first": "", "layers": "1", "penalties": "10,100,1000", "bos": "false", "file": "", "out": "", "states": "1"}
+DEFAULTS |= {"first": "", "layers": "1", "penalties": "10,100,1000", "bos": "false", "file": "", "out": ""}
+DEFAULTS |= {"states": "1"}
 ALL = ("untuned", "margin", "probe", "backprop")
 PARTS = (*ALL, "text", "answers")
 BUDGETS, TEXT_BUDGETS = "320,1280,1600,6400", "0,160,320,640,1280,5120"

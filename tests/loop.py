@@ -133,8 +133,12 @@ def drive(
     tile: int = 8,
     done: Sequence[StepRecord] = (),
     stop: int | None = None,
+    matrices: int = len(MATRICES),
 ) -> list[StepRecord]:
-    """Steps [len(done), stop) of a run of `steps`; all records, `done` included. Every record has a digest."""
+    """Steps [len(done), stop) of a run of `steps`; all records, `done` included. Every record has a digest.
+
+    `matrices`: how many are moved.
+    """
     records = list(done)
     memory = records[-1].optimizer if records else optimizer.init()
     for step in range(len(records), steps if stop is None else stop):
@@ -155,7 +159,7 @@ def drive(
         guide: tuple[Any, ...] = ()
         if scores.feedback is not None:
             trust = estimator.judge(trust, probes, losses)
-            guide = (gains(trust, len(MATRICES)), packed(scores.feedback, step))
+            guide = (gains(trust, matrices), packed(scores.feedback, step))
         memory, commit = optimizer.update(memory, step, steps, estimate.weights, *guide)
         records.append(journal.StepRecord(commit, tuple(map(mean, losses)), digests.pop(), memory, trust))
     return records

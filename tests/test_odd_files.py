@@ -297,8 +297,8 @@ def test_odd_uploads_over_http_are_jobs_or_refused(client, monkeypatch):
             kept = client.upload(content, name)
             answers = [kept]
             if kept.status_code == 200:
-                use = {"dev": 1, "test": 0}
-                answers.append(client.post("/v1/fine_tuning/jobs", json={"training_file": kept.json()["id"], "use": use}))
+                body = {"training_file": kept.json()["id"], "use": {"dev": 1, "test": 0}}
+                answers.append(client.post("/v1/fine_tuning/jobs", json=body))
             for answer in answers:
                 seen.add(answer.status_code)
                 assert answer.status_code == 200 or 400 <= answer.status_code < 500, (seed, name, answer.text)

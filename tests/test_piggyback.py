@@ -244,6 +244,21 @@ def test_feedback_in_the_steps_of_requests_is_that_of_a_packed_forward(shared, m
     shared.reset()
 
 
+def test_the_time_until_a_step_of_requests_ends_is_no_cost_of_a_slot(shared, monkeypatch):
+    """Else slots, whose writing takes a millisecond, are held back for half a minute while people chat."""
+    call, noted = shared._call, []
+
+    def behind_a_step(*given):
+        time.sleep(0.3)
+        return call(*given)
+
+    monkeypatch.setattr(shared, "_call", behind_a_step)
+    monkeypatch.setattr(shared.throttle, "took", lambda *given: noted.append(given))
+    shared._write((Probe(0, 0, 0.5),))
+    ((kind, size, seconds),) = noted
+    assert (kind, size) == ("slots", 1) and 0 < seconds < 0.2
+
+
 def test_a_request_that_ends_too_early_is_an_error_and_nothing_is_left(shared):
     table = SequenceTable.of(sequences(2))
     with pytest.raises(Exception, match=r"length|longer|maximum"):

@@ -38,7 +38,7 @@ def user_path(path: object) -> Path:
         ) from None
 
 
-LOCAL = re.compile(r"[/.~].*|.*\.(csv|tsv|jsonl?|parquet|txt|py)")  # what no Hub's or package's name looks like
+LOCAL = re.compile(r"[/.~].*|.*\.(csv|tsv|jsonl?|parquet|txt|md|py)")  # what no Hub's or package's name looks like
 
 
 def absolute_paths(settings: Any, at: Path) -> Any:

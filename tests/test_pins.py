@@ -1,0 +1,100 @@
+"""What must never change by moving code: examples, sampled tokens, steps of every preset, messages, run folders.
+
+A journal names examples by their place, and directions by (seed, step, index, matrix): with another order or another
+salt a run of before could not go on. Losses are drawn here, as exact fractions, so that nothing depends on a processor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from loop import drive
+
+from zoray.cli import build_experiment, compose, conf_dir
+from zoray.directions import direction_numpy, philox_numpy
+from zoray.order import Order
+from zoray.records import Scores
+from zoray.tiles import gives_feedback, summed
+from zoray.writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zoray.records import Commit, Tile
+
+HIDDEN, INNER, LAYERS, STEPS = 6, 10, 4, 3
+SHAPES = {
+    **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
+    **{f"mlp.{name}_proj": (INNER, HIDDEN) for name in ("gate", "up")},
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+MATRICES = {f"model.layers.{k}.{name}": shape for k in range(LAYERS) for name, shape in SHAPES.items()}
+
+
+def weights() -> dict[str, Any]:
+    """Base weights, the same at every call."""
+    import torch
+
+    return {
+        name: torch.from_numpy(direction_numpy(3, 0, 0, name, 0, out * into, "rademacher")).view(out, into) / 8
+        for name, (out, into) in MATRICES.items()
+    }
+
+
+class Drawn:
+    """A replica whose losses and feedback are drawn, from what they are of."""
+
+    def __init__(self, experiment: Any) -> None:
+        self.state = experiment.space.open(experiment.space.select(MATRICES), 11, weights=weights())
+        self.numbers = experiment.space.trained(MATRICES)
+
+    def evaluate(
+        self, commits: Sequence[Commit], tiles: Sequence[Tile], digest: bool, per_example: bool = False, levels: int = 0
+    ) -> tuple[Scores, str]:
+        """As Replica.evaluate."""
+        for commit in commits[self.state.step :]:
+            self.state.apply(commit)
+        losses = [
+            int(philox_numpy((example, probe.step, probe.index, int(probe.scale > 0)), (5, 7))[0]) % 2048 / 1024
+            for tile in tiles
+            for probe in tile.probes
+            for example in range(tile.start, tile.stop)
+        ]
+        found, feedback = np.array(losses), None
+        if levels and any(map(gives_feedback, tiles)):
+            words = philox_numpy((np.arange(self.numbers), self.state.step, 0, 0), (5, 8))[:, 0]
+            feedback = (words % 255).astype(np.int32) - 127
+        found = found if per_example else summed(tiles, found)
+        return Scores(found, 0.0, 0, feedback=feedback), self.state.digest()
+
+
+PRESETS: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml")))
+def test_the_first_steps_of_every_preset(preset):
+    e = build_experiment(compose("config", [f"experiment={preset}"]))
+    records = drive([Drawn(e)], e.estimator, e.optimizer, STEPS, 4, 4, matrices=len(e.space.select(MATRICES)))
+    said = [(list(record.commit.coefficients), record.digest) for record in records]
+    assert PRESETS[preset] == hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def test_the_first_batches():
+    labels = np.arange(1000) % 3
+    for stratify, first in ((False, []), (True, [])):
+        order = Order(SimpleNamespace(data_seed=0, batch=8, stratify=stratify), labels)
+        assert order.step(0).tolist() == first
+
+
+def test_the_first_sampling_seeds():
+    objective: Any = SimpleNamespace(sampling=SimpleNamespace(stop=()), judge=lambda: None)
+    encoder: Any = SimpleNamespace(stop_ids=lambda stop: frozenset())
+    writer = Writer(objective, SimpleNamespace(), encoder, 0)  # type: ignore[arg-type]
+    assert writer._seeds(np.arange(3), 0, None) == []
+    assert writer._seeds(np.arange(3), 7, np.arange(3)) == []
