@@ -113,31 +113,31 @@ class Experiment:
                 f"expected run.batch to be a multiple of the estimator's {pairs} directions, which share it out "
                 f"(estimator.shared=false); got {batch}. Take {max(1, batch // pairs) * pairs}"
             )
-        if space == "lowrank" and self.optimizer.momentum:
+        if self.optimizer.momentum and not self.space.takes_momentum:
             raise ConfigError(
-                f"expected optimizer.momentum=0 with space=lowrank, whose momentum would be as large as the model; got "
+                f"expected optimizer.momentum=0 with space={space}, whose momentum would be as large as the model; got "
                 f"{self.optimizer.momentum}. Take space=lozo or space=lora"
             )
         if self.estimator.guided:
-            self._check_guided(space)
+            self._check_guided()
         if self.space.folds and self.optimizer.anchor and not self.space.keep_base:
             raise ConfigError(
                 f"expected space.keep_base=true with optimizer.anchor={self.optimizer.anchor} and space={space}: steps "
                 "are folded into the base weights, so the decay towards them needs a copy"
             )
 
-    def _check_guided(self, space: str) -> None:
-        if space != "lora":
+    def _check_guided(self) -> None:
+        if not self.space.takes_signs:
             raise ConfigError(
-                f"expected space=lora with estimator=feedback, whose signs move the numbers of an adapter; got space="
-                f"{space}"
+                "expected space=lora with estimator=feedback, whose signs move the numbers of an adapter; got space="
+                f"{type(self.space).__name__.lower()}"
             )
         require(
             not self.estimator.pairs or self.optimizer.momentum > 0,
             "optimizer.momentum above 0 with estimator.pairs, whose probes go along it (optimizer=feedback has it)",
             self.optimizer.momentum,
         )
-        ranks = getattr(self.engine, "tensor_parallel", 1)
+        ranks = self.engine.tensor_parallel
         require(ranks == 1, "engine.tensor_parallel=1 with estimator=feedback", ranks, "Take more replicas instead")
 
     @cached_property

@@ -100,8 +100,8 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
     grid, tokens = Grid.of(e.spec, 0), step_tokens(e, workload)
     probes, most = len(e.estimator.ask(0)), max(tokens)
     sequences = scored(grid.tiles) * len(workload.encoded["train"][0])
-    slots, budget = getattr(e.spec.engine, "slots", 0), getattr(e.engine, "max_tokens", most)
-    ranks = getattr(e.engine, "tensor_parallel", 1)
+    slots, budget = e.spec.engine.slots or 0, e.engine.max_tokens or most
+    ranks = e.engine.tensor_parallel
     passes = max(1, -(-probes // slots)) if slots else probes
     forwards = max(passes, -(-int(np.mean(tokens)) // budget))
     at_once = min(budget, most)
@@ -109,10 +109,10 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
     staged = min(probes, slots) * drawn if device == "cpu" else 0  # the buffer for what goes into slots
     staged = staged if staged <= STAGED_ELEMENTS else 0
     widest = max(out for out, _ in workload.matrices.values())
-    copy = size * sum(out * into for out, into in matrices.values()) if getattr(e.space, "keep_base", False) else 0
+    copy = size * sum(out * into for out, into in matrices.values()) if e.space.keep_base else 0
     memory = {
         "weights": count * size // (1 if device == "cpu" else ranks),
-        "KV cache": int(getattr(e.engine, "kv_cache_gib", 0) * GIB),
+        "KV cache": int(e.engine.kv_cache_gib * GIB),
         "adapter slots": slots * size * slot_elements(e, matrices, workload.matrices, device),
         "adapter state": 4 * e.space.kept(workload.matrices, e.optimizer.momentum > 0) + copy,
         "directions": 4 * (min(CACHED_ELEMENTS, e.estimator.directions * drawn) + staged),

@@ -94,7 +94,7 @@ class Pool:
         owns_ray = connect(cluster, say)
         placement = None
         try:
-            count, cpus, gpus = size(cluster, getattr(spec.engine, "tensor_parallel", 1))
+            count, cpus, gpus = size(cluster, spec.engine.tensor_parallel)
             bundle: dict[str, float] = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
             here = room(bundle)
             if here < count:

@@ -11,11 +11,59 @@ from typing import TYPE_CHECKING, Protocol
 from zoray.engines.packing import Plan, SequenceTable, split_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     import numpy as np
 
     from zoray.records import Commit, Probe, Sampling, TokenSequence
+    from zoray.spaces.base import Space
+
+
+class EngineConfig(Protocol):
+    """The settings of an engine."""
+
+    @property
+    def slots(self) -> int | None:
+        """How many adapter slots there are; 0 for an engine without, None for as many as a step has probes."""
+        ...
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of a forward; None for as many as a sequence has."""
+        ...
+
+    @property
+    def kv_cache_gib(self) -> float:
+        """Memory of its KV cache, 0 without one."""
+        ...
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Over how many devices the model is shared out."""
+        ...
+
+    def for_probes(self, probes: int, guided: bool = False) -> EngineConfig:
+        """With all that a step of so many probes takes, `guided` by feedback or not."""
+        ...
+
+    def check(self, space: Space) -> None:
+        """Raise ConfigError if this engine can't have such a space."""
+        ...
+
+    def length_limit(self, model_limit: int) -> int:
+        """The longest sequence that this engine will score."""
+        ...
+
+    def start(
+        self, folder: Path | str, dtype: str, matrices: Mapping[str, tuple[int, int]], space: Space, seed: int
+    ) -> Engine:
+        """Load the model and open the adapter state. {canonical name: (out, in)} are the model's linear layers.
+
+        Raises:
+            ConfigError: the engine can't run this model with these settings.
+        """
+        ...
 
 
 class Engine(Protocol):

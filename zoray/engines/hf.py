@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -39,6 +39,11 @@ class Hf:
         max_length: longest sequence; null for the model's own limit.
         deterministic: always true here: each sequence has a forward pass of its own.
     """
+
+    slots: ClassVar[int] = 0
+    max_tokens: ClassVar[int | None] = None
+    kv_cache_gib: ClassVar[float] = 0.0
+    tensor_parallel: ClassVar[int] = 1
 
     device: str = "cpu"
     max_length: int | None = None

@@ -112,6 +112,21 @@ class Space(Protocol):
         ...
 
     @property
+    def keep_base(self) -> bool:
+        """Whether it keeps a copy of base weights that it writes into."""
+        ...
+
+    @property
+    def takes_signs(self) -> bool:
+        """Whether the signs of feedback can move its numbers."""
+        ...
+
+    @property
+    def takes_momentum(self) -> bool:
+        """Whether it can have momentum."""
+        ...
+
+    @property
     def targets(self) -> str | tuple[str, ...]:
         """Which matrices move."""
         ...

@@ -51,7 +51,10 @@ class Lora:
         distribution: of the directions, "rademacher" or "gaussian".
     """
 
-    folds: ClassVar[bool] = False  # whether steps write into the base weights
+    folds: ClassVar[bool] = False
+    keep_base: ClassVar[bool] = False
+    takes_signs: ClassVar[bool] = True
+    takes_momentum: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float = 16.0

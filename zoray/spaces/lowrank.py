@@ -38,6 +38,8 @@ class LowRank:
     """
 
     folds: ClassVar[bool] = True
+    takes_signs: ClassVar[bool] = False
+    takes_momentum: ClassVar[bool] = False  # it would be as large as the model
 
     rank: int = 1
     targets: str | tuple[str, ...] = "all-linear"

@@ -54,6 +54,8 @@ class Lozo:
     """
 
     folds: ClassVar[bool] = True
+    takes_signs: ClassVar[bool] = False
+    takes_momentum: ClassVar[bool] = True
     scaling: ClassVar[float] = 1.0
 
     rank: int = 2
