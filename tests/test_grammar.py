@@ -16,7 +16,7 @@ from openai.lib._parsing._completions import type_to_response_format_param
 from pydantic import BaseModel, Field
 
 from zoray.serving.grammar import MOST_LENGTHS, enforced
-from zoray.serving.patterns import check_pattern
+from zoray.serving.patterns import MOST_TIMES, check_pattern
 
 
 class Color(enum.Enum):
@@ -134,7 +134,7 @@ def test_pydantics_models_are_enforced(schema_of):
     ):
         assert f'"{word}"' not in text
     properties = schema["properties"]
-    assert properties["name"] == {"type": "string", "minLength": 1, "maxLength": 40}
+    assert properties["name"] == {"type": "string", "pattern": "^.{1,40}$"}
     assert properties["age"] == {"type": "integer", "minimum": 0, "maximum": 130}
     assert properties["share"] == {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
     assert properties["color"] == {"enum": ["red", "blue"]} and properties["level"] == {"enum": [1, 2]}
@@ -205,7 +205,7 @@ WHOLE = {"type": "object", "properties": {"a": {"type": "integer"}}, "required":
         ({"oneOf": [{"type": "string"}, {"type": "null"}]}, {"anyOf": [{"type": "string"}, {"type": "null"}]}),
         (
             {"type": "string", "anyOf": [{"const": "a"}, {"maxLength": 3}]},
-            {"anyOf": [{"enum": ["a"]}, {"type": "string", "maxLength": 3}]},
+            {"anyOf": [{"enum": ["a"]}, {"type": "string", "pattern": "^.{0,3}$"}]},
         ),
         (
             {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"}]},
@@ -313,6 +313,22 @@ def test_patterns_that_are_taken_are_held_to(pattern, texts):
         )
 
 
+@pytest.mark.parametrize("bounds", [{"maxLength": 4}, {"minLength": 1}, {"minLength": 3, "maxLength": 128}])
+def test_text_of_bounded_length_has_no_control_characters(bounds):
+    taken = enforced({"type": "string", **bounds})
+    for text in ("abc", "äöü", "abcde", "", "\U0001d11e" * 4):
+        fits = Draft202012Validator(bounds).is_valid(text)
+        assert accepts(taken, json.dumps(text, ensure_ascii=False)) == fits, text
+    for code in range(0x20):
+        assert not accepts(taken, f'"ab{chr(code)}c"'), code
+
+
+def test_the_largest_count_of_a_pattern_can_be_prepared():
+    for pattern in (f"^[a-z]{{{MOST_TIMES}}}$", f"^[a-z]{{{MOST_TIMES},}}$"):
+        check_pattern(pattern)
+        assert accepts({"type": "string", "pattern": pattern}, json.dumps("a" * MOST_TIMES))
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -322,6 +338,8 @@ def test_patterns_that_are_taken_are_held_to(pattern, texts):
         "^.{0,100}.{0,100}$",
         "^(a+){2}$",
         "^[a-z]{1,999}$",
+        "^[a-z]{129}$",
+        "^[a-z]{129,}$",
         "^(?!x)a$",
         "(?<=a)b",
         r"^a\b$",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from zoray.serving.patterns import LOOKAROUND, check_pattern
+from zoray.serving.patterns import LOOKAROUND, MOST_TIMES, check_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -241,6 +241,19 @@ class Grammar:
                 f"expected at most {MOST_LENGTHS} different lengths and patterns in a schema; got more. Take the same "
                 "for several, or leave some out and check the answer",
             )
+        _length_as_pattern(found)
+
+
+def _length_as_pattern(found: dict[str, Any]) -> None:
+    """Say bounds of a text's length as a pattern, where that can be prepared.
+
+    The grammar's own bounds let a tab or another control character into the text, and the answer would be no JSON.
+    """
+    least, most = found.get("minLength", 0), found.get("maxLength")
+    if {"minLength", "maxLength"} & found.keys() and max(least, most or 0) <= MOST_TIMES:
+        found.pop("minLength", None), found.pop("maxLength", None)
+        if least or most is not None:
+            found["pattern"] = f"^.{{{least},{'' if most is None else most}}}$"
 
 
 def wrong(path: tuple[str, ...], said: str) -> ValueError:

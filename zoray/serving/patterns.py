@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 LOOKAROUND = re.compile(r"\(\?<?[=!]")
 MOST_PLACES = 256  # characters of a pattern with its repeats written out
+MOST_TIMES = 128  # of a counted repeat: xgrammar fails on patterns with larger ones
 MOST_LOOSE = 20  # by which the counts of several repeats may vary, all together
 PIECE = re.compile(
     r"""(?P<open>\((?!\?)|\(\?:)
@@ -87,6 +88,8 @@ def _repeat(pattern: str, found: re.Match[str], what: Group, group: Group, varie
         return
     least = int(found["least"])
     most = int(found["most"] or least)
+    if most > MOST_TIMES:
+        raise _refused(pattern, f"expected counts of at most {MOST_TIMES}; got {found['times']}")
     if what.loose and most > 1:
         raise _refused(
             pattern, "a counted repeat of what can be of several lengths, or of alternatives, is not enforced here"
