@@ -75,7 +75,7 @@ FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "
         ({"messages": [{"role": "user"}]}, "messages[0].content", "Field required"),
         ({"stop": [""]}, "stop[0]", "at least 1 character"),
         ({"stop": 5}, "stop", "expected a text, or a list of texts"),
-        ({"stop": ["a"] * 17}, "stop", "expected at most 16 of them; got 17"),
+        ({"stop": ["a"] * 5}, "stop", "expected at most 4 of them; got 5"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
         ({"tools": [CALL], "tool_choice": "required"}, "tool_choice", "no answer calls one, so expected none or auto"),
         ({"tool_choice": "required"}, "tool_choice", "no tools"),

@@ -16,6 +16,7 @@ from zoray.serving.grammar import enforced
 
 MOST_CHOICES = 16  # of a prompt
 MOST_PROMPTS = 32
+MOST_STOPS = 4  # as OpenAI's API and vLLM have it
 MOST_ALTERNATIVES = 20  # tokens beside the one that was chosen
 NO_TOOLS = "this server has no tools"
 
@@ -23,7 +24,7 @@ Text = Annotated[str, Field(max_length=2_000_000)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 Stops = Annotated[
-    Annotated[Stop, Tag(TEXT)] | Annotated[list[Stop], Field(max_length=16), Tag(LIST)],
+    Annotated[Stop, Tag(TEXT)] | Annotated[list[Stop], Field(max_length=MOST_STOPS), Tag(LIST)],
     by_type("a text, or a list of texts"),
 ]
 
