@@ -19,7 +19,7 @@ from zoray import journal
 from zoray.cli import build_experiment, compose, load_run_config
 from zoray.launch import main
 from zoray.records import ConfigError
-from zoray.slurm import Slurm, command, script_path, seconds
+from zoray.slurm import Slurm, command, environment, script_path, seconds
 
 STEPS = 150  # a few seconds of steps, to kill and stop a driver in
 LACKS = missing()
@@ -190,6 +190,14 @@ def test_a_dry_run_prints_command_and_script_and_leaves_nothing(tmp_path, tiny_m
     assert {"sbatch", "--nodes=3", f"ZORAY_PYTHON={sys.executable}"} < set(shlex.split(shown))
     assert script_path().read_text() in script
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("~/venv/bin/python", "/home/ada/venv/bin/python"), ("python3.11", "python3.11")]
+)
+def test_the_python_of_a_home_is_the_one_of_who_submits(monkeypatch, given, meant):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert environment(Slurm(python=given))["ZORAY_PYTHON"] == meant
 
 
 def test_without_sbatch_nothing_is_written(tmp_path, tiny_models, labelled_file, monkeypatch):

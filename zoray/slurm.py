@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from zoray import disk
 from zoray.cluster import Cluster, check_reachable
 from zoray.overrides import setting, value_of
+from zoray.paths import user_path
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def environment(slurm: Slurm) -> dict[str, str]:
     set_up = {"ZORAY_SETUP": "\n".join(slurm.setup)} if slurm.setup else {}
     return {
         **set_up,
-        "ZORAY_PYTHON": slurm.python or sys.executable,
+        "ZORAY_PYTHON": str(user_path(slurm.python or sys.executable)),
         "ZORAY_DASHBOARD": str(slurm.dashboard_port if slurm.dashboard else 0),
     }
 
