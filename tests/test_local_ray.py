@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from zoray import local_ray
 from zoray.journal import read
 from zoray.local_ray import own_words, temp_folder
 from zoray.records import ConfigError
+from zoray.serving import start
 from zoray.serving.start import _listen
 
 
@@ -131,6 +133,29 @@ def test_a_port_taken_while_a_server_starts(monkeypatch, tmp_path, tiny_models):
     monkeypatch.setattr("ray.serve.start", fail)
     with pytest.raises(ConfigError, match=r"listen on 127.0.0.1:8000; another program has taken it while the server"):
         _listen(settings_of(tiny_models["llama"], tmp_path))
+
+
+def test_a_server_that_starts_stops_as_one_that_is_up(monkeypatch, tmp_path, tiny_models):
+    """Ray puts its own handler of SIGTERM in the place of the server's, and that ends in an abort."""
+    found = []
+
+    def connect(*_: object) -> bool:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return False
+
+    def look() -> None:
+        found.append(signal.getsignal(signal.SIGTERM))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start, "connect", connect)
+    monkeypatch.setattr(start, "_check_free", look)
+    before = signal.signal(signal.SIGTERM, own := lambda *_: None)
+    try:
+        with pytest.raises(KeyboardInterrupt), start.started(settings_of(tiny_models["llama"], tmp_path)):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found == [own]
 
 
 @pytest.mark.ray

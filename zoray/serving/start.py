@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 @contextmanager
 def started(settings: Settings) -> Iterator[str]:
     """The application, answering at the address that this yields, until the context is left."""
+    on_term = signal.getsignal(signal.SIGTERM)
     owns = connect(Cluster(dashboard=settings.dashboard), print)
+    signal.signal(signal.SIGTERM, on_term)  # Ray's own in its place ends in an abort, while engines start
     own_ray = owns and not Cluster().joins
     try:
         from ray import serve
