@@ -5,12 +5,13 @@ Used by the mains only. Nothing here imports torch, vLLM or Ray, so a mistake in
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from os.path import abspath
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from zoray import disk, streams
 from zoray.overrides import check_whole, setting, unescaped, value_of
@@ -19,6 +20,12 @@ from zoray.records import ConfigError, JournalError, ReplicaLost
 from zoray.signatures import check_signature, did_you_mean, in_quotes, unknown_key
 
 USAGE_EXIT, FAILURE_EXIT, INTERRUPT_EXIT = 2, 1, 130
+MEANT = {  # what is no text in a mapping that YAML reads
+    "null": re.compile(r"(null)?\Z", re.I),
+    "bool": re.compile(r"(true|false)\Z", re.I),
+    "int": re.compile(r"-?(0|[1-9][0-9]*)\Z"),
+    "float": re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?\Z", re.I),
+}
 SHOWING_FLAGS = {"--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"}  # of Hydra's: print, run nothing
 
 
@@ -252,8 +259,15 @@ def _mapping(value: str) -> dict[Any, Any] | None:
     """A mapping of which Hydra can't read a key (in quotes, with an accent, null), and YAML can."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """As Hydra reads what has no quotes: no and on, 007, 12:30 and dates are text."""
+
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    for kind, form in MEANT.items():
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", form, None)
     try:
-        found = yaml.safe_load(value) if value.lstrip().startswith("{") else None
+        found = yaml.load(value, Loader=Loader) if value.lstrip().startswith("{") else None
     except (yaml.YAMLError, ValueError):
         return None
     return {"null" if key is None else key: item for key, item in found.items()} if isinstance(found, dict) else None
