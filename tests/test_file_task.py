@@ -78,6 +78,9 @@ def test_labels_may_be_numbers_or_truth_values(write):
     rows = [{"text": "a", "label": 1.0}, {"text": "b", "label": 0}, {"text": "c", "label": "1"}]
     splits = File(write("b.jsonl", rows), [" no", " yes"]).load()
     assert {e.prompt[0]: e.label for e in every(splits)} == {"a": 1, "b": 0, "c": 1}
+    big = 2**53
+    splits = File(write("c.csv", f"text,label\na,{big}\nb,{big + 1}\n"), {big: " no", big + 1: " yes"}, test=0).load()  # type: ignore
+    assert {e.prompt[0]: e.label for e in every(splits)} == {"a": 0, "b": 1}
 
 
 def test_repeated_texts_are_used_once(write):

@@ -33,7 +33,11 @@ def plain_form(label: str) -> str:
     """What a label is the same as in other spellings: True as true, 1.0 and +1 as 1; itself for most."""
     if label.lower() in CONSTANTS:
         return label.lower()
-    return label_text(float(label)) if DECIMAL.fullmatch(label) else label
+    found = DECIMAL.fullmatch(label)
+    if not found:
+        return label
+    whole = not (found[2] or found[3])  # a float would keep 53 bits of it
+    return label_text(int(label) if whole else float(label))
 
 
 def look(label: str) -> str:
