@@ -94,6 +94,8 @@ def test_a_label_without_an_option_is_refused(label):
 def test_an_example_without_options_is_refused():
     with pytest.raises(ConfigError, match="label must be 0 without options, got 1"):
         Example("It was", (), 1)
+    with pytest.raises(ConfigError, match=r"got 1 for prompt 'It was'$"):
+        Example((Message("system", "a"), Message("user", "It was")), (), 1)
 
 
 def test_splits_are_found_by_name():

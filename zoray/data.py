@@ -201,7 +201,7 @@ class Encoding:
             self._refuse(
                 example,
                 f"{place}expected sequences of at most {self._limit}; got {tokens} tokens{what} in {split} example "
-                f"{index} ({str(example.prompt)[:50]!r}...). Shorten it, raise the limit, or set run.too_long=cut, "
+                f"{index} ({example.asked[:50]!r}...). Shorten it, raise the limit, or set run.too_long=cut, "
                 "which takes away the beginning",
             )
 

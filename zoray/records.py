@@ -216,14 +216,19 @@ class Example:
         """Where it comes from, for messages (tasks/faults.py); None where that is not known."""
         return getattr(self.data, "where", None)
 
+    @property
+    def asked(self) -> str:
+        """What messages show of it: the prompt, or the last message of a chat."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1].content
+
     def __post_init__(self) -> None:
         for label in (self.label, *self.also) if self.options else ():
             if not 0 <= label < len(self.options):
                 raise ConfigError(
-                    f"label must be in 0..{len(self.options) - 1}, got {label} for prompt {self.prompt[:60]!r}"
+                    f"label must be in 0..{len(self.options) - 1}, got {label} for prompt {self.asked[:60]!r}"
                 )
         if not self.options and (self.label or self.also):
-            raise ConfigError(f"label must be 0 without options, got {self.label} for prompt {self.prompt[:60]!r}")
+            raise ConfigError(f"label must be 0 without options, got {self.label} for prompt {self.asked[:60]!r}")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class AnswerNLL(Objective):
         """Itself, for tasks with answers or options."""
         if not example.answers and not example.options:
             raise ConfigError(
-                f"expected examples with an answer for objective=answer_nll; got {str(example.prompt)[:60]!r} without "
+                f"expected examples with an answer for objective=answer_nll; got {example.asked[:60]!r} without "
                 "one. Take objective=reward, or a task with answers"
             )
         return self
