@@ -290,6 +290,8 @@ def test_wrong_parquet_is_named_by_row(write, tmp_path):
         File(write_parquet(tmp_path / "e.parquet", [{"text": "a"}]), WORDS).load()
     with pytest.raises(ConfigError, match=r"e\.parquet: expected the columns of a\.parquet, \['text', 'label'\]; got"):
         File(f"{tmp_path}/[ae].parquet").load()
+    with pytest.raises(ConfigError, match=r"f\.parquet, row 0 .*: column 'label' must hold a label; got b'x'"):
+        File(write_parquet(tmp_path / "f.parquet", [{"text": "a", "label": b"x"}]), WORDS).load()
     whole = Path(write_parquet(tmp_path / "c.parquet", ROWS)).read_bytes()
     damaged = {"text": b"text", "cut": whole[: len(whole) // 2], "bits": whole[:8] + bytes(80) + whole[88:]}
     for name, content in damaged.items():

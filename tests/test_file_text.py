@@ -88,6 +88,13 @@ def test_half_a_character_is_named_in_every_column(row, column, write):
     assert "(and 1 more: line 3)" in says
 
 
+def test_half_a_character_is_named_in_the_json_of_a_cell(write):
+    for column, cell in (("completion", ["b", HALF]), ("completion", [{"role": "assistant", "content": HALF}])):
+        text = json.dumps(cell).replace("\\" + HALF, HALF).replace('"', '""')
+        says = error_of(write("a.csv", f'prompt,{column}\na,b\nc,"{text}"\n'))
+        assert f"a.csv, line 3: column {column!r} holds half a character, '\\ud83d'" in says
+
+
 def test_bad_bytes_of_parquet_are_named(tmp_path):
     import pyarrow
     from pyarrow import parquet

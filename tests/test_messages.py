@@ -77,6 +77,12 @@ def test_turns_of_weight_0_are_not_learnt(suffix, weights, learnt, tmp_path):
     assert trained(loaded(tmp_path, [row], suffix)) == learnt
 
 
+@pytest.mark.parametrize(("also", "column"), [({}, "completion"), ({"rejected": "bad"}, "chosen")])
+def test_an_answer_of_weight_0_is_refused(also, column, tmp_path):
+    with pytest.raises(ConfigError, match=rf"line 1: column '{column}': its answer has weight 0"):
+        loaded(tmp_path, [{"prompt": [user("x0")], column: [said("good", weight=0)], **also}])
+
+
 def test_the_last_turn_alone_is_learnt_by_a_setting(tmp_path):
     row = {"messages": [user("x0"), said("bad"), user("again"), said("good")]}
     assert trained(loaded(tmp_path, [row], turns="last")) == "good</s>"
@@ -108,6 +114,17 @@ def test_calls_and_tools_are_what_the_template_writes(suffix, tmp_path):
     with pytest.raises(ConfigError, match=r"does not write 'tool_calls', 'tools', so it would be lost.*task\.ignore="):
         trained(example)
     assert trained(loaded(tmp_path, [row], suffix, ignore=("tools", "tool_calls"))) == "let me see</s>"
+
+
+@pytest.mark.parametrize("column", ["prompt", "instruction"])
+def test_text_that_becomes_a_chat_keeps_its_tools(column, tmp_path):
+    row = {column: "x0", "output": "great", "tools": TOOLS}
+    named = {"completion_column": "output"} if column == "prompt" else {}
+    example = loaded(tmp_path, [row], chat=True, **named)
+    assert [message.role for message in example.prompt] == ["tools", "user"]
+    with pytest.raises(ConfigError, match="does not write 'tools', so it would be lost"):
+        trained(example)
+    assert trained(loaded(tmp_path, [row], chat=True, ignore=("tools",), **named)) == "great</s>"
 
 
 def test_an_answer_may_be_a_call_alone(tmp_path):

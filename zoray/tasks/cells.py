@@ -106,7 +106,7 @@ class Reader:
         column = self.schema.columns["label"]
         value = _filled(row, column, where)
         label = label_text(value)
-        if isinstance(value, dict | list) or not label:
+        if isinstance(value, dict | list | bytes) or not label:
             raise WrongRow(where, f"column {column!r} must hold a label", f"; got {shown(value)}. Complete the row")
         check_whole(label, column, where)
         if self.words is None or label in self.words:
@@ -143,7 +143,7 @@ class Reader:
         text = template.fill(values)
         if self.schema.instruction or "system" in self.schema.columns or "history" in self.schema.columns:
             return self._instruction(row, text, where)
-        return (Message("user", text),) if self.chat else text
+        return (*self._tools(row, where), Message("user", text)) if self.chat else text
 
     def _instruction(self, row: Row, text: str, where: Any) -> Prompt:
         """An instruction with what other columns say before it; in a chat without the line break at its end."""
@@ -156,7 +156,8 @@ class Reader:
                 what = f"column {column!r} holds earlier turns, which a plain text has no place for"
                 raise WrongRow(where, what, ". Set task.chat=true, or leave the column out")
             return f"{system}\n\n{text}" if system else text
-        return (*([Message("system", system)] if system else []), *earlier, Message("user", text.rstrip("\n")))
+        first = (*self._tools(row, where), *([Message("system", system)] if system else []))
+        return (*first, *earlier, Message("user", text.rstrip("\n")))
 
     def _history(self, row: Row, where: Any) -> tuple[Message, ...]:
         """Earlier turns, [[what the user said, what was answered], ...]."""
@@ -206,8 +207,11 @@ class Reader:
     def _side(self, value: Any, column: str, where: Any) -> tuple[tuple[Message, ...], str]:
         """The messages before an answer, and the answer: a text, or the last message of a list."""
         if isinstance(value, list):
-            *before, last = self._chat(value, column, where)
+            found, silent = messages.turns(value, column, where, self.ignore)
+            *before, last = found
             _ends(last, "assistant", column, where)
+            if len(before) in silent:
+                raise WrongRow(where, f"column {column!r}: its answer has weight 0", ". Remove the row, or the weight")
             return tuple(before), _answer(last)
         if not isinstance(value, str) or not value.strip():
             what = f"column {column!r} must hold text or messages"
@@ -240,6 +244,7 @@ class Reader:
                 f"column {column!r} must hold text, or a list of texts that are all right",
                 f"; got {shown(value)}. Complete the row, or write numbers in quotes",
             )
+        check_whole(answers, column, where)
         return prompt, tuple(answers)
 
     def _preference(self, row: Row, where: Any) -> tuple[Prompt, str, str]:
