@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -274,6 +275,24 @@ def test_a_servers_mistakes_are_named_before_a_model_loads(overrides, key, says,
     with pytest.raises(ConfigError) as error:
         main(compose("serve", [f"model.path={tiny_models['llama']}", f"serve.folder={tmp_path}", *overrides]))
     assert says in str(error.value)
+
+
+def test_of_two_servers_that_start_on_a_folder_the_second_is_told_at_once(monkeypatch, tiny_models, tmp_path):
+    settings = [f"model.path={tiny_models['llama']}", f"serve.folder={tmp_path}"]
+
+    @contextmanager
+    def starting(_):
+        with pytest.raises(ConfigError, match="for this server alone; another one uses it"):
+            main(compose("serve", [*settings, "serve.port=8009"]))
+        raise ZeroDivisionError
+        yield
+
+    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.setattr("zoray.serving.start.started", starting)
+    monkeypatch.setattr("zoray.serve.stops", tuple)
+    for _ in range(2):  # one that has failed keeps nothing
+        with pytest.raises(ZeroDivisionError):
+            main(compose("serve", [*settings, "serve.port=8008"]))
 
 
 def test_a_port_in_use_and_a_folder_in_use_are_refused(monkeypatch, tiny_models, tmp_path):

@@ -171,7 +171,7 @@ def test_delete_everything_leaves_nothing_on_disk(page, server):
     assert not page.is_visible("#forget")
     assert not page.is_visible("#use")
     left = [path.name for path in server.folder.rglob("*") if path.is_file()]
-    assert set(left) <= {".lock", "learning.json", "live.json"}
+    assert set(left) <= {".lock", ".server", "learning.json", "live.json"}
     assert chat(page) == "tiny"
 
 

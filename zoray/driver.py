@@ -63,8 +63,8 @@ def tune(
     e, run, folder = experiment, experiment.run, experiment.run.path
     order = order_of(e.spec, workload)
     losses_of = Losses(workload, order).of
-    for split in ("dev", "test") if run.test else ("dev",):
-        require(len(workload.splits[split]) > 0, f"examples in the {split} split", 0, f"Raise task.{split}")
+    require(len(workload.splits.dev) > 0, "examples in the dev split", 0, "Raise task.dev")
+    tests = run.test and len(workload.splits.test) > 0
     header = make_header(e, workload)
     earlier = read_journal(folder / journal.FILE_NAME, header)
     done = earlier.steps if earlier else ()
@@ -110,7 +110,7 @@ def tune(
                 if step == 0 or (run.eval_every and step % run.eval_every == 0):
                     log.sync()
                     on_dev(pool, *measure(pool, workload, monitor, "dev"))
-                    if step == 0 and run.test:
+                    if step == 0 and tests:
                         measure(pool, workload, monitor, "test")
                     if early := stalled(monitor.history.evaluations, run.patience):
                         monitor.message(f"nothing better on dev in {run.patience} evaluations: the run ends early")
@@ -171,7 +171,7 @@ def tune(
                     selected = top.step
                     monitor.message(f"back to step {selected}, the best on dev, by replay")
                     pool.rewind(selected)
-                if run.test:
+                if tests:
                     measure(pool, workload, monitor, "test")
             arrays, digest = ({}, pool.digest()) if e.space.folds else pool.adapter()
             steps = monitor.history.steps

@@ -36,7 +36,7 @@ class Run:
         select: which state is the result, "best" on dev or "last".
         too_long: "refuse" sequences over the model's or the engine's limit, or "cut" their beginning, as MeZO does;
             null refuses, but cuts those of a file so large that it is read as it goes.
-        test: evaluate on test, before the first step and at the selected one.
+        test: evaluate on test, if the task has such rows, before the first step and at the selected one.
         date: YYYY-MM-DD, what a chat template writes that asks for today's date; null for the day on which the run
             begins, by UTC. Resumed runs, evaluations and all replicas have the run's own.
     """

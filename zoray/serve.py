@@ -22,8 +22,15 @@ def main(config: Any) -> int:
     key = settings.key  # refused before anything is started
     _check_port(settings.host, settings.port)
     check_model(settings)
-    with claim(Path(settings.folder)):  # the tuner holds it from here on
-        check_live(Store(settings.folder, clear=False), settings)
+    folder = Path(settings.folder)
+    with claim(folder, lock=".server"):  # as long as this command runs, so that of two the second is told at once
+        with claim(folder):  # the tuner holds it from here on
+            check_live(Store(settings.folder, clear=False), settings)
+        return _serve(settings, key)
+
+
+def _serve(settings: Settings, key: str | None) -> int:
+    """Start the server, and serve until a signal comes."""
     up, ended, stopping = threading.Event(), threading.Event(), stops()
 
     def stop(number: int, frame: object) -> None:

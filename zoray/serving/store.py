@@ -245,19 +245,20 @@ class Store:
         return folder
 
 
-def claim(folder: Path, patience: float = 0.0) -> Any:
+def claim(folder: Path, patience: float = 0.0, lock: str = ".lock") -> Any:
     """Keep a server's folder for this process, as long as what this returns is open.
 
     Args:
         folder: of a server; it need not be there.
         patience: seconds to wait for another one to end.
+        lock: the file's name: of the one process that writes jobs, or of the command that starts it.
 
     Raises:
         ConfigError: another server has it: both would write the same journals.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("wb")
+        file = (folder / lock).open("wb")
     except OSError as error:
         raise ConfigError(f"can't write serve.folder={folder}: {error.strerror}. Choose another") from None
     deadline = time.monotonic() + patience
