@@ -65,7 +65,7 @@ class Encoder:
         """Count an example in whose text control tokens stand."""
         self.literal += 1
         if self.literal == 1:
-            place = f"; the first in {example.where}" if example.where else ""
+            place = f"; the first in {example.where.row}" if example.where else ""  # in whichever of its columns
             plain = ". task.control_tokens=true makes them control tokens" if isinstance(example.prompt, str) else ""
             self._first_literal = f"{place}{plain}"
 

@@ -188,6 +188,10 @@ class File(Task):
             name: Examples(tables[name], reader, found.places[own], labels[found.labels[own]])
             for (name, found), own in zip(scans.items(), first, strict=True)
         }
+        if not len(kept["train"]):
+            raise ConfigError(
+                f"{self.path}: all of its rows are among those held out, and none is in both. Hold out other rows"
+            )
         return self._split(kept), _description(self.path, reader, rows, sum(map(len, first)), kept)
 
     def _passed(self, tables: dict[str, Rows]) -> tuple[Reader, dict[str, Scan], dict[str, int]]:
