@@ -251,7 +251,8 @@ def _length_as_pattern(found: dict[str, Any]) -> None:
     """
     least, most = found.get("minLength", 0), found.get("maxLength")
     if {"minLength", "maxLength"} & found.keys() and max(least, most or 0) <= MOST_TIMES:
-        found.pop("minLength", None), found.pop("maxLength", None)
+        for bound in ("minLength", "maxLength"):
+            found.pop(bound, None)
         if least or most is not None:
             found["pattern"] = f"^.{{{least},{'' if most is None else most}}}$"
 
