@@ -49,8 +49,8 @@ OPTIMIZERS = {
 def sensible(space: str, optimizer: str) -> bool:
     """Momentum of fresh full matrices would be as large as the model; an anchor needs the base if steps are folded."""
     if optimizer == "momentum":
-        return not isinstance(LM_SPACES[space], LowRank)
-    return optimizer != "decay" or getattr(LM_SPACES[space], "keep_base", True)
+        return LM_SPACES[space].takes_momentum
+    return optimizer != "decay" or LM_SPACES[space].keep_base or not LM_SPACES[space].folds
 
 
 def combinations(spaces: Iterable[str]) -> list[Any]:
