@@ -149,11 +149,14 @@ def test_a_pool_that_begins_in_the_middle_goes_on_as_one_that_was_there(local_ra
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_one_and_three_replicas_of_killed_and_resumed_jobs_have_one_journal(cluster, folder, tmp_path):
-    """The command line. Two replicas come late; a replica is killed, and the driver twice, with its replicas."""
+    """The command line. Two replicas come late; a replica is killed, and the driver twice, with its replicas.
+
+    Batches are large, so that there are steps left to join at.
+    """
     cluster.add_node(num_cpus=1)
     settings = [
         *(f"model.path={folder}", "model=hf", "engine=hf", "task=file", f"task.path={rows(tmp_path)}"),
-        *("task.words=[' terrible',' great']", "task.dev=4", "task.test=4", "run.batch=8", "run.tile_examples=2"),
+        *("task.words=[' terrible',' great']", "task.dev=4", "task.test=4", "run.batch=64", "run.tile_examples=2"),
         *("estimator=feedback", "estimator.lens=8", "estimator.pairs=1", "optimizer=feedback", "optimizer.anchor=1"),
         *("space.train=AB", "space.targets=residual", "space.rank=2", "run.steps=150", "run.digest_every=3"),
         *("logging.curve=false", "run.eval_every=30", f"run.folder={tmp_path}", "cluster.cpus_per_replica=1"),
