@@ -127,7 +127,7 @@ GOOD = '{"text": "a", "label": "positive"}\n'
             r"a\.csv, line 1: no column 'label'; .* 'text', 'sentiment'\. Name it",
         ),
         ("a.csv", "text,label\na,positive\nb\n", r"line 3: expected 2 cells .*; got 1; column 'label' has none"),
-        ("a.csv", "text,label\na,positive\ntext, label\n", r"a\.csv, line 3: .*got the header line again\. Delete"),
+        ("a.csv", "text, label\na,positive\ntext, label\n", r"a\.csv, line 3: .*got the header line again\. Delete"),
         ("a.csv", "text,label\na, b,positive\n", r"a\.csv, line 2: expected 2 cells .*; got 3\. Quote"),
         ("a.csv", 'text,label\n"a\nb",positive\nc,meh\n', r"a\.csv, line 4: label 'meh'"),
         (

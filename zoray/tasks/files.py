@@ -222,7 +222,7 @@ class TextFiles:
         file.seek(0)
         feed = _Feed(_lines(file, path))
         reader = csv.reader(feed, delimiter=delimiter, strict=True)
-        header: list[str] = []
+        header, first_cells = list[str](), list[str]()
         while True:
             offset, line = feed.start()
             where = f"{path}, line {line}"
@@ -242,7 +242,7 @@ class TextFiles:
             elif not header and said and SEPARATOR.match(feed.record[0].encode()):
                 continue
             elif not header:
-                header = self._header(cells, number, delimiter, where)
+                header, first_cells = self._header(cells, number, delimiter, where), cells
             elif len(cells) != len(header):
                 short = f"; column {header[len(cells)]!r} has none" if len(cells) < len(header) else ""
                 yield (
@@ -254,7 +254,7 @@ class TextFiles:
                         f"; got {len(cells)}{short}. Quote or complete it",
                     ),
                 )
-            elif len(header) > 1 and cells[0].strip(BLANK) == header[0] and [c.strip(BLANK) for c in cells] == header:
+            elif cells == first_cells and len(header) > 1:
                 yield offset, where, WrongRow(where, "expected a row", "; got the header line again. Delete this line")
             elif len(feed.record) > 1 and (error := self._doubt(feed.record, header, delimiter, where)):
                 yield offset, where, error
