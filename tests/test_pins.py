@@ -17,15 +17,16 @@ from loop import drive
 
 from zoray.cli import build_experiment, compose, conf_dir
 from zoray.directions import direction_numpy, philox_numpy
+from zoray.optimizers import to_float32
 from zoray.order import Order
-from zoray.records import Scores
+from zoray.records import Commit, Scores
 from zoray.tiles import gives_feedback, summed
 from zoray.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from zoray.records import Commit, Tile
+    from zoray.records import Tile
 
 HIDDEN, INNER, LAYERS, STEPS = 6, 10, 4, 3
 SHAPES = {
@@ -112,3 +113,23 @@ def test_the_first_sampling_seeds():
     writer = Writer(objective, SimpleNamespace(), encoder, 0)  # type: ignore[arg-type]
     assert writer._seeds(np.arange(3), 0, None) == [1938152394, 1731387948, 1642265497]
     assert writer._seeds(np.arange(3), 7, np.arange(3)) == [2710306697, 2641993660, 723182925]
+
+
+def on_the_wire(value: object) -> int:
+    """Bytes of a message without the names of what unpickles it, which moves change."""
+    import pickle
+    import pickletools
+
+    packed = pickle.dumps(value, protocol=5)
+    names = [text for code, text, _ in pickletools.genops(packed) if code.name == "SHORT_BINUNICODE"]
+    return len(packed) - sum(len(str(name)) for name in names if str(name).startswith(("zoray", "_")))
+
+
+def test_the_bytes_of_a_step():
+    """What the driver sends and what comes back: 4 bytes a coefficient, a bit a number; 8 a loss, 1 a number."""
+    weights, gains = tuple(to_float32(k / 3) for k in range(1000)), (0.5,) * 60
+    assert on_the_wire(Commit(7, weights)) == 4 * 1000 + 61
+    assert on_the_wire(Commit(7, (), momentum=0.9, gains=gains, signs=bytes(1000))) == 4 * 60 + 1000 + 75
+    assert on_the_wire(Scores(np.arange(1000), 0.5, 9)) == 8 * 1000 + 47
+    fed = Scores(np.arange(1), 0.5, 9, feedback=np.zeros(8000, np.int8))
+    assert on_the_wire(fed) == 8 + 8000 + 64
