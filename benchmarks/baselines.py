@@ -53,9 +53,9 @@ from zoray.cli import build, build_experiment, compose, guarded
 from zoray.data import load_workload
 from zoray.models import load_tokenizer, max_length
 from zoray.order import Order, labels_of
-from zoray.paths import user_path
 from zoray.prompts import Encoder
 from zoray.records import ConfigError
+from zoray.records.paths import user_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -36,10 +36,10 @@ from zoray.guidance import Gradient, Guidance
 from zoray.models import linear_matrices, load_tokenizer, max_length
 from zoray.objectives import AnswerNLL
 from zoray.order import labels_of
-from zoray.paths import user_path
 from zoray.plots import DEV, DPI, GRID, INK, TRAIN
 from zoray.prompts import Encoder
 from zoray.records import Commit, ConfigError, Example, Probe, Splits
+from zoray.records.paths import user_path
 from zoray.scorer import Scorer
 from zoray.spaces.base import layer_number
 

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.options import parse
 from benchmarks.stepper import Stepper
 from benchmarks.training_loop import TrainingLoop, option_batch
-from zoray.paths import user_path
+from zoray.records.paths import user_path
 
 DEFAULTS = {"steps": "200", "every": "50", "batch": "16", "lr": "1e-4", "eps": "5e-4", "rank": "2", "interval": "50"}
 DEFAULTS |= {"dev": "200", "seed": "0", "out": "runs/learn"}
@@ -82,7 +82,7 @@ class Tuned:
     def point(self) -> dict[str, float]:
         """Where it is, with loss and accuracy on dev."""
         from zoray.records import Probe
-        from zoray.tiles import mean
+        from zoray.records.tiles import mean
 
         found = self.replica.outcomes("dev", Probe(self.stepper.step, 0, 0.0))
         accuracy, loss = mean(found.scores.tolist()), mean(found.losses.tolist())

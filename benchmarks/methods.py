@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.options import parse
 from benchmarks.stepper import Stepper
-from zoray.paths import user_path
+from zoray.records.paths import user_path
 
 # The methods as settings over the defaults of conf/; steps follow from the budget. Learning rates are the best of those
 # tried on seed 0 at 1,600 sequences; runs eight times as long want about half of it.
@@ -113,8 +113,8 @@ def run(
     """
     from zoray.cli import build_experiment, compose
     from zoray.records import Probe
+    from zoray.records.tiles import mean, scored
     from zoray.replica import Replica
-    from zoray.tiles import mean, scored
 
     overrides = [*settings(method, where), f"run.seed={seed}", f"run.data_seed={seed}", "run.tile_examples=16"]
     lr = compose("config", overrides).optimizer.lr * factor

@@ -28,8 +28,8 @@ from benchmarks.timing import spread
 from benchmarks.workload import random_workload
 from zoray.noise import NEAR, rounding
 from zoray.records import Probe
+from zoray.records.tiles import mean
 from zoray.replica import Replica
-from zoray.tiles import mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

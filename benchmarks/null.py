@@ -21,8 +21,8 @@ from zoray.cluster import Cluster
 from zoray.members import Members
 from zoray.pool import Pool
 from zoray.records import Scores
+from zoray.records.tiles import LEVELS, Grid, gives_feedback, scored, summed
 from zoray.replica import ReplicaInfo
-from zoray.tiles import LEVELS, Grid, gives_feedback, scored, summed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

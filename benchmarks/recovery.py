@@ -35,7 +35,7 @@ from zoray.estimators import TwoPoint
 from zoray.members import Members
 from zoray.pool import Pool
 from zoray.records import Commit
-from zoray.tiles import Grid
+from zoray.records.tiles import Grid
 
 DEFAULTS = {"events": "12", "replicas": "4", "tile_ms": "50", "steps": "10000", "threads": "1"}
 TILES, FLOOR, FACTOR = 4, 0.1, 2.0  # of a replica; seconds and factor of the deadline

@@ -23,7 +23,7 @@ from zoray.cli import build_experiment, compose
 from zoray.cluster import Cluster
 from zoray.pool import Pool
 from zoray.records import Commit
-from zoray.tiles import Grid
+from zoray.records.tiles import Grid
 
 DEFAULTS = {"replicas": "1,2", "rounds": "10", "batch": "16", "pairs": "1", "tile": "4", "engine": "vllm"}
 

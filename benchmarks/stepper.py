@@ -22,8 +22,8 @@ class Stepper:
     def direct(self) -> None:
         """Scored by the packed forward."""
         from zoray.feedback import gains
+        from zoray.records.tiles import losses_of
         from zoray.spaces.signs import packed
-        from zoray.tiles import losses_of
 
         e, guide = self.e, ()
         probes, grid = e.estimator.ask(self.step), self.replica.grid(self.step, "train")

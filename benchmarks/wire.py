@@ -28,9 +28,9 @@ from zoray.feedback import Feedback
 from zoray.journal import FILE_NAME, Journal, StepRecord
 from zoray.optimizers import to_float32
 from zoray.records import Commit, Scores
+from zoray.records.tiles import Grid
 from zoray.spaces import Lora
 from zoray.spaces.signs import packed
-from zoray.tiles import Grid
 
 FRAME = 4  # bytes before each message that say how long it is
 BATCH, COUNTS = 16, (1, 4, 16, 64, 256)

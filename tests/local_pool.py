@@ -8,7 +8,7 @@ from zoray.replica import Replica
 
 if TYPE_CHECKING:
     from zoray.records import Commit, Scores
-    from zoray.tiles import Grid
+    from zoray.records.tiles import Grid
 
 
 class LocalPool:

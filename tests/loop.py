@@ -15,8 +15,8 @@ from zoray import journal
 from zoray.directions import direction_numpy
 from zoray.feedback import gains, quantised
 from zoray.records import Probe, Scores, Tile
+from zoray.records.tiles import Grid, contiguous, gives_feedback, join_scores, losses_of, mean, summed
 from zoray.spaces.signs import packed
-from zoray.tiles import Grid, contiguous, gives_feedback, join_scores, losses_of, mean, summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -22,7 +22,8 @@ from loop import MATRICES, SEED, Quadratic, base_weights, drive, final_digest, t
 
 from zoray import journal
 from zoray.optimizers import Sgd
-from zoray.records import Probe, record
+from zoray.records import Probe
+from zoray.records.signatures import record
 
 STEP_SIZES = {"sign": 0.2, "adaptive": 0.06}  # whatever the estimator
 UNITS = {"lora-B": 1.0, "lora-AB": 0.5, "lozo": 0.5, "lozo-rademacher": 0.7, "eggroll": 0.4, "lowrank-4": 0.4}

@@ -18,10 +18,11 @@ from zoray.engines.hf import Hf
 from zoray.estimators import TwoPoint
 from zoray.models import Model, load_matrices
 from zoray.objectives import ChoiceNLL
-from zoray.records import Probe, record
+from zoray.records import Probe
+from zoray.records.signatures import record
+from zoray.records.tiles import mean
 from zoray.replica import Replica
 from zoray.tasks.file import File
-from zoray.tiles import mean
 
 # All combinations are tried on quadratics (test_conformance.py); here every pair of two kinds of parts.
 LM_COMBINATIONS = [

@@ -19,9 +19,9 @@ from zoray.models import Model
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, JournalError
+from zoray.records.tiles import Grid, losses_of
 from zoray.spaces import Lora
 from zoray.tasks.file import File
-from zoray.tiles import Grid, losses_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,12 +15,12 @@ from disks import small_disk
 from local_pool import LocalPool
 
 import zoray.driver
-from zoray import disk as module
 from zoray import evaluate, export, launch, models
 from zoray.cli import compose, guarded
 from zoray.history import read_metrics
 from zoray.records import ConfigError
-from zoray.stopping import children_survive_hangup, stop_requested, stops
+from zoray.records import disk as module
+from zoray.records.process.stopping import children_survive_hangup, stop_requested, stops
 
 STEPS = 6
 

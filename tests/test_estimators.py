@@ -13,7 +13,7 @@ from zoray.directions import direction_numpy
 from zoray.estimators import Estimate, Evolution, OneSided, TwoPoint
 from zoray.optimizers import Sgd
 from zoray.records import ConfigError, Probe, Scores
-from zoray.tiles import losses_of, summed
+from zoray.records.tiles import losses_of, summed
 
 DISTRIBUTIONS = ["rademacher", "gaussian"]
 SIZE = 16

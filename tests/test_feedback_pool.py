@@ -24,10 +24,10 @@ from zoray.models import Model
 from zoray.objectives import ChoiceNLL
 from zoray.optimizers import Sgd
 from zoray.pool import Pool
+from zoray.records.tiles import Grid, losses_of
 from zoray.replica import Replica
 from zoray.spaces.signs import packed
 from zoray.tasks.file import File
-from zoray.tiles import Grid, losses_of
 
 if TYPE_CHECKING:
     from pathlib import Path

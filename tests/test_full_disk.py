@@ -11,8 +11,8 @@ from disks import small_disk
 from gatewayed import Client, FakeGateway, rows, settings_of
 from test_tuner import DONE, await_status, create, kinds
 
-from zoray.disk import append
 from zoray.records import Evaluation
+from zoray.records.disk import append
 from zoray.serving import tuner as module
 from zoray.serving import versions
 from zoray.serving.gate import Measured

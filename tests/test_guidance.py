@@ -21,11 +21,11 @@ from zoray.models import Model
 from zoray.objectives import AnswerNLL, ChoiceNLL, Metric, Preference, Reward
 from zoray.optimizers import Sgd
 from zoray.records import Example, Probe, Sampling, TokenSequence
+from zoray.records.tiles import Grid
 from zoray.replica import Replica
 from zoray.spaces import Lora
 from zoray.spaces.signs import packed
 from zoray.tasks.mixture import Mixture, Part
-from zoray.tiles import Grid
 
 CENTRE = Probe(2, 0, 0.0)
 LONG = tuple(

@@ -12,8 +12,8 @@ from guided import commit
 
 from zoray.feedback import GROUPS, Feedback, gains, quantised, trusted
 from zoray.records import Probe, Scores, Tile
+from zoray.records.tiles import LEVELS, Grid, gives_feedback, join_scores, losses_of, summed
 from zoray.spaces.signs import ALONG, group_of, packed, pattern
-from zoray.tiles import LEVELS, Grid, gives_feedback, join_scores, losses_of, summed
 
 NUMBERS = 80_000
 

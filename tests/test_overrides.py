@@ -13,9 +13,9 @@ import pytest
 from rows import write_rows
 
 from zoray.cli import build, compose
-from zoray.overrides import mapping_of, setting, unescaped
 from zoray.records import ConfigError
-from zoray.signatures import check_signature
+from zoray.records.overrides import mapping_of, setting, unescaped
+from zoray.records.signatures import check_signature
 from zoray.tasks.file import File
 
 SIGNS = list('ab n\\\\\\""\'$${}{},:=[]()\n\t é日|&!#~`*?<>;-0.\u200b')

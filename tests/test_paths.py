@@ -13,8 +13,8 @@ from zoray.cli import compose, readable
 from zoray.client import Client
 from zoray.experiment import Run
 from zoray.models import cache_dir
-from zoray.paths import user_path
 from zoray.records import ConfigError, JournalError
+from zoray.records.paths import user_path
 from zoray.rewards.functions import absolute
 from zoray.tuning import VERBS
 

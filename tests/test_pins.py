@@ -20,7 +20,7 @@ from zoray.directions import direction_numpy, philox_numpy
 from zoray.optimizers import to_float32
 from zoray.order import Order
 from zoray.records import Commit, Scores
-from zoray.tiles import gives_feedback, summed
+from zoray.records.tiles import gives_feedback, summed
 from zoray.writer import Writer
 
 if TYPE_CHECKING:

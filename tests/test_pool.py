@@ -27,10 +27,7 @@ from zoray.models import Model, linear_matrices, load_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Scores, Tile
-from zoray.replica import Replica
-from zoray.spaces import Lora, Lozo
-from zoray.tasks.file import File
-from zoray.tiles import (
+from zoray.records.tiles import (
     LARGEST,
     MAX_TILE,
     Grid,
@@ -41,6 +38,9 @@ from zoray.tiles import (
     scored,
     summed,
 )
+from zoray.replica import Replica
+from zoray.spaces import Lora, Lozo
+from zoray.tasks.file import File
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from zoray.records import ConfigError
-from zoray.signatures import check_signature, did_you_mean
+from zoray.records.signatures import check_signature, did_you_mean
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from zoray.journal import read
 
 TALK = r"""
 import sys
-from zoray import streams
+from zoray.records.process import streams
 streams.settle()
 print("\u201c\xfc\u201d", sys.argv[1:], flush=True)
 for _ in range(20_000):
@@ -23,7 +23,7 @@ print("to the end", file=sys.stderr)
 """
 STDERR_CLOSED = """
 import os, sys
-from zoray import streams
+from zoray.records.process import streams
 streams.settle()
 os.write(int(sys.argv[1]), b"%d" % os.open(sys.argv[2], os.O_CREAT | os.O_WRONLY))
 print("nobody hears", file=sys.stderr)

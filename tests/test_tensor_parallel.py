@@ -17,9 +17,9 @@ from zoray.models import Model, linear_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError
+from zoray.records.tiles import Grid, losses_of
 from zoray.spaces import Lora, Lozo
 from zoray.tasks.file import File
-from zoray.tiles import Grid, losses_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,9 +17,9 @@ from zoray.actor import ReplicaActor
 from zoray.cluster import bind_cores
 from zoray.directions import direction_numpy
 from zoray.records import Commit, Probe, Scores, Tile
+from zoray.records.tiles import Grid, losses_of, mean, summed
 from zoray.replica import ReplicaInfo
 from zoray.snapshots import pack, unpack
-from zoray.tiles import Grid, losses_of, mean, summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

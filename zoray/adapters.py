@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray import disk
 from zoray.models import load_parameters
 from zoray.peft_files import PREFIX, matrices_of, read_config, read_tensors, some, tensor_names
-from zoray.records import ConfigError
+from zoray.records import ConfigError, disk
 from zoray.snapshots import pack
 from zoray.spaces import Lora
 from zoray.spaces.base import MAX_RANK, is_embedding

@@ -13,11 +13,11 @@ from os.path import abspath
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from zoray import disk, streams
-from zoray.overrides import check_whole, setting, unescaped, value_of
-from zoray.paths import absolute_paths, missing_paths
-from zoray.records import ConfigError, JournalError, ReplicaLost
-from zoray.signatures import check_signature, did_you_mean, in_quotes, unknown_key
+from zoray.records import ConfigError, JournalError, ReplicaLost, disk
+from zoray.records.overrides import check_whole, setting, unescaped, value_of
+from zoray.records.paths import absolute_paths, missing_paths
+from zoray.records.process import streams
+from zoray.records.signatures import check_signature, did_you_mean, in_quotes, unknown_key
 
 USAGE_EXIT, FAILURE_EXIT, INTERRUPT_EXIT = 2, 1, 130
 MEANT = {  # what is no text in a mapping that YAML reads

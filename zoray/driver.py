@@ -20,13 +20,14 @@ from zoray.history import best, stalled, summarise
 from zoray.measure import Losses, check_rewards, evaluate
 from zoray.models import weights_hash
 from zoray.monitoring import Monitor
-from zoray.overrides import setting
-from zoray.paths import agree_but_for_places
 from zoray.pool import Pool
-from zoray.records import ConfigError, JournalError, StepResult, record, require
+from zoray.records import ConfigError, JournalError, StepResult, require
+from zoray.records.overrides import setting
+from zoray.records.paths import agree_but_for_places
+from zoray.records.process.stopping import stop_requested
+from zoray.records.signatures import record
+from zoray.records.tiles import Grid, mean, scored
 from zoray.spaces.signs import packed
-from zoray.stopping import stop_requested
-from zoray.tiles import Grid, mean, scored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

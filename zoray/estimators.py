@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import numpy as np
 
 from zoray.records import ConfigError, Probe, is_finite, require
-from zoray.tiles import mean
+from zoray.records.tiles import mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

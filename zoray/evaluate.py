@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray import disk, journal, streams
+from zoray import journal
 from zoray.adapters import peft_space, read_peft
 from zoray.cli import build, build_experiment, check_run_files, load_run_config, run_main
 from zoray.data import ReplicaSpec, load_workload
@@ -25,12 +25,13 @@ from zoray.measure import metrics
 from zoray.models import linear_matrices
 from zoray.objectives import AnswerNLL, ChoiceNLL
 from zoray.objectives.base import Objective, Unbound
-from zoray.paths import user_path
-from zoray.records import ConfigError, JournalError, Probe
+from zoray.records import ConfigError, JournalError, Probe, disk
+from zoray.records.paths import user_path
+from zoray.records.process import streams
+from zoray.records.tiles import mean
 from zoray.spaces import Lora, from_record
 from zoray.tasks.few_shot import FewShot
 from zoray.tasks.mixture import Mixture
-from zoray.tiles import mean
 
 if TYPE_CHECKING:
     from zoray.objectives.base import Outcomes

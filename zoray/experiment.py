@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from zoray.data import ReplicaSpec
-from zoray.paths import user_path
 from zoray.prompts import checked_date
 from zoray.records import ConfigError, require
-from zoray.tiles import MAX_TILE
+from zoray.records.paths import user_path
+from zoray.records.tiles import MAX_TILE
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoray import disk, journal
+from zoray import journal
 from zoray.adapters import Stack, relative_error, truncate, write_merged, write_peft
 from zoray.cli import base_of_run, run_main
 from zoray.history import resolve_step
 from zoray.models import DTYPES, linear_matrices, load_matrices, quantisation, tied
-from zoray.paths import user_path
-from zoray.records import ConfigError, require
+from zoray.records import ConfigError, disk, require
+from zoray.records.paths import user_path
 from zoray.spaces import from_record
 from zoray.spaces.base import MAX_RANK
 from zoray.spaces.fold import product

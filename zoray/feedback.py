@@ -21,8 +21,8 @@ import numpy as np
 
 from zoray.estimators import Estimate, InGroups, check_count
 from zoray.records import Probe, is_finite, require
+from zoray.records.tiles import mean
 from zoray.spaces.signs import ALONG, GROUPS, group_of, pattern
-from zoray.tiles import mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -19,8 +19,7 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoray import disk
-from zoray.records import Commit, ConfigError, JournalError
+from zoray.records import Commit, ConfigError, JournalError, disk
 from zoray.spaces import from_record
 
 if TYPE_CHECKING:

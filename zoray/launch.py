@@ -8,11 +8,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from zoray import disk
 from zoray.cli import build_experiment, check_run_files, load_run_config, run_main
-from zoray.overrides import setting
-from zoray.paths import absolute_paths, user_path
-from zoray.records import ConfigError
+from zoray.records import ConfigError, disk
+from zoray.records.overrides import setting
+from zoray.records.paths import absolute_paths, user_path
 
 MAY_CHANGE = ("cluster", "engine", "logging")  # in a resumed run: none of it enters the result
 

@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from zoray import disk, export, journal
+from zoray import export, journal
 from zoray.cli import base_of_run, build, run_main
 from zoray.engines.vllm import Vllm, in_this_process, slot_rank
-from zoray.paths import user_path
-from zoray.records import ConfigError, require
+from zoray.records import ConfigError, disk, require
+from zoray.records.paths import user_path
 from zoray.spaces import from_record
 
 BACKENDS = ("hf", "vllm")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError
-from zoray.stopping import children_survive_hangup
+from zoray.records.process.stopping import children_survive_hangup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,7 +10,7 @@ import numpy as np
 
 from zoray.order import labels_of, part_numbers
 from zoray.records import ConfigError, Evaluation
-from zoray.tiles import Grid, losses_of, mean
+from zoray.records.tiles import Grid, losses_of, mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

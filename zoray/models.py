@@ -25,10 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoray import disk
 from zoray.checkpoint import FIX, check_files, check_gguf, check_tokenizer, check_weights
-from zoray.paths import user_path
-from zoray.records import ConfigError, JournalError
+from zoray.records import ConfigError, JournalError, disk
+from zoray.records.paths import user_path
 from zoray.spaces.base import is_embedding
 
 if TYPE_CHECKING:

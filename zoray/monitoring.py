@@ -21,10 +21,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from zoray import disk
 from zoray.history import History, table
 from zoray.plots import draw_curve, label
-from zoray.records import ConfigError, Evaluation, StepResult, require
+from zoray.records import ConfigError, Evaluation, StepResult, disk, require
 
 log = logging.getLogger(__name__)
 OWN = ("metrics.jsonl", "summary.json", "curve.png")  # what a run leaves beside its journal and adapter

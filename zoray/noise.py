@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zoray.records import Probe
-from zoray.tiles import mean
+from zoray.records.tiles import mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

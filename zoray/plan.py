@@ -21,8 +21,8 @@ from zoray.engines.packing import LOGITS_ELEMENTS
 from zoray.engines.slots import STAGED_ELEMENTS
 from zoray.models import parameters
 from zoray.records import Commit, ConfigError, Scores
+from zoray.records.tiles import Grid, probes_of, scored
 from zoray.spaces.base import CACHED_ELEMENTS
-from zoray.tiles import Grid, probes_of, scored
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

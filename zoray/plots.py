@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoray import disk
-from zoray.records import Evaluation, StepResult
+from zoray.records import Evaluation, StepResult, disk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,9 +26,9 @@ from zoray.guard import differing_digests, differing_scores
 from zoray.members import Members
 from zoray.placement import Placement
 from zoray.records import Commit, ConfigError, JournalError, ReplicaLost, Scores
+from zoray.records.tiles import NOT_FINITE, Grid, as_ranges, join_scores, scored
 from zoray.shares import Shares
 from zoray.snapshots import Snapshot, write
-from zoray.tiles import NOT_FINITE, Grid, as_ranges, join_scores, scored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

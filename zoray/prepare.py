@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from zoray import streams
 from zoray.models import GEMMA3_270M, SMOLLM2_135M, Model, package_folder
 from zoray.records import ConfigError
+from zoray.records.process import streams
 from zoray.tasks.movie_reviews import published_file, published_path
 
 MODELS = {"smollm2-135m": SMOLLM2_135M, "gemma3-270m": GEMMA3_270M}  # as in conf/model; the first is the default

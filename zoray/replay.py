@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoray import journal, streams
+from zoray import journal
 from zoray.cli import base_of_run, run_main
 from zoray.history import resolve_step
 from zoray.journal import replay
 from zoray.models import load_matrices
-from zoray.paths import user_path
 from zoray.records import ConfigError
+from zoray.records.paths import user_path
+from zoray.records.process import streams
 from zoray.spaces import from_record
 
 __all__ = ["main", "replay"]

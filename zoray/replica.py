@@ -17,8 +17,8 @@ from zoray.feedback import quantised
 from zoray.guidance import Guidance
 from zoray.noise import score_noise
 from zoray.records import Probe, Scores, Tile
+from zoray.records.tiles import LARGEST, Grid, gives_feedback, join_scores, mean, summed
 from zoray.scorer import Scorer
-from zoray.tiles import LARGEST, Grid, gives_feedback, join_scores, mean, summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

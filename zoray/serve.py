@@ -10,10 +10,10 @@ from typing import Any
 
 from zoray.cli import run_main
 from zoray.records import ConfigError
+from zoray.records.process.stopping import stops
 from zoray.serving.settings import Settings, settings_of
 from zoray.serving.store import Store, claim
 from zoray.serving.versions import check_live
-from zoray.stopping import stops
 
 
 def main(config: Any) -> int:

@@ -10,7 +10,7 @@ import heapq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from zoray.tiles import contiguous
+from zoray.records.tiles import contiguous
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

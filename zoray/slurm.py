@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zoray import disk
 from zoray.cluster import Cluster, check_reachable
-from zoray.overrides import setting, value_of
-from zoray.paths import user_path
-from zoray.records import ConfigError, require
+from zoray.records import ConfigError, disk, require
+from zoray.records.overrides import setting, value_of
+from zoray.records.paths import user_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

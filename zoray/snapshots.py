@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from zoray import disk
+from zoray.records import disk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

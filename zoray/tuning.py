@@ -19,14 +19,14 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from zoray import streams
 from zoray.cli import guarded
 from zoray.client import DEFAULT, URL, Client
-from zoray.overrides import mapping_of, setting, unescaped
-from zoray.paths import user_path
 from zoray.records import ConfigError
+from zoray.records.overrides import mapping_of, setting, unescaped
+from zoray.records.paths import user_path
+from zoray.records.process import streams
+from zoray.records.signatures import unknown_key
 from zoray.serving.requests import Hyperparameters, Use
-from zoray.signatures import unknown_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

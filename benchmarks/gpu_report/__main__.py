@@ -27,7 +27,7 @@ from benchmarks.gpu_report.checks import Place
 from benchmarks.gpu_report.items import PARTS, TOGETHER, all_items
 from benchmarks.gpu_report.plots import draw
 from benchmarks.gpu_report.report import machine, write
-from zoray.paths import user_path
+from zoray.records.paths import user_path
 
 AT_ONCE = 4  # items without timings on a card together: they are mostly waiting for models to load
 LEAST_SECONDS = {"cpu": 5, "cuda": 25}  # an item is not begun with less time left

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from zoray.records import ConfigError, Example, Sampling, TokenSequence
-from zoray.tiles import mean
+from zoray.records.tiles import mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

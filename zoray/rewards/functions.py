@@ -17,9 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from zoray.paths import user_path
 from zoray.records import ConfigError
-from zoray.signatures import did_you_mean
+from zoray.records.paths import user_path
+from zoray.records.signatures import did_you_mean
 
 FORM = "package.module:function or path/to/file.py:function"
 BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from zoray.paths import user_path
 from zoray.records import ConfigError
+from zoray.records.paths import user_path
 from zoray.rewards.base import LIMIT, column
 
 if TYPE_CHECKING:

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 
-from zoray import disk
 from zoray.cli import compose
 from zoray.engines.vllm_openai import EngineGone
 from zoray.models import linear_matrices, load_tokenizer
-from zoray.records import ConfigError
+from zoray.records import ConfigError, disk
 from zoray.serving.engine import EngineServer
 from zoray.serving.gateway import Refused, build_app
 from zoray.serving.logs import keep_log

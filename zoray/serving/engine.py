@@ -24,6 +24,7 @@ from zoray.engines.throttle import Throttle
 from zoray.guidance import lens_table
 from zoray.measure import metrics, worth
 from zoray.records import ConfigError, Probe
+from zoray.records.tiles import mean
 from zoray.replica import Replica
 from zoray.scorer import Scorer
 from zoray.serving import neutral
@@ -33,7 +34,6 @@ from zoray.serving.loopback import listen_here_only
 from zoray.serving.placing import share_cores
 from zoray.serving.store import Store
 from zoray.serving.versions import check
-from zoray.tiles import mean
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence

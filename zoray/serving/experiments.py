@@ -12,9 +12,9 @@ from zoray.monitoring import Logging
 from zoray.objectives import Preference
 from zoray.optimizers import LEAST_DECAY
 from zoray.records import ConfigError
+from zoray.records.tiles import MAX_TILE
 from zoray.serving.pool import PATIENT
 from zoray.serving.requests import MOST_RATE, MOST_STEPS, Hyperparameters
-from zoray.tiles import MAX_TILE
 
 if TYPE_CHECKING:
     from zoray.serving.requests import NewJob

@@ -24,9 +24,8 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from zoray import disk
 from zoray.engines.vllm_openai import EngineGone, failure
-from zoray.records import ConfigError
+from zoray.records import ConfigError, disk
 from zoray.serving import overview, shapes
 from zoray.serving.asked import Asked, Chat, Completion
 from zoray.serving.described import CONTENT, ERROR, FORM, STREAMED

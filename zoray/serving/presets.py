@@ -15,7 +15,7 @@ import yaml
 from zoray.cli import build, conf_dir
 from zoray.objectives import AnswerNLL, ChoiceNLL
 from zoray.records import ConfigError
-from zoray.signatures import did_you_mean
+from zoray.records.signatures import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

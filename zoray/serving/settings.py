@@ -12,10 +12,10 @@ from typing import Any
 
 from zoray.cli import build
 from zoray.engines.vllm import Vllm
-from zoray.paths import user_path
 from zoray.records import ConfigError, require
+from zoray.records.paths import user_path
+from zoray.records.signatures import check_signature
 from zoray.serving.gate import Gate
-from zoray.signatures import check_signature
 
 KEY = "ZORAY_API_KEY"  # the environment variable that holds it
 PUBLIC = re.compile(r"(?!-)[A-Za-z0-9.-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")  # a name of an address

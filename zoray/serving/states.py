@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoray import disk
+from zoray.records import disk
 from zoray.serving.store import NotFound, append_json, read_json, read_lines, write_json
 
 if TYPE_CHECKING:

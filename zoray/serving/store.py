@@ -23,8 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoray import disk
-from zoray.records import ConfigError
+from zoray.records import ConfigError, disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -21,7 +21,8 @@ from zoray.data import load_workload
 from zoray.driver import tune
 from zoray.history import read_metrics
 from zoray.preview import preview
-from zoray.records import ConfigError, record
+from zoray.records import ConfigError
+from zoray.records.signatures import record
 from zoray.serving import versions
 from zoray.serving.conversations import Conversations
 from zoray.serving.experiments import experiment_of, numbers_of, settled
@@ -49,8 +50,7 @@ ENDS_SECONDS = 120.0  # that a job may take to end after its step
 class Tuner:
     """Jobs, versions, and what is live.
 
-    `measure(stopping, version, dev)` asks an engine, see EngineServer.measure; KeyboardInterrupt says that it is to
-    stop.
+    `measure(stopping, version, dev)` asks an engine, see EngineServer.measure; KeyboardInterrupt tells it to stop.
     """
 
     def __init__(self, settings: Settings, measure: Any) -> None:

@@ -13,9 +13,9 @@ from functools import cached_property
 from itertools import accumulate
 from unicodedata import normalize
 
-from zoray.overrides import setting
 from zoray.records import ConfigError, Marked
-from zoray.signatures import did_you_mean
+from zoray.records.overrides import setting
+from zoray.records.signatures import did_you_mean
 
 KINDS = {  # kind -> what it needs
     "choice": ("text", "label"),

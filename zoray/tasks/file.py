@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from zoray.overrides import check_whole, mapping_of, setting
-from zoray.paths import user_path
 from zoray.records import WHOLE, ConfigError, Sampling, Splits, require, settled
+from zoray.records.overrides import check_whole, mapping_of, setting
+from zoray.records.paths import user_path
 from zoray.tasks import scanned
 from zoray.tasks.base import Task, check_sizes, check_words, seeded_parts
 from zoray.tasks.cells import Reader

@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from zoray.paths import user_path
 from zoray.records import ConfigError, Example, Splits
+from zoray.records.paths import user_path
 from zoray.tasks.base import Task, check_sizes, seeded_order, too_few
 
 if TYPE_CHECKING:

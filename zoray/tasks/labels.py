@@ -9,8 +9,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
-from zoray.overrides import setting
 from zoray.records import ConfigError
+from zoray.records.overrides import setting
 from zoray.tasks.spacing import gap
 
 NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")

@@ -11,8 +11,8 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from zoray.overrides import setting
 from zoray.records import Message
+from zoray.records.overrides import setting
 from zoray.tasks.faults import WrongRow
 from zoray.tasks.strict_json import parse
 

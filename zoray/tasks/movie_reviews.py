@@ -18,10 +18,9 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoray import disk
 from zoray.models import cache_dir
-from zoray.paths import user_path
-from zoray.records import ConfigError, Example, Splits
+from zoray.records import ConfigError, Example, Splits, disk
+from zoray.records.paths import user_path
 from zoray.tasks.base import Task, check_sizes, check_template, check_words, distinct, fill, seeded_split
 
 PACKAGE = "vaderSentiment==3.3.2"

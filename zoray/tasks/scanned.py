@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoray import disk
 from zoray.models import cache_dir
+from zoray.records import disk
 
 if TYPE_CHECKING:
     from zoray.tasks.files import Stamps

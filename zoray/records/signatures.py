@@ -9,13 +9,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from zoray.overrides import setting
 from zoray.records import ConfigError
+from zoray.records.overrides import setting
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
@@ -88,3 +88,13 @@ def did_you_mean(word: str, known: list[str]) -> str:
 def in_quotes(value: str) -> str:
     """Text as a value of Hydra's grammar, in which quotes and backslashes before them are escaped."""
     return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
+
+
+def record(component: Any) -> Any:
+    """A component as plain JSON values: its class name and its fields; components inside it likewise."""
+    if is_dataclass(component) and not isinstance(component, type):
+        inner = {field.name: record(getattr(component, field.name)) for field in fields(component)}
+        return {"name": type(component).__name__, **inner}
+    if isinstance(component, Mapping):
+        return {str(key): record(value) for key, value in component.items()}
+    return [record(item) for item in component] if isinstance(component, (list, tuple)) else component

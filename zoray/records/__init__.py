@@ -1,0 +1,33 @@
+"""What crosses files and processes: frozen records of plain values, and zoray's three errors.
+
+Imports nothing of zoray's other rooms, and none of torch, vLLM and Ray. Every process has it: driver, replicas, server,
+and the workers in an engine.
+"""
+
+from zoray.records.errors import ConfigError, JournalError, ReplicaLost, SettingError, is_finite, require
+from zoray.records.examples import WHOLE, Example, Facts, Marked, Message, Sampling, Splits, TokenSequence, settled
+from zoray.records.steps import Commit, Evaluation, Probe, Scores, StepResult, Tile
+
+__all__ = [
+    "WHOLE",
+    "Commit",
+    "ConfigError",
+    "Evaluation",
+    "Example",
+    "Facts",
+    "JournalError",
+    "Marked",
+    "Message",
+    "Probe",
+    "ReplicaLost",
+    "Sampling",
+    "Scores",
+    "SettingError",
+    "Splits",
+    "StepResult",
+    "Tile",
+    "TokenSequence",
+    "is_finite",
+    "require",
+    "settled",
+]

@@ -1,0 +1,157 @@
+"""Examples, and what they become: messages, answers, splits, and sequences of tokens that are asked about.
+
+Shapes: T tokens of a sequence, M scored positions of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zoray.records.errors import ConfigError, is_finite, require
+
+WHOLE = 20_000  # examples of a split up to which it is in memory, and tokenised at start
+
+
+class Message(NamedTuple):
+    """A message of a chat. One of the role "tools" holds no words: its content is a JSON list of what may be called."""
+
+    role: str  # "system", "user", "assistant" or "tool"
+    content: str
+    more: str = ""  # further keys (tool_calls, name, ...) for the chat template, as a JSON object
+
+
+class Facts(dict[str, Any]):
+    """An example's `data` that knows where its row stands."""
+
+    where: Any = None
+
+
+class Marked(str):
+    """A text of which it is known what in it is not the data's own.
+
+    own: (first, end) of characters that a template or a setting has put there; control tokens in them count.
+    more: of an answer in a chat, see Message.
+    """
+
+    own: tuple[tuple[int, int], ...]
+    more: str
+
+    def __new__(cls, text: str, own: tuple[tuple[int, int], ...] = (), more: str = "") -> Marked:
+        self = super().__new__(cls, text)
+        self.own, self.more = own, more
+        return self
+
+
+def settled(text: str) -> str:
+    """A text whose control tokens all count, as those of a setting do."""
+    return Marked(text, ((0, len(text)),))
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a model is asked, and what is right. Which of the fields an example has is its task's business.
+
+    A continuation begins with the space or line break that parts it from the prompt.
+
+    Args:
+        prompt: text; or the messages of a chat, which the model's own template renders.
+        options: continuations to choose from; of a preference (chosen, rejected).
+        label: the index of the right option.
+        also: indices of further options that are as right; training takes `label`.
+        answers: continuations that are right where the model writes one itself; training takes the first.
+        calibration: what stands for the prompt without its input, to learn how likely an option is anyhow.
+        data: whatever a reward wants to know, as plain JSON values.
+        part: which part of a mixture it belongs to.
+        untrained: of a prompt's messages, the numbers of those of the assistant's that are not learnt.
+    """
+
+    prompt: str | tuple[Message, ...]
+    options: tuple[str, ...] = ()
+    label: int = 0
+    also: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
+    calibration: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    part: int = 0
+    untrained: tuple[int, ...] = ()
+
+    @property
+    def where(self) -> Any:
+        """Where it comes from, for messages (tasks/faults.py); None where that is not known."""
+        return getattr(self.data, "where", None)
+
+    @property
+    def asked(self) -> str:
+        """What messages show of it: the prompt, or the last message of a chat."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1].content
+
+    def __post_init__(self) -> None:
+        for label in (self.label, *self.also) if self.options else ():
+            if not 0 <= label < len(self.options):
+                raise ConfigError(
+                    f"label must be in 0..{len(self.options) - 1}, got {label} for prompt {self.asked[:60]!r}"
+                )
+        if not self.options and (self.label or self.also):
+            raise ConfigError(f"label must be 0 without options, got {self.label} for prompt {self.asked[:60]!r}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are written.
+
+    Args:
+        max_tokens: longest completion.
+        temperature: 0 takes the likeliest token each time.
+        top_p: sample among the likeliest tokens that have this much probability together.
+        stop: a completion ends before the first of these texts; the model's own end of text always ends it.
+    """
+
+    max_tokens: int = 50
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        tokens, heat = self.max_tokens, self.temperature
+        require(isinstance(tokens, int) and tokens >= 1, "max_tokens to be a whole number of at least 1", tokens)
+        require(is_finite(heat) and heat >= 0, "temperature to be a number of 0 or more", heat)
+        require(is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p to be above 0 and at most 1", self.top_p)
+        ok = not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop)
+        require(ok, "stop to be a list of texts", self.stop)
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSequence:
+    """Tokens to run through the model, and which next-token log-probabilities to sum.
+
+    For each j < M, log p(targets[j] | tokens[: rows[j] + 1]) is added to output outputs[j].
+    Options of one token share a sequence: all read the same last row.
+    """
+
+    tokens: np.ndarray  # (T,) int32
+    rows: np.ndarray  # (M,) int32, ascending positions in 0..T-1
+    targets: np.ndarray  # (M,) int32 token ids
+    outputs: np.ndarray  # (M,) int32 in 0..n_outputs-1
+    n_outputs: int
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task's examples. The same config gives the same splits on every machine.
+
+    A split that is no tuple reads its examples when they are asked for; it has their labels as `labels`, (n,) int64.
+    """
+
+    train: Sequence[Example]
+    dev: Sequence[Example]
+    test: Sequence[Example] = field(default=())
+
+    def __getitem__(self, split: str) -> Sequence[Example]:
+        if split not in ("train", "dev", "test"):
+            raise ConfigError(f"split must be train, dev or test, got {split!r}")
+        return getattr(self, split)
