@@ -33,6 +33,7 @@ from zoray.cli import build_experiment, compose, guarded
 from zoray.data import Workload, load_workload
 from zoray.engines.lens import Map
 from zoray.guidance import Gradient, Guidance
+from zoray.methods.spaces.base import layer_number
 from zoray.models import linear_matrices, load_tokenizer, max_length
 from zoray.objectives import AnswerNLL
 from zoray.order import labels_of
@@ -41,7 +42,6 @@ from zoray.prompts import Encoder
 from zoray.records import Commit, ConfigError, Example, Probe, Splits
 from zoray.records.paths import user_path
 from zoray.scorer import Scorer
-from zoray.spaces.base import layer_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

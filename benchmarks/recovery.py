@@ -31,8 +31,8 @@ from benchmarks.null import start
 from benchmarks.options import parse
 from benchmarks.timing import spread
 from zoray.cluster import Cluster
-from zoray.estimators import TwoPoint
 from zoray.members import Members
+from zoray.methods.estimators import TwoPoint
 from zoray.pool import Pool
 from zoray.records import Commit
 from zoray.records.tiles import Grid

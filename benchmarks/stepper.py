@@ -21,9 +21,9 @@ class Stepper:
 
     def direct(self) -> None:
         """Scored by the packed forward."""
-        from zoray.feedback import gains
+        from zoray.methods.estimators.feedback import gains
+        from zoray.methods.spaces.signs import packed
         from zoray.records.tiles import losses_of
-        from zoray.spaces.signs import packed
 
         e, guide = self.e, ()
         probes, grid = e.estimator.ask(self.step), self.replica.grid(self.step, "train")

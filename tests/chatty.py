@@ -10,13 +10,13 @@ from tiny import tiny_llama
 
 from zoray.cluster import Cluster
 from zoray.engines.hf import Hf
-from zoray.estimators import TwoPoint
 from zoray.experiment import Experiment, Run
+from zoray.methods.estimators import TwoPoint
+from zoray.methods.optimizers import Sgd
+from zoray.methods.spaces import Lora
 from zoray.models import Model
 from zoray.monitoring import Logging
-from zoray.optimizers import Sgd
 from zoray.records import Example, Message, Sampling, Splits
-from zoray.spaces import Lora
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"

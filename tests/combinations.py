@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoray.estimators import Evolution, OneSided, TwoPoint
-from zoray.feedback import Feedback
-from zoray.optimizers import GlobalAdaptive, Sgd, Sign
-from zoray.spaces import Lora, LowRank, Lozo
+from zoray.methods.estimators import Evolution, OneSided, TwoPoint
+from zoray.methods.estimators.feedback import Feedback
+from zoray.methods.optimizers import GlobalAdaptive, Sgd, Sign
+from zoray.methods.spaces import Lora, LowRank, Lozo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

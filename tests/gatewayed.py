@@ -11,16 +11,16 @@ import httpx
 from starlette.routing import Route
 
 from zoray.engines.vllm import Vllm
-from zoray.estimators import TwoPoint
+from zoray.methods.estimators import TwoPoint
+from zoray.methods.optimizers import Sgd
+from zoray.methods.spaces import Lora
 from zoray.models import Model
-from zoray.optimizers import Sgd
 from zoray.records import ConfigError
 from zoray.serving.door import Refused
 from zoray.serving.gateway import build_app
 from zoray.serving.settings import Settings
 from zoray.serving.store import NotFound
 from zoray.serving.tuner import Tuner
-from zoray.spaces import Lora
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from chatty import experiment
 
-from zoray.feedback import Feedback
-from zoray.optimizers import Sgd
+from zoray.methods.estimators.feedback import Feedback
+from zoray.methods.optimizers import Sgd
+from zoray.methods.spaces import Lora
 from zoray.records import Commit
-from zoray.spaces import Lora
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,10 +11,10 @@ import torch
 
 from zoray import journal
 from zoray.journal import StepRecord
+from zoray.methods.optimizers import to_float32
+from zoray.methods.spaces import LowRank
 from zoray.models import linear_matrices, load_matrices, weights_hash
-from zoray.optimizers import to_float32
 from zoray.records import Commit, Evaluation
-from zoray.spaces import LowRank
 
 SEED, STEPS = 5, 5
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from zoray import journal
-from zoray.directions import direction_numpy
-from zoray.feedback import gains, quantised
+from zoray.methods.directions import direction_numpy
+from zoray.methods.estimators.feedback import gains, quantised
+from zoray.methods.spaces.signs import packed
 from zoray.records import Probe, Scores, Tile
 from zoray.records.tiles import Grid, contiguous, gives_feedback, join_scores, losses_of, mean, summed
-from zoray.spaces.signs import packed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

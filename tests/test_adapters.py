@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 
 from zoray import adapters
 from zoray.adapters import Stack, relative_error, truncate, write_merged, write_peft
+from zoray.methods.spaces import Lora
 from zoray.models import linear_matrices, load_matrices
 from zoray.records import ConfigError
-from zoray.spaces import Lora
 
 TOKENS = torch.tensor([[1, 5, 300, 17, 42, 511, 8]])
 SHAPES = {"one": (6, 10), "two": (11, 4)}

@@ -26,11 +26,11 @@ from benchmarks.training_loop import TrainingLoop, option_batch
 from zoray.cli import build_experiment, compose
 from zoray.encoded import Encoded
 from zoray.engines.hf import Hf
+from zoray.methods.spaces import Lora
 from zoray.models import linear_matrices, weights_hash
 from zoray.objectives import ChoiceNLL, Outcomes
 from zoray.prompts import Encoder
 from zoray.replica import Replica
-from zoray.spaces import Lora
 from zoray.tasks.file import File
 
 

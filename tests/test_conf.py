@@ -19,16 +19,16 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from zoray.cli import build, build_experiment, compose, conf_dir, group_options
-from zoray.estimators import Evolution
 from zoray.experiment import Experiment
-from zoray.feedback import Feedback
-from zoray.optimizers import GlobalAdaptive, Sgd, Sign
+from zoray.methods.estimators import Evolution
+from zoray.methods.estimators.feedback import Feedback
+from zoray.methods.optimizers import GlobalAdaptive, Sgd, Sign
+from zoray.methods.spaces import LowRank
 from zoray.records import ConfigError
 from zoray.serve import check_model, main
 from zoray.serving.gate import Gate
 from zoray.serving.settings import KEY, PARTS, settings_of
 from zoray.serving.store import claim
-from zoray.spaces import LowRank
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml"))

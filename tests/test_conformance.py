@@ -21,7 +21,7 @@ from combinations import (
 from loop import MATRICES, SEED, Quadratic, base_weights, drive, final_digest, through_a_file
 
 from zoray import journal
-from zoray.optimizers import Sgd
+from zoray.methods.optimizers import Sgd
 from zoray.records import Probe
 from zoray.records.signatures import record
 

@@ -15,7 +15,7 @@ from loop import SEED, drive, final_digest, through_a_file
 from zoray import journal
 from zoray.data import ReplicaSpec, load_workload
 from zoray.engines.hf import Hf
-from zoray.estimators import TwoPoint
+from zoray.methods.estimators import TwoPoint
 from zoray.models import Model, load_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.records import Probe

@@ -15,8 +15,8 @@ from local_pool import LocalPool
 from zoray.cli import build, compose, group_options
 from zoray.data import load_workload
 from zoray.driver import tune
-from zoray.estimators import Evolution, TwoPoint
 from zoray.history import read_metrics
+from zoray.methods.estimators import Evolution, TwoPoint
 from zoray.objectives import AnswerNLL, ChoiceNLL, Metric, Preference, Reward
 
 ROWS = {

@@ -15,9 +15,9 @@ from vllm.platforms import current_platform
 from zoray.engines.cpu_norms import Norm, take
 from zoray.engines.packing import Plan
 from zoray.engines.vllm import Vllm
+from zoray.methods.spaces import Lora
 from zoray.models import linear_matrices
 from zoray.records import TokenSequence
-from zoray.spaces import Lora
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="these kernels are those of the CPU wheel")
 current_platform.import_kernels()

@@ -25,9 +25,9 @@ from zoray.engines.slots import FEEDBACK
 from zoray.engines.vllm import Vllm
 from zoray.engines.vllm_graphs import Graphs
 from zoray.engines.vllm_layers import join_a, join_b
+from zoray.methods.spaces import Lora
 from zoray.models import linear_matrices
 from zoray.records import ConfigError, TokenSequence
-from zoray.spaces import Lora
 
 CPU = torch.device("cpu")
 NO_PASSES = {"fuse_norm_quant": False, "fuse_act_quant": False, "fuse_attn_quant": False}  # of vLLM's, for CUDA only

@@ -14,13 +14,13 @@ import zoray.pool
 from zoray.cluster import Cluster
 from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
-from zoray.estimators import TwoPoint
+from zoray.methods.estimators import TwoPoint
+from zoray.methods.spaces import Lora
 from zoray.models import Model
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, JournalError
 from zoray.records.tiles import Grid, losses_of
-from zoray.spaces import Lora
 from zoray.tasks.file import File
 
 if TYPE_CHECKING:

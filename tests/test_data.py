@@ -11,11 +11,11 @@ import pytest
 from orders import batch_indices, stratified_indices
 
 from zoray.data import ReplicaSpec, load_workload
-from zoray.estimators import TwoPoint
+from zoray.methods.estimators import TwoPoint
+from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.models import Model
 from zoray.objectives import ChoiceNLL
 from zoray.records import ConfigError, Example, Splits
-from zoray.spaces import Lora, LowRank, Lozo
 
 # These must never change: a journal is worth nothing to a version that shows other examples.
 GOLDEN = {

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from zoray import directions
-from zoray.cpu_kernels import Loops
-from zoray.directions import (
+from zoray.methods import directions
+from zoray.methods.directions import (
     ALIGNMENT,
     Layout,
     compile_directions,
@@ -23,6 +22,7 @@ from zoray.directions import (
     philox_numpy,
     philox_torch,
 )
+from zoray.methods.directions_cpu import Loops
 from zoray.records import ConfigError
 
 DISTRIBUTIONS = ["rademacher", "gaussian"]
@@ -315,7 +315,7 @@ def test_compiled_directions_have_the_same_bits_and_are_compiled_once(distributi
     assert compile_directions(distribution) and directions._compiled.keys() == {distribution}
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for cut in (1 << 20, 50):  # whole, and in many pieces
-        monkeypatch.setattr("zoray.cpu_kernels.BLOCKS", cut)
+        monkeypatch.setattr("zoray.methods.directions_cpu.BLOCKS", cut)
         for inference in (False, True):
             with torch.inference_mode(inference):
                 fresh = [Layout(layout.shapes) for layout in layouts]
@@ -346,7 +346,7 @@ def test_nothing_is_freed_while_directions_are_compiled(uncompiled, monkeypatch)
             super().__init__(gaussian)
             seen.append((len(freed), gc.isenabled()))
 
-    monkeypatch.setattr("zoray.cpu_kernels.Loops", Watched)
+    monkeypatch.setattr("zoray.methods.directions_cpu.Loops", Watched)
     Engine()
     assert compile_directions("rademacher")
     assert seen == [(1, False)] and gc.isenabled()
@@ -362,6 +362,6 @@ def test_directions_that_could_not_be_compiled_stay_as_they_are(uncompiled, monk
         patch.setattr(torch, "compile", broken)
         assert not compile_directions("rademacher") and "stay uncompiled: no compiler" in caplog.text
     with monkeypatch.context() as patch:
-        patch.setattr("zoray.cpu_kernels.signs", lambda words, _: torch.ones(len(words), 4, 32))
+        patch.setattr("zoray.methods.directions_cpu.signs", lambda words, _: torch.ones(len(words), 4, 32))
         assert not compile_directions("rademacher") and "they have other bits" in caplog.text
     assert not directions._compiled and torch.equal(Layout(SHAPES).direction(7, 5, 2, "rademacher"), expected)

@@ -18,9 +18,9 @@ from zoray.adapters import write_peft
 from zoray.engines.hf import Hf, HfEngine
 from zoray.engines.vllm import Vllm
 from zoray.engines.vllm_worker import PackedScorer
+from zoray.methods.spaces import Lora, LowRank, Lozo, Space
 from zoray.models import linear_matrices, load_matrices
 from zoray.records import Commit, ConfigError, Probe, TokenSequence
-from zoray.spaces import Lora, LowRank, Lozo, Space
 
 SLOTS, MAX_TOKENS = 3, 256
 TOLERANCE = 1e-4  # of a log-probability, float32

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from loop import by_direction, tile_grid
 
-from zoray.directions import direction_numpy
-from zoray.estimators import Estimate, Evolution, OneSided, TwoPoint
-from zoray.optimizers import Sgd
+from zoray.methods.directions import direction_numpy
+from zoray.methods.estimators import Estimate, Evolution, OneSided, TwoPoint
+from zoray.methods.optimizers import Sgd
 from zoray.records import ConfigError, Probe, Scores
 from zoray.records.tiles import losses_of, summed
 

@@ -14,12 +14,12 @@ from zoray.adapters import peft_space, read_peft, write_peft
 from zoray.cli import compose
 from zoray.data import ReplicaSpec, load_workload
 from zoray.engines.hf import Hf
-from zoray.estimators import TwoPoint
+from zoray.methods.estimators import TwoPoint
+from zoray.methods.spaces import Lora
 from zoray.models import Model
 from zoray.objectives import AnswerNLL, ChoiceNLL
 from zoray.records import Commit, ConfigError, Probe, Sampling
 from zoray.replica import Replica
-from zoray.spaces import Lora
 from zoray.tasks.few_shot import FewShot
 
 

@@ -17,11 +17,11 @@ from zoray.engines.lens import Products
 from zoray.engines.packing import Plan, SequenceTable
 from zoray.engines.residual import FAMILIES, family_of, norm_behind, reader_of
 from zoray.engines.vllm import Vllm
-from zoray.feedback import Feedback, quantised
+from zoray.methods.estimators.feedback import Feedback, quantised
+from zoray.methods.spaces import Lora
+from zoray.methods.spaces.signs import guide, packed
 from zoray.models import linear_matrices
 from zoray.records import Commit, ConfigError, JournalError, Probe, TokenSequence
-from zoray.spaces import Lora
-from zoray.spaces.signs import guide, packed
 
 SPACE = Lora(rank=2, alpha=4, targets="residual", train="AB")
 CENTRE = Probe(2, 0, 0.0)

@@ -19,14 +19,14 @@ from test_chaos import cluster, replicas, steps_in
 from zoray.cluster import Cluster
 from zoray.data import ReplicaSpec, load_workload
 from zoray.engines.hf import Hf
-from zoray.feedback import Feedback, gains
+from zoray.methods.estimators.feedback import Feedback, gains
+from zoray.methods.optimizers import Sgd
+from zoray.methods.spaces.signs import packed
 from zoray.models import Model
 from zoray.objectives import ChoiceNLL
-from zoray.optimizers import Sgd
 from zoray.pool import Pool
 from zoray.records.tiles import Grid, losses_of
 from zoray.replica import Replica
-from zoray.spaces.signs import packed
 from zoray.tasks.file import File
 
 if TYPE_CHECKING:

@@ -17,19 +17,20 @@ from local_pool import LocalPool
 from omegaconf import OmegaConf
 from rows import write_rows
 
-from zoray import evaluate, export, journal, snapshots
+from zoray import evaluate, export, journal
 from zoray.cli import build_experiment, compose
 from zoray.cluster import Cluster
 from zoray.data import load_workload
 from zoray.driver import make_header, tune
 from zoray.engines.vllm import Vllm
-from zoray.estimators import Evolution, OneSided, TwoPoint
-from zoray.feedback import GROUPS, Feedback, gains
 from zoray.history import read_metrics
+from zoray.methods import snapshots
+from zoray.methods.estimators import Evolution, OneSided, TwoPoint
+from zoray.methods.estimators.feedback import GROUPS, Feedback, gains
+from zoray.methods.optimizers import Sgd, Sign
+from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.objectives import AnswerNLL, ChoiceNLL, Metric, Reward
-from zoray.optimizers import Sgd, Sign
 from zoray.records import ConfigError, Probe, Sampling
-from zoray.spaces import Lora, LowRank, Lozo
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from zoray.directions import direction_numpy, gaussian_quantiles, philox_numpy, uniform_torch
+from zoray.methods.directions import direction_numpy, gaussian_quantiles, philox_numpy, uniform_torch
+from zoray.methods.spaces import fold
 from zoray.records import ConfigError
-from zoray.spaces import fold
 
 NAME = "model.layers.0.mlp.up_proj"
 HALVES = [torch.float16, torch.bfloat16]

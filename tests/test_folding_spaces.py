@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from zoray.directions import direction_numpy
+from zoray.methods.directions import direction_numpy
+from zoray.methods.spaces import LowRank, Lozo, fold
 from zoray.records import Commit, ConfigError, JournalError, Probe
-from zoray.spaces import LowRank, Lozo, fold
 
 SEED = 9
 # (out, in); most factors do not fill a whole number of blocks.
@@ -775,7 +775,7 @@ def test_bad_intervals_are_refused(interval):
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 def test_directions_that_are_too_many_to_keep_are_made_matrix_by_matrix(monkeypatch, distribution):
     """The same bits, in memory for one matrix instead of the whole model times the population."""
-    from zoray.spaces import base
+    from zoray.methods.spaces import base
 
     space = LowRank(rank=2, distribution=distribution)
     matrices = {"a": (6, 10), "b": (7, 5)}

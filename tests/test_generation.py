@@ -9,12 +9,12 @@ from chatty import PROMPTS, Given, chat_llama
 from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
-from zoray.estimators import TwoPoint
+from zoray.methods.estimators import TwoPoint
+from zoray.methods.spaces import Lora, LowRank
 from zoray.models import Model
 from zoray.objectives import Reward
 from zoray.records import Commit, Example, Probe, Sampling
 from zoray.replica import Replica
-from zoray.spaces import Lora, LowRank
 
 PROBES = tuple(Probe(1, k, scale) for k in range(3) for scale in (0.05, -0.05))
 TEXTS = [

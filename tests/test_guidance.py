@@ -15,16 +15,16 @@ import zoray.guidance
 from zoray.data import load_workload
 from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
-from zoray.feedback import Feedback
 from zoray.guidance import SKIPPED
+from zoray.methods.estimators.feedback import Feedback
+from zoray.methods.optimizers import Sgd
+from zoray.methods.spaces import Lora
+from zoray.methods.spaces.signs import packed
 from zoray.models import Model
 from zoray.objectives import AnswerNLL, ChoiceNLL, Metric, Preference, Reward
-from zoray.optimizers import Sgd
 from zoray.records import Example, Probe, Sampling, TokenSequence
 from zoray.records.tiles import Grid
 from zoray.replica import Replica
-from zoray.spaces import Lora
-from zoray.spaces.signs import packed
 from zoray.tasks.mixture import Mixture, Part
 
 CENTRE = Probe(2, 0, 0.0)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from guided import commit
 
-from zoray.feedback import GROUPS, Feedback, gains, quantised, trusted
+from zoray.methods.estimators.feedback import GROUPS, Feedback, gains, quantised, trusted
+from zoray.methods.spaces.signs import ALONG, group_of, packed, pattern
 from zoray.records import Probe, Scores, Tile
 from zoray.records.tiles import LEVELS, Grid, gives_feedback, join_scores, losses_of, summed
-from zoray.spaces.signs import ALONG, group_of, packed, pattern
 
 NUMBERS = 80_000
 

@@ -18,7 +18,7 @@ import pytest
 
 from zoray import journal
 from zoray.journal import Journal, StepRecord
-from zoray.optimizers import to_float32
+from zoray.methods.optimizers import to_float32
 from zoray.records import Commit, ConfigError, JournalError
 
 HEADER = {"model": "tiny", "space": {"name": "Lora", "rank": 2}, "run": {"seed": 3}, "note": "ä"}

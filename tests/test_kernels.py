@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from zoray import kernels
+from zoray.methods import directions_cuda as kernels
 from zoray.records import ConfigError
 
 SCRIPT = """
 import torch
-from zoray import directions
-from zoray.directions import Layout
+from zoray.methods import directions
+from zoray.methods.directions import Layout
 
 directions.FEW_BLOCKS = 0
 shapes = {"q": (5, 8), "v": (16, 8), "up": (33, 4), "head": (3, 129), "tail": (1, 1), "whole": (16, 32)}
@@ -52,10 +52,10 @@ def test_directions_have_the_bits_that_torch_makes():
 SLOTS_SCRIPT = """
 import sys
 import torch
-from zoray import directions
+from zoray.methods import directions
 from zoray.engines import slots as module
 from zoray.records import Commit, Probe
-from zoray.spaces import Lora, LowRank, Lozo
+from zoray.methods.spaces import Lora, LowRank, Lozo
 
 matrices = {"q": (10, 7), "k": (5, 7), "up": (300, 33)}
 first, most, wide = 1, 4, 8  # slot to begin with, slots, rank of the slots

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoray.data import ReplicaSpec, load_workload
 from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
-from zoray.estimators import TwoPoint
+from zoray.methods.estimators import TwoPoint
+from zoray.methods.spaces import Lora, LowRank
 from zoray.models import Model
 from zoray.objectives import AnswerNLL, ChoiceNLL, Metric, Preference, Reward
 from zoray.objectives.choice import macro_f1
 from zoray.records import ConfigError, Example, Probe
 from zoray.replica import Replica
-from zoray.spaces import Lora, LowRank
 
 ENGINES = {"hf": Hf(), "vllm": Vllm(slots=4, max_tokens=1024, kv_cache_gib=0.02)}
 

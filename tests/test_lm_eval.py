@@ -17,11 +17,11 @@ from zoray import lm_eval
 from zoray.cli import compose
 from zoray.data import load_workload
 from zoray.driver import tune
+from zoray.methods.optimizers import Sgd
+from zoray.methods.spaces import Lora, LowRank
 from zoray.objectives import ChoiceNLL
-from zoray.optimizers import Sgd
 from zoray.records import Probe
 from zoray.replica import Replica
-from zoray.spaces import Lora, LowRank
 
 TASK = """task: films
 dataset_path: json
@@ -84,7 +84,7 @@ def test_the_harness_scores_the_step(run, tmp_path):
     assert said.returncode == 0, said.stderr
     from zoray.data import ReplicaSpec
     from zoray.engines.hf import Hf
-    from zoray.estimators import TwoPoint
+    from zoray.methods.estimators import TwoPoint
     from zoray.models import Model
 
     merged = Replica(

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zoray import snapshots
 from zoray.channel import Listener, connect
 from zoray.cluster import Cluster
-from zoray.estimators import TwoPoint
 from zoray.members import Members
+from zoray.methods import snapshots
+from zoray.methods.estimators import TwoPoint
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError, ReplicaLost, Scores
 from zoray.records.tiles import NOT_FINITE, Grid, losses_of, scored, summed

@@ -249,7 +249,7 @@ def test_a_run_left_early_still_gets_its_curve(tmp_path: Path) -> None:
 
 def test_labels_are_short_names() -> None:
     assert label({"path": "org/Model-1.5B/"}) == "Model-1.5B"
-    assert label({"_target_": "zoray.spaces.Lora"}) == "Lora"
+    assert label({"_target_": "zoray.methods.spaces.Lora"}) == "Lora"
     assert label("sst2") == "sst2" and label(None) == ""
 
 

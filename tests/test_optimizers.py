@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from zoray.optimizers import SCHEDULES, GlobalAdaptive, Sgd, Sign, to_float32
+from zoray.methods.optimizers import SCHEDULES, GlobalAdaptive, Sgd, Sign, to_float32
 from zoray.records import Commit, ConfigError
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from loop import MATRICES, Quadratic, base_weights, drive
 
-from zoray.estimators import TwoPoint
-from zoray.optimizers import Sgd
+from zoray.methods.estimators import TwoPoint
+from zoray.methods.optimizers import Sgd
+from zoray.methods.spaces import Lozo
+from zoray.methods.spaces.base import Directions
 from zoray.records import Probe
-from zoray.spaces import Lozo
-from zoray.spaces.base import Directions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

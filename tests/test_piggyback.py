@@ -13,8 +13,8 @@ import pytest
 
 from zoray.engines.budget import FEWEST, MOST_ALONE, RARE, SHARE, USUAL_OF, StepBudget
 from zoray.engines.packing import Plan, SequenceTable
+from zoray.methods.spaces.base import Space
 from zoray.records import Commit, Probe, TokenSequence
-from zoray.spaces.base import Space
 
 
 def budget(slowdown=1.5, most=512, step=0.1):
@@ -110,8 +110,8 @@ def shared(chat_model):
     from zoray.engines.throttle import Throttle
     from zoray.engines.vllm import Vllm
     from zoray.engines.vllm_shared import SharedEngine, report, start_client
+    from zoray.methods.spaces import Lora
     from zoray.models import linear_matrices
-    from zoray.spaces import Lora
 
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()

@@ -16,8 +16,8 @@ import pytest
 from loop import drive
 
 from zoray.cli import build_experiment, compose, conf_dir
-from zoray.directions import direction_numpy, philox_numpy
-from zoray.optimizers import to_float32
+from zoray.methods.directions import direction_numpy, philox_numpy
+from zoray.methods.optimizers import to_float32
 from zoray.order import Order
 from zoray.records import Commit, Scores
 from zoray.records.tiles import gives_feedback, summed

@@ -22,7 +22,8 @@ from zoray.cluster import Cluster, bind_cores
 from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
-from zoray.estimators import TwoPoint
+from zoray.methods.estimators import TwoPoint
+from zoray.methods.spaces import Lora, Lozo
 from zoray.models import Model, linear_matrices, load_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
@@ -39,7 +40,6 @@ from zoray.records.tiles import (
     summed,
 )
 from zoray.replica import Replica
-from zoray.spaces import Lora, Lozo
 from zoray.tasks.file import File
 
 if TYPE_CHECKING:

@@ -16,13 +16,13 @@ from journalled import measured as noted
 from tiny import tiny_llama
 
 from zoray.adapters import peft_space, read_factors
+from zoray.methods.spaces import Lora
 from zoray.models import linear_matrices, weights_hash
 from zoray.records import ConfigError, Evaluation
 from zoray.serving import versions
 from zoray.serving.gate import Measured
 from zoray.serving.promotion import BY_HAND, KEPT, Promotion, overruled
 from zoray.serving.store import NotFound, Store
-from zoray.spaces import Lora
 
 SPACE = Lora(rank=2, alpha=4.0)
 HITS = (1.0,) * 10 + (0.0,) * 10

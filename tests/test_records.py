@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from zoray import records
-from zoray.optimizers import to_float32
+from zoray.methods.optimizers import to_float32
 from zoray.records import (
     Commit,
     ConfigError,

@@ -17,14 +17,14 @@ from loop import drive
 from orders import batch_indices, stratified_indices
 
 from zoray.data import ReplicaSpec
-from zoray.directions import direction_numpy
 from zoray.engines.hf import Hf
-from zoray.estimators import Evolution, OneSided, TwoPoint
+from zoray.methods.directions import direction_numpy
+from zoray.methods.estimators import Evolution, OneSided, TwoPoint
+from zoray.methods.optimizers import GlobalAdaptive, Sgd, Sign
+from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.models import Model
 from zoray.objectives import ChoiceNLL
-from zoray.optimizers import GlobalAdaptive, Sgd, Sign
 from zoray.replica import Replica
-from zoray.spaces import Lora, LowRank, Lozo
 from zoray.tasks.file import File
 
 SEED, DATA_SEED, BATCH, STEPS = 3, 5, 2, 20

@@ -9,12 +9,12 @@ import pytest
 
 from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
-from zoray.estimators import Evolution, OneSided, TwoPoint
+from zoray.methods.estimators import Evolution, OneSided, TwoPoint
+from zoray.methods.spaces import Lora
 from zoray.models import Model
 from zoray.noise import NEAR, rounding
 from zoray.objectives import ChoiceNLL
 from zoray.replica import Replica
-from zoray.spaces import Lora
 from zoray.tasks.file import File
 
 X = np.array(NEAR)[:, None]

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from zoray import directions
-from zoray.directions import direction_numpy
+from zoray.methods import directions
+from zoray.methods.directions import direction_numpy
+from zoray.methods.spaces import Lora, LowRank, Lozo, from_record
+from zoray.methods.spaces.base import fill, is_b
 from zoray.records import Commit, ConfigError, JournalError, Probe
-from zoray.spaces import Lora, LowRank, Lozo, from_record
-from zoray.spaces.base import fill, is_b
 
 # (out, in); most tensors do not fill a whole number of blocks.
 MATRICES = {

@@ -12,13 +12,13 @@ from tiny import tiny_work
 from zoray.cluster import Cluster, size
 from zoray.data import ReplicaSpec
 from zoray.engines.vllm import Vllm
-from zoray.estimators import TwoPoint
+from zoray.methods.estimators import TwoPoint
+from zoray.methods.spaces import Lora, Lozo
 from zoray.models import Model, linear_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError
 from zoray.records.tiles import Grid, losses_of
-from zoray.spaces import Lora, Lozo
 from zoray.tasks.file import File
 
 if TYPE_CHECKING:

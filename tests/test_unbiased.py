@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from zoray.estimators import Evolution, OneSided, TwoPoint
+from zoray.methods.estimators import Evolution, OneSided, TwoPoint
+from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.records import Commit, Probe
-from zoray.spaces import Lora, LowRank, Lozo
 
 SHAPES = {"q_proj": (4, 6), "v_proj": (3, 5)}  # (out, in)
 EXAMPLES = 4

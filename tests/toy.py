@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from zoray.actor import ReplicaActor
 from zoray.cluster import bind_cores
-from zoray.directions import direction_numpy
+from zoray.methods.directions import direction_numpy
+from zoray.methods.snapshots import pack, unpack
 from zoray.records import Commit, Probe, Scores, Tile
 from zoray.records.tiles import Grid, losses_of, mean, summed
 from zoray.replica import ReplicaInfo
-from zoray.snapshots import pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoray.methods.snapshots import pack
+from zoray.methods.spaces import Lora
+from zoray.methods.spaces.base import MAX_RANK, is_embedding
 from zoray.models import load_parameters
 from zoray.peft_files import PREFIX, matrices_of, read_config, read_tensors, some, tensor_names
 from zoray.records import ConfigError, disk
-from zoray.snapshots import pack
-from zoray.spaces import Lora
-from zoray.spaces.base import MAX_RANK, is_embedding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from zoray.spaces.fold import Factors
+    from zoray.methods.spaces.fold import Factors
 
 EXACT_SVD = 2048  # smaller side of a matrix up to which the full SVD is taken
 

@@ -12,12 +12,14 @@ from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from zoray import journal, snapshots
+from zoray import journal
 from zoray.adapters import write_peft
 from zoray.data import order_of
-from zoray.feedback import gains, trusted
 from zoray.history import best, stalled, summarise
 from zoray.measure import Losses, check_rewards, evaluate
+from zoray.methods import snapshots
+from zoray.methods.estimators.feedback import gains, trusted
+from zoray.methods.spaces.signs import packed
 from zoray.models import weights_hash
 from zoray.monitoring import Monitor
 from zoray.pool import Pool
@@ -27,7 +29,6 @@ from zoray.records.paths import agree_but_for_places
 from zoray.records.process.stopping import stop_requested
 from zoray.records.signatures import record
 from zoray.records.tiles import Grid, mean, scored
-from zoray.spaces.signs import packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -19,9 +19,10 @@ from zoray import journal
 from zoray.adapters import peft_space, read_peft
 from zoray.cli import build, build_experiment, check_run_files, load_run_config, run_main
 from zoray.data import ReplicaSpec, load_workload
-from zoray.estimators import TwoPoint
 from zoray.history import resolve_step
 from zoray.measure import metrics
+from zoray.methods.estimators import TwoPoint
+from zoray.methods.spaces import Lora, from_record
 from zoray.models import linear_matrices
 from zoray.objectives import AnswerNLL, ChoiceNLL
 from zoray.objectives.base import Objective, Unbound
@@ -29,7 +30,6 @@ from zoray.records import ConfigError, JournalError, Probe, disk
 from zoray.records.paths import user_path
 from zoray.records.process import streams
 from zoray.records.tiles import mean
-from zoray.spaces import Lora, from_record
 from zoray.tasks.few_shot import FewShot
 from zoray.tasks.mixture import Mixture
 

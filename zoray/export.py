@@ -15,12 +15,12 @@ from zoray import journal
 from zoray.adapters import Stack, relative_error, truncate, write_merged, write_peft
 from zoray.cli import base_of_run, run_main
 from zoray.history import resolve_step
+from zoray.methods.spaces import from_record
+from zoray.methods.spaces.base import MAX_RANK
+from zoray.methods.spaces.fold import product
 from zoray.models import DTYPES, linear_matrices, load_matrices, quantisation, tied
 from zoray.records import ConfigError, disk, require
 from zoray.records.paths import user_path
-from zoray.spaces import from_record
-from zoray.spaces.base import MAX_RANK
-from zoray.spaces.fold import product
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zoray.methods.spaces import from_record
 from zoray.records import Commit, ConfigError, JournalError, disk
-from zoray.spaces import from_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from zoray.spaces import State
+    from zoray.methods.spaces import State
 
 FORMAT = 3  # 2 had no feedback, 1 neither anchor, momentum, rate nor optimizer state; they are read as well
 FILE_NAME = "journal.jsonl"
@@ -140,7 +140,7 @@ def replay(
         step: how many steps to take.
         device: where the state lives.
         weights: the base weights in the header's dtype, which a folding space writes in place.
-        on_fold: sees the factors of each fold, see spaces/lozo.py.
+        on_fold: sees the factors of each fold, see methods/spaces/lozo.py.
 
     Raises:
         ConfigError: the journal has fewer steps, or the space folds and there are no weights.

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from zoray.channel import Listener
     from zoray.cluster import Cluster
     from zoray.data import ReplicaSpec
+    from zoray.methods.snapshots import Snapshot
     from zoray.records import Commit
     from zoray.replica import ReplicaInfo
-    from zoray.snapshots import Snapshot
 
 log = logging.getLogger(__name__)
 

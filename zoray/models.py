@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoray.checkpoint import FIX, check_files, check_gguf, check_tokenizer, check_weights
+from zoray.methods.spaces.base import is_embedding
 from zoray.records import ConfigError, JournalError, disk
 from zoray.records.paths import user_path
-from zoray.spaces.base import is_embedding
 
 if TYPE_CHECKING:
     import torch

@@ -19,10 +19,10 @@ from zoray.cli import build_experiment, run_main
 from zoray.data import load_workload, order_of
 from zoray.engines.packing import LOGITS_ELEMENTS
 from zoray.engines.slots import STAGED_ELEMENTS
+from zoray.methods.spaces.base import CACHED_ELEMENTS
 from zoray.models import parameters
 from zoray.records import Commit, ConfigError, Scores
 from zoray.records.tiles import Grid, probes_of, scored
-from zoray.spaces.base import CACHED_ELEMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -24,11 +24,11 @@ from zoray.channel import Listener
 from zoray.cluster import Cluster, connect, leave, own_host, room, size, totals
 from zoray.guard import differing_digests, differing_scores
 from zoray.members import Members
+from zoray.methods.snapshots import Snapshot, write
 from zoray.placement import Placement
 from zoray.records import Commit, ConfigError, JournalError, ReplicaLost, Scores
 from zoray.records.tiles import NOT_FINITE, Grid, as_ranges, join_scores, scored
 from zoray.shares import Shares
-from zoray.snapshots import Snapshot, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zoray.data import ReplicaSpec, Workload, load_workload, order_of
-from zoray.feedback import quantised
 from zoray.guidance import Guidance
+from zoray.methods.estimators.feedback import quantised
 from zoray.noise import score_noise
 from zoray.records import Probe, Scores, Tile
 from zoray.records.tiles import LARGEST, Grid, gives_feedback, join_scores, mean, summed

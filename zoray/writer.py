@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray.directions import name_hash, philox_numpy
+from zoray.methods.directions import name_hash, philox_numpy
 from zoray.objectives.base import Outcomes
 from zoray.objectives.reward import facts
 

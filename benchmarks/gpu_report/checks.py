@@ -17,18 +17,18 @@ from benchmarks.noise import weighted
 from benchmarks.shapes import vocabulary, with_weights
 from benchmarks.stepper import Stepper
 from zoray import journal
-from zoray.directions import Layout, direction_numpy, direction_torch
 from zoray.engines.hf import Hf
 from zoray.engines.packing import Plan
+from zoray.methods.directions import Layout, direction_numpy, direction_torch
+from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.models import linear_matrices, load_matrices
 from zoray.records import Commit, Probe, TokenSequence
-from zoray.spaces import Lora, LowRank, Lozo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from zoray.spaces import State
+    from zoray.methods.spaces import State
 
 MATRICES = {"layers.0.q_proj": (96, 67), "layers.0.k_proj": (33, 67), "layers.1.up_proj": (1000, 64)}
 DISTRIBUTIONS = ("rademacher", "gaussian")

@@ -14,10 +14,10 @@ import numpy as np
 from zoray.engines.base import Pairs
 from zoray.engines.lens import Map, fit
 from zoray.engines.residual import family_of, norm_behind, outer, reader_of
+from zoray.methods.snapshots import pack, unpack
+from zoray.methods.spaces.base import is_embedding
 from zoray.models import restore
 from zoray.records import ConfigError, require
-from zoray.snapshots import pack, unpack
-from zoray.spaces.base import is_embedding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from zoray.engines.lens import Streams
     from zoray.engines.packing import Plan, SequenceTable
     from zoray.engines.residual import Family
+    from zoray.methods.spaces.base import Space
     from zoray.records import Commit, Probe, Sampling, TokenSequence
-    from zoray.spaces.base import Space
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from zoray.directions import has_kernels, table_of
-from zoray.spaces.base import fill, is_b
-from zoray.spaces.signs import ALONG
+from zoray.methods.directions import has_kernels, table_of
+from zoray.methods.spaces.base import fill, is_b
+from zoray.methods.spaces.signs import ALONG
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from zoray.directions import Layout
-    from zoray.kernels import SlotWriter
+    from zoray.methods.directions import Layout
+    from zoray.methods.directions_cuda import SlotWriter
+    from zoray.methods.spaces.base import Moving, Space, State
     from zoray.records import Probe
-    from zoray.spaces.base import Moving, Space, State
 
 
 STAGED_ELEMENTS = 1 << 26  # of a buffer for what goes into slots: 256 MiB
@@ -171,7 +171,7 @@ class Slots:
         )
 
     def _writer(self, layout: Layout) -> SlotWriter:
-        from zoray.kernels import Place, SlotWriter
+        from zoray.methods.directions_cuda import Place, SlotWriter
 
         rank, places = range(self.space.rank), []
         for name, shape in layout.shapes.items():

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from zoray.engines.packing import Plan, SequenceTable
+    from zoray.methods.spaces.base import Space
     from zoray.records import Commit, Probe, Sampling
-    from zoray.spaces.base import Space
 
 SLOTS = 16  # where their number is not set, at most
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates slots for

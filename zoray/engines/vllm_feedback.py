@@ -19,8 +19,8 @@ from zoray.engines.lens import Map, Streams, fit
 from zoray.engines.packing import LOGITS_ELEMENTS, pack
 from zoray.engines.residual import Head, Norm, family_of, log_softmax_, norm_behind, outer, reader_of
 from zoray.engines.vllm_layers import names_in
+from zoray.methods.spaces.base import layer_number
 from zoray.records import ConfigError, Probe
-from zoray.spaces.base import layer_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable

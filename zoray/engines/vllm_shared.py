@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from zoray.engines.throttle import Throttle
     from zoray.engines.vllm import Vllm
+    from zoray.methods.spaces.base import Space
     from zoray.records import Sampling
-    from zoray.spaces.base import Space
 
 LEAST_TOKENS = 64  # of a slice; a single sequence may be longer
 BLOCK = 32  # tokens of a KV block

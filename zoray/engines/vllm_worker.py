@@ -17,7 +17,6 @@ import torch
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
-from zoray.directions import MANY_ELEMENTS, compile_directions
 from zoray.engines import cpu_gated, cpu_lora
 from zoray.engines.slots import FEEDBACK, PROBES, Slots
 from zoray.engines.vllm_feedback import Feedback
@@ -25,9 +24,10 @@ from zoray.engines.vllm_forward import Forward
 from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits, takes_tokens
 from zoray.engines.vllm_piggyback import Piggyback
 from zoray.engines.vllm_selftest import prove_compiled, prove_feedback, prove_live
+from zoray.methods.directions import MANY_ELEMENTS, compile_directions
+from zoray.methods.snapshots import pack, unpack
 from zoray.models import restore
 from zoray.records import ConfigError
-from zoray.snapshots import pack, unpack
 
 if current_platform.is_cuda():  # when vLLM looks up its workers' extension, which is before it wraps a model's layers
     from zoray.engines import cuda_lora
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from zoray.engines.packing import Plan, SequenceTable
+    from zoray.methods.spaces.base import Space, State
     from zoray.records import Commit, Probe
-    from zoray.spaces.base import Space, State
 
 
 class ZorayWorker:

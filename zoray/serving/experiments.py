@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from zoray.cluster import Cluster
 from zoray.experiment import Experiment, Run
+from zoray.methods.optimizers import LEAST_DECAY
 from zoray.models import max_length
 from zoray.monitoring import Logging
 from zoray.objectives import Preference
-from zoray.optimizers import LEAST_DECAY
 from zoray.records import ConfigError
 from zoray.records.tiles import MAX_TILE
 from zoray.serving.pool import PATIENT

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from zoray.data import ReplicaSpec
+    from zoray.methods.snapshots import Snapshot
     from zoray.records import Commit
-    from zoray.snapshots import Snapshot
 
 log = logging.getLogger(__name__)
 PATIENT = 86_400.0  # seconds: an engine that answers people may take so long for tuning's share

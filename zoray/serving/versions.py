@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from zoray import journal
 from zoray.adapters import peft_space, write_peft
 from zoray.history import read_metrics
+from zoray.methods.spaces import from_record
 from zoray.models import weights_hash
 from zoray.records import ConfigError, JournalError
 from zoray.serving.logs import LOG
 from zoray.serving.store import VERSION, NotFound, read_json, shown, write_json
-from zoray.spaces import from_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from zoray.methods.spaces.base import Space
     from zoray.serving.settings import Settings
     from zoray.serving.store import Store
-    from zoray.spaces.base import Space
 
 log = logging.getLogger(__name__)
 META, METRICS = "meta.json", "metrics.jsonl"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from zoray.journal import StepRecord
-    from zoray.spaces.base import State
+    from zoray.methods.spaces.base import State
 
 FILE_NAME = "snapshot.safetensors"
 

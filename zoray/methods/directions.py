@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from zoray.cpu_kernels import Loops
-    from zoray.kernels import Filler
+    from zoray.methods.directions_cpu import Loops
+    from zoray.methods.directions_cuda import Filler
 
 Distribution = Literal["rademacher", "gaussian"]
 BLOCK_ELEMENTS: dict[str, int] = {"rademacher": 128, "gaussian": 8}
@@ -189,7 +189,7 @@ def compile_directions(distribution: str) -> bool:
     """
     import torch
 
-    from zoray.cpu_kernels import Loops
+    from zoray.methods.directions_cpu import Loops
 
     check_distribution(distribution)
     layout = Layout({"a": (3, 129), "b": (FEW_BLOCKS + 1, BLOCK_ELEMENTS[distribution])})
@@ -304,7 +304,7 @@ class Layout:
 
         As many as compiled loops make in whole passes over x; the bits are those of one after another.
         """
-        from zoray.cpu_kernels import MOVES
+        from zoray.methods.directions_cpu import MOVES
 
         done, loops = 0, _compiled.get(distribution) if self.device.type == "cpu" else None
         while loops is not None and len(moves) - done >= MOVES:
@@ -321,7 +321,7 @@ class Layout:
 
     def filler(self) -> Filler:
         """The kernel that fills vectors of this layout, see has_kernels."""
-        from zoray.kernels import Filler
+        from zoray.methods.directions_cuda import Filler
 
         if self._filler is None:
             sizes = [math.prod(shape) for shape in self.shapes.values()]

@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import zoray.spaces.fold as fold
-from zoray.directions import Layout
-from zoray.records import require
-from zoray.spaces.base import (
+import zoray.methods.spaces.fold as fold
+from zoray.methods.directions import Layout
+from zoray.methods.spaces.base import (
     Directions,
     Moved,
     Moving,
@@ -26,6 +25,7 @@ from zoray.spaces.base import (
     perturbed,
     select,
 )
+from zoray.records import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping

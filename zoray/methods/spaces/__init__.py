@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from zoray.methods.spaces.base import Space, State
+from zoray.methods.spaces.lora import Lora, LoraState
+from zoray.methods.spaces.lowrank import LowRank, LowRankState
+from zoray.methods.spaces.lozo import Lozo, LozoState
 from zoray.records import JournalError
-from zoray.spaces.base import Space, State
-from zoray.spaces.lora import Lora, LoraState
-from zoray.spaces.lowrank import LowRank, LowRankState
-from zoray.spaces.lozo import Lozo, LozoState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

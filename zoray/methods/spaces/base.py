@@ -10,7 +10,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from zoray.directions import Layout, Move, check_distribution, direction_torch, has_kernels, name_hash
+from zoray.methods.directions import Layout, Move, check_distribution, direction_torch, has_kernels, name_hash
 from zoray.records import Commit, ConfigError, JournalError, require
 
 if TYPE_CHECKING:

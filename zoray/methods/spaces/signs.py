@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoray.directions import name_hash, philox_numpy
+from zoray.methods.directions import name_hash, philox_numpy
+from zoray.methods.spaces.base import Directions
 from zoray.records import JournalError
-from zoray.spaces.base import Directions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
-    from zoray.directions import Layout
+    from zoray.methods.directions import Layout
     from zoray.records import Probe
 
 ALONG = 1 << 30  # indices of probes from here on are along the guide: the momentum, each group of matrices + or -

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-import zoray.spaces.fold as fold
-from zoray.directions import Layout
+import zoray.methods.spaces.fold as fold
+from zoray.methods.directions import Layout
+from zoray.methods.spaces.base import MAX_RANK, Directions, Moving, check_space, digest, expect, select
 from zoray.records import ConfigError, Probe, require
-from zoray.spaces.base import MAX_RANK, Directions, Moving, check_space, digest, expect, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping

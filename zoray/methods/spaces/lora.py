@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from zoray.directions import Layout
-from zoray.records import is_finite, require
-from zoray.spaces.base import (
+from zoray.methods.directions import Layout
+from zoray.methods.spaces.base import (
     Moved,
     Moving,
     advance,
@@ -20,7 +19,8 @@ from zoray.spaces.base import (
     perturbed,
     select,
 )
-from zoray.spaces.signs import AlongGuide, guide
+from zoray.methods.spaces.signs import AlongGuide, guide
+from zoray.records import is_finite, require
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping

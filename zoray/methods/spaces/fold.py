@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from zoray.directions import uniform_torch
+from zoray.methods.directions import uniform_torch
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:
