@@ -51,9 +51,9 @@ from benchmarks.bare_model import (
 from benchmarks.options import parse
 from zoray.cli import build, build_experiment, compose, guarded
 from zoray.data import load_workload
-from zoray.models import load_tokenizer, max_length
+from zoray.models.folder import load_tokenizer, max_length
+from zoray.models.tokens import Encoder
 from zoray.order import Order, labels_of
-from zoray.prompts import Encoder
 from zoray.records import ConfigError
 from zoray.records.paths import user_path
 

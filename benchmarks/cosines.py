@@ -34,11 +34,11 @@ from zoray.data import Workload, load_workload
 from zoray.engines.lens import Map
 from zoray.guidance import Gradient, Guidance
 from zoray.methods.spaces.base import layer_number
-from zoray.models import linear_matrices, load_tokenizer, max_length
+from zoray.models.folder import linear_matrices, load_tokenizer, max_length
+from zoray.models.tokens import Encoder
 from zoray.objectives import AnswerNLL
 from zoray.order import labels_of
 from zoray.plots import DEV, DPI, GRID, INK, TRAIN
-from zoray.prompts import Encoder
 from zoray.records import Commit, ConfigError, Example, Probe, Splits
 from zoray.records.paths import user_path
 from zoray.scorer import Scorer

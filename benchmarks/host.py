@@ -91,7 +91,7 @@ def replica(folder: Path, examples: int, where: tuple[str, ...]) -> tuple[Any, A
     """An experiment with `examples` a step, and its replica on the toy model."""
     from zoray.cli import build_experiment, compose
     from zoray.data import Workload
-    from zoray.models import linear_matrices
+    from zoray.models.folder import linear_matrices
     from zoray.replica import Replica
 
     settings = [

@@ -55,7 +55,7 @@ def measure(replicas: int, steps: int, folder: Path, seconds: float = 0.0) -> tu
     from zoray.cli import build_experiment, compose
     from zoray.data import Workload
     from zoray.driver import tune
-    from zoray.models import linear_matrices, weights_hash
+    from zoray.models.folder import linear_matrices, weights_hash
 
     settings = [
         "model=hf",

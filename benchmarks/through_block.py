@@ -26,8 +26,8 @@ from benchmarks.bare_model import answer_logits, blocks, load
 from benchmarks.baselines import encode, some
 from benchmarks.options import parse
 from zoray.cli import build, compose, guarded
-from zoray.models import load_tokenizer, max_length
-from zoray.prompts import Encoder
+from zoray.models.folder import load_tokenizer, max_length
+from zoray.models.tokens import Encoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

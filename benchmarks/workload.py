@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import shapes
 from zoray.data import ReplicaSpec, Workload
-from zoray.models import linear_matrices, max_length
+from zoray.models.folder import linear_matrices, max_length
 from zoray.records import Example, Splits, TokenSequence
 
 GUIDED = ["estimator=feedback", "optimizer=feedback", "space.rank=8", "space.alpha=16"]

@@ -14,7 +14,7 @@ from zoray.experiment import Experiment, Run
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces import Lora
-from zoray.models import Model
+from zoray.models.folder import Model
 from zoray.monitoring import Logging
 from zoray.records import Example, Message, Sampling, Splits
 

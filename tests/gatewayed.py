@@ -14,7 +14,7 @@ from zoray.engines.vllm import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces import Lora
-from zoray.models import Model
+from zoray.models.folder import Model
 from zoray.records import ConfigError
 from zoray.serving.door import Refused
 from zoray.serving.gateway import build_app

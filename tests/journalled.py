@@ -13,7 +13,7 @@ from zoray import journal
 from zoray.journal import StepRecord
 from zoray.methods.optimizers import to_float32
 from zoray.methods.spaces import LowRank
-from zoray.models import linear_matrices, load_matrices, weights_hash
+from zoray.models.folder import linear_matrices, load_matrices, weights_hash
 from zoray.records import Commit, Evaluation
 
 SEED, STEPS = 5, 5

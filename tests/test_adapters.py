@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from zoray import adapters
-from zoray.adapters import Stack, relative_error, truncate, write_merged, write_peft
 from zoray.methods.spaces import Lora
-from zoray.models import linear_matrices, load_matrices
+from zoray.models import adapters
+from zoray.models.adapters import Stack, relative_error, truncate, write_merged, write_peft
+from zoray.models.folder import linear_matrices, load_matrices
 from zoray.records import ConfigError
 
 TOKENS = torch.tensor([[1, 5, 300, 17, 42, 511, 8]])

@@ -16,8 +16,8 @@ from benchmarks.baselines import DEFAULTS, Probe
 from zoray import records
 from zoray.cli import build_experiment, compose
 from zoray.data import load_workload
-from zoray.models import load_tokenizer
-from zoray.prompts import Encoder
+from zoray.models.folder import load_tokenizer
+from zoray.models.tokens import Encoder
 from zoray.records import ConfigError, Example
 from zoray.replica import Replica
 

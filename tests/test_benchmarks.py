@@ -27,9 +27,9 @@ from zoray.cli import build_experiment, compose
 from zoray.encoded import Encoded
 from zoray.engines.hf import Hf
 from zoray.methods.spaces import Lora
-from zoray.models import linear_matrices, weights_hash
+from zoray.models.folder import linear_matrices, weights_hash
+from zoray.models.tokens import Encoder
 from zoray.objectives import ChoiceNLL, Outcomes
-from zoray.prompts import Encoder
 from zoray.replica import Replica
 from zoray.tasks.file import File
 

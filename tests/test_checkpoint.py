@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from zoray.checkpoint import check_gguf
-from zoray.models import Model, load_tokenizer, weights_hash
+from zoray.models.files import check_gguf
+from zoray.models.folder import Model, load_tokenizer, weights_hash
 from zoray.records import ConfigError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 538090408\n"

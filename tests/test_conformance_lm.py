@@ -16,7 +16,7 @@ from zoray import journal
 from zoray.data import ReplicaSpec, load_workload
 from zoray.engines.hf import Hf
 from zoray.methods.estimators import TwoPoint
-from zoray.models import Model, load_matrices
+from zoray.models.folder import Model, load_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.records import Probe
 from zoray.records.signatures import record

@@ -9,10 +9,10 @@ from chatty import TEMPLATE
 from tiny import tiny_tokenizer
 from tokenizers import processors
 
-from zoray.control import BREAK, Control, shown
 from zoray.engines.vllm_tokenizer import guard
+from zoray.models.control import BREAK, Control, shown
+from zoray.models.tokens import Encoder
 from zoray.objectives import AnswerNLL, ChoiceNLL, Preference, Reward
-from zoray.prompts import Encoder
 from zoray.records import ConfigError, Example, Marked, Message, SettingError, settled
 from zoray.tasks.columns import Template
 

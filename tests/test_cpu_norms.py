@@ -16,7 +16,7 @@ from zoray.engines.cpu_norms import Norm, take
 from zoray.engines.packing import Plan
 from zoray.engines.vllm import Vllm
 from zoray.methods.spaces import Lora
-from zoray.models import linear_matrices
+from zoray.models.folder import linear_matrices
 from zoray.records import TokenSequence
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="these kernels are those of the CPU wheel")

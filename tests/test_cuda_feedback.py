@@ -26,7 +26,7 @@ from zoray.engines.vllm import Vllm
 from zoray.engines.vllm_graphs import Graphs
 from zoray.engines.vllm_layers import join_a, join_b
 from zoray.methods.spaces import Lora
-from zoray.models import linear_matrices
+from zoray.models.folder import linear_matrices
 from zoray.records import ConfigError, TokenSequence
 
 CPU = torch.device("cpu")

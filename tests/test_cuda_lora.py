@@ -38,7 +38,7 @@ from zoray.engines.vllm import Vllm
 from zoray.engines.vllm_graphs import Graphs, compilation, sizes
 from zoray.engines.vllm_layers import join_a, join_b
 from zoray.methods.spaces import Lora, Lozo
-from zoray.models import linear_matrices
+from zoray.models.folder import linear_matrices
 from zoray.records import Commit, ConfigError
 
 SLOTS, RANK, WIDTH = 3, 2, 16

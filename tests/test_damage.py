@@ -16,7 +16,7 @@ from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora
-from zoray.models import Model
+from zoray.models.folder import Model
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, JournalError

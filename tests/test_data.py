@@ -13,7 +13,7 @@ from orders import batch_indices, stratified_indices
 from zoray.data import ReplicaSpec, load_workload
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, LowRank, Lozo
-from zoray.models import Model
+from zoray.models.folder import Model
 from zoray.objectives import ChoiceNLL
 from zoray.records import ConfigError, Example, Splits
 

@@ -15,9 +15,10 @@ from disks import small_disk
 from local_pool import LocalPool
 
 import zoray.driver
-from zoray import evaluate, export, launch, models
+from zoray import evaluate, export, launch
 from zoray.cli import compose, guarded
 from zoray.history import read_metrics
+from zoray.models import folder as models
 from zoray.records import ConfigError
 from zoray.records import disk as module
 from zoray.records.process.stopping import children_survive_hangup, stop_requested, stops

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zoray.adapters import write_peft
 from zoray.engines.hf import Hf, HfEngine
 from zoray.engines.vllm import Vllm
 from zoray.engines.vllm_worker import PackedScorer
 from zoray.methods.spaces import Lora, LowRank, Lozo, Space
-from zoray.models import linear_matrices, load_matrices
+from zoray.models.adapters import write_peft
+from zoray.models.folder import linear_matrices, load_matrices
 from zoray.records import Commit, ConfigError, Probe, TokenSequence
 
 SLOTS, MAX_TOKENS = 3, 256

@@ -10,13 +10,13 @@ import torch
 from chatty import ANSWERS, CHOICES, Given, chat_llama
 
 from zoray import evaluate
-from zoray.adapters import peft_space, read_peft, write_peft
 from zoray.cli import compose
 from zoray.data import ReplicaSpec, load_workload
 from zoray.engines.hf import Hf
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora
-from zoray.models import Model
+from zoray.models.adapters import peft_space, read_peft, write_peft
+from zoray.models.folder import Model
 from zoray.objectives import AnswerNLL, ChoiceNLL
 from zoray.records import Commit, ConfigError, Probe, Sampling
 from zoray.replica import Replica

@@ -19,7 +19,7 @@ from zoray.cli import compose, run_main
 from zoray.export import main
 from zoray.methods.optimizers import to_float32
 from zoray.methods.spaces import Lora, LowRank, Lozo
-from zoray.models import linear_matrices, weights_hash
+from zoray.models.folder import linear_matrices, weights_hash
 from zoray.records import Commit, ConfigError, JournalError
 from zoray.replay import main as replay_main
 

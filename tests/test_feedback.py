@@ -20,7 +20,7 @@ from zoray.engines.vllm import Vllm
 from zoray.methods.estimators.feedback import Feedback, quantised
 from zoray.methods.spaces import Lora
 from zoray.methods.spaces.signs import guide, packed
-from zoray.models import linear_matrices
+from zoray.models.folder import linear_matrices
 from zoray.records import Commit, ConfigError, JournalError, Probe, TokenSequence
 
 SPACE = Lora(rank=2, alpha=4, targets="residual", train="AB")

@@ -22,7 +22,7 @@ from zoray.engines.hf import Hf
 from zoray.methods.estimators.feedback import Feedback, gains
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces.signs import packed
-from zoray.models import Model
+from zoray.models.folder import Model
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records.tiles import Grid, losses_of

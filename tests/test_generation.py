@@ -11,7 +11,7 @@ from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, LowRank
-from zoray.models import Model
+from zoray.models.folder import Model
 from zoray.objectives import Reward
 from zoray.records import Commit, Example, Probe, Sampling
 from zoray.replica import Replica

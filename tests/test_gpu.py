@@ -16,7 +16,7 @@ from benchmarks.gpu_report.checks import Place, all_checks
 from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
 from zoray.methods.spaces import Lora
-from zoray.models import linear_matrices
+from zoray.models.folder import linear_matrices
 from zoray.records import Commit
 
 pytestmark = [

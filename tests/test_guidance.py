@@ -20,7 +20,7 @@ from zoray.methods.estimators.feedback import Feedback
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces import Lora
 from zoray.methods.spaces.signs import packed
-from zoray.models import Model
+from zoray.models.folder import Model
 from zoray.objectives import AnswerNLL, ChoiceNLL, Metric, Preference, Reward
 from zoray.records import Example, Probe, Sampling, TokenSequence
 from zoray.records.tiles import Grid

@@ -21,7 +21,7 @@ from zoray.cli import compose
 from zoray.driver import open_journal
 from zoray.history import read_metrics
 from zoray.launch import main
-from zoray.models import load_matrices
+from zoray.models.folder import load_matrices
 from zoray.records import ConfigError, JournalError
 from zoray.replay import replay
 

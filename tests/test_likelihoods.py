@@ -15,7 +15,7 @@ from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, LowRank
-from zoray.models import Model
+from zoray.models.folder import Model
 from zoray.objectives import AnswerNLL, ChoiceNLL, Metric, Preference, Reward
 from zoray.objectives.choice import macro_f1
 from zoray.records import ConfigError, Example, Probe

@@ -85,7 +85,7 @@ def test_the_harness_scores_the_step(run, tmp_path):
     from zoray.data import ReplicaSpec
     from zoray.engines.hf import Hf
     from zoray.methods.estimators import TwoPoint
-    from zoray.models import Model
+    from zoray.models.folder import Model
 
     merged = Replica(
         ReplicaSpec(Model(str(tmp_path / "m")), Given(CHOICES), ChoiceNLL(), Lora(), TwoPoint(), Hf(), 0, 0, 4)

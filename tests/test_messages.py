@@ -9,8 +9,8 @@ from chatty import TEMPLATE
 from rows import write_parquet, write_rows
 from tiny import tiny_tokenizer
 
+from zoray.models.tokens import Encoder
 from zoray.objectives import AnswerNLL
-from zoray.prompts import Encoder
 from zoray.records import ConfigError, Example
 from zoray.tasks.file import File
 

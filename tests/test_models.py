@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from tiny import tiny_llama, tiny_opt
 
-from zoray import models, prepare
-from zoray.models import (
+from zoray import prepare
+from zoray.models import folder as models
+from zoray.models.folder import (
     GEMMA3_270M,
     SMOLLM2_135M,
     Fetched,
@@ -31,7 +32,7 @@ from zoray.models import (
     tied,
     weights_hash,
 )
-from zoray.prompts import Encoder
+from zoray.models.tokens import Encoder
 from zoray.records import ConfigError, JournalError
 
 

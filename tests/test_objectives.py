@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny import VOCAB, tiny_tokenizer
 
+from zoray.models.tokens import Encoder
 from zoray.objectives import ChoiceNLL, Sums
-from zoray.prompts import Encoder
 from zoray.records import ConfigError, Example, TokenSequence
 
 WORDS = (" terrible", " great")

@@ -12,7 +12,7 @@ from gatewayed import settings_of
 from zoray.cli import compose, readable
 from zoray.client import Client
 from zoray.experiment import Run
-from zoray.models import cache_dir
+from zoray.models.folder import cache_dir
 from zoray.records import ConfigError, JournalError
 from zoray.records.paths import user_path
 from zoray.rewards.functions import absolute

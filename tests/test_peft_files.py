@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_gemma3
 from transformers import AutoModelForCausalLM
 
-from zoray.adapters import peft_space, read_peft
 from zoray.engines.hf import Hf
 from zoray.engines.packing import Plan
 from zoray.engines.vllm import Vllm
-from zoray.models import linear_matrices
+from zoray.models.adapters import peft_space, read_peft
+from zoray.models.folder import linear_matrices
 from zoray.records import ConfigError, Probe, TokenSequence
 
 TOKENS = np.array([1, 5, 300, 17, 42, 511, 8], np.int32)

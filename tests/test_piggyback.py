@@ -111,7 +111,7 @@ def shared(chat_model):
     from zoray.engines.vllm import Vllm
     from zoray.engines.vllm_shared import SharedEngine, report, start_client
     from zoray.methods.spaces import Lora
-    from zoray.models import linear_matrices
+    from zoray.models.folder import linear_matrices
 
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()

@@ -12,7 +12,7 @@ from zoray.cli import build_experiment, compose
 from zoray.data import load_workload
 from zoray.engines.vllm_layers import slots_of
 from zoray.methods.spaces import Lora, LowRank, Lozo
-from zoray.models import linear_matrices, load_matrices, parameters
+from zoray.models.folder import linear_matrices, load_matrices, parameters
 from zoray.replica import Replica
 
 

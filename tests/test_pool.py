@@ -24,7 +24,7 @@ from zoray.engines.hf import Hf
 from zoray.engines.vllm import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, Lozo
-from zoray.models import Model, linear_matrices, load_matrices
+from zoray.models.folder import Model, linear_matrices, load_matrices
 from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Scores, Tile

@@ -9,8 +9,8 @@ import pytest
 from rows import ROWS, write_rows
 from tiny import tiny_tokenizer
 
+from zoray.models.tokens import Encoder
 from zoray.preview import LONGEST, preview, rendered, shortened
-from zoray.prompts import Encoder
 from zoray.records import ConfigError, Example, Message, Splits
 from zoray.tasks import file
 from zoray.tasks.file import File

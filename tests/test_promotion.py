@@ -15,9 +15,9 @@ from journalled import make
 from journalled import measured as noted
 from tiny import tiny_llama
 
-from zoray.adapters import peft_space, read_factors
 from zoray.methods.spaces import Lora
-from zoray.models import linear_matrices, weights_hash
+from zoray.models.adapters import peft_space, read_factors
+from zoray.models.folder import linear_matrices, weights_hash
 from zoray.records import ConfigError, Evaluation
 from zoray.serving import versions
 from zoray.serving.gate import Measured

@@ -7,7 +7,7 @@ import pytest
 from chatty import TEMPLATE
 from tiny import tiny_tokenizer
 
-from zoray.prompts import Encoder
+from zoray.models.tokens import Encoder
 from zoray.records import ConfigError, Message
 
 ASKED = (Message("system", "the best"), Message("user", "It was"))

@@ -22,7 +22,7 @@ from zoray.methods.directions import direction_numpy
 from zoray.methods.estimators import Evolution, OneSided, TwoPoint
 from zoray.methods.optimizers import GlobalAdaptive, Sgd, Sign
 from zoray.methods.spaces import Lora, LowRank, Lozo
-from zoray.models import Model
+from zoray.models.folder import Model
 from zoray.objectives import ChoiceNLL
 from zoray.replica import Replica
 from zoray.tasks.file import File

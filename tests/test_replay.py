@@ -16,7 +16,7 @@ from zoray.cli import run_main
 from zoray.journal import Contents, StepRecord
 from zoray.methods.optimizers import to_float32
 from zoray.methods.spaces import Lora, LoraState, LowRank, Lozo
-from zoray.models import linear_matrices, load_matrices, weights_hash
+from zoray.models.folder import linear_matrices, load_matrices, weights_hash
 from zoray.records import Commit, ConfigError, Evaluation, JournalError
 from zoray.replay import main, replay
 

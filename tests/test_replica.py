@@ -11,7 +11,7 @@ from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.methods.estimators import Evolution, OneSided, TwoPoint
 from zoray.methods.spaces import Lora
-from zoray.models import Model
+from zoray.models.folder import Model
 from zoray.noise import NEAR, rounding
 from zoray.objectives import ChoiceNLL
 from zoray.replica import Replica

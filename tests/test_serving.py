@@ -14,8 +14,8 @@ import pydantic
 import pytest
 from served import labelled
 
-from zoray.models import load_tokenizer
-from zoray.prompts import Encoder
+from zoray.models.folder import load_tokenizer
+from zoray.models.tokens import Encoder
 from zoray.records import Message
 
 QUESTIONS = ["It was", "the film", "a dull story?", "I liked", "one of the best movies of"]

@@ -31,7 +31,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from served import labelled
 
-from zoray.models import cache_dir
+from zoray.models.folder import cache_dir
 
 REQUESTS = int(os.environ.get("ZORAY_FUZZ_REQUESTS", "1000"))
 CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)

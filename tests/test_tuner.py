@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from gatewayed import rows, settings_of
 
-from zoray.models import max_length
+from zoray.models.folder import max_length
 from zoray.records import ConfigError, JournalError
 from zoray.serving import tuner as module
 from zoray.serving.requests import NewJob

@@ -12,8 +12,8 @@ from rows import every, write_rows
 from tiny import tiny_tokenizer
 
 from zoray.cli import build, compose
+from zoray.models.tokens import Encoder
 from zoray.preview import preview
-from zoray.prompts import Encoder
 from zoray.records import ConfigError
 from zoray.tasks.file import File
 

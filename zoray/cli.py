@@ -393,7 +393,7 @@ def base_of_run(folder: Path, header: Mapping[str, Any]) -> Path:
         ConfigError: it is not there.
         JournalError: it has other weights.
     """
-    from zoray.models import pinned_folder
+    from zoray.models.folder import pinned_folder
 
     if not (folder / "config.yaml").is_file():  # the journal alone
         return pinned_folder(header)

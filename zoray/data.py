@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from zoray.engines.residual import family_of
-from zoray.models import embeddings, linear_matrices, load_tokenizer, max_length, quantisation
+from zoray.models.folder import embeddings, linear_matrices, load_tokenizer, max_length, quantisation
+from zoray.models.tokens import Encoder
 from zoray.order import Order, labels_of, part_numbers
-from zoray.prompts import Encoder
 from zoray.records import WHOLE, ConfigError, Example, SettingError, Splits, TokenSequence
 from zoray.tasks import mixture
 from zoray.tasks.mixture import Mixture

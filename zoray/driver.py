@@ -13,14 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from zoray import journal
-from zoray.adapters import write_peft
 from zoray.data import order_of
 from zoray.history import best, stalled, summarise
 from zoray.measure import Losses, check_rewards, evaluate
 from zoray.methods import snapshots
 from zoray.methods.estimators.feedback import gains, trusted
 from zoray.methods.spaces.signs import packed
-from zoray.models import weights_hash
+from zoray.models.adapters import write_peft
+from zoray.models.folder import weights_hash
 from zoray.monitoring import Monitor
 from zoray.pool import Pool
 from zoray.records import ConfigError, JournalError, StepResult, require

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray import journal
-from zoray.adapters import peft_space, read_peft
 from zoray.cli import build, build_experiment, check_run_files, load_run_config, run_main
 from zoray.data import ReplicaSpec, load_workload
 from zoray.history import resolve_step
 from zoray.measure import metrics
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, from_record
-from zoray.models import linear_matrices
+from zoray.models.adapters import peft_space, read_peft
+from zoray.models.folder import linear_matrices
 from zoray.objectives import AnswerNLL, ChoiceNLL
 from zoray.objectives.base import Objective, Unbound
 from zoray.records import ConfigError, JournalError, Probe, disk

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoray.data import ReplicaSpec
-from zoray.prompts import checked_date
+from zoray.models.tokens import checked_date
 from zoray.records import ConfigError, require
 from zoray.records.paths import user_path
 from zoray.records.tiles import MAX_TILE

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoray import journal
-from zoray.adapters import Stack, relative_error, truncate, write_merged, write_peft
 from zoray.cli import base_of_run, run_main
 from zoray.history import resolve_step
 from zoray.methods.spaces import from_record
 from zoray.methods.spaces.base import MAX_RANK
 from zoray.methods.spaces.fold import product
-from zoray.models import DTYPES, linear_matrices, load_matrices, quantisation, tied
+from zoray.models.adapters import Stack, relative_error, truncate, write_merged, write_peft
+from zoray.models.folder import DTYPES, linear_matrices, load_matrices, quantisation, tied
 from zoray.records import ConfigError, disk, require
 from zoray.records.paths import user_path
 

@@ -20,7 +20,7 @@ from zoray.data import load_workload, order_of
 from zoray.engines.packing import LOGITS_ELEMENTS
 from zoray.engines.slots import STAGED_ELEMENTS
 from zoray.methods.spaces.base import CACHED_ELEMENTS
-from zoray.models import parameters
+from zoray.models.folder import parameters
 from zoray.records import Commit, ConfigError, Scores
 from zoray.records.tiles import Grid, probes_of, scored
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from zoray.models import GEMMA3_270M, SMOLLM2_135M, Model, package_folder
+from zoray.models.folder import GEMMA3_270M, SMOLLM2_135M, Model, package_folder
 from zoray.records import ConfigError
 from zoray.records.process import streams
 from zoray.tasks.movie_reviews import published_file, published_path

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray.control import shown
+from zoray.models.control import shown
+from zoray.models.tokens import answered
 from zoray.order import labels_of, part_numbers
-from zoray.prompts import answered
 
 if TYPE_CHECKING:
-    from zoray.prompts import Encoder
+    from zoray.models.tokens import Encoder
     from zoray.records import Example, Splits
 
 EXAMPLES = 3

@@ -13,7 +13,7 @@ from zoray.cli import base_of_run, run_main
 from zoray.history import resolve_step
 from zoray.journal import replay
 from zoray.methods.spaces import from_record
-from zoray.models import load_matrices
+from zoray.models.folder import load_matrices
 from zoray.records import ConfigError
 from zoray.records.paths import user_path
 from zoray.records.process import streams

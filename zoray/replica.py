@@ -46,7 +46,7 @@ class Replica:
 
     def __init__(self, spec: ReplicaSpec, workload: Workload | None = None, engine: Engine | None = None) -> None:
         """Load data and model, unless they are given, and prove that the engine's adapters are live."""
-        from zoray.models import weights_hash
+        from zoray.models.folder import weights_hash
 
         self.spec = spec
         self.workload = workload or load_workload(spec)

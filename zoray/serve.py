@@ -63,7 +63,7 @@ def check_model(settings: Settings) -> None:
     Where jobs learn by feedback its family has to be one that feedback knows.
     """
     from zoray.engines.residual import family_of
-    from zoray.models import linear_matrices
+    from zoray.models.folder import linear_matrices
 
     folder = settings.model.resolve()
     chosen = settings.space.select(linear_matrices(folder, settings.space.targets))

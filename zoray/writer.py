@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zoray.engines.base import Engine
-    from zoray.prompts import Encoder
+    from zoray.models.tokens import Encoder
     from zoray.records import Example, Probe, Sampling
 
 _SAMPLE = name_hash("zoray.writer.sample")

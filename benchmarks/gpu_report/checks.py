@@ -21,7 +21,7 @@ from zoray.engines.hf import Hf
 from zoray.engines.packing import Plan
 from zoray.methods.directions import Layout, direction_numpy, direction_torch
 from zoray.methods.spaces import Lora, LowRank, Lozo
-from zoray.models import linear_matrices, load_matrices
+from zoray.models.folder import linear_matrices, load_matrices
 from zoray.records import Commit, Probe, TokenSequence
 
 if TYPE_CHECKING:

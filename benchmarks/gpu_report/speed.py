@@ -19,7 +19,7 @@ from benchmarks.stepper import Stepper
 from benchmarks.timing import ratio, rounds, spread
 from benchmarks.training_loop import TrainingLoop
 from benchmarks.workload import experiment
-from zoray.models import linear_matrices
+from zoray.models.folder import linear_matrices
 
 SPARE = 12 << 30  # bytes of a device beside the weights: KV caches, graphs, activations
 

@@ -16,7 +16,7 @@ from zoray.engines.lens import Map, fit
 from zoray.engines.residual import family_of, norm_behind, outer, reader_of
 from zoray.methods.snapshots import pack, unpack
 from zoray.methods.spaces.base import is_embedding
-from zoray.models import restore
+from zoray.models.folder import restore
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:

@@ -399,7 +399,7 @@ def check_lora_support(folder: Path | str) -> None:
 
 
 def _model_limit(folder: Path | str) -> int:
-    from zoray.models import max_length
+    from zoray.models.folder import max_length
 
     return max_length(folder)
 

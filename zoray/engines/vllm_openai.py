@@ -42,7 +42,7 @@ class OpenAI:
 
         from zoray.engines.vllm_tokenizer import guard
         from zoray.engines.vllm_versions import server_arguments
-        from zoray.models import load_tokenizer
+        from zoray.models.folder import load_tokenizer
 
         embeddings, name = client.model_config.get_vocab_size(), client.model_config.served_model_name
         tokenizer = client.get_tokenizer()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from zoray.control import BREAK, Control
-from zoray.prompts import PROBE, every_text, opening
+from zoray.models.control import BREAK, Control
+from zoray.models.tokens import PROBE, every_text, opening
 
 
 def guard(tokenizer: Any, inner: Any, embeddings: int, name: str) -> None:

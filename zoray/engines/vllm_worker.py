@@ -26,7 +26,7 @@ from zoray.engines.vllm_piggyback import Piggyback
 from zoray.engines.vllm_selftest import prove_compiled, prove_feedback, prove_live
 from zoray.methods.directions import MANY_ELEMENTS, compile_directions
 from zoray.methods.snapshots import pack, unpack
-from zoray.models import restore
+from zoray.models.folder import restore
 from zoray.records import ConfigError
 
 if current_platform.is_cuda():  # when vLLM looks up its workers' extension, which is before it wraps a model's layers

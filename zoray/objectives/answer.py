@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoray.models.tokens import answered
 from zoray.objectives.base import Objective, Outcomes, Sums
 from zoray.objectives.choice import ChoiceNLL
 from zoray.objectives.reward import text_metric
-from zoray.prompts import answered
 from zoray.records import ConfigError, Example, TokenSequence, require
 
 if TYPE_CHECKING:
-    from zoray.prompts import Encoder
+    from zoray.models.tokens import Encoder
 
 
 @dataclass(frozen=True)

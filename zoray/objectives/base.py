@@ -17,7 +17,7 @@ from zoray.records.tiles import mean
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from zoray.prompts import Encoder
+    from zoray.models.tokens import Encoder
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from zoray.objectives.base import Objective, Outcomes, Sums, need_options
 from zoray.records import ConfigError, Example, SettingError, TokenSequence, require
 
 if TYPE_CHECKING:
-    from zoray.prompts import Encoder
+    from zoray.models.tokens import Encoder
 
 CALIBRATIONS = ("none", "sfc")
 

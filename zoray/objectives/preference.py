@@ -11,7 +11,7 @@ from zoray.objectives.base import Objective, Outcomes, Sums
 from zoray.records import ConfigError, Example, TokenSequence, is_finite, require
 
 if TYPE_CHECKING:
-    from zoray.prompts import Encoder
+    from zoray.models.tokens import Encoder
 
 
 @dataclass(frozen=True)

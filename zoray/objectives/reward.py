@@ -14,7 +14,7 @@ from zoray.rewards.functions import absolute, load_function
 from zoray.rewards.judge import Judge
 
 if TYPE_CHECKING:
-    from zoray.prompts import Encoder
+    from zoray.models.tokens import Encoder
 
 BUILT_IN = "zoray.rewards:"
 PROOF = 8  # last tokens of a prompt that stand for it where replicas are compared

@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from zoray.cli import compose
 from zoray.engines.vllm_openai import EngineGone
-from zoray.models import linear_matrices, load_tokenizer
+from zoray.models.folder import linear_matrices, load_tokenizer
 from zoray.records import ConfigError, disk
 from zoray.serving.engine import EngineServer
 from zoray.serving.gateway import Refused, build_app

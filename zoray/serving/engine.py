@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.actor import ReplicaActor
-from zoray.adapters import peft_space, read_factors
 from zoray.engines.packing import Plan
 from zoray.engines.throttle import Throttle
 from zoray.guidance import lens_table
 from zoray.measure import metrics, worth
+from zoray.models.adapters import peft_space, read_factors
 from zoray.records import ConfigError, Probe
 from zoray.records.tiles import mean
 from zoray.replica import Replica
@@ -57,7 +57,7 @@ class EngineServer:
 
         from zoray.engines.vllm_openai import OpenAI
         from zoray.engines.vllm_shared import SharedEngine, report, start_client
-        from zoray.models import linear_matrices, load_tokenizer
+        from zoray.models.folder import linear_matrices, load_tokenizer
 
         listen_here_only()
         self.settings, self._tuner = settings, tuner

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from zoray.cluster import Cluster
 from zoray.experiment import Experiment, Run
 from zoray.methods.optimizers import LEAST_DECAY
-from zoray.models import max_length
+from zoray.models.folder import max_length
 from zoray.monitoring import Logging
 from zoray.objectives import Preference
 from zoray.records import ConfigError

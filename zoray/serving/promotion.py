@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from zoray.models import weights_hash
+from zoray.models.folder import weights_hash
 from zoray.records import ConfigError
 from zoray.serving import versions
 from zoray.serving.store import NotFound

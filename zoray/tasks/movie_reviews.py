@@ -18,7 +18,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoray.models import cache_dir
+from zoray.models.folder import cache_dir
 from zoray.records import ConfigError, Example, Splits, disk
 from zoray.records.paths import user_path
 from zoray.tasks.base import Task, check_sizes, check_template, check_words, distinct, fill, seeded_split

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray.models import cache_dir
+from zoray.models.folder import cache_dir
 from zoray.records import WHOLE, ConfigError
 from zoray.tasks.faults import WrongRow
 from zoray.tasks.files import Row, Stamps, check_names

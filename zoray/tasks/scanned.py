@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoray.models import cache_dir
+from zoray.models.folder import cache_dir
 from zoray.records import disk
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import numpy as np
 from zoray.methods.snapshots import pack
 from zoray.methods.spaces import Lora
 from zoray.methods.spaces.base import MAX_RANK, is_embedding
-from zoray.models import load_parameters
-from zoray.peft_files import PREFIX, matrices_of, read_config, read_tensors, some, tensor_names
+from zoray.models.folder import load_parameters
+from zoray.models.peft_files import PREFIX, matrices_of, read_config, read_tensors, some, tensor_names
 from zoray.records import ConfigError, disk
 
 if TYPE_CHECKING:

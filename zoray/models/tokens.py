@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
-from zoray.control import Control, shown
+from zoray.models.control import Control, shown
 from zoray.records import ConfigError, Marked, Message, SettingError, TokenSequence
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoray.checkpoint import FIX, check_files, check_gguf, check_tokenizer, check_weights
 from zoray.methods.spaces.base import is_embedding
+from zoray.models.files import FIX, check_files, check_gguf, check_tokenizer, check_weights
 from zoray.records import ConfigError, JournalError, disk
 from zoray.records.paths import user_path
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from zoray.checkpoint import is_pointer
+from zoray.models.files import is_pointer
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:
