@@ -31,7 +31,7 @@ from benchmarks.baselines import lines_of, order_of
 from benchmarks.options import parse
 from zoray.cli import build_experiment, compose, guarded
 from zoray.data import Workload, load_workload
-from zoray.engines.lens import Map
+from zoray.engines.feedback.lens import Map
 from zoray.guidance import Gradient, Guidance
 from zoray.methods.spaces.base import layer_number
 from zoray.models.folder import linear_matrices, load_tokenizer, max_length

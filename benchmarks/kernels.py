@@ -26,7 +26,7 @@ from benchmarks.shapes import config_of, make_model
 from benchmarks.workload import experiment
 from zoray.engines.packing import slots_of_tokens
 from zoray.engines.slots import Site, Slots
-from zoray.engines.vllm import slot_rank
+from zoray.engines.vllm.engine import slot_rank
 from zoray.records import Commit, Probe
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ class Layer:
 
     def dense(self) -> Any:
         """The dense products of CUDA; they need no card."""
-        from zoray.engines.cuda_lora import DenseLayer, Mask
-        from zoray.engines.vllm_layers import join_a, join_b
+        from zoray.engines.layers.lora_cuda import DenseLayer, Mask
+        from zoray.engines.layers.vllm_layers import join_a, join_b
 
         mask = Mask(len(self.x), self.slots, self.dtype, torch.device(self.device))
         mask.set(slots_of_tokens(self.segments, len(self.x)))
@@ -122,7 +122,7 @@ class Layer:
 
     def by_runs(self, rank: int) -> Any:
         """The products of the CPU path."""
-        from zoray.engines import cpu_lora
+        from zoray.engines.layers import lora_cpu as cpu_lora
 
         wrapper = cpu_lora.SegmentedLora(len(self.x), 256, torch.device("cpu"))
         cpu_lora.join([self.module])
@@ -136,7 +136,7 @@ class Layer:
         if self.device == "cuda":
             from vllm.config.lora import LoRAConfig
 
-            from zoray.engines.cuda_lora import CudaLora
+            from zoray.engines.layers.lora_cuda import CudaLora
 
             rank = self.module.lora_b_stacked[0].shape[3]
             config = LoRAConfig(max_lora_rank=rank, max_loras=self.slots, lora_dtype=self.dtype)

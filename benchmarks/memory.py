@@ -83,7 +83,7 @@ def peak(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) -> 
 
 def plain(e: Any, workload: Any, count: int) -> None:
     """vLLM as anyone starts it, with the same budgets."""
-    from zoray.engines.vllm import in_this_process
+    from zoray.engines.vllm.engine import in_this_process
     from zoray.models.folder import max_length
 
     in_this_process()  # as zoray does, so that the peak is this process's

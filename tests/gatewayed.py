@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from starlette.routing import Route
 
-from zoray.engines.vllm import Vllm
+from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces import Lora

@@ -258,7 +258,7 @@ def test_models_that_vllm_has_no_lora_for_or_does_not_know(tmp_path):
     """In one process of its own: importing vLLM takes long, and sets much of the environment."""
     code = (
         "from transformers import BloomConfig, LlamaConfig\n"
-        "from zoray.engines.vllm import check_lora_support\n"
+        "from zoray.engines.vllm.engine import check_lora_support\n"
         "from zoray.records import ConfigError\n"
         "for kind, name in (BloomConfig, 'BloomForCausalLM'), (LlamaConfig, 'UnheardOfForCausalLM'), "
         "(LlamaConfig, None), (LlamaConfig, 'LlamaForCausalLM'):\n"

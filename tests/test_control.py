@@ -9,7 +9,7 @@ from chatty import TEMPLATE
 from tiny import tiny_tokenizer
 from tokenizers import processors
 
-from zoray.engines.vllm_tokenizer import guard
+from zoray.engines.shared.tokenizer import guard
 from zoray.models.control import BREAK, Control, shown
 from zoray.models.tokens import Encoder
 from zoray.objectives import AnswerNLL, ChoiceNLL, Preference, Reward

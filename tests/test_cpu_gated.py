@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("vllm")
 
-from zoray.engines import cpu_gated
-from zoray.engines.cpu_gated import fuse, plain, prove_fused, settle
-from zoray.engines.cpu_lora import SegmentedLora, join
+from zoray.engines.layers import gated_mlp_cpu as cpu_gated
+from zoray.engines.layers.gated_mlp_cpu import fuse, plain, prove_fused, settle
+from zoray.engines.layers.lora_cpu import SegmentedLora, join
 
 SLOTS, RANK, HIDDEN, WIDTH = 4, 8, 24, 48
 EQUAL = ((1, 0, 3), (2, 3, 6), (3, 6, 9))

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from zoray.engines.cpu_lora import SegmentedLora, join, joined, joined_b, shorten
+from zoray.engines.layers.lora_cpu import SegmentedLora, join, joined, joined_b, shorten
 
 SLOTS, RANK, WIDTH, SIZES = 4, 8, 24, (16, 8, 8)
 EQUAL = ((1, 2, 5), (2, 5, 8), (3, 8, 11))  # (slot, first token, last + 1); tokens 0 and 1 have no adapter
@@ -38,7 +38,7 @@ def expected(y, x, a, b, segments, scale):
 @pytest.mark.parametrize("segments", [EQUAL, RAGGED, EQUAL[:1]], ids=["equal", "ragged", "single"])
 @pytest.mark.parametrize("used", [None, 5])
 def test_every_path_is_the_loop_over_tokens(matrices, one_a, fused, segments, used, monkeypatch):
-    monkeypatch.setattr("zoray.engines.cpu_lora.JOINED_ELEMENTS", 1 << 20 if fused == "A and B" else 0)
+    monkeypatch.setattr("zoray.engines.layers.lora_cpu.JOINED_ELEMENTS", 1 << 20 if fused == "A and B" else 0)
     module = SimpleNamespace(
         lora_a_stacked=tuple(torch.zeros(SLOTS, 1, RANK, WIDTH) for _ in range(matrices)),
         lora_b_stacked=tuple(torch.zeros(SLOTS, 1, size, RANK) for size in SIZES[:matrices]),

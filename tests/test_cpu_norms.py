@@ -12,9 +12,9 @@ pytest.importorskip("vllm")
 
 from vllm.platforms import current_platform
 
-from zoray.engines.cpu_norms import Norm, take
+from zoray.engines.layers.rms_norm_cpu import Norm, take
 from zoray.engines.packing import Plan
-from zoray.engines.vllm import Vllm
+from zoray.engines.vllm.engine import Vllm
 from zoray.methods.spaces import Lora
 from zoray.models.folder import linear_matrices
 from zoray.records import TokenSequence

@@ -16,15 +16,18 @@ from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper import punica_gpu
 from vllm.platforms.cpu import CpuPlatform
 
-from zoray.engines import cuda_lora, kept, vllm_feedback, vllm_worker
-from zoray.engines.cuda_lora import CudaLora, DenseLayer, Mask
+from zoray.engines.feedback import kept
+from zoray.engines.feedback.kept import Keeping, Rows, StaticRows, keep_stream, most_rows
 from zoray.engines.hf import Hf
-from zoray.engines.kept import Keeping, Rows, StaticRows, keep_stream, most_rows
+from zoray.engines.layers import lora_cuda as cuda_lora
+from zoray.engines.layers.lora_cuda import CudaLora, DenseLayer, Mask
+from zoray.engines.layers.vllm_layers import join_a, join_b
 from zoray.engines.packing import Plan, SequenceTable
 from zoray.engines.slots import FEEDBACK
-from zoray.engines.vllm import Vllm
-from zoray.engines.vllm_graphs import Graphs
-from zoray.engines.vllm_layers import join_a, join_b
+from zoray.engines.vllm import feedback as vllm_feedback
+from zoray.engines.vllm import worker as vllm_worker
+from zoray.engines.vllm.engine import Vllm
+from zoray.engines.vllm.graphs import Graphs
 from zoray.methods.spaces import Lora
 from zoray.models.folder import linear_matrices
 from zoray.records import ConfigError, TokenSequence

@@ -20,9 +20,9 @@ from vllm.forward_context import BatchDescriptor
 from vllm.lora.punica_wrapper import punica_gpu
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
-from zoray.engines import vllm_worker
-from zoray.engines.cpu_lora import SegmentedLora
-from zoray.engines.cuda_lora import (
+from zoray.engines.hf import Hf
+from zoray.engines.layers.lora_cpu import SegmentedLora
+from zoray.engines.layers.lora_cuda import (
     CudaLora,
     DenseCudaLora,
     DenseLayer,
@@ -31,12 +31,12 @@ from zoray.engines.cuda_lora import (
     forget_addresses,
     prepare,
 )
-from zoray.engines.hf import Hf
+from zoray.engines.layers.vllm_layers import join_a, join_b
 from zoray.engines.packing import slots_of_tokens
 from zoray.engines.slots import KERNELS
-from zoray.engines.vllm import Vllm
-from zoray.engines.vllm_graphs import Graphs, compilation, sizes
-from zoray.engines.vllm_layers import join_a, join_b
+from zoray.engines.vllm import worker as vllm_worker
+from zoray.engines.vllm.engine import Vllm
+from zoray.engines.vllm.graphs import Graphs, compilation, sizes
 from zoray.methods.spaces import Lora, Lozo
 from zoray.models.folder import linear_matrices
 from zoray.records import Commit, ConfigError

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zoray.engines.hf import Hf, HfEngine
-from zoray.engines.vllm import Vllm
-from zoray.engines.vllm_worker import PackedScorer
+from zoray.engines.vllm.engine import Vllm
+from zoray.engines.vllm.worker import PackedScorer
 from zoray.methods.spaces import Lora, LowRank, Lozo, Space
 from zoray.models.adapters import write_peft
 from zoray.models.folder import linear_matrices, load_matrices
@@ -247,8 +247,8 @@ def test_request_path_mapping_of_the_cpu_kernel(engines):
     """Tokens of several requests, in the scheduler's order: each must get its own adapter, -1 none."""
     from vllm.lora.layers import LoRAMapping
 
-    from zoray.engines import vllm_selftest as selftest
-    from zoray.engines.vllm_layers import gives_logits, slots_of, takes_tokens
+    from zoray.engines.layers.vllm_layers import gives_logits, slots_of, takes_tokens
+    from zoray.engines.vllm import selftest
 
     vllm, _ = engines
     scorer = vllm.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker._zoray
@@ -294,7 +294,7 @@ def test_a_sequence_over_the_budget_is_refused(engines):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_dead_adapter_fails_the_self_test(tiny_models, monkeypatch, kernel, targets, dtype):
     """A LoRA kernel that does nothing, as when vLLM ignores an adapter, must not get past the start."""
-    from zoray.engines.cpu_lora import SegmentedLora
+    from zoray.engines.layers.lora_cpu import SegmentedLora
 
     monkeypatch.setattr(SegmentedLora, kernel, lambda self, *a, **k: None)
     folder = tiny_models["llama"]
@@ -544,7 +544,7 @@ def computing_with_a_copy() -> Iterator[None]:
 )
 def test_base_weights_that_are_not_what_vllm_computes_with_fail_at_the_start(loading, says, tiny_models, monkeypatch):
     """As vLLM's CPU backend has them by default, and as another might: a fold would change nothing."""
-    monkeypatch.setattr("zoray.engines.vllm.plain_cpu_weights", loading)
+    monkeypatch.setattr("zoray.engines.vllm.engine.plain_cpu_weights", loading)
     folder = tiny_models["llama"]
     with pytest.raises(ConfigError, match=says):
         Vllm(slots=2, max_tokens=MAX_TOKENS, kv_cache_gib=0.25).start(

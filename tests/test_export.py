@@ -512,7 +512,7 @@ def test_vllm_loads_what_is_exported(export, runs, tiny_models, tmp_path):
     """The merged checkpoint gives the tuned log-probabilities; a stack of folds fills a slot with the change."""
     from vllm.lora.request import LoRARequest
 
-    from zoray.engines.vllm import Vllm
+    from zoray.engines.vllm.engine import Vllm
     from zoray.records import TokenSequence
 
     made, base = runs["lozo"], tiny_models["llama"]

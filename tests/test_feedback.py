@@ -12,11 +12,11 @@ import torch
 from test_engines import sequence
 from tiny import tiny_gemma3
 
+from zoray.engines.feedback.lens import Products
+from zoray.engines.feedback.residual import FAMILIES, family_of, norm_behind, reader_of
 from zoray.engines.hf import Hf
-from zoray.engines.lens import Products
 from zoray.engines.packing import Plan, SequenceTable
-from zoray.engines.residual import FAMILIES, family_of, norm_behind, reader_of
-from zoray.engines.vllm import Vllm
+from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators.feedback import Feedback, quantised
 from zoray.methods.spaces import Lora
 from zoray.methods.spaces.signs import guide, packed

@@ -22,7 +22,7 @@ from zoray.cli import build_experiment, compose
 from zoray.cluster import Cluster
 from zoray.data import load_workload
 from zoray.driver import make_header, tune
-from zoray.engines.vllm import Vllm
+from zoray.engines.vllm.engine import Vllm
 from zoray.history import read_metrics
 from zoray.methods import snapshots
 from zoray.methods.estimators import Evolution, OneSided, TwoPoint
@@ -367,7 +367,7 @@ def test_a_family_that_is_not_known_is_refused_before_a_model_loads(folder, tmp_
 
 
 def test_a_head_that_is_quantised_is_refused():
-    from zoray.engines.vllm_feedback import head_of
+    from zoray.engines.vllm.feedback import head_of
 
     for weight in (None, torch.zeros(4, 2, dtype=torch.int8)):
         model = SimpleNamespace(lm_head=SimpleNamespace(weight=weight), logits_processor=None)

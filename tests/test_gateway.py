@@ -13,7 +13,7 @@ from gatewayed import JSON, KEY, Client, FakeGateway, error_of, routes, rows, se
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from zoray.engines.vllm_openai import EngineGone
+from zoray.engines.shared.openai import EngineGone
 from zoray.records import ConfigError
 from zoray.serving.door import HEADERS, MOST_JSON, Rates
 from zoray.serving.store import NotFound, write_json

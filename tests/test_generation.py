@@ -8,7 +8,7 @@ from chatty import PROMPTS, Given, chat_llama
 
 from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
-from zoray.engines.vllm import Vllm
+from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, LowRank
 from zoray.models.folder import Model

@@ -14,7 +14,7 @@ from tiny import tiny_work
 
 from benchmarks.gpu_report.checks import Place, all_checks
 from zoray.engines.hf import Hf
-from zoray.engines.vllm import Vllm
+from zoray.engines.vllm.engine import Vllm
 from zoray.methods.spaces import Lora
 from zoray.models.folder import linear_matrices
 from zoray.records import Commit

@@ -14,7 +14,7 @@ from guided import guided, moved
 import zoray.guidance
 from zoray.data import load_workload
 from zoray.engines.hf import Hf
-from zoray.engines.vllm import Vllm
+from zoray.engines.vllm.engine import Vllm
 from zoray.guidance import SKIPPED
 from zoray.methods.estimators.feedback import Feedback
 from zoray.methods.optimizers import Sgd

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zoray.data import ReplicaSpec, load_workload
 from zoray.engines.hf import Hf
-from zoray.engines.vllm import Vllm
+from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, LowRank
 from zoray.models.folder import Model

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from zoray.engines.throttle import Closed
+from zoray.engines.shared.throttle import Closed
 from zoray.serving import app
 from zoray.serving.engine import EngineServer
 from zoray.serving.store import NotFound

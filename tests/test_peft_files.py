@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from zoray.engines.hf import Hf
 from zoray.engines.packing import Plan
-from zoray.engines.vllm import Vllm
+from zoray.engines.vllm.engine import Vllm
 from zoray.models.adapters import peft_space, read_peft
 from zoray.models.folder import linear_matrices
 from zoray.records import ConfigError, Probe, TokenSequence

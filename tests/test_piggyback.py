@@ -11,8 +11,8 @@ from statistics import median
 import numpy as np
 import pytest
 
-from zoray.engines.budget import FEWEST, MOST_ALONE, RARE, SHARE, USUAL_OF, StepBudget
 from zoray.engines.packing import Plan, SequenceTable
+from zoray.engines.shared.step_budget import FEWEST, MOST_ALONE, RARE, SHARE, USUAL_OF, StepBudget
 from zoray.methods.spaces.base import Space
 from zoray.records import Commit, Probe, TokenSequence
 
@@ -107,9 +107,9 @@ def test_one_slow_step_changes_little():
 @pytest.fixture(scope="module")
 def shared(chat_model):
     """An engine that answers requests and tunes, and the loop it runs on."""
-    from zoray.engines.throttle import Throttle
-    from zoray.engines.vllm import Vllm
-    from zoray.engines.vllm_shared import SharedEngine, report, start_client
+    from zoray.engines.shared.engine import SharedEngine, report, start_client
+    from zoray.engines.shared.throttle import Throttle
+    from zoray.engines.vllm.engine import Vllm
     from zoray.methods.spaces import Lora
     from zoray.models.folder import linear_matrices
 

@@ -10,7 +10,7 @@ import pytest
 from zoray import plan
 from zoray.cli import build_experiment, compose
 from zoray.data import load_workload
-from zoray.engines.vllm_layers import slots_of
+from zoray.engines.layers.vllm_layers import slots_of
 from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.models.folder import linear_matrices, load_matrices, parameters
 from zoray.replica import Replica

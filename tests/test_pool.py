@@ -21,7 +21,7 @@ import zoray.pool
 from zoray.cluster import Cluster, bind_cores
 from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
-from zoray.engines.vllm import Vllm
+from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, Lozo
 from zoray.models.folder import Model, linear_matrices, load_matrices

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoray.engines.budget import FEWEST
+from zoray.engines.shared.step_budget import FEWEST
 from zoray.engines.slots import BLOCKS, SCORING, SLOWDOWN
 
 OWN = 4  # KV blocks that slices have
@@ -16,8 +16,8 @@ def make(tiny_models, monkeypatch):
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    from zoray.engines import vllm_scheduler
-    from zoray.engines.vllm import in_this_process
+    from zoray.engines.shared import scheduler as vllm_scheduler
+    from zoray.engines.vllm.engine import in_this_process
 
     in_this_process()
     monkeypatch.setattr(vllm_scheduler, "_end_with", lambda parent: None)

@@ -11,7 +11,7 @@ from tiny import tiny_work
 
 from zoray.cluster import Cluster, size
 from zoray.data import ReplicaSpec
-from zoray.engines.vllm import Vllm
+from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, Lozo
 from zoray.models.folder import Model, linear_matrices

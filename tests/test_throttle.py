@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from zoray.engines.throttle import BUSY_SHARE, DOUBT_SECONDS, RARE, TRAFFIC_SECONDS, Closed, Throttle, line
+from zoray.engines.shared.throttle import BUSY_SHARE, DOUBT_SECONDS, RARE, TRAFFIC_SECONDS, Closed, Throttle, line
 from zoray.records import ConfigError
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from zoray.engines.residual import family_of
+from zoray.engines.feedback.residual import family_of
 from zoray.models.folder import embeddings, linear_matrices, load_tokenizer, max_length, quantisation
 from zoray.models.tokens import Encoder
 from zoray.order import Order, labels_of, part_numbers

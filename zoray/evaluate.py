@@ -110,7 +110,7 @@ def _of_run(config: Any) -> tuple[ReplicaSpec, journal.Contents, int]:
 
 def _of_model(config: Any) -> tuple[ReplicaSpec, None, int]:
     """The spec of a model as it is, which an adapter without numbers leaves as it is to the bit."""
-    from zoray.engines.vllm import Vllm
+    from zoray.engines.vllm.engine import Vllm
 
     space: Any = Lora(rank=1, alpha=1.0)
     task = _task(config, None)

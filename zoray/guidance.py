@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoray.engines.feedback.residual import SKIPPED
 from zoray.engines.packing import Plan, SequenceTable
-from zoray.engines.residual import SKIPPED
 from zoray.objectives.base import Outcomes, Sums
 from zoray.records import TokenSequence
 
@@ -82,7 +82,7 @@ class Guidance:
         self._scorer, self._engine, self._samples = scorer, engine, samples
 
     def fit_lens(self, rank: int) -> None:
-        """Let the engine fit the maps of feedback (engines/lens.py) to the first training examples."""
+        """Let the engine fit the maps of feedback (engines/feedback/lens.py) to the first training examples."""
         encoded = self._scorer.workload.encoded["train"]
         count = min(len(self._scorer.workload.splits.train), LENS_EXAMPLES)
         self._engine.fit_lens(lens_table(sequence for i in range(count) for sequence in encoded[i]), rank)

@@ -17,7 +17,7 @@ from typing import Any
 
 from zoray import export, journal
 from zoray.cli import base_of_run, build, run_main
-from zoray.engines.vllm import Vllm, in_this_process, slot_rank
+from zoray.engines.vllm.engine import Vllm, in_this_process, slot_rank
 from zoray.methods.spaces import from_record
 from zoray.records import ConfigError, disk, require
 from zoray.records.paths import user_path

@@ -206,7 +206,7 @@ def slot_elements(
 
     Where CUDA takes dense products, the B of matrices that a module has fused stand beside zeros.
     """
-    from zoray.engines.vllm import Vllm, slot_rank
+    from zoray.engines.vllm.engine import Vllm, slot_rank
 
     leaves = {name.rpartition(".")[2] for name in chosen}
     leaves |= {leaf for fused in FUSED if leaves & fused for leaf in fused}

@@ -62,7 +62,7 @@ def check_model(settings: Settings) -> None:
 
     Where jobs learn by feedback its family has to be one that feedback knows.
     """
-    from zoray.engines.residual import family_of
+    from zoray.engines.feedback.residual import family_of
     from zoray.models.folder import linear_matrices
 
     folder = settings.model.resolve()

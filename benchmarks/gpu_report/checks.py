@@ -133,7 +133,7 @@ def agree(pair: Sequence[State], where: str) -> None:
 
 def engine(place: Place, model: str, dtype: str) -> dict[str, Any]:
     """Slots hold what the state says; base, plus and minus score as the reference does; graphs as no graphs."""
-    from zoray.engines.vllm import Vllm
+    from zoray.engines.vllm.engine import Vllm
 
     folder, space = with_weights(model, place.folder / model), Lora(rank=2, alpha=4, train="AB")
     matrices = linear_matrices(folder)
@@ -164,7 +164,7 @@ def engine(place: Place, model: str, dtype: str) -> dict[str, Any]:
 
 def feedback(place: Place, model: str, dtype: str) -> dict[str, Any]:
     """Residual feedback of a captured forward is the reference's, in forwards of several lengths in turn."""
-    from zoray.engines.vllm import Vllm
+    from zoray.engines.vllm.engine import Vllm
 
     folder, space = with_weights(model, place.folder / model), Lora(rank=2, alpha=4, targets="residual:0.5", train="AB")
     matrices = linear_matrices(folder)

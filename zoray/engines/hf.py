@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from zoray.engines.base import Pairs
-from zoray.engines.lens import Map, fit
-from zoray.engines.residual import family_of, norm_behind, outer, reader_of
+from zoray.engines.feedback.lens import Map, fit
+from zoray.engines.feedback.residual import family_of, norm_behind, outer, reader_of
 from zoray.methods.snapshots import pack, unpack
 from zoray.methods.spaces.base import is_embedding
 from zoray.models.folder import restore
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from zoray.engines.lens import Streams
+    from zoray.engines.feedback.lens import Streams
+    from zoray.engines.feedback.residual import Family
     from zoray.engines.packing import Plan, SequenceTable
-    from zoray.engines.residual import Family
     from zoray.methods.spaces.base import Space
     from zoray.records import Commit, Probe, Sampling, TokenSequence
 

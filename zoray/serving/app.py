@@ -16,7 +16,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 
 from zoray.cli import compose
-from zoray.engines.vllm_openai import EngineGone
+from zoray.engines.shared.openai import EngineGone
 from zoray.models.folder import linear_matrices, load_tokenizer
 from zoray.records import ConfigError, disk
 from zoray.serving.engine import EngineServer

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 
-from zoray.engines.vllm_openai import failure
+from zoray.engines.shared.openai import failure
 from zoray.serving.logs import LOG
 from zoray.serving.settings import is_own, is_public
 

@@ -1,6 +1,6 @@
 """The engine of a server as a Ray Serve deployment: it answers requests under versions, and tunes as a pool's replica.
 
-One vLLM engine does both (engines/vllm_shared.py). Guarantees: a request is answered by one version from its first to
+One vLLM engine does both (engines/shared/engine.py). Guarantees: a request is answered by one version from its first to
 its last token: a slot that a request uses is not written.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from zoray.actor import ReplicaActor
 from zoray.engines.packing import Plan
-from zoray.engines.throttle import Throttle
+from zoray.engines.shared.throttle import Throttle
 from zoray.guidance import lens_table
 from zoray.measure import metrics, worth
 from zoray.models.adapters import peft_space, read_factors
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from zoray.data import ReplicaSpec
-    from zoray.engines.vllm_shared import SharedEngine
+    from zoray.engines.shared.engine import SharedEngine
     from zoray.records import Sampling
     from zoray.replica import ReplicaInfo
     from zoray.serving.settings import Settings
@@ -55,8 +55,8 @@ class EngineServer:
     async def __init__(self, settings: Settings, tuner: Any) -> None:
         from ray import serve
 
-        from zoray.engines.vllm_openai import OpenAI
-        from zoray.engines.vllm_shared import SharedEngine, report, start_client
+        from zoray.engines.shared.engine import SharedEngine, report, start_client
+        from zoray.engines.shared.openai import OpenAI
         from zoray.models.folder import linear_matrices, load_tokenizer
 
         listen_here_only()
@@ -193,7 +193,7 @@ class Versions:
             return self._slot[version]
 
     async def _put(self, version: str, mark: str) -> None:
-        from zoray.engines.vllm_shared import slot_request
+        from zoray.engines.shared.engine import slot_request
 
         arrays = await asyncio.to_thread(self._server.arrays, version)
         slot = self._free.pop()

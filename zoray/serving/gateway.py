@@ -24,7 +24,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from zoray.engines.vllm_openai import EngineGone, failure
+from zoray.engines.shared.openai import EngineGone, failure
 from zoray.records import ConfigError, disk
 from zoray.serving import overview, shapes
 from zoray.serving.asked import Asked, Chat, Completion

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoray.cli import build
-from zoray.engines.vllm import Vllm
+from zoray.engines.vllm.engine import Vllm
 from zoray.records import ConfigError, require
 from zoray.records.paths import user_path
 from zoray.records.signatures import check_signature

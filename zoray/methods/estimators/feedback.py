@@ -41,7 +41,7 @@ class Feedback(InGroups):
     gradient ~ sign(sum over the batch of (delta M_l) x^T)    elementwise, for each matrix that moves
 
     M_l is how the stream goes on from layer l to its end, a linear map fitted to the base model before the first step
-    (engines/lens.py); without it, the identity.
+    (engines/feedback/lens.py); without it, the identity.
 
     With `pairs`, each step also scores plus and minus of that many directions along the guide itself: its momentum,
     each group of matrices forth or back by chance. Their losses are unbiased; averaged over the steps they are the

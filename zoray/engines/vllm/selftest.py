@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from zoray.engines.kept import taken
+from zoray.engines.feedback.kept import taken
+from zoray.engines.layers.vllm_layers import gives_logits, names_in, slots_of, takes_tokens
 from zoray.engines.packing import Plan, SequenceTable
-from zoray.engines.vllm_layers import gives_logits, names_in, slots_of, takes_tokens
 from zoray.records import ConfigError, Probe, TokenSequence
 
 TOKENS = 3  # of each slot

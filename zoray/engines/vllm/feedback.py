@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from zoray.engines.kept import Keeping, Kept, Rows, StaticRows, most_rows
-from zoray.engines.lens import Map, Streams, fit
+from zoray.engines.feedback.kept import Keeping, Kept, Rows, StaticRows, most_rows
+from zoray.engines.feedback.lens import Map, Streams, fit
+from zoray.engines.feedback.residual import Head, Norm, family_of, log_softmax_, norm_behind, outer, reader_of
+from zoray.engines.layers.vllm_layers import names_in
 from zoray.engines.packing import LOGITS_ELEMENTS, pack
-from zoray.engines.residual import Head, Norm, family_of, log_softmax_, norm_behind, outer, reader_of
-from zoray.engines.vllm_layers import names_in
 from zoray.methods.spaces.base import layer_number
 from zoray.records import ConfigError, Probe
 

@@ -17,20 +17,21 @@ import torch
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
-from zoray.engines import cpu_gated, cpu_lora
+from zoray.engines.layers import gated_mlp_cpu as cpu_gated
+from zoray.engines.layers import lora_cpu as cpu_lora
+from zoray.engines.layers.vllm_layers import find_slots, find_weights, gives_logits, takes_tokens
 from zoray.engines.slots import FEEDBACK, PROBES, Slots
-from zoray.engines.vllm_feedback import Feedback
-from zoray.engines.vllm_forward import Forward
-from zoray.engines.vllm_layers import find_slots, find_weights, gives_logits, takes_tokens
-from zoray.engines.vllm_piggyback import Piggyback
-from zoray.engines.vllm_selftest import prove_compiled, prove_feedback, prove_live
+from zoray.engines.vllm.feedback import Feedback
+from zoray.engines.vllm.forward import Forward
+from zoray.engines.vllm.piggyback import Piggyback
+from zoray.engines.vllm.selftest import prove_compiled, prove_feedback, prove_live
 from zoray.methods.directions import MANY_ELEMENTS, compile_directions
 from zoray.methods.snapshots import pack, unpack
 from zoray.models.folder import restore
 from zoray.records import ConfigError
 
 if current_platform.is_cuda():  # when vLLM looks up its workers' extension, which is before it wraps a model's layers
-    from zoray.engines import cuda_lora
+    from zoray.engines.layers import lora_cuda as cuda_lora
 
     cuda_lora.register()
 

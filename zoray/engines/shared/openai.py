@@ -40,8 +40,8 @@ class OpenAI:
         from starlette.datastructures import State
         from vllm.entrypoints.openai.api_server import init_app_state
 
-        from zoray.engines.vllm_tokenizer import guard
-        from zoray.engines.vllm_versions import server_arguments
+        from zoray.engines.shared.tokenizer import guard
+        from zoray.engines.vllm.compat import server_arguments
         from zoray.models.folder import load_tokenizer
 
         embeddings, name = client.model_config.get_vocab_size(), client.model_config.served_model_name

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from zoray.engines.residual import SKIPPED
+from zoray.engines.feedback.residual import SKIPPED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from zoray.engines.kept import Kept, joined
+from zoray.engines.feedback.kept import Kept, joined
 from zoray.engines.packing import Pack
 from zoray.engines.slots import SCORING
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zoray.engines.packing import SequenceTable
-    from zoray.engines.vllm_forward import Forward
+    from zoray.engines.vllm.forward import Forward
 
 HOOK = "_get_prompt_logprobs_dict"
 NAME = len(SCORING) + 32  # characters of a name; vLLM adds some of its own

@@ -15,7 +15,7 @@ import math
 from collections import deque
 from statistics import median, quantiles
 
-from zoray.engines.throttle import line
+from zoray.engines.shared.throttle import line
 
 SHARE = 0.08  # of the time of requests' steps
 RARE = 150  # steps

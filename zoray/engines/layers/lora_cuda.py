@@ -21,11 +21,11 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-from zoray.engines.kept import Keeping, StaticRows, keep_stream, most_rows
+from zoray.engines.feedback.kept import Keeping, StaticRows, keep_stream, most_rows
+from zoray.engines.feedback.residual import family_of, norm_behind
+from zoray.engines.layers.vllm_layers import gives_logits, join_a, join_b, names_in, slots_of, takes_tokens
 from zoray.engines.packing import slots_of_tokens
-from zoray.engines.residual import family_of, norm_behind
 from zoray.engines.slots import DENSE_COLUMNS, FEEDBACK, KERNELS
-from zoray.engines.vllm_layers import gives_logits, join_a, join_b, names_in, slots_of, takes_tokens
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:

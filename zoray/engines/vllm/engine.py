@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoray.engines.base import Pairs
+from zoray.engines.feedback.residual import family_of
 from zoray.engines.packing import by_slots
-from zoray.engines.residual import family_of
 from zoray.engines.slots import DENSE_COLUMNS, FEEDBACK, KERNELS
 from zoray.records import ConfigError, require
 
@@ -166,7 +166,7 @@ class Vllm:
 
     def llm_arguments(self, folder: Path | str, dtype: str) -> dict[str, Any]:
         """vLLM's arguments for a model to score with."""
-        from zoray.engines.vllm_graphs import compilation
+        from zoray.engines.vllm.graphs import compilation
 
         eager = self.eager or _on_cpu()
         return dict(
@@ -185,7 +185,7 @@ class Vllm:
             **({} if _on_cpu() else {"gpu_memory_utilization": 0.05}),  # else all of it has to be free at start
             enable_prefix_caching=False,
             kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30),
-            worker_extension_cls="zoray.engines.vllm_worker.ZorayWorker",
+            worker_extension_cls="zoray.engines.vllm.worker.ZorayWorker",
             disable_log_stats=True,
             skip_tokenizer_init=True,  # sequences come as tokens
             block_size=32 if _on_cpu() else None,  # CPU's own 128 is mostly padding
@@ -272,7 +272,7 @@ class VllmEngine(Worker):
     def _by_requests(self, plan: Plan) -> np.ndarray:
         from vllm.lora.request import LoRARequest
 
-        from zoray.engines.vllm_requests import score_slots
+        from zoray.engines.vllm.requests import score_slots
 
         slots = self._call("zoray_register")
         adapters = [LoRARequest(f"slot {slot}", slot + 1, "/none") for slot in range(slots)]
@@ -295,7 +295,7 @@ class VllmEngine(Worker):
         """Completions by vLLM's own request path, see base.py; more probes than slots come in several batches."""
         from vllm.lora.request import LoRARequest
 
-        from zoray.engines.vllm_requests import write
+        from zoray.engines.vllm.requests import write
 
         slots = self._call("zoray_register")
         adapters = [LoRARequest(f"slot {slot}", slot + 1, "/none") for slot in range(slots)]

@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from zoray.engines.budget import MOST_ALONE, StepBudget
+from zoray.engines.shared.step_budget import MOST_ALONE, StepBudget
 from zoray.engines.slots import BLOCKS, SCORING, SLOWDOWN
 
 QUIET = 2  # steps after a request has ended

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.engines.packing import Plan, SequenceTable, by_slots
+from zoray.engines.shared.throttle import Closed
 from zoray.engines.slots import BLOCKS, PROBES, SCORING, SLOWDOWN
-from zoray.engines.throttle import Closed
-from zoray.engines.vllm import VllmEngine, check_lora_support, in_this_process
+from zoray.engines.vllm.engine import VllmEngine, check_lora_support, in_this_process
 from zoray.records import ConfigError, Probe, TokenSequence
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from zoray.engines.throttle import Throttle
-    from zoray.engines.vllm import Vllm
+    from zoray.engines.shared.throttle import Throttle
+    from zoray.engines.vllm.engine import Vllm
     from zoray.methods.spaces.base import Space
     from zoray.records import Sampling
 
@@ -69,7 +69,7 @@ def start_client(
         "skip_tokenizer_init": False,
         "block_size": BLOCK,
         "enable_prefix_caching": True,  # of a chat, its earlier turns; blocks are those of one version
-        "scheduler_cls": "zoray.engines.vllm_scheduler.SharingScheduler",
+        "scheduler_cls": "zoray.engines.shared.scheduler.SharingScheduler",
         "async_scheduling": False,
         "enable_log_requests": False,
         "scheduling_policy": "priority",  # tuning's own requests wait behind the others

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zoray.engines.cpu_lora import FUSED_ELEMENTS, FUSED_RANK, SegmentedLora, joined_b
+from zoray.engines.layers.lora_cpu import FUSED_ELEMENTS, FUSED_RANK, SegmentedLora, joined_b
 
 if TYPE_CHECKING:
     from collections.abc import Callable

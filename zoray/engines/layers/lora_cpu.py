@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from zoray.engines.vllm_layers import join_a, join_b
+from zoray.engines.layers.vllm_layers import join_a, join_b
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -15,11 +15,11 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from zoray.engines import cpu_norms
+from zoray.engines.layers import rms_norm_cpu as cpu_norms
 from zoray.engines.packing import LOGITS_ELEMENTS, Pack, Plan, SequenceTable, pack, slots_of_tokens, unshared_blocks
 from zoray.engines.slots import BLOCKS
-from zoray.engines.vllm_graphs import Graphs
-from zoray.engines.vllm_versions import attention_metadata, known_fields
+from zoray.engines.vllm.compat import attention_metadata, known_fields
+from zoray.engines.vllm.graphs import Graphs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
