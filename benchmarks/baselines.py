@@ -53,9 +53,9 @@ from zoray.cli import build, build_experiment, compose, guarded
 from zoray.data import load_workload
 from zoray.models.folder import load_tokenizer, max_length
 from zoray.models.tokens import Encoder
-from zoray.order import Order, labels_of
 from zoray.records import ConfigError
 from zoray.records.paths import user_path
+from zoray.tasks.batches import Order, labels_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -37,11 +37,11 @@ from zoray.methods.spaces.base import layer_number
 from zoray.models.folder import linear_matrices, load_tokenizer, max_length
 from zoray.models.tokens import Encoder
 from zoray.objectives import AnswerNLL
-from zoray.order import labels_of
 from zoray.plots import DEV, DPI, GRID, INK, TRAIN
 from zoray.records import Commit, ConfigError, Example, Probe, Splits
 from zoray.records.paths import user_path
 from zoray.scorer import Scorer
+from zoray.tasks.batches import labels_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

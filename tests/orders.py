@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoray.order import Order
+from zoray.tasks.batches import Order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -31,7 +31,7 @@ from zoray.models.folder import linear_matrices, weights_hash
 from zoray.models.tokens import Encoder
 from zoray.objectives import ChoiceNLL, Outcomes
 from zoray.replica import Replica
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
 
 
 @pytest.mark.parametrize("method", METHODS)

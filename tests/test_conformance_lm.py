@@ -22,7 +22,7 @@ from zoray.records import Probe
 from zoray.records.signatures import record
 from zoray.records.tiles import mean
 from zoray.replica import Replica
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
 
 # All combinations are tried on quadratics (test_conformance.py); here every pair of two kinds of parts.
 LM_COMBINATIONS = [

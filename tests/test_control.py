@@ -14,7 +14,7 @@ from zoray.models.control import BREAK, Control, shown
 from zoray.models.tokens import Encoder
 from zoray.objectives import AnswerNLL, ChoiceNLL, Preference, Reward
 from zoray.records import ConfigError, Example, Marked, Message, SettingError, settled
-from zoray.tasks.columns import Template
+from zoray.tasks.file.columns import Template
 
 EOS = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
 DATED = "<s>{{ strftime_now('%A %d %B %Y, %H:%M') }}</s>\n" + TEMPLATE

@@ -13,9 +13,9 @@ import pytest
 from zoray import rewards
 from zoray.records import ConfigError, Example, Message, Splits
 from zoray.rewards.json_object import SCHEMAS
-from zoray.tasks.countdown import Countdown
-from zoray.tasks.questions import QUESTIONS, Questions
-from zoray.tasks.structured import AGES, CITIES, JOBS, KEYS, NAMES, Structured
+from zoray.tasks.made_up.countdown import Countdown
+from zoray.tasks.made_up.questions import QUESTIONS, Questions
+from zoray.tasks.made_up.structured import AGES, CITIES, JOBS, KEYS, NAMES, Structured
 
 # Splits that must never change: a run's journal names examples by their position in them.
 PINNED = {"Countdown": "df9d22b7d752b76a", "Structured": "2941cae34bb7ed83", "Questions": "ae990b8c0f62482a"}

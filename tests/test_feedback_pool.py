@@ -27,7 +27,7 @@ from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records.tiles import Grid, losses_of
 from zoray.replica import Replica
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,7 @@ import pytest
 from rows import ROWS, WORDS, write_parquet, write_rows
 
 from zoray.records import ConfigError
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
 
 Write = Callable[[str, Any], str]
 TURNS = [{"role": "system", "content": "Be kind. "}, {"role": "user", "content": "Hi "}]

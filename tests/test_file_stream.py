@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from rows import every, write_parquet, write_rows
 
-from zoray.order import labels_of, part_numbers
 from zoray.records import ConfigError, Splits
-from zoray.tasks import file, parquet
-from zoray.tasks.file import File
-from zoray.tasks.files import TextFiles
-from zoray.tasks.stream import Examples
+from zoray.tasks.batches import labels_of, part_numbers
+from zoray.tasks.file import task as file
+from zoray.tasks.file.rows import parquet
+from zoray.tasks.file.rows.text import TextFiles
+from zoray.tasks.file.stream import Examples
+from zoray.tasks.file.task import File
 
 ROOT = Path(__file__).parent.parent
 MILLION = 1_000_000
@@ -186,8 +187,8 @@ def test_a_large_parquet_file_is_copied_once(tmp_path, small_limits):
 
 MEASURE = """
 import json, sys, time
-from zoray.tasks.file import File
-from zoray.tasks.files import TextFiles
+from zoray.tasks.file.task import File
+from zoray.tasks.file.rows.text import TextFiles
 
 def memory(key):
     return int(open("/proc/self/status").read().split(f"{key}:")[1].split()[0]) / 1024

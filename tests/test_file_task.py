@@ -14,8 +14,8 @@ import pytest
 from rows import ROWS, WORDS, every, write_parquet, write_rows
 
 from zoray.records import ConfigError, Example, Message, Sampling, Splits
-from zoray.tasks.columns import infer
-from zoray.tasks.file import File
+from zoray.tasks.file.columns import infer
+from zoray.tasks.file.task import File
 
 PINNED_FILE = "9544fc7aa8436845"  # must never change: a run's journal names examples by their position in a split
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ import pytest
 from rows import every, write_parquet, write_rows
 
 from zoray.records import ConfigError, Message
-from zoray.tasks.columns import Template
-from zoray.tasks.file import File
-from zoray.tasks.spacing import gap
+from zoray.tasks.file.cells.spacing import gap
+from zoray.tasks.file.columns import Template
+from zoray.tasks.file.task import File
 
 Write = Callable[[str, Any], str]
 HALF = "\\ud83d"
@@ -108,7 +108,7 @@ def test_bad_bytes_of_parquet_are_named(tmp_path):
 
 
 def test_a_cell_may_be_long(write, monkeypatch):
-    from zoray.tasks import file
+    from zoray.tasks.file import task as file
 
     long = "great " * 30_000
     rows = [{"text": f"{long}{i}", "label": "ab"[i % 2]} for i in range(12)]
@@ -466,7 +466,7 @@ def test_all_rows_say_what_columns_there_are(write):
 
 
 def test_a_column_that_comes_late_counts_as_well(write, monkeypatch):
-    from zoray.tasks import file
+    from zoray.tasks.file import task as file
 
     monkeypatch.setattr(file, "LOOK", 3)
     rows = [{"prompt": f"p{i}"} for i in range(12)] + [{"prompt": "q", "completion": "c"}]

@@ -32,7 +32,7 @@ LIGHT = [
     "methods.optimizers",
     "objectives",
     "rewards.judge",
-    "tasks.countdown",
+    "tasks.made_up.countdown",
     "journal",
     "experiment",
     "history",

@@ -12,7 +12,7 @@ from tiny import tiny_tokenizer
 from zoray.models.tokens import Encoder
 from zoray.objectives import AnswerNLL
 from zoray.records import ConfigError, Example
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 CALL = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}

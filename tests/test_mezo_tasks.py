@@ -16,20 +16,20 @@ from hub import SCHEMAS, copy, plain, write
 
 from zoray.cli import build, compose
 from zoray.records import ConfigError, Example, Sampling, Splits
-from zoray.tasks import hub
 from zoray.tasks.base import parted
-from zoray.tasks.boolq import BoolQ
-from zoray.tasks.cb import CB
-from zoray.tasks.copa import COPA
-from zoray.tasks.drop import DROP
-from zoray.tasks.gsm8k import GSM8K
-from zoray.tasks.multirc import MultiRC
-from zoray.tasks.record import ReCoRD
-from zoray.tasks.rte import RTE
-from zoray.tasks.squad import SQuAD
-from zoray.tasks.sst2 import SST2
-from zoray.tasks.wic import WiC
-from zoray.tasks.wsc import WSC
+from zoray.tasks.published import hub
+from zoray.tasks.published.boolq import BoolQ
+from zoray.tasks.published.cb import CB
+from zoray.tasks.published.copa import COPA
+from zoray.tasks.published.drop import DROP
+from zoray.tasks.published.gsm8k import GSM8K
+from zoray.tasks.published.multirc import MultiRC
+from zoray.tasks.published.record import ReCoRD
+from zoray.tasks.published.rte import RTE
+from zoray.tasks.published.squad import SQuAD
+from zoray.tasks.published.sst2 import SST2
+from zoray.tasks.published.wic import WiC
+from zoray.tasks.published.wsc import WSC
 
 TASKS: dict[str, Any] = {
     "sst2": SST2,

@@ -15,8 +15,8 @@ from zoray.data import load_workload
 from zoray.driver import tune
 from zoray.history import read_metrics
 from zoray.objectives import AnswerNLL, ChoiceNLL, Metric, Reward
-from zoray.order import Order, labels_of, part_numbers
 from zoray.records import ConfigError, Example, Message, Sampling
+from zoray.tasks.batches import Order, labels_of, part_numbers
 from zoray.tasks.few_shot import FewShot
 from zoray.tasks.mixture import Joined, Mixture, Part
 

@@ -25,7 +25,7 @@ from zoray.cli import compose, guarded
 from zoray.records import ConfigError, Splits
 from zoray.serving.requests import NewJob
 from zoray.serving.store import Store
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
 
 PIECES = (
     *(

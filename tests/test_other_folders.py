@@ -133,7 +133,7 @@ def test_every_setting_that_is_a_path(here):
     (here / "shape.json").write_text("{}")
     (here / "data").mkdir()
     (here / "data" / "1.csv").write_text("")
-    task = {"_target_": "zoray.tasks.file.File", "path": "data/*.csv", "words": {"a": "lab.csv", "path": " no"}}
+    task = {"_target_": "zoray.tasks.file.task.File", "path": "data/*.csv", "words": {"a": "lab.csv", "path": " no"}}
     given = {
         "model": {"path": "base", "revision": None},
         "task": {"parts": {"a": {"weight": 1.0, "task": task, "objective": {"function": "./mine.py:short"}}}},

@@ -16,7 +16,7 @@ from zoray.cli import build, compose
 from zoray.records import ConfigError
 from zoray.records.overrides import mapping_of, setting, unescaped
 from zoray.records.signatures import check_signature
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
 
 SIGNS = list('ab n\\\\\\""\'$${}{},:=[]()\n\t é日|&!#~`*?<>;-0.\u200b')
 TEXTS = ("", "null", "True", "1", "a b", "it's", '"', "\\", "\\n", "\\\\n", "a\\", "${x}", "\\${x}", "a\nb", "$(ls)",
@@ -121,7 +121,7 @@ def test_the_advice_of_errors_can_be_pasted_and_read(name, content, settings, tm
 
 
 def test_values_that_are_no_text_say_how_to_write_one():
-    settings = {"_target_": "zoray.tasks.file.File", "path": "a.csv"}
+    settings = {"_target_": "zoray.tasks.file.task.File", "path": "a.csv"}
     for value, typed in (({"text": None}, "{text}"), (3, "3"), (True, "True")):
         with pytest.raises(ConfigError) as error:
             check_signature({**settings, "template": value}, "task")

@@ -18,9 +18,9 @@ from loop import drive
 from zoray.cli import build_experiment, compose, conf_dir
 from zoray.methods.directions import direction_numpy, philox_numpy
 from zoray.methods.optimizers import to_float32
-from zoray.order import Order
 from zoray.records import Commit, Scores
 from zoray.records.tiles import gives_feedback, summed
+from zoray.tasks.batches import Order
 from zoray.writer import Writer
 
 if TYPE_CHECKING:

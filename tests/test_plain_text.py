@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zoray.records import ConfigError
-from zoray.tasks.file import File, open_rows
+from zoray.tasks.file.task import File, open_rows
 
 PARAGRAPHS = [f"Paragraph {i} of\nabout six words." for i in range(12)]
 

@@ -40,7 +40,7 @@ from zoray.records.tiles import (
     summed,
 )
 from zoray.replica import Replica
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

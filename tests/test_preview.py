@@ -10,10 +10,10 @@ from rows import ROWS, write_rows
 from tiny import tiny_tokenizer
 
 from zoray.models.tokens import Encoder
-from zoray.preview import LONGEST, preview, rendered, shortened
 from zoray.records import ConfigError, Example, Message, Splits
-from zoray.tasks import file
-from zoray.tasks.file import File
+from zoray.tasks.file import task as file
+from zoray.tasks.file.task import File
+from zoray.tasks.preview import LONGEST, preview, rendered, shortened
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
@@ -157,7 +157,7 @@ def test_files_of_the_other_kinds(row, settings, expected, tmp_path, encoder, mo
     import json
 
     rows = [json.loads(json.dumps(row).replace("{i}", str(i))) for i in range(20)]
-    monkeypatch.setattr("zoray.preview.EXAMPLES", 20)
+    monkeypatch.setattr("zoray.tasks.preview.EXAMPLES", 20)
     for limit in (20_000, 5):  # in memory, and read as asked
         monkeypatch.setattr(file, "WHOLE", limit)
         lines = shown(tmp_path, rows, encoder, **settings)

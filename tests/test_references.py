@@ -25,7 +25,7 @@ from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.models.folder import Model
 from zoray.objectives import ChoiceNLL
 from zoray.replica import Replica
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
 
 SEED, DATA_SEED, BATCH, STEPS = 3, 5, 2, 20
 EMBEDDING = "model.embed_tokens"

@@ -15,7 +15,7 @@ from zoray.models.folder import Model
 from zoray.noise import NEAR, rounding
 from zoray.objectives import ChoiceNLL
 from zoray.replica import Replica
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
 
 X = np.array(NEAR)[:, None]
 

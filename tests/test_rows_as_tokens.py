@@ -15,9 +15,9 @@ from zoray import journal
 from zoray.data import load_workload
 from zoray.driver import make_header, read_journal
 from zoray.objectives import AnswerNLL, ChoiceNLL, Preference, Reward
-from zoray.preview import preview
 from zoray.records import ConfigError, JournalError
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
+from zoray.tasks.preview import preview
 
 NOSYS = "{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}{% endif %}" + TEMPLATE
 DATED = "<s>{{ strftime_now('%d %b %Y') }}</s>\n" + TEMPLATE

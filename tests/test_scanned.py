@@ -7,8 +7,9 @@ import pytest
 
 from tests.rows import write_parquet, write_rows
 from zoray.records import ConfigError
-from zoray.tasks import file, scanned
-from zoray.tasks.file import File
+from zoray.tasks.file import scan_cache as scanned
+from zoray.tasks.file import task as file
+from zoray.tasks.file.task import File
 
 
 @pytest.fixture

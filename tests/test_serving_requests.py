@@ -12,7 +12,7 @@ from zoray.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.records import ConfigError
 from zoray.serving import presets
 from zoray.serving.requests import NewJob, Use, objective_of, plainly
-from zoray.tasks.movie_reviews import MovieReviews
+from zoray.tasks.published.movie_reviews import MovieReviews
 
 ID = "file-" + "0" * 24
 

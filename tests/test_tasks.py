@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from zoray.records import ConfigError, Example, Splits
-from zoray.tasks import movie_reviews
 from zoray.tasks.base import distinct, fill, seeded_order, seeded_split
-from zoray.tasks.movie_reviews import MovieReviews
-from zoray.tasks.sst2 import SST2
+from zoray.tasks.published import movie_reviews
+from zoray.tasks.published.movie_reviews import MovieReviews
+from zoray.tasks.published.sst2 import SST2
 
 # Splits that must never change: a run's journal names examples by their position in them.
 PINNED_0, PINNED_1 = [(7, 4, 9), (3, 8)], [(7, 4, 8), (6, 5)]

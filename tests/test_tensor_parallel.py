@@ -19,7 +19,7 @@ from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError
 from zoray.records.tiles import Grid, losses_of
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
 
 if TYPE_CHECKING:
     from pathlib import Path

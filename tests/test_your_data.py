@@ -13,9 +13,9 @@ from tiny import tiny_tokenizer
 
 from zoray.cli import build, compose
 from zoray.models.tokens import Encoder
-from zoray.preview import preview
 from zoray.records import ConfigError
-from zoray.tasks.file import File
+from zoray.tasks.file.task import File
+from zoray.tasks.preview import preview
 
 ROOT = Path(__file__).parent.parent
 DOC = (ROOT / "docs" / "your-data.md").read_text()

@@ -18,9 +18,9 @@ import numpy as np
 from zoray.engines.feedback.residual import family_of
 from zoray.models.folder import embeddings, linear_matrices, load_tokenizer, max_length, quantisation
 from zoray.models.tokens import Encoder
-from zoray.order import Order, labels_of, part_numbers
 from zoray.records import WHOLE, ConfigError, Example, SettingError, Splits, TokenSequence
 from zoray.tasks import mixture
+from zoray.tasks.batches import Order, labels_of, part_numbers
 from zoray.tasks.mixture import Mixture
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ def main(config: Any) -> int:
 
     from zoray.data import load_workload
     from zoray.driver import tune
-    from zoray.preview import preview
+    from zoray.tasks.preview import preview
 
     experiment.cluster.check()
     workload = load_workload(experiment.spec)  # every mistake in model and data shows before a folder is made

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoray.order import labels_of, part_numbers
 from zoray.records import ConfigError, Evaluation
 from zoray.records.tiles import Grid, losses_of, mean
+from zoray.tasks.batches import labels_of, part_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from zoray.data import Workload
-    from zoray.order import Order
     from zoray.pool import Pool
     from zoray.records import Probe, Scores
+    from zoray.tasks.batches import Order
 
 
 class Losses:

@@ -13,7 +13,7 @@ from pathlib import Path
 from zoray.models.folder import GEMMA3_270M, SMOLLM2_135M, Model, package_folder
 from zoray.records import ConfigError
 from zoray.records.process import streams
-from zoray.tasks.movie_reviews import published_file, published_path
+from zoray.tasks.published.movie_reviews import published_file, published_path
 
 MODELS = {"smollm2-135m": SMOLLM2_135M, "gemma3-270m": GEMMA3_270M}  # as in conf/model; the first is the default
 

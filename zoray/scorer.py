@@ -13,7 +13,7 @@ import numpy as np
 from zoray.data import Part, encode_split
 from zoray.encoded import EncodedSplit
 from zoray.objectives.base import Outcomes, Sums
-from zoray.order import part_numbers
+from zoray.tasks.batches import part_numbers
 from zoray.writer import Writer
 
 if TYPE_CHECKING:

@@ -81,7 +81,7 @@ class Example:
 
     @property
     def where(self) -> Any:
-        """Where it comes from, for messages (tasks/faults.py); None where that is not known."""
+        """Where it comes from, for messages (tasks/file/rows/faults.py); None where that is not known."""
         return getattr(self.data, "where", None)
 
     @property

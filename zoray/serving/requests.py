@@ -13,8 +13,8 @@ from zoray.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.records import ConfigError
 from zoray.serving.fields import only, wrong
 from zoray.serving.presets import PREFIX, SIZES, preset
-from zoray.tasks.columns import names_in
-from zoray.tasks.file import File, open_rows
+from zoray.tasks.file.columns import names_in
+from zoray.tasks.file.task import File, open_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from zoray.objectives.base import Objective
     from zoray.tasks.base import Task
-    from zoray.tasks.files import Rows
+    from zoray.tasks.file.rows.text import Rows
 
 Word = Annotated[str, Field(max_length=200)]
 Column = Field(default=None, min_length=1, max_length=200)

@@ -20,7 +20,6 @@ from zoray.cluster import own_host
 from zoray.data import load_workload
 from zoray.driver import tune
 from zoray.history import read_metrics
-from zoray.preview import preview
 from zoray.records import ConfigError
 from zoray.records.signatures import record
 from zoray.serving import versions
@@ -32,6 +31,7 @@ from zoray.serving.promotion import BY_HAND, Promotion
 from zoray.serving.requests import NewJob, Use, plainly
 from zoray.serving.states import States, why
 from zoray.serving.store import NotFound, Store, read_json, write_json
+from zoray.tasks.preview import preview
 
 if TYPE_CHECKING:
     from collections.abc import Callable

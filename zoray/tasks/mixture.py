@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from zoray.order import labels_of
 from zoray.records import ConfigError, Example, Splits, is_finite
 from zoray.tasks.base import Task
+from zoray.tasks.batches import labels_of
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,19 @@ import numpy as np
 from zoray.records import WHOLE, ConfigError, Sampling, Splits, require, settled
 from zoray.records.overrides import check_whole, mapping_of, setting
 from zoray.records.paths import user_path
-from zoray.tasks import scanned
 from zoray.tasks.base import Task, check_sizes, check_words, seeded_parts
-from zoray.tasks.cells import Reader
-from zoray.tasks.columns import CONTROL, KINDS, NAMES, ROLES, Schema, infer
-from zoray.tasks.faults import Faults, WrongRow
-from zoray.tasks.files import TEXT_SUFFIXES, Rows, TextFiles, several_rows
-from zoray.tasks.hub_rows import hub_rows
-from zoray.tasks.labels import MOST as MOST_LABELS
-from zoray.tasks.labels import label_text, label_words
-from zoray.tasks.parquet import ParquetFiles
-from zoray.tasks.plain_text import FEWEST_WORDS, PLAIN_SUFFIXES, PlainText
-from zoray.tasks.spacing import gap
-from zoray.tasks.stream import Examples, Scan, first_of_each, scan
+from zoray.tasks.file import scan_cache as scanned
+from zoray.tasks.file.cells.example import Reader
+from zoray.tasks.file.cells.labels import MOST as MOST_LABELS
+from zoray.tasks.file.cells.labels import label_text, label_words
+from zoray.tasks.file.cells.spacing import gap
+from zoray.tasks.file.columns import CONTROL, KINDS, NAMES, ROLES, Schema, infer
+from zoray.tasks.file.rows.faults import Faults, WrongRow
+from zoray.tasks.file.rows.hub import hub_rows
+from zoray.tasks.file.rows.parquet import ParquetFiles
+from zoray.tasks.file.rows.plain_text import FEWEST_WORDS, PLAIN_SUFFIXES, PlainText
+from zoray.tasks.file.rows.text import TEXT_SUFFIXES, Rows, TextFiles, several_rows
+from zoray.tasks.file.stream import Examples, Scan, first_of_each, scan
 
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *PLAIN_SUFFIXES)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")

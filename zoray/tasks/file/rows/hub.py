@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError
-from zoray.tasks.faults import WrongRow
-from zoray.tasks.files import Row, check_names
-from zoray.tasks.parquet import plain_rows
+from zoray.tasks.file.rows.faults import WrongRow
+from zoray.tasks.file.rows.parquet import plain_rows
+from zoray.tasks.file.rows.text import Row, check_names
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -17,7 +17,7 @@ from zoray.models.folder import cache_dir
 from zoray.records import disk
 
 if TYPE_CHECKING:
-    from zoray.tasks.files import Stamps
+    from zoray.tasks.file.rows.text import Stamps
 
 LARGE = 1 << 24  # bytes of all files together from which on it is worth it
 KEPT = 8  # files of this cache; the oldest go first

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from zoray.records import ConfigError, Example
 from zoray.tasks.base import parted
-from zoray.tasks.hub import HubTask, texts
+from zoray.tasks.published.hub import HubTask, texts
 
 JOINTS = {"effect": "so", "cause": "because"}
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from zoray.models.control import shown
 from zoray.models.tokens import answered
-from zoray.order import labels_of, part_numbers
+from zoray.tasks.batches import labels_of, part_numbers
 
 if TYPE_CHECKING:
     from zoray.models.tokens import Encoder

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zoray.records import ConfigError
-from zoray.tasks.files import MARK, Row
+from zoray.tasks.file.rows.text import MARK, Row
 
 PLAIN_SUFFIXES = (".txt", ".md")
 WORDS = 120  # of a piece; a longer paragraph is several

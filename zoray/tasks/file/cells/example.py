@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zoray.records import Example, Facts, Marked, Message, settled
-from zoray.tasks import messages
-from zoray.tasks.columns import Schema
-from zoray.tasks.faults import Place, WrongRow
-from zoray.tasks.files import Row
-from zoray.tasks.labels import label_text, look, plain_form, spellings
-from zoray.tasks.messages import check_whole, shown
-from zoray.tasks.spacing import gap
-from zoray.tasks.strict_json import Twice, parse
+from zoray.tasks.file.cells import messages
+from zoray.tasks.file.cells.labels import label_text, look, plain_form, spellings
+from zoray.tasks.file.cells.messages import check_whole, shown
+from zoray.tasks.file.cells.spacing import gap
+from zoray.tasks.file.columns import Schema
+from zoray.tasks.file.rows.faults import Place, WrongRow
+from zoray.tasks.file.rows.strict_json import Twice, parse
+from zoray.tasks.file.rows.text import Row
 
 Prompt = str | tuple[Message, ...]
 

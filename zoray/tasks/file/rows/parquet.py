@@ -18,8 +18,8 @@ import numpy as np
 
 from zoray.models.folder import cache_dir
 from zoray.records import WHOLE, ConfigError
-from zoray.tasks.faults import WrongRow
-from zoray.tasks.files import Row, Stamps, check_names
+from zoray.tasks.file.rows.faults import WrongRow
+from zoray.tasks.file.rows.text import Row, Stamps, check_names
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoray.records import Example, Splits
 from zoray.tasks.base import check_template, check_words, distinct, fill, seeded_split
-from zoray.tasks.hub import MOST, HubTask, texts
+from zoray.tasks.published.hub import MOST, HubTask, texts
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -20,8 +20,8 @@ from unicodedata import normalize
 import numpy as np
 
 from zoray.records import ConfigError
-from zoray.tasks.faults import WrongRow
-from zoray.tasks.strict_json import Twice, parse_line
+from zoray.tasks.file.rows.faults import WrongRow
+from zoray.tasks.file.rows.strict_json import Twice, parse_line
 
 TEXT_SUFFIXES = (".jsonl", ".csv", ".tsv")
 MARK = "\ufeff"  # spreadsheets begin a file with it

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from zoray.records import Message
 from zoray.records.overrides import setting
-from zoray.tasks.faults import WrongRow
-from zoray.tasks.strict_json import parse
+from zoray.tasks.file.rows.faults import WrongRow
+from zoray.tasks.file.rows.strict_json import parse
 
 CHAT_ROLES = ("system", "user", "assistant", "tool")
 CALLS = ("tool_calls", "function_call")  # what an assistant may write in the place of words

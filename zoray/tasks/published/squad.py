@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zoray.records import Example, Sampling
-from zoray.tasks.hub import HubTask, answers, texts
+from zoray.tasks.published.hub import HubTask, answers, texts
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from zoray.records import Example
-from zoray.tasks.cells import Prompt, Reader
-from zoray.tasks.faults import Faults, WrongRow
-from zoray.tasks.files import Rows, Where
+from zoray.tasks.file.cells.example import Prompt, Reader
+from zoray.tasks.file.rows.faults import Faults, WrongRow
+from zoray.tasks.file.rows.text import Rows, Where
 
 
 @dataclass(frozen=True, eq=False)

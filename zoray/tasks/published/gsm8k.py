@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zoray.records import ConfigError, Example, Sampling
-from zoray.tasks.hub import HubTask, texts
+from zoray.tasks.published.hub import HubTask, texts
 
 STOP = "\nQuestion:"
 CALCULATION = re.compile(r"<<[^<>]*>>")  # 48/2=<<48/2=24>>24: a note for a calculator that is not there

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from zoray.records import ConfigError
 from zoray.records.overrides import setting
-from zoray.tasks.spacing import gap
+from zoray.tasks.file.cells.spacing import gap
 
 NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
 DECIMAL = re.compile(r"[-+]?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d{1,3})?", re.A)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from zoray.records import Example
 from zoray.tasks.base import parted
-from zoray.tasks.hub import HubTask, texts
+from zoray.tasks.published.hub import HubTask, texts
 
 
 @dataclass(frozen=True)
