@@ -50,11 +50,11 @@ from benchmarks.bare_model import (
 )
 from benchmarks.options import parse
 from zoray.cli import build, build_experiment, compose, guarded
-from zoray.data import load_workload
 from zoray.models.folder import load_tokenizer, max_length
 from zoray.models.tokens import Encoder
 from zoray.records import ConfigError
 from zoray.records.paths import user_path
+from zoray.scoring.workload import load_workload
 from zoray.tasks.batches import Order, labels_of
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@
 
 The adapters have rank 8 on all matrices that write to the stream, and a state in which B is not zero: one step of
 random signs. Of each batch, the cosine of the feedback of B with its gradient: with the stream as it is (`identity`),
-and with maps of some ranks, fitted to the base model as a run does (zoray/guidance.py); the mean over the batches. The
+and with maps of some ranks, fitted to the base model as a run does (zoray/scoring/guidance.py); the mean over the batches. The
 examples are of dev, to which no map is fitted. `share` is a layer's share of the squared gradient. `upper half` and
 `all` are of these matrices' gradients as one vector; `descent by signs` is how far a step along the signs of the
 feedback goes down, beside one along the signs of the gradient. Other keys than those of DEFAULTS are settings of conf/.
@@ -30,17 +30,17 @@ import torch
 from benchmarks.baselines import lines_of, order_of
 from benchmarks.options import parse
 from zoray.cli import build_experiment, compose, guarded
-from zoray.data import Workload, load_workload
 from zoray.engines.feedback.lens import Map
-from zoray.guidance import Gradient, Guidance
 from zoray.methods.spaces.base import layer_number
 from zoray.models.folder import linear_matrices, load_tokenizer, max_length
 from zoray.models.tokens import Encoder
-from zoray.objectives import AnswerNLL
 from zoray.plots import DEV, DPI, GRID, INK, TRAIN
 from zoray.records import Commit, ConfigError, Example, Probe, Splits
 from zoray.records.paths import user_path
-from zoray.scorer import Scorer
+from zoray.scoring.guidance import Gradient, Guidance
+from zoray.scoring.objectives import AnswerNLL
+from zoray.scoring.scorer import Scorer
+from zoray.scoring.workload import Workload, load_workload
 from zoray.tasks.batches import labels_of
 
 if TYPE_CHECKING:

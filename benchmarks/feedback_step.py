@@ -62,7 +62,7 @@ def timed(
     options: dict[str, str], task: str, folder: Path, where: tuple[str, ...], engine: Any
 ) -> tuple[dict[str, Any], Any]:
     """The times of one task, and the engine for the next one, which takes it from its beginning."""
-    from zoray.replica import Replica
+    from zoray.scoring.replica import Replica
 
     e, workload = experiment({**options, **FIXED, "task": task}, folder, where)
     workload = one_batch(e, workload)

@@ -90,9 +90,9 @@ class Clock:
 def replica(folder: Path, examples: int, where: tuple[str, ...]) -> tuple[Any, Any]:
     """An experiment with `examples` a step, and its replica on the toy model."""
     from zoray.cli import build_experiment, compose
-    from zoray.data import Workload
     from zoray.models.folder import linear_matrices
-    from zoray.replica import Replica
+    from zoray.scoring.replica import Replica
+    from zoray.scoring.workload import Workload
 
     settings = [
         "model=hf",

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
 def measure(options: dict[str, str], where: tuple[str, ...] = ()) -> dict[str, Any]:
     """Points (step, seconds, forward tokens, dev accuracy, dev loss) of both. `where`: further settings, for tests."""
     from zoray.cli import build_experiment, compose
-    from zoray.data import load_workload
+    from zoray.scoring.workload import load_workload
 
     settings = ["estimator=two_point", "space=lozo", f"space.rank={options['rank']}", f"estimator.eps={options['eps']}"]
     settings += [f"space.interval={options['interval']}", "optimizer.schedule=constant", f"task.dev={options['dev']}"]
@@ -68,7 +68,7 @@ class Tuned:
     """A replica's steps, without Ray."""
 
     def __init__(self, e: Any, workload: Any, steps: int) -> None:
-        from zoray.replica import Replica
+        from zoray.scoring.replica import Replica
 
         self.replica, self.seconds = Replica(e.spec, workload), 0.0
         self.stepper = Stepper(e, self.replica, steps)
@@ -96,7 +96,7 @@ class Looped:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from zoray.data import order_of
+        from zoray.scoring.workload import order_of
 
         model = AutoModelForCausalLM.from_pretrained(workload.folder, dtype=torch.float32).eval()
         settings = {"lr": e.optimizer.lr, "eps": e.estimator.eps, "rank": e.space.rank, "interval": e.space.interval}

@@ -68,7 +68,7 @@ def peak(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) -> 
     """Peak bytes of one side, which this process is. `where`: further settings of the experiment, for tests."""
     from benchmarks.stepper import Stepper
     from benchmarks.workload import experiment
-    from zoray.replica import Replica
+    from zoray.scoring.replica import Replica
 
     e, workload = experiment(options, folder, where)
     if options["side"] == "zoray":

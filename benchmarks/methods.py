@@ -114,7 +114,7 @@ def run(
     from zoray.cli import build_experiment, compose
     from zoray.records import Probe
     from zoray.records.tiles import mean, scored
-    from zoray.replica import Replica
+    from zoray.scoring.replica import Replica
 
     overrides = [*settings(method, where), f"run.seed={seed}", f"run.data_seed={seed}", "run.tile_examples=16"]
     lr = compose("config", overrides).optimizer.lr * factor

@@ -26,10 +26,10 @@ from benchmarks.options import parse
 from benchmarks.shapes import vocabulary, with_weights
 from benchmarks.timing import spread
 from benchmarks.workload import random_workload
-from zoray.noise import NEAR, rounding
 from zoray.records import Probe
 from zoray.records.tiles import mean
-from zoray.replica import Replica
+from zoray.scoring.noise import NEAR, rounding
+from zoray.scoring.replica import Replica
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,7 +103,7 @@ def signal(replica: Any, batch: np.ndarray, eps: float, probes: int) -> dict[str
 def weighted(model: str, dtype: str, folder: Path, settings: Sequence[str]) -> tuple[Any, Any]:
     """An experiment and its workload on a model that has weights; made in the folder, but for smollm2."""
     from zoray.cli import build_experiment, compose
-    from zoray.data import load_workload
+    from zoray.scoring.workload import load_workload
 
     common = [f"model.dtype={dtype}", *settings]
     if model == "smollm2":

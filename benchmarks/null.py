@@ -22,7 +22,7 @@ from zoray.members import Members
 from zoray.pool import Pool
 from zoray.records import Scores
 from zoray.records.tiles import LEVELS, Grid, gives_feedback, scored, summed
-from zoray.replica import ReplicaInfo
+from zoray.scoring.replica import ReplicaInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable

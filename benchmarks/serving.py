@@ -218,8 +218,8 @@ class Launched:
 
     def __init__(self, settings: list[str], folder: Path) -> None:
         from zoray.cli import build_experiment, compose
-        from zoray.data import load_workload
         from zoray.driver import tune
+        from zoray.scoring.workload import load_workload
 
         plain = [s for s in settings if not s.startswith("serve.")]
         c = compose("serve", plain)

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
 
 def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) -> dict[str, Any]:
     """The result for some options. `where`: further settings of the experiment, for tests."""
-    from zoray.replica import Replica
+    from zoray.scoring.replica import Replica
 
     e, workload = experiment(options, folder, where)
     workload = one_batch(e, workload)
@@ -63,7 +63,7 @@ def measure(options: dict[str, str], folder: Path, where: tuple[str, ...] = ()) 
 
 def one_batch(e: Any, workload: Any) -> Any:
     """The workload with the examples of the first step only: every step of every contender has the same tokens."""
-    from zoray.data import order_of
+    from zoray.scoring.workload import order_of
 
     train = workload.splits.train
     first = order_of(e.spec, workload).step(0).tolist()
@@ -80,8 +80,8 @@ def bare_forward(e: Any, replica: Any, engine: Any) -> tuple[Any, int]:
     """A function that scores the sequences of a step on an engine without adapters; tokens of a step."""
     import numpy as np
 
-    from zoray.encoded import EncodedSplit
     from zoray.records import Probe, Tile
+    from zoray.scoring.tables import EncodedSplit
 
     workload = replica.workload
     split = EncodedSplit(workload.splits.train, workload.encoded["train"])
@@ -116,7 +116,7 @@ def loop_model(workload: Any, options: dict[str, str]) -> Any:
 
 def loop_step(e: Any, workload: Any, loop: TrainingLoop) -> Any:
     """A function that takes the next step of the training loop on the same examples."""
-    from zoray.data import order_of
+    from zoray.scoring.workload import order_of
 
     train, order = workload.splits.train, order_of(e.spec, workload)
 

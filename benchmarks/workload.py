@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import shapes
-from zoray.data import ReplicaSpec, Workload
 from zoray.models.folder import linear_matrices, max_length
 from zoray.records import Example, Splits, TokenSequence
+from zoray.scoring.workload import ReplicaSpec, Workload
 
 GUIDED = ["estimator=feedback", "optimizer=feedback", "space.rank=8", "space.alpha=16"]
 GUIDED += ["space.targets=residual:0.5", "space.train=AB"]
@@ -68,7 +68,7 @@ def experiment(options: dict[str, str], folder: Path, where: tuple[str, ...] = (
     further settings, for tests.
     """
     from zoray.cli import build_experiment, compose
-    from zoray.data import load_workload
+    from zoray.scoring.workload import load_workload
 
     guided, text = options.get("estimator") == "feedback", options.get("task") == "text"
     settings = [f"run.batch={options['batch']}", f"run.tile_examples={options['batch']}", f"space={options['space']}"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from zoray.experiment import Experiment
-    from zoray.replica import Replica
+    from zoray.scoring.replica import Replica
 
 SPACE = Lora(rank=2, alpha=4.0, targets="residual", train="AB")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from zoray.replica import Replica
+from zoray.scoring.replica import Replica
 
 if TYPE_CHECKING:
     from zoray.records import Commit, Scores

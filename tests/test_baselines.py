@@ -15,11 +15,11 @@ from benchmarks.bare_model import MeanSign, Reading, Split, adapted, descend, li
 from benchmarks.baselines import DEFAULTS, Probe
 from zoray import records
 from zoray.cli import build_experiment, compose
-from zoray.data import load_workload
 from zoray.models.folder import load_tokenizer
 from zoray.models.tokens import Encoder
 from zoray.records import ConfigError, Example
-from zoray.replica import Replica
+from zoray.scoring.replica import Replica
+from zoray.scoring.workload import load_workload
 
 WORDS = "task.words=[' terrible',' great']"
 

@@ -13,15 +13,15 @@ from combinations import ESTIMATORS, LM_SPACES, OPTIMIZERS, SHAPED, combinations
 from loop import SEED, drive, final_digest, through_a_file
 
 from zoray import journal
-from zoray.data import ReplicaSpec, load_workload
 from zoray.engines.hf import Hf
 from zoray.methods.estimators import TwoPoint
 from zoray.models.folder import Model, load_matrices
-from zoray.objectives import ChoiceNLL
 from zoray.records import Probe
 from zoray.records.signatures import record
 from zoray.records.tiles import mean
-from zoray.replica import Replica
+from zoray.scoring.objectives import ChoiceNLL
+from zoray.scoring.replica import Replica
+from zoray.scoring.workload import ReplicaSpec, load_workload
 from zoray.tasks.file.task import File
 
 # All combinations are tried on quadratics (test_conformance.py); here every pair of two kinds of parts.

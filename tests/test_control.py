@@ -12,8 +12,8 @@ from tokenizers import processors
 from zoray.engines.shared.tokenizer import guard
 from zoray.models.control import BREAK, Control, shown
 from zoray.models.tokens import Encoder
-from zoray.objectives import AnswerNLL, ChoiceNLL, Preference, Reward
 from zoray.records import ConfigError, Example, Marked, Message, SettingError, settled
+from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference, Reward
 from zoray.tasks.file.columns import Template
 
 EOS = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
@@ -134,7 +134,7 @@ def test_a_prompt_never_ends_in_what_a_tokenizer_appends():
             found, wanted = (one.answer("It was", text, eos) for one in (encoder, plain))
             assert found.tokens.tolist() == wanted.tokens.tolist()
             assert found.targets.tolist() == wanted.targets.tolist()
-    reward = Reward("zoray.rewards:length", {"most": 20})
+    reward = Reward("zoray.scoring.rewards:length", {"most": 20})
     (sequence,) = reward.encode(Example("It was great"), encoder)
     assert 2 not in sequence.targets
     (choice, *_) = ChoiceNLL().encode(Example("It was", (" great", " dull"), 0), encoder)

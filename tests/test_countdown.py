@@ -10,9 +10,9 @@ from itertools import permutations
 import jsonschema
 import pytest
 
-from zoray import rewards
 from zoray.records import ConfigError, Example, Message, Splits
-from zoray.rewards.json_object import SCHEMAS
+from zoray.scoring import rewards
+from zoray.scoring.rewards.json_object import SCHEMAS
 from zoray.tasks.made_up.countdown import Countdown
 from zoray.tasks.made_up.questions import QUESTIONS, Questions
 from zoray.tasks.made_up.structured import AGES, CITIES, JOBS, KEYS, NAMES, Structured

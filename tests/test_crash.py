@@ -33,7 +33,7 @@ def main_job(arguments: tuple[str, ...]) -> None:
     """`zoray.launch` in this process, its pool being one replica in the same process."""
     import zoray.driver
     from zoray.launch import main
-    from zoray.replica import Replica
+    from zoray.scoring.replica import Replica
 
     class Inside:
         """A pool without actors; what it owes the driver is the same."""

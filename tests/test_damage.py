@@ -12,15 +12,15 @@ from ray import cloudpickle
 
 import zoray.pool
 from zoray.cluster import Cluster
-from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora
 from zoray.models.folder import Model
-from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, JournalError
 from zoray.records.tiles import Grid, losses_of
+from zoray.scoring.objectives import ChoiceNLL
+from zoray.scoring.workload import ReplicaSpec
 from zoray.tasks.file.task import File
 
 if TYPE_CHECKING:

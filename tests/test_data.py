@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from orders import batch_indices, stratified_indices
 
-from zoray.data import ReplicaSpec, load_workload
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.models.folder import Model
-from zoray.objectives import ChoiceNLL
 from zoray.records import ConfigError, Example, Splits
+from zoray.scoring.objectives import ChoiceNLL
+from zoray.scoring.workload import ReplicaSpec, load_workload
 
 # These must never change: a journal is worth nothing to a version that shows other examples.
 GOLDEN = {

@@ -11,15 +11,15 @@ from chatty import ANSWERS, CHOICES, Given, chat_llama
 
 from zoray import evaluate
 from zoray.cli import compose
-from zoray.data import ReplicaSpec, load_workload
 from zoray.engines.hf import Hf
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora
 from zoray.models.adapters import peft_space, read_peft, write_peft
 from zoray.models.folder import Model
-from zoray.objectives import AnswerNLL, ChoiceNLL
 from zoray.records import Commit, ConfigError, Probe, Sampling
-from zoray.replica import Replica
+from zoray.scoring.objectives import AnswerNLL, ChoiceNLL
+from zoray.scoring.replica import Replica
+from zoray.scoring.workload import ReplicaSpec, load_workload
 from zoray.tasks.few_shot import FewShot
 
 
@@ -120,7 +120,7 @@ def test_answers_are_written_and_compared(capsys, folder, tmp_path):
     score = np.mean([line["score"] for line in lines])
     assert f"dev f1 {score:.4f}, loss " in line and "also tokens " in line
     assert all(isinstance(line["completion"], str) and line["answers"] for line in lines)
-    reward = ["objective=reward", "objective.function=zoray.rewards:length", "objective.arguments={most: 30}"]
+    reward = ["objective=reward", "objective.function=zoray.scoring.rewards:length", "objective.arguments={most: 30}"]
     assert "dev reward " in said(capsys, folder, *task, *reward)
 
 

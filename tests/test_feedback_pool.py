@@ -17,16 +17,16 @@ from test_chaos import Session as Job
 from test_chaos import cluster, replicas, steps_in
 
 from zoray.cluster import Cluster
-from zoray.data import ReplicaSpec, load_workload
 from zoray.engines.hf import Hf
 from zoray.methods.estimators.feedback import Feedback, gains
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces.signs import packed
 from zoray.models.folder import Model
-from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records.tiles import Grid, losses_of
-from zoray.replica import Replica
+from zoray.scoring.objectives import ChoiceNLL
+from zoray.scoring.replica import Replica
+from zoray.scoring.workload import ReplicaSpec, load_workload
 from zoray.tasks.file.task import File
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from rows import write_rows
 from zoray import evaluate, export, journal
 from zoray.cli import build_experiment, compose
 from zoray.cluster import Cluster
-from zoray.data import load_workload
 from zoray.driver import make_header, tune
 from zoray.engines.vllm.engine import Vllm
 from zoray.history import read_metrics
@@ -29,8 +28,9 @@ from zoray.methods.estimators import Evolution, OneSided, TwoPoint
 from zoray.methods.estimators.feedback import GROUPS, Feedback, gains
 from zoray.methods.optimizers import Sgd, Sign
 from zoray.methods.spaces import Lora, LowRank, Lozo
-from zoray.objectives import AnswerNLL, ChoiceNLL, Metric, Reward
 from zoray.records import ConfigError, Probe, Sampling
+from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Metric, Reward
+from zoray.scoring.workload import load_workload
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,12 +5,14 @@ from functools import cache
 import pytest
 from odd import Odd, ask
 
-import zoray.data
+import zoray.scoring.workload
 
 
 @pytest.mark.slow
 def test_ten_thousand_odd_requests_are_answered_or_refused(client, gateway, monkeypatch):
-    monkeypatch.setattr("zoray.data.load_tokenizer", cache(zoray.data.load_tokenizer))  # else it takes most of the time
+    monkeypatch.setattr(
+        "zoray.scoring.workload.load_tokenizer", cache(zoray.scoring.workload.load_tokenizer)
+    )  # else it takes most of the time
     folder = gateway.inner.store.folder
     statuses = client._loop.run_until_complete(ask(client.http, Odd(1), 10_000))
     print(dict(sorted(statuses.items())))

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from chatty import PROMPTS, Given, chat_llama
 
-from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, LowRank
 from zoray.models.folder import Model
-from zoray.objectives import Reward
 from zoray.records import Commit, Example, Probe, Sampling
-from zoray.replica import Replica
+from zoray.scoring.objectives import Reward
+from zoray.scoring.replica import Replica
+from zoray.scoring.workload import ReplicaSpec
 
 PROBES = tuple(Probe(1, k, scale) for k in range(3) for scale in (0.05, -0.05))
 TEXTS = [
@@ -32,7 +32,7 @@ COMMIT = Commit(0, (0.02, -0.01))
 
 def made(folder, engine, space="lora", sampling=GREEDY, examples=EXAMPLES) -> Replica:
     task, estimator = Given(examples, "reward", sampling), TwoPoint(pairs=3, eps=0.05)
-    objective = Reward("zoray.rewards:length", {"most": 60})
+    objective = Reward("zoray.scoring.rewards:length", {"most": 60})
     replica = Replica(ReplicaSpec(Model(str(folder)), task, objective, SPACES[space], estimator, engine, 0, 0, 4))
     replica.apply([COMMIT])
     return replica

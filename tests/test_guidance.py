@@ -11,20 +11,20 @@ import torch
 from chatty import ANSWERS, CHATS, CHOICES, PAIRS, PROMPTS, Given, chat_llama
 from guided import guided, moved
 
-import zoray.guidance
-from zoray.data import load_workload
+import zoray.scoring.guidance
 from zoray.engines.hf import Hf
 from zoray.engines.vllm.engine import Vllm
-from zoray.guidance import SKIPPED
 from zoray.methods.estimators.feedback import Feedback
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces import Lora
 from zoray.methods.spaces.signs import packed
 from zoray.models.folder import Model
-from zoray.objectives import AnswerNLL, ChoiceNLL, Metric, Preference, Reward
 from zoray.records import Example, Probe, Sampling, TokenSequence
 from zoray.records.tiles import Grid
-from zoray.replica import Replica
+from zoray.scoring.guidance import SKIPPED
+from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Metric, Preference, Reward
+from zoray.scoring.replica import Replica
+from zoray.scoring.workload import load_workload
 from zoray.tasks.mixture import Mixture, Part
 
 CENTRE = Probe(2, 0, 0.0)
@@ -345,7 +345,7 @@ def test_maps_are_fitted_to_the_first_training_examples_without_their_beginning(
     for k, sequence in enumerate(sequences):
         assert table[k].tokens.tolist() == sequence.tokens.tolist()
         assert table[k].rows.tolist() == list(range(SKIPPED, len(sequence.tokens)))
-    monkeypatch.setattr(zoray.guidance, "LENS_ROWS", 20)
+    monkeypatch.setattr(zoray.scoring.guidance, "LENS_ROWS", 20)
     replica.guidance.fit_lens(5)
     assert (
         20

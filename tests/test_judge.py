@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from zoray.records import ConfigError
-from zoray.rewards import judge as judge_module
-from zoray.rewards.judge import Judge
-from zoray.rewards.worker import Judged
+from zoray.scoring.rewards.judging import judge as judge_module
+from zoray.scoring.rewards.judging.judge import Judge
+from zoray.scoring.rewards.judging.worker import Judged
 
 REWARDS = """
 import ctypes, fractions, itertools, os, signal, subprocess, sys, threading, time
@@ -90,7 +90,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 def workers() -> list[psutil.Process]:
     """The judge's processes among this process's children."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if child.is_running() and "zoray.rewards.worker" in " ".join(child.cmdline())]
+    return [
+        child
+        for child in children
+        if child.is_running() and "zoray.scoring.rewards.judging.worker" in " ".join(child.cmdline())
+    ]
 
 
 def processes(judge: Judge) -> int:
@@ -288,12 +292,12 @@ def test_a_cancelled_call_is_left_out(file):
 
 
 def test_built_in_rewards_run_here_at_once():
-    with Judge("zoray.rewards:exact_match") as judge:
+    with Judge("zoray.scoring.rewards:exact_match") as judge:
         future = judge.submit("", "A cat", {"answers": ["cat"]})
         assert future.done() and future.result() == (1.0, "") and processes(judge) == 0
         value, failure = judge.submit("", "A cat", {}).result()
-        assert math.isnan(value) and "zoray.rewards:exact_match: expected examples with 'answers'" in failure
-    with Judge("zoray.rewards:json_schema", {"schema": "person"}) as judge:
+        assert math.isnan(value) and "zoray.scoring.rewards:exact_match: expected examples with 'answers'" in failure
+    with Judge("zoray.scoring.rewards:json_schema", {"schema": "person"}) as judge:
         assert judge.submit("", "{}", {}).result() == (0.4, "") and processes(judge) == 0
 
 
@@ -305,7 +309,7 @@ def test_built_in_rewards_run_here_at_once():
     ],
 )
 def test_regular_expressions_of_the_user_have_a_time_limit(name, arguments):
-    with Judge(f"zoray.rewards:{name}", arguments, timeout_s=1.0) as judge:
+    with Judge(f"zoray.scoring.rewards:{name}", arguments, timeout_s=1.0) as judge:
         assert "timed out" in judge.submit("", '{"a": "' + "a" * 40 + '"}', {}).result(60).failure or name == "format"
         assert "timed out" in judge.submit("", "a" * 40, {}).result(60).failure or name == "json_schema"
 
@@ -314,17 +318,20 @@ def test_regular_expressions_of_the_user_have_a_time_limit(name, arguments):
     ("settings", "says"),
     [
         ({"function": "reward"}, "expected a reward function as"),
-        ({"function": "zoray.rewards:nothing"}, "it has none"),
-        ({"function": "zoray.rewards:length"}, "missing argument 'most'"),
-        ({"function": "zoray.rewards:json_schema"}, "missing argument 'schema'"),
-        ({"function": "zoray.rewards:json_schema", "arguments": {"schema": "none"}}, "one of: person; got 'none'"),
+        ({"function": "zoray.scoring.rewards:nothing"}, "it has none"),
+        ({"function": "zoray.scoring.rewards:length"}, "missing argument 'most'"),
+        ({"function": "zoray.scoring.rewards:json_schema"}, "missing argument 'schema'"),
+        (
+            {"function": "zoray.scoring.rewards:json_schema", "arguments": {"schema": "none"}},
+            "one of: person; got 'none'",
+        ),
         ({"timeout_s": 0}, "timeout_s to be a number above 0"),
         ({"workers": 0}, "workers to be a whole number of at least 1"),
     ],
 )
 def test_bad_settings_are_refused(settings, says):
     with pytest.raises(ConfigError, match=says):
-        Judge(**{"function": "zoray.rewards:f1", **settings})
+        Judge(**{"function": "zoray.scoring.rewards:f1", **settings})
 
 
 # the parent
@@ -333,7 +340,7 @@ def test_bad_settings_are_refused(settings, says):
 MAIN = """
 import psutil, sqlite3, sys, time  # what a worker must not import again
 with open("runs.txt", "a") as file: file.write("run\\n")
-from zoray.rewards.judge import Judge
+from zoray.scoring.rewards.judging.judge import Judge
 judge = Judge("my_reward.py:do", timeout_s=1000, workers=2)
 print(judge.submit("", "print", {}).result(60), flush=True)
 for future in [judge.submit("", "doze", {}) for _ in range(2)]: future.result(60)

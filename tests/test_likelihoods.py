@@ -10,16 +10,16 @@ import torch
 from chatty import ANSWERS, CHATS, CHOICES, PAIRS, Given, chat_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zoray.data import ReplicaSpec, load_workload
 from zoray.engines.hf import Hf
 from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, LowRank
 from zoray.models.folder import Model
-from zoray.objectives import AnswerNLL, ChoiceNLL, Metric, Preference, Reward
-from zoray.objectives.choice import macro_f1
 from zoray.records import ConfigError, Example, Probe
-from zoray.replica import Replica
+from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Metric, Preference, Reward
+from zoray.scoring.objectives.choice import macro_f1
+from zoray.scoring.replica import Replica
+from zoray.scoring.workload import ReplicaSpec, load_workload
 
 ENGINES = {"hf": Hf(), "vllm": Vllm(slots=4, max_tokens=1024, kv_cache_gib=0.02)}
 
@@ -195,7 +195,7 @@ def test_objectives_refuse_tasks_that_they_make_no_sense_for(folder):
                 r"accuracy or f1 for a task of options; got 'numeric'",
             ),
             (ANSWERS, Metric("rouge"), Lora(), r"a metric among f1, exact_match, numeric, ...; got 'rouge'"),
-            (ANSWERS, Reward("zoray.rewards:rouge"), Lora(), r"zoray.rewards to have a function rouge"),
+            (ANSWERS, Reward("zoray.scoring.rewards:rouge"), Lora(), r"zoray.scoring.rewards to have a function rouge"),
         ],
     )
     for examples, objective, space, says in cases:

@@ -15,13 +15,13 @@ from vllm.config.lora import MaxLoRARanks
 
 from zoray import lm_eval
 from zoray.cli import compose
-from zoray.data import load_workload
 from zoray.driver import tune
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces import Lora, LowRank
-from zoray.objectives import ChoiceNLL
 from zoray.records import Probe
-from zoray.replica import Replica
+from zoray.scoring.objectives import ChoiceNLL
+from zoray.scoring.replica import Replica
+from zoray.scoring.workload import load_workload
 
 TASK = """task: films
 dataset_path: json
@@ -82,10 +82,10 @@ def test_the_harness_scores_the_step(run, tmp_path):
         timeout=120,
     )
     assert said.returncode == 0, said.stderr
-    from zoray.data import ReplicaSpec
     from zoray.engines.hf import Hf
     from zoray.methods.estimators import TwoPoint
     from zoray.models.folder import Model
+    from zoray.scoring.workload import ReplicaSpec
 
     merged = Replica(
         ReplicaSpec(Model(str(tmp_path / "m")), Given(CHOICES), ChoiceNLL(), Lora(), TwoPoint(), Hf(), 0, 0, 4)

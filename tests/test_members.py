@@ -21,7 +21,7 @@ from zoray.methods.estimators import TwoPoint
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError, ReplicaLost, Scores
 from zoray.records.tiles import NOT_FINITE, Grid, losses_of, scored, summed
-from zoray.replica import ReplicaInfo
+from zoray.scoring.replica import ReplicaInfo
 
 INFO = ReplicaInfo("0" * 16, "w", "fake", "float32", 1e-6, ())
 

@@ -10,8 +10,8 @@ from rows import write_parquet, write_rows
 from tiny import tiny_tokenizer
 
 from zoray.models.tokens import Encoder
-from zoray.objectives import AnswerNLL
 from zoray.records import ConfigError, Example
+from zoray.scoring.objectives import AnswerNLL
 from zoray.tasks.file.task import File
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]

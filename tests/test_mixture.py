@@ -11,11 +11,11 @@ from chatty import ANSWERS, CHATS, CHOICES, Given, chat_llama, experiment
 from local_pool import LocalPool
 
 from zoray.cli import build_experiment, compose
-from zoray.data import load_workload
 from zoray.driver import tune
 from zoray.history import read_metrics
-from zoray.objectives import AnswerNLL, ChoiceNLL, Metric, Reward
 from zoray.records import ConfigError, Example, Message, Sampling
+from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Metric, Reward
+from zoray.scoring.workload import load_workload
 from zoray.tasks.batches import Order, labels_of, part_numbers
 from zoray.tasks.few_shot import FewShot
 from zoray.tasks.mixture import Joined, Mixture, Part
@@ -76,7 +76,7 @@ def test_a_run_of_several_tasks_reports_each(tmp_path):
     parts = {
         "films": Part(Given(CHOICES), 2.0),
         "answers": Part(Given(ANSWERS, "f1", Sampling(4, stop=("\n",))), 1.0, AnswerNLL()),
-        "rewards": Part(Given(ANSWERS[:4], "reward", Sampling(4)), 1.0, Reward("zoray.rewards:exact_match")),
+        "rewards": Part(Given(ANSWERS[:4], "reward", Sampling(4)), 1.0, Reward("zoray.scoring.rewards:exact_match")),
     }
     e = experiment(folder, Mixture(parts), ChoiceNLL(), tmp_path / "runs", batch=8)
     (tmp_path / "runs" / "r").mkdir(parents=True)

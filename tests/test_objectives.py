@@ -6,8 +6,8 @@ import torch
 from tiny import VOCAB, tiny_tokenizer
 
 from zoray.models.tokens import Encoder
-from zoray.objectives import ChoiceNLL, Sums
 from zoray.records import ConfigError, Example, TokenSequence
+from zoray.scoring.objectives import ChoiceNLL, Sums
 
 WORDS = (" terrible", " great")
 

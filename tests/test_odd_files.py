@@ -19,7 +19,7 @@ import pytest
 from local_pool import LocalPool
 from rows import every, write_parquet, write_rows
 
-import zoray.data
+import zoray.scoring.workload
 from zoray import driver, launch, plan
 from zoray.cli import compose, guarded
 from zoray.records import ConfigError, Splits
@@ -290,7 +290,9 @@ def test_thousands_of_odd_files_end_in_examples_or_in_one_message(part, tmp_path
 
 
 def test_odd_uploads_over_http_are_jobs_or_refused(client, monkeypatch):
-    monkeypatch.setattr("zoray.data.load_tokenizer", cache(zoray.data.load_tokenizer))  # else it takes most of the time
+    monkeypatch.setattr(
+        "zoray.scoring.workload.load_tokenizer", cache(zoray.scoring.workload.load_tokenizer)
+    )  # else it takes most of the time
     seen = set()
     for seed in range(24):
         for name, content in uploads(seed).items():

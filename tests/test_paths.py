@@ -15,7 +15,7 @@ from zoray.experiment import Run
 from zoray.models.folder import cache_dir
 from zoray.records import ConfigError, JournalError
 from zoray.records.paths import user_path
-from zoray.rewards.functions import absolute
+from zoray.scoring.rewards.judging.functions import absolute
 from zoray.tuning import VERBS
 
 

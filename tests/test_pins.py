@@ -20,8 +20,8 @@ from zoray.methods.directions import direction_numpy, philox_numpy
 from zoray.methods.optimizers import to_float32
 from zoray.records import Commit, Scores
 from zoray.records.tiles import gives_feedback, summed
+from zoray.scoring.completions import Writer
 from zoray.tasks.batches import Order
-from zoray.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,11 +9,11 @@ import pytest
 
 from zoray import plan
 from zoray.cli import build_experiment, compose
-from zoray.data import load_workload
 from zoray.engines.layers.vllm_layers import slots_of
 from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.models.folder import linear_matrices, load_matrices, parameters
-from zoray.replica import Replica
+from zoray.scoring.replica import Replica
+from zoray.scoring.workload import load_workload
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,11 @@ from ray import cloudpickle
 
 import zoray.pool
 from zoray.cluster import Cluster, bind_cores
-from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, Lozo
 from zoray.models.folder import Model, linear_matrices, load_matrices
-from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Scores, Tile
 from zoray.records.tiles import (
@@ -39,7 +37,9 @@ from zoray.records.tiles import (
     scored,
     summed,
 )
-from zoray.replica import Replica
+from zoray.scoring.objectives import ChoiceNLL
+from zoray.scoring.replica import Replica
+from zoray.scoring.workload import ReplicaSpec
 from zoray.tasks.file.task import File
 
 if TYPE_CHECKING:

@@ -16,15 +16,15 @@ import torch
 from loop import drive
 from orders import batch_indices, stratified_indices
 
-from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.methods.directions import direction_numpy
 from zoray.methods.estimators import Evolution, OneSided, TwoPoint
 from zoray.methods.optimizers import GlobalAdaptive, Sgd, Sign
 from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.models.folder import Model
-from zoray.objectives import ChoiceNLL
-from zoray.replica import Replica
+from zoray.scoring.objectives import ChoiceNLL
+from zoray.scoring.replica import Replica
+from zoray.scoring.workload import ReplicaSpec
 from zoray.tasks.file.task import File
 
 SEED, DATA_SEED, BATCH, STEPS = 3, 5, 2, 20

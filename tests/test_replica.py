@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from zoray.data import ReplicaSpec
 from zoray.engines.hf import Hf
 from zoray.methods.estimators import Evolution, OneSided, TwoPoint
 from zoray.methods.spaces import Lora
 from zoray.models.folder import Model
-from zoray.noise import NEAR, rounding
-from zoray.objectives import ChoiceNLL
-from zoray.replica import Replica
+from zoray.scoring.noise import NEAR, rounding
+from zoray.scoring.objectives import ChoiceNLL
+from zoray.scoring.replica import Replica
+from zoray.scoring.workload import ReplicaSpec
 from zoray.tasks.file.task import File
 
 X = np.array(NEAR)[:, None]

@@ -8,11 +8,11 @@ import pytest
 from chatty import PROMPTS, Given, chat_llama, experiment
 from local_pool import LocalPool
 
-from zoray.data import load_workload
 from zoray.driver import tune
 from zoray.history import read_metrics
-from zoray.objectives import Reward
 from zoray.records import ConfigError, Sampling
+from zoray.scoring.objectives import Reward
+from zoray.scoring.workload import load_workload
 
 FAILING = '''
 import hashlib, time

@@ -12,10 +12,10 @@ from rows import write_parquet, write_rows
 from tiny import tiny_llama
 
 from zoray import journal
-from zoray.data import load_workload
 from zoray.driver import make_header, read_journal
-from zoray.objectives import AnswerNLL, ChoiceNLL, Preference, Reward
 from zoray.records import ConfigError, JournalError
+from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference, Reward
+from zoray.scoring.workload import load_workload
 from zoray.tasks.file.task import File
 from zoray.tasks.preview import preview
 
@@ -70,7 +70,7 @@ def test_a_chat_that_the_template_refuses_is_named_by_its_place(suffix, place, t
         loaded(model(tmp_path / "m", NOSYS), task, AnswerNLL(), tmp_path)
 
 
-@pytest.mark.parametrize("objective", [AnswerNLL(), Reward("zoray.rewards:length", {"most": 20}, max_tokens=4)])
+@pytest.mark.parametrize("objective", [AnswerNLL(), Reward("zoray.scoring.rewards:length", {"most": 20}, max_tokens=4)])
 def test_what_is_too_long_is_named_by_its_place(objective, tmp_path):
     rows = [{"prompt": f"x{i} {LONG if i in (2, 5) else ''}", "completion": "great"} for i in range(8)]
     task = File(write_rows(tmp_path / "a.jsonl", rows), dev=1, test=0)

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from zoray.cli import group_options
-from zoray.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.records import ConfigError
+from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.serving import presets
 from zoray.serving.requests import NewJob, Use, objective_of, plainly
 from zoray.tasks.published.movie_reviews import MovieReviews

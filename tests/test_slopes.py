@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from zoray.objectives import AnswerNLL, ChoiceMetric, ChoiceNLL, Metric, Preference, Reward, Sums
 from zoray.records import ConfigError, Example
+from zoray.scoring.objectives import AnswerNLL, ChoiceMetric, ChoiceNLL, Metric, Preference, Reward, Sums
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zoray.objectives import Objective
+    from zoray.scoring.objectives import Objective
 
 STEP = 1e-5
 OPTIONS = np.array([2, 3, 2, 4, 3])  # of each example
@@ -151,4 +151,4 @@ def test_slopes_of_extreme_sums_are_finite(objective):
 
 def test_what_is_about_completions_has_no_slopes():
     with pytest.raises(ConfigError, match="reward has no gradient at the log-probabilities"):
-        Reward("zoray.rewards:exact_match").slopes(batch(ChoiceNLL()))
+        Reward("zoray.scoring.rewards:exact_match").slopes(batch(ChoiceNLL()))

@@ -10,15 +10,15 @@ import pytest
 from tiny import tiny_work
 
 from zoray.cluster import Cluster, size
-from zoray.data import ReplicaSpec
 from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, Lozo
 from zoray.models.folder import Model, linear_matrices
-from zoray.objectives import ChoiceNLL
 from zoray.pool import Pool
 from zoray.records import Commit, ConfigError
 from zoray.records.tiles import Grid, losses_of
+from zoray.scoring.objectives import ChoiceNLL
+from zoray.scoring.workload import ReplicaSpec
 from zoray.tasks.file.task import File
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from zoray.methods.directions import direction_numpy
 from zoray.methods.snapshots import pack, unpack
 from zoray.records import Commit, Probe, Scores, Tile
 from zoray.records.tiles import Grid, losses_of, mean, summed
-from zoray.replica import ReplicaInfo
+from zoray.scoring.replica import ReplicaInfo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from zoray.data import ReplicaSpec
+    from zoray.scoring.workload import ReplicaSpec
 
 
 class ToyEngine:
@@ -74,7 +74,7 @@ class ToyEngine:
 
 
 class ToyReplica:
-    """As zoray/replica.py's, whose guarantees it keeps."""
+    """As zoray/scoring/replica.py's, whose guarantees it keeps."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self.spec, self.engine = spec, ToyEngine(spec)

@@ -19,13 +19,13 @@ from ray.util import get_node_ip_address
 from zoray.channel import connect
 from zoray.cluster import bind_cores
 from zoray.records import ConfigError
-from zoray.replica import Replica, ReplicaInfo
+from zoray.scoring.replica import Replica, ReplicaInfo
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from zoray.data import ReplicaSpec
     from zoray.records import Commit, Scores
+    from zoray.scoring.workload import ReplicaSpec
 
 METHODS = ("load", "evaluate", "reset", "catch_up", "snapshot", "restore", "adapter")
 BY_VALUE: Any = cloudpickle  # a script's or notebook's own classes travel as well

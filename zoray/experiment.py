@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from zoray.data import ReplicaSpec
 from zoray.models.tokens import checked_date
 from zoray.records import ConfigError, require
 from zoray.records.paths import user_path
 from zoray.records.tiles import MAX_TILE
+from zoray.scoring.workload import ReplicaSpec
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ def main(config: Any) -> int:
             f"go on with it: {setting('run.resume', str(path))}, or choose another run.name"
         )
 
-    from zoray.data import load_workload
     from zoray.driver import tune
+    from zoray.scoring.workload import load_workload
     from zoray.tasks.preview import preview
 
     experiment.cluster.check()

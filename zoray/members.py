@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
     from zoray.channel import Listener
     from zoray.cluster import Cluster
-    from zoray.data import ReplicaSpec
     from zoray.methods.snapshots import Snapshot
     from zoray.records import Commit
-    from zoray.replica import ReplicaInfo
+    from zoray.scoring.replica import ReplicaInfo
+    from zoray.scoring.workload import ReplicaSpec
 
 log = logging.getLogger(__name__)
 

@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.cli import build_experiment, run_main
-from zoray.data import load_workload, order_of
 from zoray.engines.packing import LOGITS_ELEMENTS
 from zoray.engines.slots import STAGED_ELEMENTS
 from zoray.methods.spaces.base import CACHED_ELEMENTS
 from zoray.models.folder import parameters
 from zoray.records import Commit, ConfigError, Scores
 from zoray.records.tiles import Grid, probes_of, scored
+from zoray.scoring.workload import load_workload, order_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from zoray.data import Workload
     from zoray.experiment import Experiment
+    from zoray.scoring.workload import Workload
 
 PROCESS = 1.5 * 2**30  # bytes of Python, torch, vLLM and Ray in a replica's process
 SAMPLED_STEPS = 50

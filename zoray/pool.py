@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from zoray.data import ReplicaSpec
     from zoray.members import Member
-    from zoray.replica import ReplicaInfo
+    from zoray.scoring.replica import ReplicaInfo
+    from zoray.scoring.workload import ReplicaSpec
 
 log = logging.getLogger(__name__)
 REMIND_SECONDS = 60.0

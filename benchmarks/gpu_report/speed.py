@@ -89,7 +89,7 @@ def one_size(
     case: Case, options: dict[str, str], e: Any, workload: Any, engine: Any, bare: Any, model: Any, weights: int
 ) -> dict[str, Any]:
     """The row of one batch size."""
-    from zoray.replica import Replica
+    from zoray.scoring.replica import Replica
 
     workload, batch = one_batch(e, workload), e.run.batch
     replica = Replica(e.spec, workload, engine)

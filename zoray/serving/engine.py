@@ -20,13 +20,13 @@ import numpy as np
 from zoray.actor import ReplicaActor
 from zoray.engines.packing import Plan
 from zoray.engines.shared.throttle import Throttle
-from zoray.guidance import lens_table
-from zoray.measure import metrics, worth
 from zoray.models.adapters import peft_space, read_factors
 from zoray.records import ConfigError, Probe
 from zoray.records.tiles import mean
-from zoray.replica import Replica
-from zoray.scorer import Scorer
+from zoray.scoring.guidance import lens_table
+from zoray.scoring.metrics import metrics, worth
+from zoray.scoring.replica import Replica
+from zoray.scoring.scorer import Scorer
 from zoray.serving import neutral
 from zoray.serving.gate import Measured
 from zoray.serving.logs import keep_log
@@ -38,10 +38,10 @@ from zoray.serving.versions import check
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-    from zoray.data import ReplicaSpec
     from zoray.engines.shared.engine import SharedEngine
     from zoray.records import Sampling
-    from zoray.replica import ReplicaInfo
+    from zoray.scoring.replica import ReplicaInfo
+    from zoray.scoring.workload import ReplicaSpec
     from zoray.serving.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from zoray.experiment import Experiment, Run
 from zoray.methods.optimizers import LEAST_DECAY
 from zoray.models.folder import max_length
 from zoray.monitoring import Logging
-from zoray.objectives import Preference
 from zoray.records import ConfigError
 from zoray.records.tiles import MAX_TILE
+from zoray.scoring.objectives import Preference
 from zoray.serving.pool import PATIENT
 from zoray.serving.requests import MOST_RATE, MOST_STEPS, Hyperparameters
 

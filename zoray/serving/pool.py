@@ -14,9 +14,9 @@ from zoray.pool import Pool
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from zoray.data import ReplicaSpec
     from zoray.methods.snapshots import Snapshot
     from zoray.records import Commit
+    from zoray.scoring.workload import ReplicaSpec
 
 log = logging.getLogger(__name__)
 PATIENT = 86_400.0  # seconds: an engine that answers people may take so long for tuning's share

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from zoray.cli import build, conf_dir
-from zoray.objectives import AnswerNLL, ChoiceNLL
 from zoray.records import ConfigError
 from zoray.records.signatures import did_you_mean
+from zoray.scoring.objectives import AnswerNLL, ChoiceNLL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from zoray.objectives.base import Objective
+    from zoray.scoring.objectives.base import Objective
     from zoray.tasks.base import Task
 
 PREFIX = "task:"  # before a task's name, where a request has room for a file's id only

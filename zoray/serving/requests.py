@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from zoray.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.records import ConfigError
+from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.serving.fields import only, wrong
 from zoray.serving.presets import PREFIX, SIZES, preset
 from zoray.tasks.file.columns import names_in
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from zoray.objectives.base import Objective
+    from zoray.scoring.objectives.base import Objective
     from zoray.tasks.base import Task
     from zoray.tasks.file.rows.text import Rows
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from zoray.channel import Listener
 from zoray.cluster import own_host
-from zoray.data import load_workload
 from zoray.driver import tune
 from zoray.history import read_metrics
 from zoray.records import ConfigError
 from zoray.records.signatures import record
+from zoray.scoring.workload import load_workload
 from zoray.serving import versions
 from zoray.serving.conversations import Conversations
 from zoray.serving.experiments import experiment_of, numbers_of, settled

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from zoray.records import ConfigError, is_finite, require
-from zoray.rewards.base import LIMIT, column
+from zoray.scoring.rewards.base import LIMIT, column
 
 MODES, UNITS = ("full", "contains"), ("characters", "words")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zoray.records import ConfigError, is_finite
-from zoray.rewards.functions import load_function
+from zoray.scoring.rewards.judging.functions import load_function
 
 LONGEST = 4000  # characters of a failure that are told
 PR_SET_PDEATHSIG = 1

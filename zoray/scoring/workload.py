@@ -26,7 +26,7 @@ from zoray.tasks.mixture import Mixture
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from zoray.objectives.base import Objective
+    from zoray.scoring.objectives.base import Objective
 
 Found = TypeVar("Found")
 SPLITS = ("train", "dev", "test")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.methods.directions import name_hash, philox_numpy
-from zoray.objectives.base import Outcomes
-from zoray.objectives.reward import facts
+from zoray.scoring.objectives.base import Outcomes
+from zoray.scoring.objectives.reward import facts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

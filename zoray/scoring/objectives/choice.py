@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from zoray.objectives.base import Objective, Outcomes, Sums, need_options
 from zoray.records import ConfigError, Example, SettingError, TokenSequence, require
+from zoray.scoring.objectives.base import Objective, Outcomes, Sums, need_options
 
 if TYPE_CHECKING:
     from zoray.models.tokens import Encoder

@@ -27,13 +27,13 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from zoray.records import is_finite, require
-from zoray.rewards.functions import absolute, load_function, split_path
-from zoray.rewards.json_object import has_pattern
-from zoray.rewards.worker import Judged, failed, judged
+from zoray.scoring.rewards.json_object import has_pattern
+from zoray.scoring.rewards.judging.functions import absolute, load_function, split_path
+from zoray.scoring.rewards.judging.worker import Judged, failed, judged
 
 START_S = 600.0  # for a worker to start and import the function's module, which may load a model
-START = "import sys; sys.path[:] = sys.argv[3:]; from zoray.rewards.worker import main; main()"
-BUILT_IN = "zoray.rewards"
+START = "import sys; sys.path[:] = sys.argv[3:]; from zoray.scoring.rewards.judging.worker import main; main()"
+BUILT_IN = "zoray.scoring.rewards"
 CLOSED = "the judge was closed before this completion was judged"
 
 Call = tuple[tuple[str, str, Mapping[str, Any]], Future[Judged]]

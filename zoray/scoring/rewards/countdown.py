@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from zoray.records import ConfigError
-from zoray.rewards.base import LIMIT, column
+from zoray.scoring.rewards.base import LIMIT, column
 
 OPEN, CLOSE = "<answer>", "</answer>"
 LONGEST = 200  # characters of an equation

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from zoray.records import ConfigError
-from zoray.rewards.base import LIMIT, answers_of
+from zoray.scoring.rewards.base import LIMIT, answers_of
 
 DIGITS = 300  # of a number; longer ones are none
 

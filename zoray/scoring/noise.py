@@ -16,7 +16,7 @@ from zoray.records.tiles import mean
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from zoray.scorer import Scorer
+    from zoray.scoring.scorer import Scorer
 
 NEAR = (0.9, 0.95, 1.0, 1.05, 1.1)  # of a probe's scale
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from zoray.objectives.base import Objective, Outcomes, Sums, Unbound, need_options
-from zoray.objectives.choice import ChoiceNLL, macro_f1
-from zoray.objectives.reward import text_metric
 from zoray.records import ConfigError, Example
+from zoray.scoring.objectives.base import Objective, Outcomes, Sums, Unbound, need_options
+from zoray.scoring.objectives.choice import ChoiceNLL, macro_f1
+from zoray.scoring.objectives.reward import text_metric
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ class Metric(Unbound):
 
     On a task of options the metric is "accuracy", or "f1": the mean over classes of F1 on the step's batch. On a task
     of answers the model writes one itself, and the metric is "f1" or "exact_match" (SQuAD's), "numeric" or any other of
-    zoray.rewards. Where a perturbation changes no answer, plus and minus tie and the direction says nothing; such
+    zoray.scoring.rewards. Where a perturbation changes no answer, plus and minus tie and the direction says nothing; such
     directions are counted, and many of them warned about. Larger batches and perturbations have fewer.
 
     Args:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.models.tokens import answered
-from zoray.objectives.base import Objective, Outcomes, Sums
-from zoray.objectives.choice import ChoiceNLL
-from zoray.objectives.reward import text_metric
 from zoray.records import ConfigError, Example, TokenSequence, require
+from zoray.scoring.objectives.base import Objective, Outcomes, Sums
+from zoray.scoring.objectives.choice import ChoiceNLL
+from zoray.scoring.objectives.reward import text_metric
 
 if TYPE_CHECKING:
     from zoray.models.tokens import Encoder

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zoray.engines.packing import Plan, SequenceTable, ranges, starts_of
-from zoray.objectives.base import Sums
+from zoray.scoring.objectives.base import Sums
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from zoray.objectives.base import Objective, Outcomes, Sums
 from zoray.records import ConfigError, Example, Sampling, TokenSequence, is_finite, require
-from zoray.rewards.functions import absolute, load_function
-from zoray.rewards.judge import Judge
+from zoray.scoring.objectives.base import Objective, Outcomes, Sums
+from zoray.scoring.rewards.judging.functions import absolute, load_function
+from zoray.scoring.rewards.judging.judge import Judge
 
 if TYPE_CHECKING:
     from zoray.models.tokens import Encoder
 
-BUILT_IN = "zoray.rewards:"
+BUILT_IN = "zoray.scoring.rewards:"
 PROOF = 8  # last tokens of a prompt that stand for it where replicas are compared
 
 
@@ -124,12 +124,12 @@ def facts(example: Example, prompt: str) -> dict[str, Any]:
 
 
 def text_metric(name: str, task: Any, example: Example) -> Objective:
-    """The objective that a metric of zoray.rewards is on a task of answers.
+    """The objective that a metric of zoray.scoring.rewards is on a task of answers.
 
     Raises:
         ConfigError: there is no such metric.
     """
     try:
-        return Reward(f"zoray.rewards:{name}", name=name).bind(task, example)
+        return Reward(f"zoray.scoring.rewards:{name}", name=name).bind(task, example)
     except ConfigError as error:
         raise ConfigError(f"expected a metric among f1, exact_match, numeric, ...; got {name!r}: {error}") from None

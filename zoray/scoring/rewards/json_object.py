@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from zoray.records import ConfigError
 from zoray.records.paths import user_path
-from zoray.rewards.base import LIMIT, column
+from zoray.scoring.rewards.base import LIMIT, column
 
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoray.data import ReplicaSpec, Workload, load_workload, order_of
-from zoray.guidance import Guidance
 from zoray.methods.estimators.feedback import quantised
-from zoray.noise import score_noise
 from zoray.records import Probe, Scores, Tile
 from zoray.records.tiles import LARGEST, Grid, gives_feedback, join_scores, mean, summed
-from zoray.scorer import Scorer
+from zoray.scoring.guidance import Guidance
+from zoray.scoring.noise import score_noise
+from zoray.scoring.scorer import Scorer
+from zoray.scoring.workload import ReplicaSpec, Workload, load_workload, order_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zoray.engines.base import Engine
-    from zoray.objectives.base import Outcomes
     from zoray.records import Commit
+    from zoray.scoring.objectives.base import Outcomes
 
 
 @dataclass(frozen=True)

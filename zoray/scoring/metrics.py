@@ -15,9 +15,9 @@ from zoray.tasks.batches import labels_of, part_numbers
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from zoray.data import Workload
     from zoray.pool import Pool
     from zoray.records import Probe, Scores
+    from zoray.scoring.workload import Workload
     from zoray.tasks.batches import Order
 
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoray.data import Part, encode_split
-from zoray.encoded import EncodedSplit
-from zoray.objectives.base import Outcomes, Sums
+from zoray.scoring.completions import Writer
+from zoray.scoring.objectives.base import Outcomes, Sums
+from zoray.scoring.tables import EncodedSplit
+from zoray.scoring.workload import Part, encode_split
 from zoray.tasks.batches import part_numbers
-from zoray.writer import Writer
 
 if TYPE_CHECKING:
-    from zoray.data import ReplicaSpec, Workload
     from zoray.engines.base import Engine
-    from zoray.objectives.base import Objective
     from zoray.records import Probe
+    from zoray.scoring.objectives.base import Objective
+    from zoray.scoring.workload import ReplicaSpec, Workload
 
 
 class Scorer:

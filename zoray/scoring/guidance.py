@@ -13,16 +13,16 @@ import numpy as np
 
 from zoray.engines.feedback.residual import SKIPPED
 from zoray.engines.packing import Plan, SequenceTable
-from zoray.objectives.base import Outcomes, Sums
 from zoray.records import TokenSequence
+from zoray.scoring.objectives.base import Outcomes, Sums
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from zoray.engines.base import Engine
-    from zoray.objectives.base import Objective
     from zoray.records import Probe
-    from zoray.scorer import Scorer
+    from zoray.scoring.objectives.base import Objective
+    from zoray.scoring.scorer import Scorer
 
 LENS_ROWS, LENS_EXAMPLES = 2_500, 1_000  # that the maps of feedback are fitted to, at most
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from zoray.objectives.base import Objective, Outcomes, Sums
 from zoray.records import ConfigError, Example, TokenSequence, is_finite, require
+from zoray.scoring.objectives.base import Objective, Outcomes, Sums
 
 if TYPE_CHECKING:
     from zoray.models.tokens import Encoder
