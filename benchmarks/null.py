@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray.channel import Listener, connect
-from zoray.cluster import Cluster
-from zoray.members import Members
-from zoray.pool import Pool
+from zoray.pool.members import Members
+from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.pool import Pool
+from zoray.pool.sockets import Listener, connect
 from zoray.records import Scores
 from zoray.records.tiles import LEVELS, Grid, gives_feedback, scored, summed
 from zoray.scoring.replica import ReplicaInfo

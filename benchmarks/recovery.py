@@ -30,10 +30,10 @@ import ray
 from benchmarks.null import start
 from benchmarks.options import parse
 from benchmarks.timing import spread
-from zoray.cluster import Cluster
-from zoray.members import Members
 from zoray.methods.estimators import TwoPoint
-from zoray.pool import Pool
+from zoray.pool.members import Members
+from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.pool import Pool
 from zoray.records import Commit
 from zoray.records.tiles import Grid
 

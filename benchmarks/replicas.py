@@ -20,8 +20,8 @@ import ray
 from benchmarks.options import parse
 from benchmarks.timing import ratio, rounds, spread
 from zoray.cli import build_experiment, compose
-from zoray.cluster import Cluster
-from zoray.pool import Pool
+from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.pool import Pool
 from zoray.records import Commit
 from zoray.records.tiles import Grid
 

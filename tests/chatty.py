@@ -8,7 +8,6 @@ from typing import Any
 
 from tiny import tiny_llama
 
-from zoray.cluster import Cluster
 from zoray.engines.hf import Hf
 from zoray.experiment import Experiment, Run
 from zoray.methods.estimators import TwoPoint
@@ -16,6 +15,7 @@ from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces import Lora
 from zoray.models.folder import Model
 from zoray.monitoring import Logging
+from zoray.pool.on_ray.cluster import Cluster
 from zoray.records import Example, Message, Sampling, Splits
 
 TEMPLATE = (

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class LocalPool:
-    """What the driver asks of a pool, see zoray.pool.Pool."""
+    """What the driver asks of a pool, see zoray.pool.pool.Pool."""
 
     size, rebuilt = 1, 0
 

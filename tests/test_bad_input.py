@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from zoray import cluster, driver, launch
+from zoray import driver, launch
 from zoray.cli import build_experiment, compose, run_main
-from zoray.cluster import Cluster, check_reachable
+from zoray.pool.on_ray import cluster
+from zoray.pool.on_ray.cluster import Cluster, check_reachable
 from zoray.records import ConfigError
 
 REAL_TUNE = driver.tune

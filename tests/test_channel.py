@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
-from zoray import channel
-from zoray.channel import Listener, connect
+from zoray.pool import sockets as channel
+from zoray.pool.sockets import Listener, connect
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:

@@ -168,7 +168,7 @@ def survive(start: type[Inside], method: str, root: Path, model: Path, data: Pat
 @pytest.fixture(scope="module")
 def imported() -> None:
     """Children are forked from a process that has the slow imports behind it."""
-    preload = ["torch", "transformers", "zoray.launch", "zoray.driver", "zoray.pool", "zoray.engines.hf", "hydra"]
+    preload = ["torch", "transformers", "zoray.launch", "zoray.driver", "zoray.pool.pool", "zoray.engines.hf", "hydra"]
     Inside.server.set_forkserver_preload(preload)
 
 

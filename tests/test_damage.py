@@ -10,13 +10,13 @@ import pytest
 import toy
 from ray import cloudpickle
 
-import zoray.pool
-from zoray.cluster import Cluster
+import zoray.pool.pool
 from zoray.engines.hf import Hf
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora
 from zoray.models.folder import Model
-from zoray.pool import Pool
+from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.pool import Pool
 from zoray.records import Commit, JournalError
 from zoray.records.tiles import Grid, losses_of
 from zoray.scoring.objectives import ChoiceNLL
@@ -61,7 +61,7 @@ def fragile(monkeypatch) -> Iterator[None]:
     module = sys.modules[__name__]
     for each in (toy, module):
         cloudpickle.register_pickle_by_value(each)
-    monkeypatch.setattr(zoray.pool, "ReplicaActor", Fragile)
+    monkeypatch.setattr(zoray.pool.pool, "ReplicaActor", Fragile)
     yield
     for each in (toy, module):
         cloudpickle.unregister_pickle_by_value(each)

@@ -16,13 +16,13 @@ from rows import write_rows
 from test_chaos import Session as Job
 from test_chaos import cluster, replicas, steps_in
 
-from zoray.cluster import Cluster
 from zoray.engines.hf import Hf
 from zoray.methods.estimators.feedback import Feedback, gains
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces.signs import packed
 from zoray.models.folder import Model
-from zoray.pool import Pool
+from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.pool import Pool
 from zoray.records.tiles import Grid, losses_of
 from zoray.scoring.objectives import ChoiceNLL
 from zoray.scoring.replica import Replica

@@ -19,7 +19,6 @@ from rows import write_rows
 
 from zoray import evaluate, export, journal
 from zoray.cli import build_experiment, compose
-from zoray.cluster import Cluster
 from zoray.driver import make_header, tune
 from zoray.engines.vllm.engine import Vllm
 from zoray.history import read_metrics
@@ -28,6 +27,7 @@ from zoray.methods.estimators import Evolution, OneSided, TwoPoint
 from zoray.methods.estimators.feedback import GROUPS, Feedback, gains
 from zoray.methods.optimizers import Sgd, Sign
 from zoray.methods.spaces import Lora, LowRank, Lozo
+from zoray.pool.on_ray.cluster import Cluster
 from zoray.records import ConfigError, Probe, Sampling
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Metric, Reward
 from zoray.scoring.workload import load_workload

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from zoray.guard import differing_digests, differing_scores
+from zoray.pool.agreement import differing_digests, differing_scores
 from zoray.records import JournalError
 
 

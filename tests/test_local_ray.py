@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from gatewayed import settings_of
 
-from zoray import local_ray
 from zoray.journal import read
-from zoray.local_ray import own_words, temp_folder
+from zoray.pool.on_ray import local as local_ray
+from zoray.pool.on_ray.local import own_words, temp_folder
 from zoray.records import ConfigError
 from zoray.serving import start
 from zoray.serving.start import _listen

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zoray.channel import Listener, connect
-from zoray.cluster import Cluster
-from zoray.members import Members
 from zoray.methods import snapshots
 from zoray.methods.estimators import TwoPoint
-from zoray.pool import Pool
+from zoray.pool.members import Members
+from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.pool import Pool
+from zoray.pool.sockets import Listener, connect
 from zoray.records import Commit, ConfigError, ReplicaLost, Scores
 from zoray.records.tiles import NOT_FINITE, Grid, losses_of, scored, summed
 from zoray.scoring.replica import ReplicaInfo

@@ -17,14 +17,14 @@ from loop import tile_grid
 from orders import batch_indices, stratified_indices
 from ray import cloudpickle
 
-import zoray.pool
-from zoray.cluster import Cluster, bind_cores
+import zoray.pool.pool
 from zoray.engines.hf import Hf
 from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, Lozo
 from zoray.models.folder import Model, linear_matrices, load_matrices
-from zoray.pool import Pool
+from zoray.pool.on_ray.cluster import Cluster, bind_cores
+from zoray.pool.pool import Pool
 from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Scores, Tile
 from zoray.records.tiles import (
     LARGEST,
@@ -45,7 +45,7 @@ from zoray.tasks.file.task import File
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zoray.members import Member
+    from zoray.pool.members import Member
 
 PAIR = (Probe(0, 0, 0.1), Probe(0, 0, -0.1))
 TWO_PAIRS = (*PAIR, Probe(0, 1, 0.1), Probe(0, 1, -0.1))
@@ -167,7 +167,7 @@ def spec(tiny_models, labelled_file) -> ReplicaSpec:
 def toys(local_ray, monkeypatch) -> Iterator[None]:
     """Pools of replicas that start fast, see toy.py: what is looked at is the pool's."""
     cloudpickle.register_pickle_by_value(toy)
-    monkeypatch.setattr(zoray.pool, "ReplicaActor", toy.Toy)
+    monkeypatch.setattr(zoray.pool.pool, "ReplicaActor", toy.Toy)
     yield
     cloudpickle.unregister_pickle_by_value(toy)
 

@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from zoray import journal
-from zoray.cluster import _own_code, check_reachable
 from zoray.launch import _check_kept
+from zoray.pool.on_ray.cluster import _own_code, check_reachable
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def head() -> Iterator[Head]:
 
 ASK = """
 import sys
-from zoray.cluster import Cluster, connect, leave
+from zoray.pool.on_ray.cluster import Cluster, connect, leave
 leave(connect(Cluster(address=sys.argv[1]), print))
 """
 
@@ -158,7 +158,7 @@ WHERE = """
 import sys
 from pathlib import Path
 import ray
-from zoray.cluster import Cluster, connect, leave
+from zoray.pool.on_ray.cluster import Cluster, connect, leave
 connect(Cluster(address=sys.argv[1], ship=sys.argv[2] == "true"), lambda text: None)
 @ray.remote
 def where():

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
+from zoray.pool.shares import Shares, cut
 from zoray.records import Scores
-from zoray.shares import Shares, cut
 
 
 def scores(tiles) -> Scores:

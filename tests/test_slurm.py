@@ -18,8 +18,8 @@ from slurm_nodes import NODES, SlurmCluster, missing, wait
 from zoray import journal
 from zoray.cli import build_experiment, compose, load_run_config
 from zoray.launch import main
+from zoray.pool.slurm import Slurm, command, environment, script_path, seconds
 from zoray.records import ConfigError
-from zoray.slurm import Slurm, command, environment, script_path, seconds
 
 STEPS = 150  # a few seconds of steps, to kill and stop a driver in
 LACKS = missing()

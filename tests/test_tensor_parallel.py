@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tiny import tiny_work
 
-from zoray.cluster import Cluster, size
 from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, Lozo
 from zoray.models.folder import Model, linear_matrices
-from zoray.pool import Pool
+from zoray.pool.on_ray.cluster import Cluster, size
+from zoray.pool.pool import Pool
 from zoray.records import Commit, ConfigError
 from zoray.records.tiles import Grid, losses_of
 from zoray.scoring.objectives import ChoiceNLL

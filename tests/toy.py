@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.torch import load_file
 
-from zoray.actor import ReplicaActor
-from zoray.cluster import bind_cores
 from zoray.methods.directions import direction_numpy
 from zoray.methods.snapshots import pack, unpack
+from zoray.pool.on_ray.actor import ReplicaActor
+from zoray.pool.on_ray.cluster import bind_cores
 from zoray.records import Commit, Probe, Scores, Tile
 from zoray.records.tiles import Grid, losses_of, mean, summed
 from zoray.scoring.replica import ReplicaInfo

@@ -20,7 +20,7 @@ from zoray.methods.spaces.signs import packed
 from zoray.models.adapters import write_peft
 from zoray.models.folder import weights_hash
 from zoray.monitoring import Monitor
-from zoray.pool import Pool
+from zoray.pool.pool import Pool
 from zoray.records import ConfigError, JournalError, StepResult, require
 from zoray.records.overrides import setting
 from zoray.records.paths import agree_but_for_places

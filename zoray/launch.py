@@ -51,7 +51,7 @@ def main(config: Any) -> int:
         _create(path, OmegaConf.to_yaml(config, resolve=True))
     try:
         if submits:
-            from zoray.slurm import submit
+            from zoray.pool.slurm import submit
 
             submit(experiment.cluster, path, [] if resume is None else _changes())
             return 0

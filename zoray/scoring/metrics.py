@@ -15,7 +15,7 @@ from zoray.tasks.batches import labels_of, part_numbers
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from zoray.pool import Pool
+    from zoray.pool.pool import Pool
     from zoray.records import Probe, Scores
     from zoray.scoring.workload import Workload
     from zoray.tasks.batches import Order

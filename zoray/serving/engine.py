@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray.actor import ReplicaActor
 from zoray.engines.packing import Plan
 from zoray.engines.shared.throttle import Throttle
 from zoray.models.adapters import peft_space, read_factors
+from zoray.pool.on_ray.actor import ReplicaActor
 from zoray.records import ConfigError, Probe
 from zoray.records.tiles import mean
 from zoray.scoring.guidance import lens_table

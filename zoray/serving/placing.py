@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from zoray.cluster import bind_cores, room, totals
+from zoray.pool.on_ray.cluster import bind_cores, room, totals
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:

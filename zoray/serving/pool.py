@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from zoray.channel import Listener
-from zoray.cluster import Cluster
-from zoray.members import Members
-from zoray.placement import end_process
-from zoray.pool import Pool
+from zoray.pool.members import Members
+from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.on_ray.placement import end_process
+from zoray.pool.pool import Pool
+from zoray.pool.sockets import Listener
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from zoray.pool import Pool
+    from zoray.pool.pool import Pool
     from zoray.records import Evaluation
     from zoray.serving.gate import Gate, Measured
     from zoray.serving.settings import Settings

@@ -7,7 +7,7 @@ import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from zoray.cluster import Cluster, connect, leave
+from zoray.pool.on_ray.cluster import Cluster, connect, leave
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from functools import partial
 from traceback import format_tb
 from typing import TYPE_CHECKING, Any
 
-from zoray.channel import Listener
-from zoray.cluster import own_host
 from zoray.driver import tune
 from zoray.history import read_metrics
+from zoray.pool.on_ray.cluster import own_host
+from zoray.pool.sockets import Listener
 from zoray.records import ConfigError
 from zoray.records.signatures import record
 from zoray.scoring.workload import load_workload

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zoray.cluster import Cluster, check_reachable
+from zoray.pool.on_ray.cluster import Cluster, check_reachable
 from zoray.records import ConfigError, disk, require
 from zoray.records.overrides import setting, value_of
 from zoray.records.paths import user_path

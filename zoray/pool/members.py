@@ -17,17 +17,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zoray import channel
-from zoray.actor import BY_VALUE
+from zoray.pool import sockets as channel
+from zoray.pool.on_ray.actor import BY_VALUE
 from zoray.records import ConfigError, ReplicaLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-    from zoray.channel import Listener
-    from zoray.cluster import Cluster
     from zoray.methods.snapshots import Snapshot
+    from zoray.pool.on_ray.cluster import Cluster
+    from zoray.pool.sockets import Listener
     from zoray.records import Commit
     from zoray.scoring.replica import ReplicaInfo
     from zoray.scoring.workload import ReplicaSpec

@@ -16,8 +16,8 @@ import ray
 from ray import cloudpickle
 from ray.util import get_node_ip_address
 
-from zoray.channel import connect
-from zoray.cluster import bind_cores
+from zoray.pool.on_ray.cluster import bind_cores
+from zoray.pool.sockets import connect
 from zoray.records import ConfigError
 from zoray.scoring.replica import Replica, ReplicaInfo
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoray import local_ray
+from zoray.pool.on_ray import local as local_ray
 from zoray.records import ConfigError, require
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from zoray.channel import Listener
+    from zoray.pool.sockets import Listener
 
 
 CLOSE_SECONDS = 2.0

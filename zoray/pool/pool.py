@@ -19,22 +19,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoray.actor import ReplicaActor
-from zoray.channel import Listener
-from zoray.cluster import Cluster, connect, leave, own_host, room, size, totals
-from zoray.guard import differing_digests, differing_scores
-from zoray.members import Members
 from zoray.methods.snapshots import Snapshot, write
-from zoray.placement import Placement
+from zoray.pool.agreement import differing_digests, differing_scores
+from zoray.pool.members import Members
+from zoray.pool.on_ray.actor import ReplicaActor
+from zoray.pool.on_ray.cluster import Cluster, connect, leave, own_host, room, size, totals
+from zoray.pool.on_ray.placement import Placement
+from zoray.pool.shares import Shares
+from zoray.pool.sockets import Listener
 from zoray.records import Commit, ConfigError, JournalError, ReplicaLost, Scores
 from zoray.records.tiles import NOT_FINITE, Grid, as_ranges, join_scores, scored
-from zoray.shares import Shares
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from zoray.members import Member
+    from zoray.pool.members import Member
     from zoray.scoring.replica import ReplicaInfo
     from zoray.scoring.workload import ReplicaSpec
 
