@@ -49,11 +49,11 @@ from benchmarks.bare_model import (
     token_loss,
 )
 from benchmarks.options import parse
-from zoray.cli import build, build_experiment, compose, guarded
 from zoray.models.folder import load_tokenizer, max_length
 from zoray.models.tokens import Encoder
 from zoray.records import ConfigError
 from zoray.records.paths import user_path
+from zoray.run.config import build, build_experiment, compose, guarded
 from zoray.scoring.workload import load_workload
 from zoray.tasks.batches import Order, labels_of
 

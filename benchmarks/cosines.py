@@ -29,14 +29,14 @@ import torch
 
 from benchmarks.baselines import lines_of, order_of
 from benchmarks.options import parse
-from zoray.cli import build_experiment, compose, guarded
 from zoray.engines.feedback.lens import Map
 from zoray.methods.spaces.base import layer_number
 from zoray.models.folder import linear_matrices, load_tokenizer, max_length
 from zoray.models.tokens import Encoder
-from zoray.plots import DEV, DPI, GRID, INK, TRAIN
 from zoray.records import Commit, ConfigError, Example, Probe, Splits
 from zoray.records.paths import user_path
+from zoray.run.config import build_experiment, compose, guarded
+from zoray.run.reports.plots import DEV, DPI, GRID, INK, TRAIN
 from zoray.scoring.guidance import Gradient, Guidance
 from zoray.scoring.objectives import AnswerNLL
 from zoray.scoring.scorer import Scorer

@@ -89,8 +89,8 @@ class Clock:
 
 def replica(folder: Path, examples: int, where: tuple[str, ...]) -> tuple[Any, Any]:
     """An experiment with `examples` a step, and its replica on the toy model."""
-    from zoray.cli import build_experiment, compose
     from zoray.models.folder import linear_matrices
+    from zoray.run.config import build_experiment, compose
     from zoray.scoring.replica import Replica
     from zoray.scoring.workload import Workload
 

@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
 
 def measure(options: dict[str, str], where: tuple[str, ...] = ()) -> dict[str, Any]:
     """Points (step, seconds, forward tokens, dev accuracy, dev loss) of both. `where`: further settings, for tests."""
-    from zoray.cli import build_experiment, compose
+    from zoray.run.config import build_experiment, compose
     from zoray.scoring.workload import load_workload
 
     settings = ["estimator=two_point", "space=lozo", f"space.rank={options['rank']}", f"estimator.eps={options['eps']}"]

@@ -111,9 +111,9 @@ def run(
 
     `where`: settings that are the same for all methods, such as the engine's.
     """
-    from zoray.cli import build_experiment, compose
     from zoray.records import Probe
     from zoray.records.tiles import mean, scored
+    from zoray.run.config import build_experiment, compose
     from zoray.scoring.replica import Replica
 
     overrides = [*settings(method, where), f"run.seed={seed}", f"run.data_seed={seed}", "run.tile_examples=16"]

@@ -102,7 +102,7 @@ def signal(replica: Any, batch: np.ndarray, eps: float, probes: int) -> dict[str
 
 def weighted(model: str, dtype: str, folder: Path, settings: Sequence[str]) -> tuple[Any, Any]:
     """An experiment and its workload on a model that has weights; made in the folder, but for smollm2."""
-    from zoray.cli import build_experiment, compose
+    from zoray.run.config import build_experiment, compose
     from zoray.scoring.workload import load_workload
 
     common = [f"model.dtype={dtype}", *settings]

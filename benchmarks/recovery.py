@@ -112,8 +112,8 @@ def steps_of(pool: Pool) -> Any:
 
 def catch_up(steps: int, threads: int) -> dict[str, float]:
     """Seconds from a loaded replica to one that is ready, after so many steps of a pair each."""
-    from zoray.cli import build_experiment, compose
     from zoray.models.folder import linear_matrices
+    from zoray.run.config import build_experiment, compose
 
     with tempfile.TemporaryDirectory() as folder:
         e = build_experiment(compose("config", ["space.rank=8", "estimator=two_point"]))

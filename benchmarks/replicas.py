@@ -19,11 +19,11 @@ import ray
 
 from benchmarks.options import parse
 from benchmarks.timing import ratio, rounds, spread
-from zoray.cli import build_experiment, compose
 from zoray.pool.on_ray.cluster import Cluster
 from zoray.pool.pool import Pool
 from zoray.records import Commit
 from zoray.records.tiles import Grid
+from zoray.run.config import build_experiment, compose
 
 DEFAULTS = {"replicas": "1,2", "rounds": "10", "batch": "16", "pairs": "1", "tile": "4", "engine": "vllm"}
 

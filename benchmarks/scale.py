@@ -52,9 +52,9 @@ def measure(replicas: int, steps: int, folder: Path, seconds: float = 0.0) -> tu
 
     Steps a second, and milliseconds of a core that the driver's thread takes for a step.
     """
-    from zoray.cli import build_experiment, compose
-    from zoray.driver import tune
     from zoray.models.folder import linear_matrices, weights_hash
+    from zoray.run.config import build_experiment, compose
+    from zoray.run.driver import tune
     from zoray.scoring.workload import Workload
 
     settings = [

@@ -217,8 +217,8 @@ class Launched:
     """The same job as a run of its own, in turns: `tune` asks after each step whether to stop, and waits there."""
 
     def __init__(self, settings: list[str], folder: Path) -> None:
-        from zoray.cli import build_experiment, compose
-        from zoray.driver import tune
+        from zoray.run.config import build_experiment, compose
+        from zoray.run.driver import tune
         from zoray.scoring.workload import load_workload
 
         plain = [s for s in settings if not s.startswith("serve.")]

@@ -25,9 +25,9 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from benchmarks.bare_model import answer_logits, blocks, load
 from benchmarks.baselines import encode, some
 from benchmarks.options import parse
-from zoray.cli import build, compose, guarded
 from zoray.models.folder import load_tokenizer, max_length
 from zoray.models.tokens import Encoder
+from zoray.run.config import build, compose, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -23,7 +23,6 @@ import numpy as np
 
 from benchmarks.null import start
 from benchmarks.options import parse
-from zoray.journal import FILE_NAME, Journal, StepRecord
 from zoray.methods.estimators import Evolution, OneSided, TwoPoint
 from zoray.methods.estimators.feedback import Feedback
 from zoray.methods.optimizers import to_float32
@@ -31,6 +30,7 @@ from zoray.methods.spaces import Lora
 from zoray.methods.spaces.signs import packed
 from zoray.records import Commit, Scores
 from zoray.records.tiles import Grid
+from zoray.run.journal import FILE_NAME, Journal, StepRecord
 
 FRAME = 4  # bytes before each message that say how long it is
 BATCH, COUNTS = 16, (1, 4, 16, 64, 256)

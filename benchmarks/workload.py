@@ -67,7 +67,7 @@ def experiment(options: dict[str, str], folder: Path, where: tuple[str, ...] = (
     and completions, of which every token is asked for. `folder` is for the config of a made-up model; `where` are
     further settings, for tests.
     """
-    from zoray.cli import build_experiment, compose
+    from zoray.run.config import build_experiment, compose
     from zoray.scoring.workload import load_workload
 
     guided, text = options.get("estimator") == "feedback", options.get("task") == "text"

@@ -9,14 +9,14 @@ from typing import Any
 from tiny import tiny_llama
 
 from zoray.engines.hf import Hf
-from zoray.experiment import Experiment, Run
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces import Lora
 from zoray.models.folder import Model
-from zoray.monitoring import Logging
 from zoray.pool.on_ray.cluster import Cluster
 from zoray.records import Example, Message, Sampling, Splits
+from zoray.run.experiment import Experiment, Run
+from zoray.run.reports.monitor import Logging
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"

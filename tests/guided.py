@@ -15,7 +15,7 @@ from zoray.records import Commit
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from zoray.experiment import Experiment
+    from zoray.run.experiment import Experiment
     from zoray.scoring.replica import Replica
 
 SPACE = Lora(rank=2, alpha=4.0, targets="residual", train="AB")

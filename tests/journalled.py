@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zoray import journal
-from zoray.journal import StepRecord
 from zoray.methods.optimizers import to_float32
 from zoray.methods.spaces import LowRank
 from zoray.models.folder import linear_matrices, load_matrices, weights_hash
 from zoray.records import Commit, Evaluation
+from zoray.run import journal
+from zoray.run.journal import StepRecord
 
 SEED, STEPS = 5, 5
 

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from zoray import journal
 from zoray.methods.directions import direction_numpy
 from zoray.methods.estimators.feedback import gains, quantised
 from zoray.methods.spaces.signs import packed
 from zoray.records import Probe, Scores, Tile
 from zoray.records.tiles import Grid, contiguous, gives_feedback, join_scores, losses_of, mean, summed
+from zoray.run import journal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from zoray.journal import StepRecord
+    from zoray.run.journal import StepRecord
 
 MATRICES = {"model.layers.0.q_proj": (6, 5), "model.layers.1.up_proj": (4, 7)}  # (out, in)
 SEED, EXAMPLES = 11, 64

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from zoray import driver, launch
-from zoray.cli import build_experiment, compose, run_main
+from zoray import launch
 from zoray.pool.on_ray import cluster
 from zoray.pool.on_ray.cluster import Cluster, check_reachable
 from zoray.records import ConfigError
+from zoray.run import driver
+from zoray.run.config import build_experiment, compose, run_main
 
 REAL_TUNE = driver.tune
 WORDS = "task.words=[' terrible',' great']"

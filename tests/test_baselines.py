@@ -14,10 +14,10 @@ from benchmarks import baselines, through_block
 from benchmarks.bare_model import MeanSign, Reading, Split, adapted, descend, linear_layers, load, read
 from benchmarks.baselines import DEFAULTS, Probe
 from zoray import records
-from zoray.cli import build_experiment, compose
 from zoray.models.folder import load_tokenizer
 from zoray.models.tokens import Encoder
 from zoray.records import ConfigError, Example
+from zoray.run.config import build_experiment, compose
 from zoray.scoring.replica import Replica
 from zoray.scoring.workload import load_workload
 

@@ -23,11 +23,11 @@ from benchmarks import (
 )
 from benchmarks.methods import METHODS, run, table
 from benchmarks.training_loop import TrainingLoop, option_batch
-from zoray.cli import build_experiment, compose
 from zoray.engines.hf import Hf
 from zoray.methods.spaces import Lora
 from zoray.models.folder import linear_matrices, weights_hash
 from zoray.models.tokens import Encoder
+from zoray.run.config import build_experiment, compose
 from zoray.scoring.objectives import ChoiceNLL, Outcomes
 from zoray.scoring.replica import Replica
 from zoray.scoring.tables import Encoded

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from zoray.cli import build, build_experiment, compose, load_run_config
 from zoray.records import ConfigError
+from zoray.run.config import build, build_experiment, compose, load_run_config
 
 HEAVY = ("torch", "vllm", "ray", "transformers")
 

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from zoray.cli import build, build_experiment, compose, conf_dir, group_options
-from zoray.experiment import Experiment
 from zoray.methods.estimators import Evolution
 from zoray.methods.estimators.feedback import Feedback
 from zoray.methods.optimizers import GlobalAdaptive, Sgd, Sign
 from zoray.methods.spaces import LowRank
 from zoray.records import ConfigError
+from zoray.run.config import build, build_experiment, compose, conf_dir, group_options
+from zoray.run.experiment import Experiment
 from zoray.serve import check_model, main
 from zoray.serving.gate import Gate
 from zoray.serving.settings import KEY, PARTS, settings_of

@@ -20,10 +20,10 @@ from combinations import (
 )
 from loop import MATRICES, SEED, Quadratic, base_weights, drive, final_digest, through_a_file
 
-from zoray import journal
 from zoray.methods.optimizers import Sgd
 from zoray.records import Probe
 from zoray.records.signatures import record
+from zoray.run import journal
 
 STEP_SIZES = {"sign": 0.2, "adaptive": 0.06}  # whatever the estimator
 UNITS = {"lora-B": 1.0, "lora-AB": 0.5, "lozo": 0.5, "lozo-rademacher": 0.7, "eggroll": 0.4, "lowrank-4": 0.4}

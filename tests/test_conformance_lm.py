@@ -12,13 +12,13 @@ import pytest
 from combinations import ESTIMATORS, LM_SPACES, OPTIMIZERS, SHAPED, combinations
 from loop import SEED, drive, final_digest, through_a_file
 
-from zoray import journal
 from zoray.engines.hf import Hf
 from zoray.methods.estimators import TwoPoint
 from zoray.models.folder import Model, load_matrices
 from zoray.records import Probe
 from zoray.records.signatures import record
 from zoray.records.tiles import mean
+from zoray.run import journal
 from zoray.scoring.objectives import ChoiceNLL
 from zoray.scoring.replica import Replica
 from zoray.scoring.workload import ReplicaSpec, load_workload

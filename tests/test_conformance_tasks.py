@@ -12,10 +12,10 @@ from chatty import chat_llama, experiment
 from hub import SCHEMAS, copy
 from local_pool import LocalPool
 
-from zoray.cli import build, compose, group_options
-from zoray.driver import tune
-from zoray.history import read_metrics
 from zoray.methods.estimators import Evolution, TwoPoint
+from zoray.run.config import build, compose, group_options
+from zoray.run.driver import tune
+from zoray.run.reports.history import read_metrics
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Metric, Preference, Reward
 from zoray.scoring.workload import load_workload
 

@@ -31,7 +31,7 @@ METHODS = {
 
 def main_job(arguments: tuple[str, ...]) -> None:
     """`zoray.launch` in this process, its pool being one replica in the same process."""
-    import zoray.driver
+    import zoray.run.driver
     from zoray.launch import main
     from zoray.scoring.replica import Replica
 
@@ -72,8 +72,8 @@ def main_job(arguments: tuple[str, ...]) -> None:
             return self.replica.adapter(), self.replica.engine.digest()
 
     start_pool: Any = Inside
-    zoray.driver.tune = partial(zoray.driver.tune, start_pool=start_pool)
-    from zoray.cli import compose
+    zoray.run.driver.tune = partial(zoray.run.driver.tune, start_pool=start_pool)
+    from zoray.run.config import compose
 
     sys.argv = ["zoray.launch", *arguments]
     sys.exit(main(compose("config", list(arguments))))
@@ -168,7 +168,15 @@ def survive(start: type[Inside], method: str, root: Path, model: Path, data: Pat
 @pytest.fixture(scope="module")
 def imported() -> None:
     """Children are forked from a process that has the slow imports behind it."""
-    preload = ["torch", "transformers", "zoray.launch", "zoray.driver", "zoray.pool.pool", "zoray.engines.hf", "hydra"]
+    preload = [
+        "torch",
+        "transformers",
+        "zoray.launch",
+        "zoray.run.driver",
+        "zoray.pool.pool",
+        "zoray.engines.hf",
+        "hydra",
+    ]
     Inside.server.set_forkserver_preload(preload)
 
 

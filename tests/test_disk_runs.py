@@ -14,14 +14,14 @@ import pytest
 from disks import small_disk
 from local_pool import LocalPool
 
-import zoray.driver
+import zoray.run.driver
 from zoray import evaluate, export, launch
-from zoray.cli import compose, guarded
-from zoray.history import read_metrics
 from zoray.models import folder as models
 from zoray.records import ConfigError
 from zoray.records import disk as module
 from zoray.records.process.stopping import children_survive_hangup, stop_requested, stops
+from zoray.run.config import compose, guarded
+from zoray.run.reports.history import read_metrics
 
 STEPS = 6
 
@@ -51,7 +51,7 @@ class Pool(LocalPool):
 @pytest.fixture
 def start(monkeypatch, tiny_models, labelled_file):
     """`zoray.launch` with its replica in this process; its exit status. `moments`: see Pool."""
-    monkeypatch.setattr(zoray.driver, "tune", partial(zoray.driver.tune, start_pool=Pool))
+    monkeypatch.setattr(zoray.run.driver, "tune", partial(zoray.run.driver.tune, start_pool=Pool))
 
     def run(*arguments, moments=None):
         Pool.calls, Pool.moments = 0, moments or {}

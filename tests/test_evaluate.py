@@ -10,13 +10,13 @@ import torch
 from chatty import ANSWERS, CHOICES, Given, chat_llama
 
 from zoray import evaluate
-from zoray.cli import compose
 from zoray.engines.hf import Hf
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora
 from zoray.models.adapters import peft_space, read_peft, write_peft
 from zoray.models.folder import Model
 from zoray.records import Commit, ConfigError, Probe, Sampling
+from zoray.run.config import compose
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL
 from zoray.scoring.replica import Replica
 from zoray.scoring.workload import ReplicaSpec, load_workload
@@ -44,7 +44,7 @@ def said(capsys, folder, *settings: str) -> str:
 
 def expected(folder, settings, shots: int = 0, space=None, data: bytes | None = None, split: str = "dev"):
     """Outcomes of a replica made by hand."""
-    from zoray.cli import build
+    from zoray.run.config import build
 
     task = build(compose("evaluate", settings).task, "task")
     task = FewShot(task, shots) if shots else task

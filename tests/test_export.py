@@ -14,14 +14,14 @@ import torch
 from journalled import STEPS, Made, commit, make, measured
 from safetensors.numpy import load_file
 
-from zoray import journal
-from zoray.cli import compose, run_main
 from zoray.export import main
 from zoray.methods.optimizers import to_float32
 from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.models.folder import linear_matrices, weights_hash
 from zoray.records import Commit, ConfigError, JournalError
 from zoray.replay import main as replay_main
+from zoray.run import journal
+from zoray.run.config import compose, run_main
 
 TOKENS = torch.tensor([[1, 5, 300, 17, 42, 511, 8]])
 SPACES = {

@@ -17,11 +17,8 @@ from local_pool import LocalPool
 from omegaconf import OmegaConf
 from rows import write_rows
 
-from zoray import evaluate, export, journal
-from zoray.cli import build_experiment, compose
-from zoray.driver import make_header, tune
+from zoray import evaluate, export
 from zoray.engines.vllm.engine import Vllm
-from zoray.history import read_metrics
 from zoray.methods import snapshots
 from zoray.methods.estimators import Evolution, OneSided, TwoPoint
 from zoray.methods.estimators.feedback import GROUPS, Feedback, gains
@@ -29,13 +26,17 @@ from zoray.methods.optimizers import Sgd, Sign
 from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.pool.on_ray.cluster import Cluster
 from zoray.records import ConfigError, Probe, Sampling
+from zoray.run import journal
+from zoray.run.config import build_experiment, compose
+from zoray.run.driver import make_header, tune
+from zoray.run.reports.history import read_metrics
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Metric, Reward
 from zoray.scoring.workload import load_workload
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from zoray.experiment import Experiment
+    from zoray.run.experiment import Experiment
 
 STEPS = 9
 REWARDING = """

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from zoray.history import History, best, read_metrics, resolve_step, stalled, summarise, table
 from zoray.records import ConfigError, Evaluation, JournalError, StepResult
+from zoray.run.reports.history import History, best, read_metrics, resolve_step, stalled, summarise, table
 
 
 def an_evaluation(step: int, split: str = "dev", accuracy: float = 0.7, loss: float = 0.6) -> Evaluation:

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zoray import journal
-from zoray.journal import Journal, StepRecord
 from zoray.methods.optimizers import to_float32
 from zoray.records import Commit, ConfigError, JournalError
+from zoray.run import journal
+from zoray.run.journal import Journal, StepRecord
 
 HEADER = {"model": "tiny", "space": {"name": "Lora", "rank": 2}, "run": {"seed": 3}, "note": "ä"}
 RECORDS = [
@@ -433,7 +433,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from test_journal import HEADER, made_up_record
-from zoray import journal
+from zoray.run import journal
 
 path = Path(sys.argv[1])
 if path.exists():
@@ -471,7 +471,7 @@ def test_a_killed_process_loses_no_step_that_append_returned_for(tmp_path):
 
 def test_a_run_that_was_cut_within_its_header_begins_anew(tmp_path):
     """Nothing of it was journalled, so its folder is as good as new."""
-    from zoray.driver import read_journal
+    from zoray.run.driver import read_journal
 
     path = tmp_path / "journal.jsonl"
     for left in (b"", b'{"format":2,"mod'):

@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from zoray import evaluate, journal
+from zoray import evaluate
 from zoray import replay as replay_command
-from zoray.cli import compose
-from zoray.driver import open_journal
-from zoray.history import read_metrics
 from zoray.launch import main
 from zoray.models.folder import load_matrices
 from zoray.records import ConfigError, JournalError
 from zoray.replay import replay
+from zoray.run import journal
+from zoray.run.config import compose
+from zoray.run.driver import open_journal
+from zoray.run.reports.history import read_metrics
 
 pytestmark = pytest.mark.ray
 STEPS = 12
@@ -142,7 +143,7 @@ def test_evaluate_refuses_a_config_that_is_not_the_journals(change, hf_run, tmp_
 
 def test_replicas_with_other_model_files_are_refused(tmp_path, tiny_models, labelled_file, monkeypatch):
     """The journal pins the model that this machine sees; a node may have another one at the same path."""
-    monkeypatch.setattr("zoray.driver.weights_hash", lambda folder: "0123456789abcdef")
+    monkeypatch.setattr("zoray.run.driver.weights_hash", lambda folder: "0123456789abcdef")
     with pytest.raises(ConfigError, match=r"replicas' model files to be those of this machine, .*Give all nodes"):
         launch_here(monkeypatch, *settings(tmp_path, tiny_models["llama"], labelled_file, "hf", "other"))
 
@@ -151,7 +152,7 @@ def test_exported_adapter_in_peft_gives_the_final_loss_and_predictions(vllm_run,
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from zoray.cli import build_experiment, load_run_config
+    from zoray.run.config import build_experiment, load_run_config
 
     folder, _ = vllm_run
     base = AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.float32)

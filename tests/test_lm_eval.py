@@ -14,11 +14,11 @@ from local_pool import LocalPool
 from vllm.config.lora import MaxLoRARanks
 
 from zoray import lm_eval
-from zoray.cli import compose
-from zoray.driver import tune
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces import Lora, LowRank
 from zoray.records import Probe
+from zoray.run.config import compose
+from zoray.run.driver import tune
 from zoray.scoring.objectives import ChoiceNLL
 from zoray.scoring.replica import Replica
 from zoray.scoring.workload import load_workload

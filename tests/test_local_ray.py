@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from gatewayed import settings_of
 
-from zoray.journal import read
 from zoray.pool.on_ray import local as local_ray
 from zoray.pool.on_ray.local import own_words, temp_folder
 from zoray.records import ConfigError
+from zoray.run.journal import read
 from zoray.serving import start
 from zoray.serving.start import _listen
 

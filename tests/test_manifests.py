@@ -109,8 +109,8 @@ def test_every_volume_of_the_manifest_is_there(path):
 
 def test_the_jobs_commands_are_settings_that_launch_takes(tmp_path):
     """Of a new run; and of a resumed one, whose folder is the one that a new run makes."""
-    from zoray.cli import build_experiment, compose
     from zoray.launch import _may_resume_with
+    from zoray.run.config import build_experiment, compose
 
     resource, settings, _ = documents(JOB)
     script = settings["data"]["tune.sh"]

@@ -14,8 +14,8 @@ import pyarrow.parquet as parquet
 import pytest
 from hub import SCHEMAS, copy, plain, write
 
-from zoray.cli import build, compose
 from zoray.records import ConfigError, Example, Sampling, Splits
+from zoray.run.config import build, compose
 from zoray.tasks.base import parted
 from zoray.tasks.published import hub
 from zoray.tasks.published.boolq import BoolQ

@@ -10,10 +10,10 @@ import pytest
 from chatty import ANSWERS, CHATS, CHOICES, Given, chat_llama, experiment
 from local_pool import LocalPool
 
-from zoray.cli import build_experiment, compose
-from zoray.driver import tune
-from zoray.history import read_metrics
 from zoray.records import ConfigError, Example, Message, Sampling
+from zoray.run.config import build_experiment, compose
+from zoray.run.driver import tune
+from zoray.run.reports.history import read_metrics
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Metric, Reward
 from zoray.scoring.workload import load_workload
 from zoray.tasks.batches import Order, labels_of, part_numbers

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from zoray.history import read_metrics, table
-from zoray.monitoring import Console, Logging, Monitor, Sink, Wandb
-from zoray.plots import draw_curve, label
 from zoray.records import ConfigError, Evaluation, JournalError, StepResult
+from zoray.run.reports.history import read_metrics, table
+from zoray.run.reports.monitor import Console, Logging, Monitor, Sink, Wandb
+from zoray.run.reports.plots import draw_curve, label
 
 QUIET = Logging(progress=False, curve=False)
 
@@ -110,7 +110,9 @@ def test_a_sink_that_raises_is_switched_off_with_one_warning(tmp_path: Path, cap
 def test_a_full_disk_does_not_stop_the_run(tmp_path: Path, caplog, monkeypatch) -> None:
     with Monitor(tmp_path, Logging(progress=False), "run", {}, steps=2) as monitor:
         monitor.sinks["metrics.jsonl"].file = open("/dev/full", "ab", buffering=0)  # type: ignore[attr-defined]  # noqa: SIM115
-        monkeypatch.setattr("zoray.monitoring.draw_curve", lambda *a: (_ for _ in ()).throw(OSError("no space")))
+        monkeypatch.setattr(
+            "zoray.run.reports.monitor.draw_curve", lambda *a: (_ for _ in ()).throw(OSError("no space"))
+        )
         monitor.step(a_step(1))
         monitor.step(a_step(2))
         monitor.finish({"steps": 2})
@@ -181,7 +183,7 @@ def in_a_process(code: str, folder: Path, **environment: str) -> subprocess.Comp
 
 RUN_WITH = """
 import sys, pathlib
-from zoray.monitoring import Logging, Monitor
+from zoray.run.reports.monitor import Logging, Monitor
 from zoray.records import ConfigError, Evaluation, StepResult
 folder = pathlib.Path(sys.argv[1])
 with Monitor(folder, Logging(progress=False, curve=False, wandb={"mode": MODE}), "a run", {"model": "m"}, 2) as monitor:
@@ -305,7 +307,10 @@ def test_the_shipped_config_spells_every_parameter() -> None:
 
     shipped = yaml.safe_load((Path(__file__).parents[1] / "conf" / "logging" / "default.yaml").read_text())
     wandb = shipped["wandb"]
-    assert shipped.pop("_target_") == "zoray.monitoring.Logging" and wandb.pop("_target_") == "zoray.monitoring.Wandb"
+    assert (
+        shipped.pop("_target_") == "zoray.run.reports.monitor.Logging"
+        and wandb.pop("_target_") == "zoray.run.reports.monitor.Wandb"
+    )
     assert set(shipped) == {f.name for f in dataclasses.fields(Logging)}
     assert set(wandb) == {f.name for f in dataclasses.fields(Wandb)}
     assert Logging(**shipped) == Logging()

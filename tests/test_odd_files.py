@@ -20,9 +20,10 @@ from local_pool import LocalPool
 from rows import every, write_parquet, write_rows
 
 import zoray.scoring.workload
-from zoray import driver, launch, plan
-from zoray.cli import compose, guarded
+from zoray import launch, plan
 from zoray.records import ConfigError, Splits
+from zoray.run import driver
+from zoray.run.config import compose, guarded
 from zoray.serving.requests import NewJob
 from zoray.serving.store import Store
 from zoray.tasks.file.task import File

@@ -16,8 +16,9 @@ import torch
 from local_pool import LocalPool
 from tiny import tiny_llama
 
-from zoray import driver, evaluate, export, journal, launch, replay
-from zoray.cli import compose
+from zoray import evaluate, export, launch, replay
+from zoray.run import driver, journal
+from zoray.run.config import compose
 
 RUNS = Path(__file__).parent / "data" / "runs"
 DIGESTS = {"feedback": "ae2efbdbd28e6eb1", "reward": "1135205fa7231926", "lozo": "cf5524a0c25e8a2c"}

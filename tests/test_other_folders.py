@@ -11,10 +11,11 @@ import pytest
 import yaml
 from local_pool import LocalPool
 
-from zoray import driver, evaluate, export, journal, launch, replay
-from zoray.cli import compose, load_run_config
+from zoray import evaluate, export, launch, replay
 from zoray.records import ConfigError, JournalError
 from zoray.records.paths import absolute_paths, agree_but_for_places, missing_paths
+from zoray.run import driver, journal
+from zoray.run.config import compose, load_run_config
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from rows import write_rows
 
-from zoray.cli import build, compose
 from zoray.records import ConfigError
 from zoray.records.overrides import mapping_of, setting, unescaped
 from zoray.records.signatures import check_signature
+from zoray.run.config import build, compose
 from zoray.tasks.file.task import File
 
 SIGNS = list('ab n\\\\\\""\'$${}{},:=[]()\n\t é日|&!#~`*?<>;-0.\u200b')

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from gatewayed import settings_of
 
-from zoray.cli import compose, readable
 from zoray.client import Client
-from zoray.experiment import Run
 from zoray.models.folder import cache_dir
 from zoray.records import ConfigError, JournalError
 from zoray.records.paths import user_path
+from zoray.run.config import compose, readable
+from zoray.run.experiment import Run
 from zoray.scoring.rewards.judging.functions import absolute
 from zoray.tuning import VERBS
 

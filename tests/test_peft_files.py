@@ -385,7 +385,7 @@ def test_a_base_weight_of_its_own_is_refused(tiny_models, tmp_path):
 def test_evaluate_refuses_before_the_model_loads(tiny_models, tmp_path, monkeypatch):
     """The command line's way to the same."""
     from zoray import evaluate
-    from zoray.cli import compose
+    from zoray.run.config import compose
     from zoray.scoring import replica
 
     rows = tmp_path / "rows.csv"

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from loop import drive
 
-from zoray.cli import build_experiment, compose, conf_dir
 from zoray.methods.directions import direction_numpy, philox_numpy
 from zoray.methods.optimizers import to_float32
 from zoray.records import Commit, Scores
 from zoray.records.tiles import gives_feedback, summed
+from zoray.run.config import build_experiment, compose, conf_dir
 from zoray.scoring.completions import Writer
 from zoray.tasks.batches import Order
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from zoray import journal
 from zoray.launch import _check_kept
 from zoray.pool.on_ray.cluster import _own_code, check_reachable
 from zoray.records import ConfigError
+from zoray.run import journal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from zoray import journal
-from zoray.cli import run_main
-from zoray.journal import Contents, StepRecord
 from zoray.methods.optimizers import to_float32
 from zoray.methods.spaces import Lora, LoraState, LowRank, Lozo
 from zoray.models.folder import linear_matrices, load_matrices, weights_hash
 from zoray.records import Commit, ConfigError, Evaluation, JournalError
 from zoray.replay import main, replay
+from zoray.run import journal
+from zoray.run.config import run_main
+from zoray.run.journal import Contents, StepRecord
 
 MATRICES = {"model.layers.0.q_proj": (6, 10), "model.layers.0.up_proj": (11, 7)}
 SEED, STEPS, DIGEST_EVERY = 5, 7, 2

@@ -8,9 +8,9 @@ import pytest
 from chatty import PROMPTS, Given, chat_llama, experiment
 from local_pool import LocalPool
 
-from zoray.driver import tune
-from zoray.history import read_metrics
 from zoray.records import ConfigError, Sampling
+from zoray.run.driver import tune
+from zoray.run.reports.history import read_metrics
 from zoray.scoring.objectives import Reward
 from zoray.scoring.workload import load_workload
 

@@ -11,9 +11,9 @@ from chatty import TEMPLATE, experiment
 from rows import write_parquet, write_rows
 from tiny import tiny_llama
 
-from zoray import journal
-from zoray.driver import make_header, read_journal
 from zoray.records import ConfigError, JournalError
+from zoray.run import journal
+from zoray.run.driver import make_header, read_journal
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference, Reward
 from zoray.scoring.workload import load_workload
 from zoray.tasks.file.task import File

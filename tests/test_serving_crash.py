@@ -14,8 +14,8 @@ import pytest
 from chatty import chat_llama
 from served import Served, labelled
 
-from zoray import journal
-from zoray.cli import INTERRUPT_EXIT
+from zoray.run import journal
+from zoray.run.config import INTERRUPT_EXIT
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
 

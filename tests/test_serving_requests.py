@@ -7,8 +7,8 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from zoray.cli import group_options
 from zoray.records import ConfigError
+from zoray.run.config import group_options
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.serving import presets
 from zoray.serving.requests import NewJob, Use, objective_of, plainly

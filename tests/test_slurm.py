@@ -15,11 +15,11 @@ import pytest
 import ray
 from slurm_nodes import NODES, SlurmCluster, missing, wait
 
-from zoray import journal
-from zoray.cli import build_experiment, compose, load_run_config
 from zoray.launch import main
 from zoray.pool.slurm import Slurm, command, environment, script_path, seconds
 from zoray.records import ConfigError
+from zoray.run import journal
+from zoray.run.config import build_experiment, compose, load_run_config
 
 STEPS = 150  # a few seconds of steps, to kill and stop a driver in
 LACKS = missing()

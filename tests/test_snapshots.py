@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from zoray.journal import StepRecord
 from zoray.methods import snapshots
 from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.records import Commit
+from zoray.run.journal import StepRecord
 
 MATRICES = {"layers.0.q_proj": (48, 32), "layers.0.up_proj": (64, 32)}
 SPACES = {

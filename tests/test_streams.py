@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from zoray.cli import load_run_config
-from zoray.journal import read
+from zoray.run.config import load_run_config
+from zoray.run.journal import read
 
 TALK = r"""
 import sys

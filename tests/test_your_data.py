@@ -11,9 +11,9 @@ import pytest
 from rows import every, write_rows
 from tiny import tiny_tokenizer
 
-from zoray.cli import build, compose
 from zoray.models.tokens import Encoder
 from zoray.records import ConfigError
+from zoray.run.config import build, compose
 from zoray.tasks.file.task import File
 from zoray.tasks.preview import preview
 

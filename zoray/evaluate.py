@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray import journal
-from zoray.cli import build, build_experiment, check_run_files, load_run_config, run_main
-from zoray.history import resolve_step
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, from_record
 from zoray.models.adapters import peft_space, read_peft
@@ -26,6 +23,9 @@ from zoray.records import ConfigError, JournalError, Probe, disk
 from zoray.records.paths import user_path
 from zoray.records.process import streams
 from zoray.records.tiles import mean
+from zoray.run import journal
+from zoray.run.config import build, build_experiment, check_run_files, load_run_config, run_main
+from zoray.run.reports.history import resolve_step
 from zoray.scoring.metrics import metrics
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL
 from zoray.scoring.objectives.base import Objective, Unbound

@@ -11,9 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoray import journal
-from zoray.cli import base_of_run, run_main
-from zoray.history import resolve_step
 from zoray.methods.spaces import from_record
 from zoray.methods.spaces.base import MAX_RANK
 from zoray.methods.spaces.fold import product
@@ -21,6 +18,9 @@ from zoray.models.adapters import Stack, relative_error, truncate, write_merged,
 from zoray.models.folder import DTYPES, linear_matrices, load_matrices, quantisation, tied
 from zoray.records import ConfigError, disk, require
 from zoray.records.paths import user_path
+from zoray.run import journal
+from zoray.run.config import base_of_run, run_main
+from zoray.run.reports.history import resolve_step
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from zoray.cli import build_experiment, check_run_files, load_run_config, run_main
 from zoray.records import ConfigError, disk
 from zoray.records.overrides import setting
 from zoray.records.paths import absolute_paths, user_path
+from zoray.run.config import build_experiment, check_run_files, load_run_config, run_main
 
 MAY_CHANGE = ("cluster", "engine", "logging")  # in a resumed run: none of it enters the result
 
@@ -35,7 +35,7 @@ def main(config: Any) -> int:
             f"go on with it: {setting('run.resume', str(path))}, or choose another run.name"
         )
 
-    from zoray.driver import tune
+    from zoray.run.driver import tune
     from zoray.scoring.workload import load_workload
     from zoray.tasks.preview import preview
 

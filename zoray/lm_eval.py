@@ -15,12 +15,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from zoray import export, journal
-from zoray.cli import base_of_run, build, run_main
+from zoray import export
 from zoray.engines.vllm.engine import Vllm, in_this_process, slot_rank
 from zoray.methods.spaces import from_record
 from zoray.records import ConfigError, disk, require
 from zoray.records.paths import user_path
+from zoray.run import journal
+from zoray.run.config import base_of_run, build, run_main
 
 BACKENDS = ("hf", "vllm")
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoray.cli import build_experiment, run_main
 from zoray.engines.packing import LOGITS_ELEMENTS
 from zoray.engines.slots import STAGED_ELEMENTS
 from zoray.methods.spaces.base import CACHED_ELEMENTS
 from zoray.models.folder import parameters
 from zoray.records import Commit, ConfigError, Scores
 from zoray.records.tiles import Grid, probes_of, scored
+from zoray.run.config import build_experiment, run_main
 from zoray.scoring.workload import load_workload, order_of
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from zoray.experiment import Experiment
+    from zoray.run.experiment import Experiment
     from zoray.scoring.workload import Workload
 
 PROCESS = 1.5 * 2**30  # bytes of Python, torch, vLLM and Ray in a replica's process

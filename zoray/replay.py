@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoray import journal
-from zoray.cli import base_of_run, run_main
-from zoray.history import resolve_step
-from zoray.journal import replay
 from zoray.methods.spaces import from_record
 from zoray.models.folder import load_matrices
 from zoray.records import ConfigError
 from zoray.records.paths import user_path
 from zoray.records.process import streams
+from zoray.run import journal
+from zoray.run.config import base_of_run, run_main
+from zoray.run.journal import replay
+from zoray.run.reports.history import resolve_step
 
 __all__ = ["main", "replay"]
 

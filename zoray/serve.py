@@ -8,9 +8,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from zoray.cli import run_main
 from zoray.records import ConfigError
 from zoray.records.process.stopping import stops
+from zoray.run.config import run_main
 from zoray.serving.settings import Settings, settings_of
 from zoray.serving.store import Store, claim
 from zoray.serving.versions import check_live

@@ -16,13 +16,13 @@ import torch
 from benchmarks.noise import weighted
 from benchmarks.shapes import vocabulary, with_weights
 from benchmarks.stepper import Stepper
-from zoray import journal
 from zoray.engines.hf import Hf
 from zoray.engines.packing import Plan
 from zoray.methods.directions import Layout, direction_numpy, direction_torch
 from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.models.folder import linear_matrices, load_matrices
 from zoray.records import Commit, Probe, TokenSequence
+from zoray.run import journal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -219,7 +219,7 @@ def check_slots(scorer: Any, probes: list[Probe]) -> None:
 
 def runs(place: Place, space: str) -> dict[str, Any]:
     """The same steps twice have the same digest, and a journal of them gives it as well, on the device and on a CPU."""
-    from zoray.driver import make_header
+    from zoray.run.driver import make_header
     from zoray.scoring.replica import Replica
 
     model, count = place.models[-1], 10 if place.tiny else 100

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from zoray.journal import StepRecord
     from zoray.methods.spaces.base import State
+    from zoray.run.journal import StepRecord
 
 FILE_NAME = "snapshot.safetensors"
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 
-from zoray.cli import compose
 from zoray.engines.shared.openai import EngineGone
 from zoray.models.folder import linear_matrices, load_tokenizer
 from zoray.records import ConfigError, disk
+from zoray.run.config import compose
 from zoray.serving.engine import EngineServer
 from zoray.serving.gateway import Refused, build_app
 from zoray.serving.logs import keep_log

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from zoray.experiment import Experiment, Run
 from zoray.methods.optimizers import LEAST_DECAY
 from zoray.models.folder import max_length
-from zoray.monitoring import Logging
 from zoray.pool.on_ray.cluster import Cluster
 from zoray.records import ConfigError
 from zoray.records.tiles import MAX_TILE
+from zoray.run.experiment import Experiment, Run
+from zoray.run.reports.monitor import Logging
 from zoray.scoring.objectives import Preference
 from zoray.serving.pool import PATIENT
 from zoray.serving.requests import MOST_RATE, MOST_STEPS, Hyperparameters

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from zoray.cli import build, conf_dir
 from zoray.records import ConfigError
 from zoray.records.signatures import did_you_mean
+from zoray.run.config import build, conf_dir
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoray.cli import build
 from zoray.engines.vllm.engine import Vllm
 from zoray.records import ConfigError, require
 from zoray.records.paths import user_path
 from zoray.records.signatures import check_signature
+from zoray.run.config import build
 from zoray.serving.gate import Gate
 
 KEY = "ZORAY_API_KEY"  # the environment variable that holds it

@@ -15,12 +15,12 @@ from functools import partial
 from traceback import format_tb
 from typing import TYPE_CHECKING, Any
 
-from zoray.driver import tune
-from zoray.history import read_metrics
 from zoray.pool.on_ray.cluster import own_host
 from zoray.pool.sockets import Listener
 from zoray.records import ConfigError
 from zoray.records.signatures import record
+from zoray.run.driver import tune
+from zoray.run.reports.history import read_metrics
 from zoray.scoring.workload import load_workload
 from zoray.serving import versions
 from zoray.serving.conversations import Conversations
@@ -36,7 +36,7 @@ from zoray.tasks.preview import preview
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zoray.experiment import Experiment
+    from zoray.run.experiment import Experiment
     from zoray.serving.settings import Settings
 
 log = logging.getLogger(__name__)

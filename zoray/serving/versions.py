@@ -14,12 +14,12 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
-from zoray import journal
-from zoray.history import read_metrics
 from zoray.methods.spaces import from_record
 from zoray.models.adapters import peft_space, write_peft
 from zoray.models.folder import weights_hash
 from zoray.records import ConfigError, JournalError
+from zoray.run import journal
+from zoray.run.reports.history import read_metrics
 from zoray.serving.logs import LOG
 from zoray.serving.store import VERSION, NotFound, read_json, shown, write_json
 

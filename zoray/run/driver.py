@@ -12,14 +12,11 @@ from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from zoray import journal
-from zoray.history import best, stalled, summarise
 from zoray.methods import snapshots
 from zoray.methods.estimators.feedback import gains, trusted
 from zoray.methods.spaces.signs import packed
 from zoray.models.adapters import write_peft
 from zoray.models.folder import weights_hash
-from zoray.monitoring import Monitor
 from zoray.pool.pool import Pool
 from zoray.records import ConfigError, JournalError, StepResult, require
 from zoray.records.overrides import setting
@@ -27,6 +24,9 @@ from zoray.records.paths import agree_but_for_places
 from zoray.records.process.stopping import stop_requested
 from zoray.records.signatures import record
 from zoray.records.tiles import Grid, mean, scored
+from zoray.run import journal
+from zoray.run.reports.history import best, stalled, summarise
+from zoray.run.reports.monitor import Monitor
 from zoray.scoring.metrics import Losses, check_rewards, evaluate
 from zoray.scoring.workload import order_of
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from zoray.experiment import Experiment
     from zoray.records import Evaluation
+    from zoray.run.experiment import Experiment
     from zoray.scoring.workload import Workload
 
 PINNED = ("seed", "data_seed", "batch", "stratify", "steps", "tile_examples", "too_long", "date")

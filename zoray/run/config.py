@@ -330,7 +330,7 @@ def build_experiment(config: Any) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from zoray.experiment import Experiment
+    from zoray.run.experiment import Experiment
 
     try:
         missing = sorted(OmegaConf.missing_keys(config))

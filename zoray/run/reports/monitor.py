@@ -21,9 +21,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from zoray.history import History, table
-from zoray.plots import draw_curve, label
 from zoray.records import ConfigError, Evaluation, StepResult, disk, require
+from zoray.run.reports.history import History, table
+from zoray.run.reports.plots import draw_curve, label
 
 log = logging.getLogger(__name__)
 OWN = ("metrics.jsonl", "summary.json", "curve.png")  # what a run leaves beside its journal and adapter
