@@ -25,7 +25,7 @@ from benchmarks.server import running
 from benchmarks.serving import DEFAULTS as CHAT
 from benchmarks.serving import talk
 from benchmarks.workstation import TEMPLATE, reviews
-from zoray.client import Client
+from zoray.serving.client import Client
 from zoray.tasks.published.movie_reviews import fetch
 
 OPTIONS = {"what": "style", "clients": "0", "paragraphs": "400", "held_out": "80", "lr": "", "steps": ""}

@@ -16,11 +16,11 @@ from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces import Lora
 from zoray.models.folder import Model
 from zoray.records import ConfigError
-from zoray.serving.door import Refused
-from zoray.serving.gateway import build_app
+from zoray.serving.http.door import Refused
+from zoray.serving.http.routes import build_app
+from zoray.serving.learning.tuner import Tuner
 from zoray.serving.settings import Settings
 from zoray.serving.store import NotFound
-from zoray.serving.tuner import Tuner
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

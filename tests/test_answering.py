@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from gatewayed import settings_of
 
-from zoray.serving import app
-from zoray.serving.door import Refused
+from zoray.serving.deployments import application as app
+from zoray.serving.http.door import Refused
 
 
 class Tuner:

@@ -271,7 +271,7 @@ def test_a_servers_mistakes_are_named_before_a_model_loads(overrides, key, says,
     monkeypatch.delenv(KEY, raising=False)
     if key:
         monkeypatch.setenv(KEY, key)
-    monkeypatch.setattr("zoray.serving.start.started", None)  # nobody comes so far
+    monkeypatch.setattr("zoray.serving.deployments.start.started", None)  # nobody comes so far
     with pytest.raises(ConfigError) as error:
         main(compose("serve", [f"model.path={tiny_models['llama']}", f"serve.folder={tmp_path}", *overrides]))
     assert says in str(error.value)
@@ -288,7 +288,7 @@ def test_of_two_servers_that_start_on_a_folder_the_second_is_told_at_once(monkey
         yield
 
     monkeypatch.delenv(KEY, raising=False)
-    monkeypatch.setattr("zoray.serving.start.started", starting)
+    monkeypatch.setattr("zoray.serving.deployments.start.started", starting)
     monkeypatch.setattr("zoray.serve.stops", tuple)
     for _ in range(2):  # one that has failed keeps nothing
         with pytest.raises(ZeroDivisionError):
@@ -297,7 +297,7 @@ def test_of_two_servers_that_start_on_a_folder_the_second_is_told_at_once(monkey
 
 def test_a_port_in_use_and_a_folder_in_use_are_refused(monkeypatch, tiny_models, tmp_path):
     monkeypatch.delenv(KEY, raising=False)
-    monkeypatch.setattr("zoray.serving.start.started", None)
+    monkeypatch.setattr("zoray.serving.deployments.start.started", None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -320,7 +320,7 @@ def test_a_port_in_use_and_a_folder_in_use_are_refused(monkeypatch, tiny_models,
 
 def test_settings_of_an_application_are_those_of_the_command_line(monkeypatch, tiny_models):
     """As `serve run` gives them, all text; and as a config file does, nested and typed."""
-    from zoray.serving import app
+    from zoray.serving.deployments import application as app
 
     built: list[Any] = []
     monkeypatch.setattr(app, "application", built.append)
@@ -344,7 +344,7 @@ def test_settings_of_an_application_are_those_of_the_command_line(monkeypatch, t
     ids=["no GPU", "GPUs", "none of them", "as asked", "no cluster yet"],
 )
 def test_an_engine_takes_a_gpu_where_there_are_any(cluster, asked, found, monkeypatch, tiny_models):
-    from zoray.serving import placing
+    from zoray.serving.deployments import devices as placing
 
     monkeypatch.setattr(placing.ray, "is_initialized", lambda: cluster is not None)
     monkeypatch.setattr(placing.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(cluster or 0)})
@@ -359,7 +359,7 @@ def test_an_engine_takes_a_gpu_where_there_are_any(cluster, asked, found, monkey
 
 
 def test_without_a_cluster_to_look_at_gpus_have_to_be_named(monkeypatch):
-    from zoray.serving import placing
+    from zoray.serving.deployments import devices as placing
 
     monkeypatch.setattr(placing.ray, "is_initialized", lambda: False)
     with pytest.raises(ConfigError, match=r"expected serve\.gpus to be a number"):
@@ -372,7 +372,7 @@ def test_without_a_cluster_to_look_at_gpus_have_to_be_named(monkeypatch):
 )
 def test_engines_of_a_node_share_its_cores(replicas, nodes, gpus, number, cores, monkeypatch):
     """Where they compute on them; None is all, without a binding."""
-    from zoray.serving import placing
+    from zoray.serving.deployments import devices as placing
 
     monkeypatch.setattr(placing.ray, "nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
     monkeypatch.setattr(placing.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})

@@ -13,13 +13,13 @@ from test_tuner import DONE, await_status, create, kinds
 
 from zoray.records import Evaluation
 from zoray.records.disk import append
-from zoray.serving import tuner as module
-from zoray.serving import versions
+from zoray.serving.deployments.logs import keep_log
 from zoray.serving.gate import Measured
-from zoray.serving.logs import keep_log
-from zoray.serving.promotion import Promotion
+from zoray.serving.learning import tuner as module
+from zoray.serving.learning import versions
+from zoray.serving.learning.promotion import Promotion
+from zoray.serving.learning.tuner import Tuner
 from zoray.serving.store import Store, append_json, read_lines
-from zoray.serving.tuner import Tuner
 
 TALK = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "up": True}
 
@@ -232,10 +232,10 @@ def test_logs_are_kept_in_the_servers_folder_and_a_full_disk_is_no_error(disk, c
     before = list(logging.getLogger("zoray").handlers)
     try:
         keep_log(disk.path, "gateway")
-        logging.getLogger("zoray.serving.door").error("RuntimeError in GET /v1/files")
+        logging.getLogger("zoray.serving.http.door").error("RuntimeError in GET /v1/files")
         assert "RuntimeError in GET" in (disk.path / "log" / "gateway.log").read_text()
         disk.fill()
-        logging.getLogger("zoray.serving.door").error("RuntimeError %s", "x" * 8000)
+        logging.getLogger("zoray.serving.http.door").error("RuntimeError %s", "x" * 8000)
     finally:
         for handler in set(logging.getLogger("zoray").handlers) - set(before):
             logging.getLogger("zoray").removeHandler(handler)

@@ -15,7 +15,7 @@ from ray.serve.exceptions import BackPressureError
 
 from zoray.engines.shared.openai import EngineGone
 from zoray.records import ConfigError
-from zoray.serving.door import HEADERS, MOST_JSON, Rates
+from zoray.serving.http.door import HEADERS, MOST_JSON, Rates
 from zoray.serving.store import NotFound, write_json
 
 OPEN = {"/", "/{asset}", "/health"}
@@ -70,7 +70,7 @@ def test_a_key_may_be_of_any_characters(chat_model, tmp_path):
 
 def test_the_key_is_compared_in_constant_time(locked, monkeypatch):
     seen = []
-    monkeypatch.setattr("zoray.serving.door.hmac.compare_digest", lambda *pair: bool(seen.append(pair)))
+    monkeypatch.setattr("zoray.serving.http.door.hmac.compare_digest", lambda *pair: bool(seen.append(pair)))
     assert Client(locked, "x").get("/v1/models").status_code == 401 and len(seen) == 1
 
 
@@ -272,7 +272,7 @@ def test_what_else_openais_api_has_is_told_apart_from_typing_errors(client):
 
 def test_an_address_that_asks_too_often_waits_and_is_let_in_again(chat_model, tmp_path, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("zoray.serving.door.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("zoray.serving.http.door.time.monotonic", lambda: now[0])
     gateway = FakeGateway(settings_of(chat_model, tmp_path / "s", requests_per_minute=3), KEY)
     client = Client(gateway, KEY)
     assert [client.get("/v1/models").status_code for _ in range(4)] == [200, 200, 200, 429]
@@ -342,7 +342,7 @@ def test_conversations_count_to_what_is_stored(chat_model, tmp_path):
 
 
 def test_bodies_in_memory_are_bounded_all_together(chat_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("zoray.serving.door.MOST_HELD", 0)
+    monkeypatch.setattr("zoray.serving.http.door.MOST_HELD", 0)
     client = Client(FakeGateway(settings_of(chat_model, tmp_path / "s", max_upload_mb=0.01)))  # four of 76 kB
 
     async def main():
@@ -365,7 +365,7 @@ def test_bodies_in_memory_are_bounded_all_together(chat_model, tmp_path, monkeyp
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(client, monkeypatch):
-    monkeypatch.setattr("zoray.serving.door.SECONDS", {"json": 0.1, "upload": 0.1})
+    monkeypatch.setattr("zoray.serving.http.door.SECONDS", {"json": 0.1, "upload": 0.1})
 
     async def slow():
         yield b"{"
@@ -475,7 +475,7 @@ def test_lists_are_had_piece_by_piece_and_to_their_end(client, gateway):
 
 
 def test_a_cluster_that_has_ray_serve_already_is_refused(monkeypatch):
-    from zoray.serving import start
+    from zoray.serving.deployments import start
 
     def none(*_, **__):
         raise ValueError("there is no actor of that name")

@@ -7,8 +7,8 @@ import json
 import pytest
 from gatewayed import error_of, rows
 
-from zoray.serving.requests import NewJob
-from zoray.serving.tuner import _asked
+from zoray.serving.learning.job_requests import NewJob
+from zoray.serving.learning.tuner import _asked
 
 
 def job(client, **fields):

@@ -15,8 +15,8 @@ from jsonschema import Draft202012Validator
 from openai.lib._parsing._completions import type_to_response_format_param
 from pydantic import BaseModel, Field
 
-from zoray.serving.grammar import MOST_LENGTHS, enforced
-from zoray.serving.patterns import MOST_TIMES, check_pattern
+from zoray.serving.http.grammar import MOST_LENGTHS, enforced
+from zoray.serving.http.patterns import MOST_TIMES, check_pattern
 
 
 class Color(enum.Enum):

@@ -20,7 +20,7 @@ ALLOWED = {  # library -> the files that may import it
     "vllm": ["engines/vllm*.py", "engines/cpu_*.py", "engines/cuda_*.py"],
     "triton": ["kernels.py"],
     "hydra": ["cli.py"],
-    "fastapi": ["serving/gateway.py"],
+    "fastapi": ["serving/http/routes.py"],
     "omegaconf": ["cli.py", "launch.py", "replay.py", "evaluate.py", "plan.py", "export.py"],
 }
 LIGHT = [

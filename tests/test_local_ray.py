@@ -17,8 +17,8 @@ from zoray.pool.on_ray import local as local_ray
 from zoray.pool.on_ray.local import own_words, temp_folder
 from zoray.records import ConfigError
 from zoray.run.journal import read
-from zoray.serving import start
-from zoray.serving.start import _listen
+from zoray.serving.deployments import start
+from zoray.serving.deployments.start import _listen
 
 
 @pytest.fixture

@@ -144,10 +144,11 @@ def serve_config() -> Any:
 
 
 def test_the_services_application_has_settings_that_zoray_serve_takes(monkeypatch):
-    from zoray.serving import app, settings
+    from zoray.serving import settings
+    from zoray.serving.deployments import application as app
 
     (application,) = serve_config().applications
-    assert application.import_path == "zoray.serving.app:build"
+    assert application.import_path == "zoray.serving.deployments.application:build"
     built: list[settings.Settings] = []
     monkeypatch.setattr(app, "application", built.append)
     monkeypatch.setenv(settings.KEY, "k" * 16)

@@ -11,8 +11,8 @@ import pytest
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from zoray.engines.shared.throttle import Closed
-from zoray.serving import app
-from zoray.serving.engine import EngineServer
+from zoray.serving.deployments import application as app
+from zoray.serving.deployments.engine import EngineServer
 from zoray.serving.store import NotFound
 
 FOUND = object()

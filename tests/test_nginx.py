@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from gatewayed import KEY, FakeGateway, error_of, rows, settings_of
 
-from zoray.serving.gateway import build_app
+from zoray.serving.http.routes import build_app
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 NAME = "llm.example.org"

@@ -24,7 +24,7 @@ from zoray import launch, plan
 from zoray.records import ConfigError, Splits
 from zoray.run import driver
 from zoray.run.config import compose, guarded
-from zoray.serving.requests import NewJob
+from zoray.serving.learning.job_requests import NewJob
 from zoray.serving.store import Store
 from zoray.tasks.file.task import File
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from gatewayed import settings_of
 
-from zoray.client import Client
 from zoray.models.folder import cache_dir
 from zoray.records import ConfigError, JournalError
 from zoray.records.paths import user_path
 from zoray.run.config import compose, readable
 from zoray.run.experiment import Run
 from zoray.scoring.rewards.judging.functions import absolute
+from zoray.serving.client import Client
 from zoray.tuning import VERBS
 
 

@@ -19,9 +19,9 @@ from zoray.methods.spaces import Lora
 from zoray.models.adapters import peft_space, read_factors
 from zoray.models.folder import linear_matrices, weights_hash
 from zoray.records import ConfigError, Evaluation
-from zoray.serving import versions
 from zoray.serving.gate import Measured
-from zoray.serving.promotion import BY_HAND, KEPT, Promotion, overruled
+from zoray.serving.learning import versions
+from zoray.serving.learning.promotion import BY_HAND, KEPT, Promotion, overruled
 from zoray.serving.store import NotFound, Store
 
 SPACE = Lora(rank=2, alpha=4.0)

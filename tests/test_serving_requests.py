@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from zoray.records import ConfigError
 from zoray.run.config import group_options
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference
-from zoray.serving import presets
-from zoray.serving.requests import NewJob, Use, objective_of, plainly
+from zoray.serving.learning import presets
+from zoray.serving.learning.job_requests import NewJob, Use, objective_of, plainly
 from zoray.tasks.published.movie_reviews import MovieReviews
 
 ID = "file-" + "0" * 24

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from zoray.records import ConfigError
-from zoray.serving.conversations import Conversations
+from zoray.serving.learning.conversations import Conversations
 from zoray.serving.store import NotFound, Store, append_json, read_lines, write_json
 
 

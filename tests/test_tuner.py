@@ -12,10 +12,10 @@ from gatewayed import rows, settings_of
 
 from zoray.models.folder import max_length
 from zoray.records import ConfigError, JournalError
-from zoray.serving import tuner as module
-from zoray.serving.requests import NewJob
+from zoray.serving.learning import tuner as module
+from zoray.serving.learning.job_requests import NewJob
+from zoray.serving.learning.tuner import Tuner
 from zoray.serving.store import Store
-from zoray.serving.tuner import Tuner
 
 DONE = {"finished": True, "steps": 1, "initial": {}, "final": {}}
 

@@ -9,7 +9,8 @@ import sys
 import pytest
 from served import labelled
 
-from zoray import client, tuning
+from zoray import tuning
+from zoray.serving import client
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from typing import Any
 from zoray.records import ConfigError
 from zoray.records.process.stopping import stops
 from zoray.run.config import run_main
+from zoray.serving.learning.versions import check_live
 from zoray.serving.settings import Settings, settings_of
 from zoray.serving.store import Store, claim
-from zoray.serving.versions import check_live
 
 
 def main(config: Any) -> int:
@@ -44,7 +44,7 @@ def _serve(settings: Settings, key: str | None) -> int:
             signal.signal(number, stop)
 
     listen()
-    from zoray.serving.start import started
+    from zoray.serving.deployments.start import started
 
     with started(settings) as address:
         up.set()

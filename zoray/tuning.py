@@ -19,14 +19,14 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from zoray.client import DEFAULT, URL, Client
 from zoray.records import ConfigError
 from zoray.records.overrides import mapping_of, setting, unescaped
 from zoray.records.paths import user_path
 from zoray.records.process import streams
 from zoray.records.signatures import unknown_key
 from zoray.run.config import guarded
-from zoray.serving.requests import Hyperparameters, Use
+from zoray.serving.client import DEFAULT, URL, Client
+from zoray.serving.learning.job_requests import Hyperparameters, Use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

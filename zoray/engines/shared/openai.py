@@ -70,7 +70,7 @@ class OpenAI:
 
         Args:
             kind: "chat" or "completions".
-            body: the request, as JSON values within bounds (serving/asked.py).
+            body: the request, as JSON values within bounds (serving/http/chat_requests.py).
             salt: prefixes are shared only among requests with the same one: names of adapters may come again.
         """
         from pydantic import ValidationError

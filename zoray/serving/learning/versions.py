@@ -20,7 +20,7 @@ from zoray.models.folder import weights_hash
 from zoray.records import ConfigError, JournalError
 from zoray.run import journal
 from zoray.run.reports.history import read_metrics
-from zoray.serving.logs import LOG
+from zoray.serving.deployments.logs import LOG
 from zoray.serving.store import VERSION, NotFound, read_json, shown, write_json
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ def started(settings: Settings) -> Iterator[str]:
     try:
         from ray import serve
 
-        from zoray.serving.app import APP, application
-        from zoray.serving.placing import check_room
+        from zoray.serving.deployments.application import APP, application
+        from zoray.serving.deployments.devices import check_room
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it has to tell is said by zoray.serve
 
@@ -77,5 +77,5 @@ def _check_free() -> None:
         return
     raise ConfigError(
         "expected no Ray Serve on the cluster that was joined; there is one, whose address and port are not this "
-        "server's. Deploy to it with `serve run zoray.serving.app:build`, or unset RAY_ADDRESS"
+        "server's. Deploy to it with `serve run zoray.serving.deployments.application:build`, or unset RAY_ADDRESS"
     )

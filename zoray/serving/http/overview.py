@@ -6,7 +6,7 @@ from contextlib import suppress
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from zoray.serving import shapes
+from zoray.serving.http import views as shapes
 from zoray.serving.store import NotFound
 
 if TYPE_CHECKING:

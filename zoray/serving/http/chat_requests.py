@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, model_validator
 
-from zoray.serving.fields import LIST, LISTS, TEXT, TEXTS, TOKENS, by_type, only, wrong
-from zoray.serving.grammar import enforced
+from zoray.serving.http.fields import LIST, LISTS, TEXT, TEXTS, TOKENS, by_type, only, wrong
+from zoray.serving.http.grammar import enforced
 
 MOST_CHOICES = 16  # of a prompt
 MOST_PROMPTS = 32

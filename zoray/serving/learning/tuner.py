@@ -22,14 +22,14 @@ from zoray.records.signatures import record
 from zoray.run.driver import tune
 from zoray.run.reports.history import read_metrics
 from zoray.scoring.workload import load_workload
-from zoray.serving import versions
-from zoray.serving.conversations import Conversations
-from zoray.serving.experiments import experiment_of, numbers_of, settled
-from zoray.serving.overview import gather
-from zoray.serving.pool import start_pool
-from zoray.serving.promotion import BY_HAND, Promotion
-from zoray.serving.requests import NewJob, Use, plainly
-from zoray.serving.states import States, why
+from zoray.serving.http.overview import gather
+from zoray.serving.learning import versions
+from zoray.serving.learning.conversations import Conversations
+from zoray.serving.learning.experiments import experiment_of, numbers_of, settled
+from zoray.serving.learning.job_requests import NewJob, Use, plainly
+from zoray.serving.learning.pool import start_pool
+from zoray.serving.learning.promotion import BY_HAND, Promotion
+from zoray.serving.learning.states import States, why
 from zoray.serving.store import NotFound, Store, read_json, write_json
 from zoray.tasks.preview import preview
 

@@ -26,12 +26,13 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from zoray.engines.shared.openai import EngineGone, failure
 from zoray.records import ConfigError, disk
-from zoray.serving import overview, shapes
-from zoray.serving.asked import Asked, Chat, Completion
-from zoray.serving.described import CONTENT, ERROR, FORM, STREAMED
-from zoray.serving.door import Door, Refused
-from zoray.serving.fields import place, told
-from zoray.serving.requests import NewJob, Rated, Use, Wish
+from zoray.serving.http import overview
+from zoray.serving.http import views as shapes
+from zoray.serving.http.chat_requests import Asked, Chat, Completion
+from zoray.serving.http.door import Door, Refused
+from zoray.serving.http.fields import place, told
+from zoray.serving.http.openapi import CONTENT, ERROR, FORM, STREAMED
+from zoray.serving.learning.job_requests import NewJob, Rated, Use, Wish
 from zoray.serving.store import NotFound
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from pydantic_core import PydanticCustomError
 
 from zoray.records import ConfigError
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference
-from zoray.serving.fields import only, wrong
-from zoray.serving.presets import PREFIX, SIZES, preset
+from zoray.serving.http.fields import only, wrong
+from zoray.serving.learning.presets import PREFIX, SIZES, preset
 from zoray.tasks.file.columns import names_in
 from zoray.tasks.file.task import File, open_rows
 

@@ -19,14 +19,14 @@ from zoray.engines.shared.openai import EngineGone
 from zoray.models.folder import linear_matrices, load_tokenizer
 from zoray.records import ConfigError, disk
 from zoray.run.config import compose
-from zoray.serving.engine import EngineServer
-from zoray.serving.gateway import Refused, build_app
-from zoray.serving.logs import keep_log
-from zoray.serving.loopback import listen_here_only
-from zoray.serving.placing import gpus
+from zoray.serving.deployments.devices import gpus
+from zoray.serving.deployments.engine import EngineServer
+from zoray.serving.deployments.logs import keep_log
+from zoray.serving.deployments.loopback import listen_here_only
+from zoray.serving.http.routes import Refused, build_app
+from zoray.serving.learning.tuner import Tuner
 from zoray.serving.settings import settings_of
 from zoray.serving.store import NotFound, claim
-from zoray.serving.tuner import Tuner
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -272,7 +272,7 @@ def application(settings: Settings) -> Any:
 
 
 def build(arguments: dict[str, Any]) -> Any:
-    """The Serve application for a Serve config file (`import_path: zoray.serving.app:build`) and `serve run`.
+    """The Serve application for a Serve config file (`import_path: zoray.serving.deployments.application:build`) and `serve run`.
 
     `arguments` are settings of conf/serve.yaml as on the command line of zoray.serve, {"serve.replicas": 2}, or nested,
     {"serve": {"replicas": 2}}. They come from whoever owns the cluster. Serve's own proxies listen, on all addresses as

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoray.serving.door import Refused
+from zoray.serving.http.door import Refused
 
 
 def page(found: list[dict[str, Any]], limit: int, after: str | None, what: str, most: int = 100) -> dict[str, Any]:

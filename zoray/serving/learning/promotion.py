@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoray.models.folder import weights_hash
 from zoray.records import ConfigError
-from zoray.serving import versions
+from zoray.serving.learning import versions
 from zoray.serving.store import NotFound
 
 if TYPE_CHECKING:

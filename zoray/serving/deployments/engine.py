@@ -27,13 +27,13 @@ from zoray.scoring.guidance import lens_table
 from zoray.scoring.metrics import metrics, worth
 from zoray.scoring.replica import Replica
 from zoray.scoring.scorer import Scorer
-from zoray.serving import neutral
+from zoray.serving.deployments import neutral
+from zoray.serving.deployments.devices import share_cores
+from zoray.serving.deployments.logs import keep_log
+from zoray.serving.deployments.loopback import listen_here_only
 from zoray.serving.gate import Measured
-from zoray.serving.logs import keep_log
-from zoray.serving.loopback import listen_here_only
-from zoray.serving.placing import share_cores
+from zoray.serving.learning.versions import check
 from zoray.serving.store import Store
-from zoray.serving.versions import check
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence

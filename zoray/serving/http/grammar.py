@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from zoray.serving.patterns import LOOKAROUND, MOST_TIMES, check_pattern
+from zoray.serving.http.patterns import LOOKAROUND, MOST_TIMES, check_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Callable

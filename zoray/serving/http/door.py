@@ -22,7 +22,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 
 from zoray.engines.shared.openai import failure
-from zoray.serving.logs import LOG
+from zoray.serving.deployments.logs import LOG
 from zoray.serving.settings import is_own, is_public
 
 if TYPE_CHECKING:

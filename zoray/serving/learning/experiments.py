@@ -13,11 +13,11 @@ from zoray.records.tiles import MAX_TILE
 from zoray.run.experiment import Experiment, Run
 from zoray.run.reports.monitor import Logging
 from zoray.scoring.objectives import Preference
-from zoray.serving.pool import PATIENT
-from zoray.serving.requests import MOST_RATE, MOST_STEPS, Hyperparameters
+from zoray.serving.learning.job_requests import MOST_RATE, MOST_STEPS, Hyperparameters
+from zoray.serving.learning.pool import PATIENT
 
 if TYPE_CHECKING:
-    from zoray.serving.requests import NewJob
+    from zoray.serving.learning.job_requests import NewJob
     from zoray.serving.settings import Settings
     from zoray.serving.store import Store
 
