@@ -7,7 +7,7 @@
 
 The adapters have rank 8 on all matrices that write to the stream, and a state in which B is not zero: one step of
 random signs. Of each batch, the cosine of the feedback of B with its gradient: with the stream as it is (`identity`),
-and with maps of some ranks, fitted to the base model as a run does (zoray/scoring/guidance.py); the mean over the batches. The
+and with maps of some ranks, fitted to the base model as a run does (guidance.py); the mean over the batches. The
 examples are of dev, to which no map is fitted. `share` is a layer's share of the squared gradient. `upper half` and
 `all` are of these matrices' gradients as one vector; `descent by signs` is how far a step along the signs of the
 feedback goes down, beside one along the signs of the gradient. Other keys than those of DEFAULTS are settings of conf/.

@@ -3,7 +3,7 @@
     python -m benchmarks.workstation build/workstation
     python -m benchmarks.workstation build/workstation serve.steps=200 model.path=...  (settings of conf/serve.yaml)
 
-The file is 2,000 movie reviews (zoray/tasks/published/movie_reviews.py) as CSV, of which 200 are held out and 200 are for test;
+The file is 2,000 movie reviews (task=movie_reviews) as CSV, of which 200 are held out and 200 are for test;
 `--data` names another. Saves a screenshot of each step, story.json, and prints a table: step, what, seconds, accuracy
 on held-out rows before and after. Needs playwright and a Chromium; the server is a real one, on a folder of its own
 that is deleted at the end.

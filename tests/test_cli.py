@@ -127,10 +127,10 @@ def test_a_later_value_wins_and_text_may_be_quoted():
 
 
 def test_a_component_that_is_not_ours_and_a_config_of_another_version():
-    with pytest.raises(ConfigError, match=r"space._target_ to name a class; got zoray.methods.spaces.Hira"):
-        build({"_target_": "zoray.methods.spaces.Hira"}, "space")
+    with pytest.raises(ConfigError, match=r"space._target_ to name a class; got zoray.methods.Hira"):
+        build({"_target_": "zoray.methods.Hira"}, "space")
     with pytest.raises(ConfigError, match=r"unknown config key 'space.variant'; space has rank"):
-        build({"_target_": "zoray.methods.spaces.Lora", "variant": 1}, "space")
+        build({"_target_": "zoray.methods.Lora", "variant": 1}, "space")
     config = OmegaConf.masked_copy(compose("config", []), ["model", "run"])
     with pytest.raises(ConfigError, match="lacks task, objective, space"):
         build_experiment(config)
@@ -175,11 +175,7 @@ def test_an_experiment_goes_with_hydras_flags(arguments, tmp_path):
     """Which see the arguments as they are typed."""
     done = run(*arguments, "experiment=lozo_opt13b_sst2", cwd=tmp_path)
     if "--cfg" in arguments:
-        assert (
-            done.returncode == 0
-            and "_target_: zoray.methods.spaces.Lozo" in done.stdout
-            and "steps: 20000" in done.stdout
-        )
+        assert done.returncode == 0 and "_target_: zoray.methods.Lozo" in done.stdout and "steps: 20000" in done.stdout
     else:
         assert done.stderr == "error: expected run.steps to be a whole number of at least 1; got 0\n"
 
@@ -218,7 +214,7 @@ def test_help_and_mistakes_are_quick_and_import_nothing_heavy(arguments, tmp_pat
         assert "task: boolq, cb, " in done.stdout
         assert "rank: 2" in done.stdout and not done.stderr
     elif arguments[0] == "--cfg":
-        assert done.returncode == 0 and "_target_: zoray.methods.spaces.Lora" in done.stdout
+        assert done.returncode == 0 and "_target_: zoray.methods.Lora" in done.stdout
         assert ("stanfordnlp/sst2" in done.stdout) == ("task=sst2" in arguments)
     else:
         assert done.returncode == 2

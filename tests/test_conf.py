@@ -40,7 +40,7 @@ REQUIRED = {  # what has no default
     "model/hf": ["model.path=org/name"],
     "task/file": ["task.path=mail.csv"],
     "task/mixture": ["task.parts={movie_reviews: 2, sst2: {weight: 1, objective: answer_nll, train: 100}}"],
-    "objective/reward": ["objective.function=zoray.scoring.rewards:exact_match"],
+    "objective/reward": ["objective.function=exact_match"],
 }
 
 

@@ -40,7 +40,7 @@ CHOICE = {
 }
 PLAIN = {name: CHOICE[name] for name in CHOICE if name != "sfc"}
 ANSWER = {"answer_nll": AnswerNLL(), "f1": Metric("f1"), "exact_match": Metric("exact_match")}
-REWARD = {"length": Reward("zoray.scoring.rewards:length", {"most": 40}, max_tokens=4)}
+REWARD = {"length": Reward("length", {"most": 40}, max_tokens=4)}
 SENSIBLE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("sst2", "rte", "cb", "boolq", "wsc", "wic", "multirc", "copa", "record"), CHOICE),
     **dict.fromkeys(("squad", "drop"), ANSWER | REWARD),
@@ -51,8 +51,8 @@ SENSIBLE: dict[str, dict[str, Any]] = {
     "file:chat": ANSWER | REWARD,
     "file:preference": {"preference": Preference(), "choice_nll": ChoiceNLL()},
     "file:prompt": REWARD,
-    "countdown": {"countdown": Reward("zoray.scoring.rewards:countdown", max_tokens=6)},
-    "structured": {"json_schema": Reward("zoray.scoring.rewards:json_schema", {"schema": "person"}, max_tokens=6)},
+    "countdown": {"countdown": Reward("countdown", max_tokens=6)},
+    "structured": {"json_schema": Reward("json_schema", {"schema": "person"}, max_tokens=6)},
     "questions": REWARD,
     "mixture": {"answer_nll": AnswerNLL()},
 }
@@ -77,7 +77,7 @@ def task_of(name: str, root) -> Any:
     elif option == "mixture":
         path = copy(root, "sst2", 20, 8)
         few = "train: 4, dev: 2, test: 1"
-        reward = '{reward: {function: "zoray.scoring.rewards:length", arguments: {most: 40}, max_tokens: 4}}'
+        reward = '{reward: {function: "length", arguments: {most: 40}, max_tokens: 4}}'
         parts = f"{{sst2: {{path: {path}, {few}}}, questions: {{{few}, objective: {reward}}}}}"
         return build(compose("config", ["task=mixture", f"task.parts={parts}"]).task, "task")
     return build(compose("config", [f"task={option}", *sizes]).task, "task")

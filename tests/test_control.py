@@ -134,7 +134,7 @@ def test_a_prompt_never_ends_in_what_a_tokenizer_appends():
             found, wanted = (one.answer("It was", text, eos) for one in (encoder, plain))
             assert found.tokens.tolist() == wanted.tokens.tolist()
             assert found.targets.tolist() == wanted.targets.tolist()
-    reward = Reward("zoray.scoring.rewards:length", {"most": 20})
+    reward = Reward("length", {"most": 20})
     (sequence,) = reward.encode(Example("It was great"), encoder)
     assert 2 not in sequence.targets
     (choice, *_) = ChoiceNLL().encode(Example("It was", (" great", " dull"), 0), encoder)

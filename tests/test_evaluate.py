@@ -120,7 +120,7 @@ def test_answers_are_written_and_compared(capsys, folder, tmp_path):
     score = np.mean([line["score"] for line in lines])
     assert f"dev f1 {score:.4f}, loss " in line and "also tokens " in line
     assert all(isinstance(line["completion"], str) and line["answers"] for line in lines)
-    reward = ["objective=reward", "objective.function=zoray.scoring.rewards:length", "objective.arguments={most: 30}"]
+    reward = ["objective=reward", "objective.function=length", "objective.arguments={most: 30}"]
     assert "dev reward " in said(capsys, folder, *task, *reward)
 
 

@@ -32,7 +32,7 @@ COMMIT = Commit(0, (0.02, -0.01))
 
 def made(folder, engine, space="lora", sampling=GREEDY, examples=EXAMPLES) -> Replica:
     task, estimator = Given(examples, "reward", sampling), TwoPoint(pairs=3, eps=0.05)
-    objective = Reward("zoray.scoring.rewards:length", {"most": 60})
+    objective = Reward("length", {"most": 60})
     replica = Replica(ReplicaSpec(Model(str(folder)), task, objective, SPACES[space], estimator, engine, 0, 0, 4))
     replica.apply([COMMIT])
     return replica

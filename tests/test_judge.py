@@ -292,12 +292,12 @@ def test_a_cancelled_call_is_left_out(file):
 
 
 def test_built_in_rewards_run_here_at_once():
-    with Judge("zoray.scoring.rewards:exact_match") as judge:
+    with Judge("exact_match") as judge:
         future = judge.submit("", "A cat", {"answers": ["cat"]})
         assert future.done() and future.result() == (1.0, "") and processes(judge) == 0
         value, failure = judge.submit("", "A cat", {}).result()
-        assert math.isnan(value) and "zoray.scoring.rewards:exact_match: expected examples with 'answers'" in failure
-    with Judge("zoray.scoring.rewards:json_schema", {"schema": "person"}) as judge:
+        assert math.isnan(value) and "exact_match: expected examples with 'answers'" in failure
+    with Judge("json_schema", {"schema": "person"}) as judge:
         assert judge.submit("", "{}", {}).result() == (0.4, "") and processes(judge) == 0
 
 
@@ -309,7 +309,7 @@ def test_built_in_rewards_run_here_at_once():
     ],
 )
 def test_regular_expressions_of_the_user_have_a_time_limit(name, arguments):
-    with Judge(f"zoray.scoring.rewards:{name}", arguments, timeout_s=1.0) as judge:
+    with Judge(f"{name}", arguments, timeout_s=1.0) as judge:
         assert "timed out" in judge.submit("", '{"a": "' + "a" * 40 + '"}', {}).result(60).failure or name == "format"
         assert "timed out" in judge.submit("", "a" * 40, {}).result(60).failure or name == "json_schema"
 
@@ -318,11 +318,11 @@ def test_regular_expressions_of_the_user_have_a_time_limit(name, arguments):
     ("settings", "says"),
     [
         ({"function": "reward"}, "expected a reward function as"),
-        ({"function": "zoray.scoring.rewards:nothing"}, "it has none"),
-        ({"function": "zoray.scoring.rewards:length"}, "missing argument 'most'"),
-        ({"function": "zoray.scoring.rewards:json_schema"}, "missing argument 'schema'"),
+        ({"function": "nothing"}, "it has none"),
+        ({"function": "length"}, "missing argument 'most'"),
+        ({"function": "json_schema"}, "missing argument 'schema'"),
         (
-            {"function": "zoray.scoring.rewards:json_schema", "arguments": {"schema": "none"}},
+            {"function": "json_schema", "arguments": {"schema": "none"}},
             "one of: person; got 'none'",
         ),
         ({"timeout_s": 0}, "timeout_s to be a number above 0"),
@@ -331,7 +331,7 @@ def test_regular_expressions_of_the_user_have_a_time_limit(name, arguments):
 )
 def test_bad_settings_are_refused(settings, says):
     with pytest.raises(ConfigError, match=says):
-        Judge(**{"function": "zoray.scoring.rewards:f1", **settings})
+        Judge(**{"function": "f1", **settings})
 
 
 # the parent

@@ -148,7 +148,7 @@ def test_the_services_application_has_settings_that_zoray_serve_takes(monkeypatc
     from zoray.serving.deployments import application as app
 
     (application,) = serve_config().applications
-    assert application.import_path == "zoray.serving.deployments.application:build"
+    assert application.import_path == "zoray.serving:build"
     built: list[settings.Settings] = []
     monkeypatch.setattr(app, "application", built.append)
     monkeypatch.setenv(settings.KEY, "k" * 16)

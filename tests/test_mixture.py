@@ -76,7 +76,7 @@ def test_a_run_of_several_tasks_reports_each(tmp_path):
     parts = {
         "films": Part(Given(CHOICES), 2.0),
         "answers": Part(Given(ANSWERS, "f1", Sampling(4, stop=("\n",))), 1.0, AnswerNLL()),
-        "rewards": Part(Given(ANSWERS[:4], "reward", Sampling(4)), 1.0, Reward("zoray.scoring.rewards:exact_match")),
+        "rewards": Part(Given(ANSWERS[:4], "reward", Sampling(4)), 1.0, Reward("exact_match")),
     }
     e = experiment(folder, Mixture(parts), ChoiceNLL(), tmp_path / "runs", batch=8)
     (tmp_path / "runs" / "r").mkdir(parents=True)

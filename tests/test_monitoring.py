@@ -251,7 +251,7 @@ def test_a_run_left_early_still_gets_its_curve(tmp_path: Path) -> None:
 
 def test_labels_are_short_names() -> None:
     assert label({"path": "org/Model-1.5B/"}) == "Model-1.5B"
-    assert label({"_target_": "zoray.methods.spaces.Lora"}) == "Lora"
+    assert label({"_target_": "zoray.methods.Lora"}) == "Lora"
     assert label("sst2") == "sst2" and label(None) == ""
 
 
@@ -307,10 +307,7 @@ def test_the_shipped_config_spells_every_parameter() -> None:
 
     shipped = yaml.safe_load((Path(__file__).parents[1] / "conf" / "logging" / "default.yaml").read_text())
     wandb = shipped["wandb"]
-    assert (
-        shipped.pop("_target_") == "zoray.run.reports.monitor.Logging"
-        and wandb.pop("_target_") == "zoray.run.reports.monitor.Wandb"
-    )
+    assert shipped.pop("_target_") == "zoray.run.Logging" and wandb.pop("_target_") == "zoray.run.Wandb"
     assert set(shipped) == {f.name for f in dataclasses.fields(Logging)}
     assert set(wandb) == {f.name for f in dataclasses.fields(Wandb)}
     assert Logging(**shipped) == Logging()

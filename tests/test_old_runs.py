@@ -39,7 +39,7 @@ SETTINGS = {
     "feedback": ("experiment=feedback", "task=file", "task.path=lab.csv", "task.dev=4", "task.test=0"),
     "reward": (
         *("task=file", "task.path=asks.csv", "task.dev=2", "task.test=0", "run.stratify=false", "space=lora"),
-        *("space.rank=2", "estimator=rloo", "objective=reward", "objective.function=zoray.scoring.rewards:length"),
+        *("space.rank=2", "estimator=rloo", "objective=reward", "objective.function=zoray.rewards:length"),
         *("objective.arguments={least: 2, most: 9}", "objective.max_tokens=4"),
     ),
     "lozo": ("task=file", "task.path=lab.csv", "task.dev=4", "task.test=0", "space=lozo", "space.rank=2"),

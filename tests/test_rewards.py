@@ -399,7 +399,7 @@ def written(folder: Path, text: str, name: str = "my_reward.py") -> str:
 
 def test_functions_are_loaded_by_name_and_by_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert load_function("zoray.scoring.rewards:f1") is rewards.f1
+    assert load_function("f1") is rewards.f1
     path = written(tmp_path, "from neighbour import X\ndef reward(prompt, completion, example, k=1): return X * k\n")
     (tmp_path / "neighbour.py").write_text("X = 3\n")
     assert load_function(f"{path}:reward", {"k": 2})("", "", {}, k=2) == 6
@@ -434,8 +434,8 @@ def test_functions_are_loaded_by_name_and_by_file(tmp_path, monkeypatch):
         ("my_reward.py:reward", {"prompt": 1, "must": 1}, "unknown argument 'prompt'"),
         ("my_reward.py:reward", {}, "missing argument 'must' of my_reward.py:reward"),
         ("my_reward.py:four", {}, "missing argument 'more'"),
-        ("zoray.scoring.rewards:format", {}, "missing argument 'pattern' of zoray.scoring.rewards:format"),
-        ("zoray.scoring.rewards:f2", {}, "function f2; it has none"),
+        ("format", {}, "missing argument 'pattern' of format"),
+        ("f2", {}, "function f2; it has none"),
         ("broken.py:reward", {}, r"importing .*raised ZeroDivisionError: division by zero \(.*broken.py, line 2\)"),
         ("ends.py:reward", {}, "raised SystemExit: 3"),
         ("lacks.py:reward", {}, "raised ModuleNotFoundError: No module named 'surely_not_there'"),

@@ -70,7 +70,7 @@ def test_a_chat_that_the_template_refuses_is_named_by_its_place(suffix, place, t
         loaded(model(tmp_path / "m", NOSYS), task, AnswerNLL(), tmp_path)
 
 
-@pytest.mark.parametrize("objective", [AnswerNLL(), Reward("zoray.scoring.rewards:length", {"most": 20}, max_tokens=4)])
+@pytest.mark.parametrize("objective", [AnswerNLL(), Reward("length", {"most": 20}, max_tokens=4)])
 def test_what_is_too_long_is_named_by_its_place(objective, tmp_path):
     rows = [{"prompt": f"x{i} {LONG if i in (2, 5) else ''}", "completion": "great"} for i in range(8)]
     task = File(write_rows(tmp_path / "a.jsonl", rows), dev=1, test=0)

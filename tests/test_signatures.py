@@ -72,8 +72,8 @@ def test_what_fits_passes(settings):
         ({"inner": {"_target_": INNER, "flag": "yes"}}, "part.inner.flag to be true or false; got 'yes'"),
         ({"inner": {"_target_": INNER, "flg": True}}, "unknown config key 'part.inner.flg'; part.inner has flag"),
         (
-            {"_target_": "zoray.methods.spaces.Nothing"},
-            "part._target_ to name a class; got zoray.methods.spaces.Nothing",
+            {"_target_": "zoray.methods.Nothing"},
+            "part._target_ to name a class; got zoray.methods.Nothing",
         ),
         ({"_target_": "zoray.nowhere.Lora"}, "part._target_ to name a class"),
         ({"_target_": "Lora"}, "part._target_ to name a class"),

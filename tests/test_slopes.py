@@ -151,4 +151,4 @@ def test_slopes_of_extreme_sums_are_finite(objective):
 
 def test_what_is_about_completions_has_no_slopes():
     with pytest.raises(ConfigError, match="reward has no gradient at the log-probabilities"):
-        Reward("zoray.scoring.rewards:exact_match").slopes(batch(ChoiceNLL()))
+        Reward("exact_match").slopes(batch(ChoiceNLL()))

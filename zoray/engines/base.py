@@ -83,7 +83,7 @@ class Engine(Protocol):
     def feedback(
         self, plan: Plan, gradient: Callable[[np.ndarray], np.ndarray]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """As `score_plan`, and the residual feedback (zoray/methods/estimators/feedback.py) of the trained numbers at the plan's probe.
+        """As `score_plan`, and the residual feedback (methods.Feedback) of the trained numbers at the plan's probe.
 
         Returns the sums, and {`<matrix>.<part>`: array} of every trained tensor, float32, in the order of the state's
         layout.

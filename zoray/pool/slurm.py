@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import zoray
 from zoray.pool.on_ray.cluster import Cluster, check_reachable
 from zoray.records import ConfigError, disk, require
 from zoray.records.overrides import setting, value_of
@@ -180,7 +181,7 @@ def seconds(time: str) -> float:
 
 def script_path() -> Path:
     """zoray.sbatch: of a checkout, or the copy that the wheel brings along."""
-    here = Path(__file__).parent
+    here = Path(zoray.__file__).parent
     packed = here / "jobs" / "slurm" / "zoray.sbatch"
     return packed if packed.is_file() else here.parent / "cluster" / "slurm" / "zoray.sbatch"
 

@@ -13,6 +13,7 @@ from os.path import abspath
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+import zoray
 from zoray.records import ConfigError, JournalError, ReplicaLost, disk
 from zoray.records.overrides import check_whole, setting, unescaped, value_of
 from zoray.records.paths import absolute_paths, missing_paths
@@ -26,12 +27,18 @@ MEANT = {  # what is no text in a mapping that YAML reads
     "int": re.compile(r"-?(0|[1-9][0-9]*)\Z"),
     "float": re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?\Z", re.I),
 }
+ROOM_OF = {  # modules of 0.1 that configs of its runs name, but for those that have become rooms
+    **dict.fromkeys(("spaces", "estimators", "feedback", "optimizers"), "methods"),
+    **dict.fromkeys(("cluster", "slurm"), "pool"),
+    **dict.fromkeys(("experiment", "monitoring"), "run"),
+    "objectives": "scoring",
+}
 SHOWING_FLAGS = {"--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"}  # of Hydra's: print, run nothing
 
 
 def conf_dir() -> Path:
     """The folder of the configs: `conf/` of a checkout, or the copy that the wheel brings along."""
-    here = Path(__file__).parent
+    here = Path(zoray.__file__).parent
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
 
 
@@ -164,7 +171,7 @@ def _mixture_part(name: str, given: dict[str, Any]) -> dict[str, Any]:
     option, own = next(iter(objective.items())) if isinstance(objective, dict) else (objective, {})
     task = _option("task", part.pop("task", name), part, where, where)
     extra = {} if option is None else {"objective": _option("objective", option, own, where, f"{where}.objective")}
-    return {"_target_": "zoray.tasks.mixture.Part", "weight": weight, "task": task, **extra}
+    return {"_target_": "zoray.tasks.Part", "weight": weight, "task": task, **extra}
 
 
 def _option(group: str, option: object, settings: Mapping[str, Any], where: str, keys: str) -> Any:
@@ -358,9 +365,22 @@ def load_run_config(folder: Path) -> Any:
         settings = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OSError) as error:  # OmegaConf's word for neither a mapping nor a list is OSError
         raise ConfigError(f"{path} is not readable: {' '.join(str(error).split())}") from None
+    settings = _in_rooms(settings)
     if (start := _started_in(folder, settings)) is not None:
         settings = absolute_paths(settings, start)
     return OmegaConf.create(absolute_paths(settings, Path.cwd()))
+
+
+def _in_rooms(settings: Any) -> Any:
+    """The settings of a run with every `_target_` that was a name of 0.1 by its name of today."""
+    if isinstance(settings, list):
+        return [_in_rooms(item) for item in settings]
+    if not isinstance(settings, dict):
+        return settings
+    moved = {key: _in_rooms(value) for key, value in settings.items()}
+    if found := re.fullmatch(r"zoray\.(\w+)\.(?:\w+\.)*(\w+)", str(moved.get("_target_"))):
+        moved["_target_"] = f"zoray.{ROOM_OF.get(found[1], found[1])}.{found[2]}"
+    return moved
 
 
 def _started_in(folder: Path, settings: Any) -> Path | None:

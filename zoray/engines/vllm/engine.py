@@ -196,7 +196,8 @@ class Vllm:
 
         `names`: of the matrices that have adapters.
         """
-        sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("cuda_lora.py", "kept.py"))
+        folder = Path(__file__).parents[1]
+        sources = b"".join((folder / name).read_bytes() for name in ("layers/lora_cuda.py", "feedback/kept.py"))
         kept = {FEEDBACK: list(names)} if self.feedback else {}
         kernels = "dense" if self.dense(rank) else "punica"
         return {KERNELS: kernels, "zoray": hashlib.sha256(sources).hexdigest()[:16], **kept}

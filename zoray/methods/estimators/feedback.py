@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from zoray.methods.estimators import Estimate, InGroups, check_count
+from zoray.methods.estimators.base import Estimate, InGroups, check_count
 from zoray.methods.spaces.signs import ALONG, GROUPS, group_of, pattern
 from zoray.records import Probe, is_finite, require
 from zoray.records.tiles import mean
@@ -27,7 +27,7 @@ from zoray.records.tiles import mean
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from zoray.methods.estimators import Losses
+    from zoray.methods.estimators.base import Losses
 
 WINDOW = 200.0  # probes along the guide that its worth is the mean of
 DOUBT = 40.0  # probes that count for as much as the belief that all of the guide is good

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import zoray
 from zoray.pool.on_ray import local as local_ray
 from zoray.records import ConfigError, require
 
@@ -138,7 +139,7 @@ def _own_code() -> dict[str, Any]:
     Ray refuses one field in both, so what the job says wins. Settings are composed by the driver: conf/ stays here.
     """
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
-    own = {"py_modules": [str(Path(__file__).parent)], "excludes": ["__pycache__"]}
+    own = {"py_modules": [str(Path(zoray.__file__).parent)], "excludes": ["__pycache__"]}
     return {} if "py_modules" in job else {key: value for key, value in own.items() if key not in job}
 
 

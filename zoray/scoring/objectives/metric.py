@@ -24,8 +24,8 @@ class Metric(Unbound):
     """Minimises 1 - metric, as MeZO does with F1 on SQuAD (arXiv 2305.17333, section 3.3).
 
     On a task of options the metric is "accuracy", or "f1": the mean over classes of F1 on the step's batch. On a task
-    of answers the model writes one itself, and the metric is "f1" or "exact_match" (SQuAD's), "numeric" or any other of
-    zoray.scoring.rewards. Where a perturbation changes no answer, plus and minus tie and the direction says nothing; such
+    of answers the model writes one itself, and the metric is "f1" or "exact_match" (SQuAD's), "numeric" or any other
+    built-in reward. Where a perturbation changes no answer, plus and minus tie and the direction says nothing; such
     directions are counted, and many of them warned about. Larger batches and perturbations have fewer.
 
     Args:

@@ -10,13 +10,12 @@ import numpy as np
 
 from zoray.records import ConfigError, Example, Sampling, TokenSequence, is_finite, require
 from zoray.scoring.objectives.base import Objective, Outcomes, Sums
-from zoray.scoring.rewards.judging.functions import absolute, load_function
+from zoray.scoring.rewards.judging.functions import BUILT_IN, absolute, load_function, split_path
 from zoray.scoring.rewards.judging.judge import Judge
 
 if TYPE_CHECKING:
     from zoray.models.tokens import Encoder
 
-BUILT_IN = "zoray.scoring.rewards:"
 PROOF = 8  # last tokens of a prompt that stand for it where replicas are compared
 
 
@@ -29,7 +28,8 @@ class Reward(Objective):
     returns no finite number) counts as `failed`; it is reported, and above a share the run stops.
 
     Args:
-        function: `package.module:name` or `path/file.py:name` of a function (prompt, completion, example) -> float.
+        function: a reward of zoray's own by its name, or `package.module:name` or `path/file.py:name` of a function
+            (prompt, completion, example) -> float.
         arguments: keyword arguments of it.
         max_tokens: longest completion; this and the next three are the task's own where they are null.
         temperature: 0 takes the likeliest token each time.
@@ -84,7 +84,7 @@ class Reward(Objective):
     def bind(self, task: Any, example: Example) -> Objective:
         """With the task's way to write completions, where it is not set; the function is there."""
         load_function(self.function, self.arguments)
-        if self.function.startswith(BUILT_IN):  # they take any completion, and say what they miss in an example
+        if split_path(self.function)[0] == BUILT_IN:  # they take any completion, and say what they miss in an example
             with self.judge() as judge:
                 failure = judge.submit("", "", facts(example, "")).result().failure
             if failure:
@@ -130,6 +130,6 @@ def text_metric(name: str, task: Any, example: Example) -> Objective:
         ConfigError: there is no such metric.
     """
     try:
-        return Reward(f"zoray.scoring.rewards:{name}", name=name).bind(task, example)
+        return Reward(name, name=name).bind(task, example)
     except ConfigError as error:
         raise ConfigError(f"expected a metric among f1, exact_match, numeric, ...; got {name!r}: {error}") from None

@@ -272,7 +272,7 @@ def application(settings: Settings) -> Any:
 
 
 def build(arguments: dict[str, Any]) -> Any:
-    """The Serve application for a Serve config file (`import_path: zoray.serving.deployments.application:build`) and `serve run`.
+    """The Serve application for a Serve config file (`import_path: zoray.serving:build`) and `serve run`.
 
     `arguments` are settings of conf/serve.yaml as on the command line of zoray.serve, {"serve.replicas": 2}, or nested,
     {"serve": {"replicas": 2}}. They come from whoever owns the cluster. Serve's own proxies listen, on all addresses as

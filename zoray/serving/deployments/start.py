@@ -77,5 +77,5 @@ def _check_free() -> None:
         return
     raise ConfigError(
         "expected no Ray Serve on the cluster that was joined; there is one, whose address and port are not this "
-        "server's. Deploy to it with `serve run zoray.serving.deployments.application:build`, or unset RAY_ADDRESS"
+        "server's. Deploy to it with `serve run zoray.serving:build`, or unset RAY_ADDRESS"
     )

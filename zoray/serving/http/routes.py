@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 log = logging.getLogger(__name__)
-PAGE = Path(__file__).with_name("page")
+PAGE = Path(__file__).parents[1] / "page"
 SCRIPTS = ("app", "chat", "curve", "data", "learning", "parts", "server", "stored", "versions")
 ASSETS = {"": "index.html", "style.css": "style.css", **{f"{name}.js": f"{name}.js" for name in SCRIPTS}}
 OPEN = ("/health", *(f"/{asset}" for asset in ASSETS))  # to everyone

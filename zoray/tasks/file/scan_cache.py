@@ -49,6 +49,6 @@ def keep(task: Any, stamps: Stamps, found: Any) -> None:
 def _path(task: Any, stamps: Stamps) -> Path | None:
     if sum(size for size, _ in stamps.known) < LARGE:
         return None
-    code = [(file.name, file.stat().st_mtime_ns) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    code = [(file.name, file.stat().st_mtime_ns) for file in sorted(Path(__file__).parent.rglob("*.py"))]
     known = repr((task, [str(path.absolute()) for path in stamps.paths], stamps.known, code))
     return cache_dir() / "scans" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.pickle"

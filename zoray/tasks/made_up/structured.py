@@ -1,7 +1,7 @@
 """Structured output: write what a sentence says of a person as a JSON object. The sentences are made up.
 
 Every person is a row of the product of the lists below, taken in a seeded order, so the splits are the same on every
-machine and no person is in two of them. The schema is zoray/rewards/schemas/person.json.
+machine and no person is in two of them. The schema is person.json of the rewards' schemas.
 """
 
 from __future__ import annotations

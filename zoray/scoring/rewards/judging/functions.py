@@ -1,4 +1,4 @@
-"""A reward function by its path: "package.module:function" or "path/to/file.py:function".
+"""A reward function by its path: "package.module:function", "path/to/file.py:function", or one of zoray's own by name.
 
 Guarantees: what `load_function` returns can be called as function(prompt, completion, example, **arguments); all that
 can be known to be wrong before a call is a ConfigError. Does not look into what the function returns.
@@ -22,6 +22,8 @@ from zoray.records.paths import user_path
 from zoray.records.signatures import did_you_mean
 
 FORM = "package.module:function or path/to/file.py:function"
+BUILT_IN = "zoray.scoring.rewards"
+FORMERLY = "zoray.rewards"  # where they were in 0.1; runs of then go on
 BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -31,6 +33,10 @@ def load_function(path: str, arguments: Mapping[str, Any] | None = None) -> Call
     module = _from_file(user_path(place), path) if is_file(place) else _from_name(place, path)
     found = getattr(module, name, None)
     if found is None:
+        if place == BUILT_IN:
+            own = ", ".join(module.__all__)
+            close = did_you_mean(name, module.__all__)
+            raise ConfigError(f"expected a built-in reward ({own}), or one as {FORM}; got {path!r}{close}")
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ConfigError(f"expected {place} to have a function {name}; it has none{did_you_mean(name, names)}")
     if not callable(found) or inspect.iscoroutinefunction(found):
@@ -43,6 +49,8 @@ def load_function(path: str, arguments: Mapping[str, Any] | None = None) -> Call
 def split_path(path: str) -> tuple[str, str]:
     """Module or file, and the function in it."""
     place, colon, name = path.rpartition(":") if isinstance(path, str) else ("", "", "")
+    if name.isidentifier() and (not colon or place == FORMERLY):
+        return BUILT_IN, name
     if not colon or not place or not name.isidentifier():
         raise ConfigError(f"expected a reward function as {FORM}; got {path!r}")
     if place == "__main__":

@@ -28,12 +28,11 @@ from typing import Any
 
 from zoray.records import is_finite, require
 from zoray.scoring.rewards.json_object import has_pattern
-from zoray.scoring.rewards.judging.functions import absolute, load_function, split_path
+from zoray.scoring.rewards.judging.functions import BUILT_IN, absolute, load_function, split_path
 from zoray.scoring.rewards.judging.worker import Judged, failed, judged
 
 START_S = 600.0  # for a worker to start and import the function's module, which may load a model
 START = "import sys; sys.path[:] = sys.argv[3:]; from zoray.scoring.rewards.judging.worker import main; main()"
-BUILT_IN = "zoray.scoring.rewards"
 CLOSED = "the judge was closed before this completion was judged"
 
 Call = tuple[tuple[str, str, Mapping[str, Any]], Future[Judged]]
@@ -43,7 +42,7 @@ class Judge:
     """Calls a reward function; a context manager.
 
     Args:
-        function: package.module:function or path/to/file.py:function, see functions.py.
+        function: a reward of zoray's own, package.module:function or path/to/file.py:function, see functions.py.
         arguments: what it gets by name beside prompt, completion and example.
         timeout_s: the longest call, in seconds.
         workers: processes, each started when it is first needed.

@@ -1,0 +1,1 @@
+"""One vLLM engine that answers people and tunes: who gets which step, and for how long."""

@@ -1,0 +1,1 @@
+"""The vLLM engine: its configuration, and what runs inside its worker."""

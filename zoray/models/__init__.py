@@ -1,0 +1,12 @@
+"""A model's folder: where it comes from, whether it is whole, its weights, tokens and adapter files.
+
+Imports records and methods. Every process reads the same folder: the driver to check a run, a replica to load it, the
+server to tokenise requests.
+"""
+
+from zoray import faces
+
+__getattr__ = faces(
+    __name__,
+    {"Model": "folder"},
+)

@@ -1,0 +1,1 @@
+"""Your own data, from rows in files of many kinds to examples."""

@@ -1,0 +1,1 @@
+"""From a row's cells to an example."""
