@@ -28,8 +28,8 @@ from benchmarks.timing import spread
 from benchmarks.workload import random_workload
 from zoray.records import Probe
 from zoray.records.tiles import mean
-from zoray.scoring.noise import NEAR, rounding
 from zoray.scoring.replica import Replica
+from zoray.scoring.scorer import NEAR, rounding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

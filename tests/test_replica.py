@@ -11,9 +11,9 @@ from zoray.engines.hf import Hf
 from zoray.methods.estimators import Evolution, OneSided, TwoPoint
 from zoray.methods.spaces import Lora
 from zoray.models.folder import Model
-from zoray.scoring.noise import NEAR, rounding
 from zoray.scoring.objectives import ChoiceNLL
 from zoray.scoring.replica import Replica
+from zoray.scoring.scorer import NEAR, rounding
 from zoray.scoring.workload import ReplicaSpec
 from zoray.tasks.file.task import File
 

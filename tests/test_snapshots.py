@@ -9,7 +9,7 @@ import pytest
 from zoray.methods import snapshots
 from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.records import Commit
-from zoray.run.journal import StepRecord
+from zoray.run.journal import StepRecord, usable_snapshot
 
 MATRICES = {"layers.0.q_proj": (48, 32), "layers.0.up_proj": (64, 32)}
 SPACES = {
@@ -70,14 +70,14 @@ def test_only_a_snapshot_that_the_journal_knows_is_used(tmp_path):
         steps.append(StepRecord(Commit(step, (0.1,)), (1.0,), state.digest() if step % 2 == 0 else None))
         state.apply(steps[-1].commit)
     path = tmp_path / snapshots.FILE_NAME
-    assert snapshots.usable(path, steps) is None  # there is none
+    assert usable_snapshot(path, steps) is None  # there is none
     found = snapshots.write(path, data)
     assert (found.step, found.digest) == (4, steps[4].digest)
-    assert snapshots.usable(path, steps) == found
-    assert snapshots.usable(path, steps[:4]) is None  # of a journal that has lost the step
+    assert usable_snapshot(path, steps) == found
+    assert usable_snapshot(path, steps[:4]) is None  # of a journal that has lost the step
     other = [*steps[:4], StepRecord(Commit(4, (0.1,)), (1.0,), "0" * 16)]
-    assert snapshots.usable(path, other) is None  # of another run
+    assert usable_snapshot(path, other) is None  # of another run
     path.write_bytes(path.read_bytes()[:100])
-    assert snapshots.usable(path, steps) is None  # torn
+    assert usable_snapshot(path, steps) is None  # torn
     path.write_text(json.dumps({}))
-    assert snapshots.usable(path, steps) is None
+    assert usable_snapshot(path, steps) is None

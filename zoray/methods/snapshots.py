@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from zoray.records import disk
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from zoray.methods.spaces.base import State
-    from zoray.run.journal import StepRecord
 
 FILE_NAME = "snapshot.safetensors"
 
@@ -64,10 +62,3 @@ def read(path: Path) -> Snapshot | None:
         return Snapshot(int(said["step"]), said["digest"], path)
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-
-
-def usable(path: Path, steps: Sequence[StepRecord]) -> Snapshot | None:
-    """The snapshot at a path, if it is of the run with these steps."""
-    found = read(path)
-    ok = found is not None and found.step < len(steps) and steps[found.step].digest == found.digest
-    return found if ok else None

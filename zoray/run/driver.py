@@ -25,9 +25,10 @@ from zoray.records.process.stopping import stop_requested
 from zoray.records.signatures import record
 from zoray.records.tiles import Grid, mean, scored
 from zoray.run import journal
+from zoray.run.evaluation import evaluate
 from zoray.run.reports.history import best, stalled, summarise
 from zoray.run.reports.monitor import Monitor
-from zoray.scoring.metrics import Losses, check_rewards, evaluate
+from zoray.scoring.metrics import Losses, check_rewards
 from zoray.scoring.workload import order_of
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def tune(
         trained = e.space.trained(workload.matrices)
         monitor.message(f"{folder}: {len(workload.splits.train)} training examples, {trained:,} numbers trained")
         known = [(noted.commit.step, noted.digest) for noted in done if noted.digest is not None]
-        played, snapshot = [noted.commit for noted in done], snapshots.usable(folder / snapshots.FILE_NAME, done)
+        played, snapshot = [noted.commit for noted in done], journal.usable_snapshot(folder / snapshots.FILE_NAME, done)
         with (
             start_pool(e.spec, e.cluster, folder.name, monitor.message, played, known, snapshot) as pool,
             open_journal(folder / journal.FILE_NAME, header, earlier, pool.info.dtype, e.space.folds) as log,

@@ -19,6 +19,7 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zoray.methods import snapshots
 from zoray.methods.spaces import from_record
 from zoray.records import Commit, ConfigError, JournalError, disk
 
@@ -267,3 +268,10 @@ def _lock(file: Any, path: Path) -> None:
 def _plain(losses: Sequence[float]) -> list[float | None]:
     """JSON has no nan: a loss that is not finite is null."""
     return [loss if math.isfinite(loss) else None for loss in losses]
+
+
+def usable_snapshot(path: Path, steps: Sequence[StepRecord]) -> snapshots.Snapshot | None:
+    """The snapshot at a path, if it is of the run with these steps."""
+    found = snapshots.read(path)
+    ok = found is not None and found.step < len(steps) and steps[found.step].digest == found.digest
+    return found if ok else None

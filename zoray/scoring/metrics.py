@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoray.records import ConfigError, Evaluation
+from zoray.records import ConfigError
 from zoray.records.tiles import Grid, losses_of, mean
 from zoray.tasks.batches import labels_of, part_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from zoray.pool.pool import Pool
     from zoray.records import Probe, Scores
     from zoray.scoring.workload import Workload
     from zoray.tasks.batches import Order
@@ -54,17 +52,6 @@ def check_rewards(scores: Scores, workload: Workload, where: str) -> None:
             f"{allowed}); got none for {scores.failed} of {scores.written}. Mend the function, or raise the share. The "
             f"first failure:\n{scores.failure}"
         )
-
-
-def evaluate(pool: Pool, workload: Workload, split: str) -> tuple[Evaluation, np.ndarray]:
-    """Loss and metrics of the current state on a whole split, shared out over the replicas; and what `worth` says."""
-    began, step, count = time.monotonic(), len(pool.commits), len(workload.splits[split])
-    scores, digest = pool.evaluate(Grid.of(pool.spec, step, split, count), digest=True)
-    check_rewards(scores, workload, f"evaluation on {split} before step {step + 1}")
-    seconds, loss = time.monotonic() - began, mean(scores.losses.tolist())
-    score, metric, others = metrics(workload, split, scores.losses, scores.columns or {})
-    found = Evaluation(step, split, loss, score, count, scores.tokens, seconds, digest or "", metric, others)
-    return found, worth(score, scores.losses, scores.columns or {})
 
 
 def worth(score: float, losses: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -16,8 +16,7 @@ from zoray.methods.estimators.feedback import quantised
 from zoray.records import Probe, Scores, Tile
 from zoray.records.tiles import LARGEST, Grid, gives_feedback, join_scores, mean, summed
 from zoray.scoring.guidance import Guidance
-from zoray.scoring.noise import score_noise
-from zoray.scoring.scorer import Scorer
+from zoray.scoring.scorer import Scorer, score_noise
 from zoray.scoring.workload import ReplicaSpec, Workload, load_workload, order_of
 
 if TYPE_CHECKING:

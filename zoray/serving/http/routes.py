@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parents[1] / "page"
-SCRIPTS = ("app", "chat", "curve", "data", "learning", "parts", "server", "stored", "versions")
-ASSETS = {"": "index.html", "style.css": "style.css", **{f"{name}.js": f"{name}.js" for name in SCRIPTS}}
+ASSETS = {path.name: path for path in PAGE.rglob("*.*")}  # their addresses have no folders
+ASSETS |= {"": ASSETS.pop("index.html")}
 OPEN = ("/health", *(f"/{asset}" for asset in ASSETS))  # to everyone
 UPLOAD = "/v1/files"
 NOTHING = "there is nothing here"
@@ -301,7 +301,7 @@ def build_app(gateway: Any) -> FastAPI:
     async def page(asset: str = "") -> Response:
         if asset not in ASSETS:
             raise HTTPException(404)
-        return FileResponse(PAGE / ASSETS[asset])
+        return FileResponse(ASSETS[asset])
 
     app.openapi()  # it is kept; of HEAD there is nothing to say
     for route in app.routes:
