@@ -1,7 +1,7 @@
 """What must hold on a device: bits that NumPy makes, scores of the reference, states that a journal gives back.
 
-Each check returns what it measured, and raises AssertionError where something does not hold. tests/test_gpu.py runs the
-same ones on CUDA, and a small form on the CPU.
+Each check returns what it measured, and raises AssertionError where something does not hold. On CUDA
+tests/engines/test_gpu.py runs the same ones, on the CPU a small form of them.
 """
 
 from __future__ import annotations

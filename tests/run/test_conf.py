@@ -30,7 +30,7 @@ from zoray.serving.gate import Gate
 from zoray.serving.settings import KEY, PARTS, settings_of
 from zoray.serving.store import claim
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = sorted(str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").rglob("*.yaml"))
 MAINS = {"config.yaml": "launch", "evaluate.yaml": "evaluate", "export.yaml": "export", "replay.yaml": "replay"}
 MAINS |= {"lm_eval.yaml": "lm_eval", "serve.yaml": "serve"}
@@ -208,7 +208,8 @@ def test_conf_is_found_in_a_wheel(tmp_path):
     assert "rank: 3" in done.stdout and "stanfordnlp/sst2" in done.stdout
     script = site / "zoray" / "jobs" / "slurm" / "zoray.sbatch"
     assert script.read_bytes() == (ROOT / "cluster" / "slurm" / "zoray.sbatch").read_bytes()
-    code = "from zoray import cli, slurm; print(cli.conf_dir()); print(slurm.script_path())"
+    code = "from zoray.pool import slurm; from zoray.run import config"
+    code += "; print(config.conf_dir()); print(slurm.script_path())"
     where = [sys.executable, "-c", code]
     done = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert [Path(line) for line in done.stdout.splitlines()] == [site / "zoray" / "conf", script]

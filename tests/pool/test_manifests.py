@@ -18,7 +18,7 @@ import yaml
 
 from zoray.records import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLUSTERS = sorted((ROOT / "cluster" / "ray").glob("*.yaml"))
 JOB, SERVICE = (ROOT / "cluster" / "kuberay" / f"{name}.yaml" for name in ("rayjob", "rayservice"))
 OBJECT = {"kind", "apiVersion", "metadata"}  # of every object; its schema leaves metadata open

@@ -351,7 +351,7 @@ print(*[child.pid for child in psutil.Process().children()], flush=True)
 def started(text: str, *, folder: Path) -> subprocess.Popen[str]:
     """A script that is a process's main module, without a guard."""
     (folder / "script.py").write_text(MAIN + text)
-    root = str(Path(judge_module.__file__).parents[2])
+    root = str(Path(judge_module.__file__).parents[4])
     return subprocess.Popen(
         [sys.executable, "script.py"],
         cwd=folder,

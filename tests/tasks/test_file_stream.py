@@ -24,7 +24,7 @@ from zoray.tasks.file.rows.text import TextFiles
 from zoray.tasks.file.stream import Examples
 from zoray.tasks.file.task import File
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MILLION = 1_000_000
 
 KINDS: dict[str, Callable[[int], dict[str, Any]]] = {

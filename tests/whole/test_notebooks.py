@@ -10,7 +10,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 
-NOTEBOOKS = {path.name: path for path in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))}
+NOTEBOOKS = {path.name: path for path in sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))}
 
 
 def execute(path: Path, folder: Path) -> nbformat.NotebookNode:

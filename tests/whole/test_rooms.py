@@ -6,7 +6,7 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-HOUSE = Path(__file__).parents[1] / "zoray"
+HOUSE = Path(__file__).parents[2] / "zoray"
 FLOORS = ("records", "methods", "models", "engines tasks", "scoring", "pool", "run", "serving")  # lowest first
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 FILES = {

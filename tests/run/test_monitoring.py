@@ -174,7 +174,7 @@ def in_a_process(code: str, folder: Path, **environment: str) -> subprocess.Comp
     """Run in a fresh interpreter without anyone's W&B login and without a network to look for one."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     clean |= {"HOME": str(folder), "NETRC": str(folder / "netrc"), "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    clean |= {"PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+    clean |= {"PYTHONPATH": str(Path(__file__).parents[2]), **environment}
     return subprocess.run(
         [sys.executable, "-c", code, str(folder / "run")],
         env=clean, cwd=folder, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
@@ -305,7 +305,7 @@ def test_the_shipped_config_spells_every_parameter() -> None:
     yaml = pytest.importorskip("yaml")
     import dataclasses
 
-    shipped = yaml.safe_load((Path(__file__).parents[1] / "conf" / "logging" / "default.yaml").read_text())
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "conf" / "logging" / "default.yaml").read_text())
     wandb = shipped["wandb"]
     assert shipped.pop("_target_") == "zoray.run.Logging" and wandb.pop("_target_") == "zoray.run.Wandb"
     assert set(shipped) == {f.name for f in dataclasses.fields(Logging)}

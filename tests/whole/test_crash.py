@@ -3,7 +3,7 @@
 Runs of different methods are killed eighteen times together: while they load, step, evaluate, write, and finish. After
 every kill the journal holds a prefix of the undisturbed run's, byte for byte; after the last resume it is that journal,
 and the state has its digest. The kills meet the main job with its replica in the same process, which starts in a
-second; tests/test_chaos.py kills it as a user has it.
+second; tests/whole/test_chaos.py kills it as a user has it.
 """
 
 from __future__ import annotations

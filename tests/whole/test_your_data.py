@@ -17,7 +17,7 @@ from zoray.run.config import build, compose
 from zoray.tasks.file.task import File
 from zoray.tasks.preview import preview
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "your-data.md").read_text()
 ROWS = re.compile(r"^### [^\n]*: `(\w+)`\n\n```(csv|jsonl)\n(.*?)```", re.M | re.S)
 

@@ -20,7 +20,7 @@ from zoray import evaluate, export, launch, replay
 from zoray.run import driver, journal
 from zoray.run.config import compose
 
-RUNS = Path(__file__).parent / "data" / "runs"
+RUNS = Path(__file__).parents[1] / "data" / "runs"
 DIGESTS = {"feedback": "ae2efbdbd28e6eb1", "reward": "1135205fa7231926", "lozo": "cf5524a0c25e8a2c"}
 MADE_IN = "/tmp/zoray-0.1"
 SHARED = (

@@ -22,7 +22,9 @@ from zoray.serving.http.routes import build_app
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 NAME = "llm.example.org"
-EXAMPLE = re.search(r"```nginx\n(.*?)```", Path(__file__, "../../docs/serving.md").resolve().read_text("utf-8"), re.S)
+EXAMPLE = re.search(
+    r"```nginx\n(.*?)```", Path(__file__, "../../../docs/serving.md").resolve().read_text("utf-8"), re.S
+)
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 
 

@@ -240,7 +240,7 @@ def test_an_experiment_keeps_its_own_space_and_estimator(swap):
     ],
 )
 def test_make_run_is_the_experiment_unless_told_otherwise(given, expected):
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     outer = ("ARGS", "EXPERIMENT", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")  # of the make that runs this
     environment = {name: value for name, value in os.environ.items() if name not in outer}
     command = ["make", "-n", "run", *given]

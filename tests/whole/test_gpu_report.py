@@ -19,7 +19,7 @@ from benchmarks.gpu_report.checks import Place
 from benchmarks.gpu_report.items import PARTS, all_items, cases
 from benchmarks.shapes import with_weights
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -4,8 +4,8 @@ import os
 from dataclasses import replace
 
 import pytest
+from rows import write_parquet, write_rows
 
-from tests.rows import write_parquet, write_rows
 from zoray.records import ConfigError
 from zoray.tasks.file import scan_cache as scanned
 from zoray.tasks.file import task as file
