@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from zoray.models.folder import load_tokenizer
+from zoray.models.tokens import Encoder
 from zoray.records import ConfigError
+from zoray.scoring.objectives import AnswerNLL
 from zoray.tasks.file.task import File, open_rows
 
 PARAGRAPHS = [f"Paragraph {i} of\nabout six words." for i in range(12)]
@@ -21,7 +24,7 @@ def test_a_text_is_cut_into_pieces_of_which_a_third_is_given(tmp_path, suffix, e
     text = "\ufeff\n" + "\n \t\n".join([*PARAGRAPHS, "Too short.", "w " * 250])
     path.write_bytes(text.replace("\n", end).encode())
     found = rows(path)
-    assert found[0] == {"prompt": "Paragraph 0", "completion": " of about six words."}
+    assert found[0] == {"prompt": "Paragraph 0", "completion": " of about six words.\n\n"}
     assert [len((row["prompt"] + row["completion"]).split()) for row in found[12:]] == [120, 120, 10]
     source = open_rows(str(path))["train"]
     assert [source.where(place).rpartition(", ")[2] for place in (0, 1, 12, 14)] == [
@@ -40,7 +43,7 @@ def test_it_is_a_task_of_completions_that_says_so(tmp_path):
     every = {
         (example.prompt, *example.answers) for split in (splits.train, splits.dev, splits.test) for example in split
     }
-    assert every == {(f"Paragraph {i}", " of about six words.") for i in range(12)}
+    assert every == {(f"Paragraph {i}", " of about six words.\n\n") for i in range(12)}
     assert "12 rows, completion" in task.describe()[0]
     assert "left out, since they have fewer than 6 words: 2 paragraphs" in task.describe()
 
@@ -69,3 +72,17 @@ def test_a_text_that_is_none_is_refused(data, says, tmp_path):
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=says):
         File(str(path)).load()
+
+
+def test_what_follows_a_piece_is_what_follows_it_in_the_text(tmp_path, tiny_models):
+    """A blank line, the end of the text, or where a long paragraph was cut, no end at all."""
+    path = tmp_path / "notes.txt"
+    path.write_text("\n\n".join([*PARAGRAPHS, "a " * 119 + "b " * 11, "It was the very last of them."]) + "\n\n \n")
+    splits = File(str(path), dev=1, test=0).load()
+    encoder, last = Encoder(load_tokenizer(tiny_models["llama"]), 256), set()
+    for example in (*splits.train, *splits.dev):
+        (sequence,) = AnswerNLL().encode(example, encoder)
+        (forced,) = AnswerNLL(eos=True).encode(example, encoder)
+        assert forced.targets[-1] == encoder.tokenizer.eos_token_id
+        last.add(encoder.tokenizer.decode(sequence.targets)[-4:])
+    assert last == {"s.\n\n", " a b", " b\n\n", "</s>"}

@@ -67,6 +67,7 @@ class Example:
         data: whatever a reward wants to know, as plain JSON values.
         part: which part of a mixture it belongs to.
         untrained: of a prompt's messages, the numbers of those of the assistant's that are not learnt.
+        goes_on: whether an answer's last word is no end, as where a long text was cut: no end of text is learnt there.
     """
 
     prompt: str | tuple[Message, ...]
@@ -78,6 +79,7 @@ class Example:
     data: Mapping[str, Any] = field(default_factory=dict, hash=False)
     part: int = 0
     untrained: tuple[int, ...] = ()
+    goes_on: bool = False
 
     @property
     def where(self) -> Any:

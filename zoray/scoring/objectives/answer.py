@@ -28,7 +28,7 @@ class AnswerNLL(Objective):
     one with answers by the task's metric, for which the model writes one itself; without a metric the loss decides.
 
     Args:
-        eos: whether the model's end of text belongs to a plain answer; null: unless the answer ends in a line break.
+        eos: whether the model's end of text belongs to a plain answer; null: unless it goes on or ends in a line break.
     """
 
     eos: bool | None = None
@@ -59,7 +59,8 @@ class AnswerNLL(Objective):
         """One sequence, the answer's tokens asked for."""
         answer = example.answers[0] if example.answers else example.options[example.label]
         if isinstance(example.prompt, str):
-            return (encoder.answer(example.prompt, answer, self.eos),)
+            eos = False if self.eos is None and example.goes_on else self.eos
+            return (encoder.answer(example.prompt, answer, eos),)
         text, spans = encoder.assistant_spans(answered(example.prompt, answer), example.untrained)
         return (encoder.sequence(*encoder.tokens_in(text, spans)),)
 

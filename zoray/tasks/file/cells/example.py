@@ -17,6 +17,7 @@ from zoray.tasks.file.cells.messages import check_whole, shown
 from zoray.tasks.file.cells.spacing import gap
 from zoray.tasks.file.columns import Schema
 from zoray.tasks.file.rows.faults import Place, WrongRow
+from zoray.tasks.file.rows.plain_text import GoesOn
 from zoray.tasks.file.rows.strict_json import Twice, parse
 from zoray.tasks.file.rows.text import Row
 
@@ -84,7 +85,8 @@ class Reader:
         if kind == "completion":
             prompt, answers = self._completion(row, where)
             texts = tuple(self._joined(prompt, answer) for answer in answers)
-            return Example(prompt, answers=texts, data=plain(row), untrained=_of_assistant(prompt))
+            silent, goes_on = _of_assistant(prompt), isinstance(row, GoesOn)
+            return Example(prompt, answers=texts, data=plain(row), untrained=silent, goes_on=goes_on)
         return Example(self.prompt(row, where), data=plain(row))
 
     def scan(self, row: Row, where: Any) -> tuple[Prompt, str | None]:

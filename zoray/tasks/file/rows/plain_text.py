@@ -1,10 +1,14 @@
-"""Rows of plain text: of each paragraph the first part is given, the rest is to be written."""
+"""Rows of plain text: of each paragraph the first part is given, the rest is to be written.
+
+What follows a piece is the text's own: a blank line behind a paragraph, the end of text behind the last, and behind a
+piece of a longer paragraph nothing that could be learnt.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from zoray.records import ConfigError
 from zoray.tasks.file.rows.text import MARK, Row
@@ -16,6 +20,10 @@ FEWEST_WORDS = 2 * GIVEN  # of a piece
 FEWEST = 10  # pieces
 
 
+class GoesOn(dict[str, Any]):
+    """A row whose completion is no end of anything."""
+
+
 class _Piece(NamedTuple):
     where: str
     row: Row
@@ -24,7 +32,8 @@ class _Piece(NamedTuple):
 class PlainText:
     """The pieces of texts in UTF-8, as columns prompt and completion. Paragraphs are set apart by blank lines.
 
-    Line breaks within a paragraph are spaces. Pieces of fewer than FEWEST_WORDS words are counted (`short`), not given.
+    Line breaks within a paragraph are spaces, a blank line is two line breaks. Pieces of fewer than
+    FEWEST_WORDS words are counted (`short`), not given.
     A place is a piece's number.
 
     Args:
@@ -64,16 +73,18 @@ class PlainText:
 def _pieces(path: Path) -> Iterator[_Piece]:
     """The pieces of a text, each with the line where its paragraph begins; without a row where it is too short."""
     first, words = 1, list[str]()
-    for number, line in enumerate((*_read(path).removeprefix(MARK).split("\n"), ""), start=1):
+    lines = _read(path).removeprefix(MARK).rstrip().split("\n")
+    for number, line in enumerate((*lines, ""), start=1):
         if line.strip():
             first = first if words else number
             words += line.split()
             continue
         for begin in range(0, len(words), WORDS):
             piece = words[begin : begin + WORDS]
-            cut, enough = len(piece) // GIVEN, len(piece) >= FEWEST_WORDS
-            row = {"prompt": " ".join(piece[:cut]), "completion": " " + " ".join(piece[cut:])} if enough else {}
-            yield _Piece(f"{path}, line {first}", row)
+            cut, ends = len(piece) // GIVEN, begin + WORDS >= len(words)
+            rest = " " + " ".join(piece[cut:]) + ("\n\n" if ends and number <= len(lines) else "")
+            row = {"prompt": " ".join(piece[:cut]), "completion": rest} if len(piece) >= FEWEST_WORDS else {}
+            yield _Piece(f"{path}, line {first}", row if ends else GoesOn(row))
         words.clear()
 
 
