@@ -5,7 +5,18 @@ and the workers in an engine.
 """
 
 from zoray.records.errors import ConfigError, JournalError, ReplicaLost, SettingError, is_finite, require
-from zoray.records.examples import WHOLE, Example, Facts, Marked, Message, Sampling, Splits, TokenSequence, settled
+from zoray.records.examples import (
+    WHOLE,
+    Example,
+    Facts,
+    Marked,
+    Message,
+    ReadAsItGoes,
+    Sampling,
+    Splits,
+    TokenSequence,
+    settled,
+)
 from zoray.records.steps import Commit, Evaluation, Probe, Scores, StepResult, Tile
 
 __all__ = [
@@ -19,6 +30,7 @@ __all__ = [
     "Marked",
     "Message",
     "Probe",
+    "ReadAsItGoes",
     "ReplicaLost",
     "Sampling",
     "Scores",

@@ -142,11 +142,22 @@ class TokenSequence:
     n_outputs: int
 
 
+class ReadAsItGoes(Sequence[Example]):
+    """A split that reads its examples when they are asked for.
+
+    labels: (n,) int64.
+    parts: (n,) int64, which part of a mixture each belongs to.
+    """
+
+    labels: np.ndarray
+    parts: np.ndarray
+
+
 @dataclass(frozen=True)
 class Splits:
     """A task's examples. The same config gives the same splits on every machine.
 
-    A split that is no tuple reads its examples when they are asked for; it has their labels as `labels`, (n,) int64.
+    A split is a tuple, or where a file is large a `ReadAsItGoes`.
     """
 
     train: Sequence[Example]

@@ -45,7 +45,7 @@ def check_rewards(scores: Scores, workload: Workload, where: str) -> None:
     """Raise ConfigError, with the first traceback, if too many completions have no reward."""
     if not scores.failed:
         return
-    allowed = min(getattr(o, "max_failed", 1.0) for part in workload.parts for o in (part.objective, part.evaluator))
+    allowed = min(o.max_failed for part in workload.parts for o in (part.objective, part.evaluator))
     if scores.failed > allowed * scores.written:
         raise ConfigError(
             f"{where}: expected a reward for at least {1 - allowed:.0%} of the completions (objective.max_failed="

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.methods.directions import name_hash, philox_numpy
+from zoray.records import ReadAsItGoes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,16 +26,16 @@ CHUNK = 1 << 16  # random words that are made at a time
 
 def labels_of(examples: Sequence[Example]) -> np.ndarray:
     """The label of each example, (n,) int64; a split that is read as it goes knows them already."""
-    known = getattr(examples, "labels", None)
-    return np.array([example.label for example in examples], np.int64) if known is None else known
+    if isinstance(examples, ReadAsItGoes):
+        return examples.labels
+    return np.array([example.label for example in examples], np.int64)
 
 
 def part_numbers(examples: Sequence[Example]) -> np.ndarray:
     """The part of a mixture that each example belongs to, (n,) int64."""
-    known = getattr(examples, "parts", None)
-    if known is None and hasattr(examples, "labels"):
-        return np.zeros(len(examples), np.int64)
-    return np.array([example.part for example in examples], np.int64) if known is None else known
+    if isinstance(examples, ReadAsItGoes):
+        return examples.parts
+    return np.array([example.part for example in examples], np.int64)
 
 
 class Order:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from zoray.records import ConfigError, Example, Splits, is_finite
+from zoray.records import ConfigError, Example, ReadAsItGoes, Splits, is_finite
 from zoray.tasks.base import Task
 from zoray.tasks.batches import labels_of
 
@@ -69,7 +69,7 @@ def _joined(splits: Sequence[Sequence[Example]]) -> Sequence[Example]:
     return Joined(splits)
 
 
-class Joined(Sequence[Example]):
+class Joined(ReadAsItGoes):
     """Examples of several parts one after another, without reading them."""
 
     def __init__(self, splits: Sequence[Sequence[Example]]) -> None:

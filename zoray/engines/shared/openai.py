@@ -5,14 +5,15 @@ Only what OpenAI's API documents is passed on: vLLM's own extensions (chat templ
 
 from __future__ import annotations
 
-import json
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    ErrorBody = Callable[[int, str, str | None], bytes]
 
 SAMPLING = {
     "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "presence_penalty",
@@ -29,14 +30,17 @@ class EngineGone(Exception):
 
 
 class OpenAI:
-    """The API's answers. `await OpenAI.open(client, name)`."""
+    """The API's answers. `await OpenAI.open(client, error)`."""
 
-    def __init__(self, client: Any, state: Any) -> None:
-        self.client, self._state = client, state
+    def __init__(self, client: Any, state: Any, error: ErrorBody) -> None:
+        self.client, self._state, self._error = client, state, error
 
     @classmethod
-    async def open(cls, client: Any) -> OpenAI:
-        """The layer over an AsyncLLM, whose base model is called as its `served_model_name`."""
+    async def open(cls, client: Any, error: ErrorBody) -> OpenAI:
+        """The layer over an AsyncLLM, whose base model is called as its `served_model_name`.
+
+        `error`: what an error looks like to those who asked, from (HTTP status, message, parameter at fault).
+        """
         from starlette.datastructures import State
         from vllm.entrypoints.openai.api_server import init_app_state
 
@@ -53,7 +57,7 @@ class OpenAI:
         arguments.served_model_name = [client.model_config.served_model_name]
         state = State()
         await init_app_state(client, state, arguments, supported_tasks=("generate",))
-        return cls(client, state)
+        return cls(client, state, error)
 
     def let(self, name: str, adapter: Any | None) -> None:
         """Answer requests for `name` under an adapter (a LoRARequest) from now on; None: no longer."""
@@ -83,7 +87,7 @@ class OpenAI:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            yield 400, False, failure(400, f"{where}: {first['msg']}" if where else first["msg"], where or None)
+            yield 400, False, self._error(400, f"{where}: {first['msg']}" if where else first["msg"], where or None)
             return
         except Exception as error:  # vLLM's own server has handlers around it; who asks may not have vLLM
             found = chat.create_error_response(error)
@@ -94,7 +98,7 @@ class OpenAI:
             status = 400 if error.code == 501 else error.code  # what this model can't do was asked for wrongly
             if self.client.errored:  # its core has died: another engine, or this one soon, can answer
                 raise EngineGone(error.message)
-            yield status, False, failure(status, error.message, error.param)
+            yield status, False, self._error(status, error.message, error.param)
         else:
             yield 200, False, found.model_dump_json().encode()
 
@@ -105,13 +109,6 @@ def _check_tokens(prompt: Any, embeddings: int) -> None:
         for token in part if isinstance(part, list) else [part]:
             if isinstance(token, int) and token >= embeddings:
                 raise ConfigError(f"expected tokens below {embeddings}, the model's embeddings; got {token}")
-
-
-def failure(status: int, message: str, param: str | None = None) -> bytes:
-    """An error as OpenAI's API has it."""
-    kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()
 
 
 def _request(kind: str, body: Mapping[str, Any], salt: str | None) -> Any:

@@ -59,11 +59,13 @@ class Objective(Protocol):
     reference: whether it compares with the bare model.
     smooth: whether the loss is a smooth function of the weights, so that rounding is all that is rough about it.
     pooled: whether the loss of a batch is not the mean over its examples; `losses` then are what `pool` takes.
+    max_failed: share of completions without a reward above which a run stops.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[bool] = False
     smooth: ClassVar[bool] = True
+    max_failed: float = 1.0
 
     @property
     def metric(self) -> str | None:

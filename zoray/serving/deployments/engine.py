@@ -32,6 +32,7 @@ from zoray.serving.deployments.devices import share_cores
 from zoray.serving.deployments.logs import keep_log
 from zoray.serving.deployments.loopback import listen_here_only
 from zoray.serving.gate import Measured
+from zoray.serving.http.door import failure
 from zoray.serving.learning.versions import check
 from zoray.serving.store import Store
 
@@ -73,7 +74,7 @@ class EngineServer:
         about = (settings.engine, settings.space, matrices, settings.seed, folder, self.throttle)
         self.engine: SharedEngine = await asyncio.to_thread(SharedEngine, self.client, loop, *about)
         self._matrices = matrices
-        self.api = await OpenAI.open(self.client)
+        self.api = await OpenAI.open(self.client, failure)
         await self._warm()
         await asyncio.to_thread(self.engine.warm)
         report(self.client, self.throttle)
@@ -134,14 +135,16 @@ class EngineServer:
         """Take part in the job at hand, whenever there is one."""
         from ray import serve
 
-        name = f"engine-{serve.get_replica_context().rank.rank}"
+        name, told = f"engine-{serve.get_replica_context().rank.rank}", ""
         while True:
             try:
                 where = await self._tuner.where.remote()
                 if where is not None and not self.member.busy:
                     self.member.start(name, *where)
-            except Exception:  # the tuner is being started anew
-                pass
+                told = ""
+            except Exception as error:  # while the tuner is restarted; Ray's errors have no type in common
+                if told != (told := type(error).__name__):  # once, not twice a second
+                    log.warning("the tuner does not say which job there is: %s", error)
             await asyncio.sleep(JOIN_SECONDS)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import json
 import logging
 import math
 import re
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 
-from zoray.engines.shared.openai import failure
 from zoray.serving.deployments.logs import LOG
 from zoray.serving.settings import is_own, is_public
 
@@ -231,3 +231,10 @@ def _payer(address: str) -> str:
     if found.version == 4:
         return str(found)
     return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+
+
+def failure(status: int, message: str, param: str | None = None) -> bytes:
+    """An error as OpenAI's API has it."""
+    kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()

@@ -24,12 +24,12 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from zoray.engines.shared.openai import EngineGone, failure
+from zoray.engines.shared.openai import EngineGone
 from zoray.records import ConfigError, disk
 from zoray.serving.http import overview
 from zoray.serving.http import views as shapes
 from zoray.serving.http.chat_requests import Asked, Chat, Completion
-from zoray.serving.http.door import Door, Refused
+from zoray.serving.http.door import Door, Refused, failure
 from zoray.serving.http.fields import place, told
 from zoray.serving.http.openapi import CONTENT, ERROR, FORM, STREAMED
 from zoray.serving.learning.job_requests import NewJob, Rated, Use, Wish

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from zoray.records import Example
+from zoray.records import Example, ReadAsItGoes
 from zoray.tasks.file.cells.example import Prompt, Reader
 from zoray.tasks.file.rows.faults import Faults, WrongRow
 from zoray.tasks.file.rows.text import Rows, Where
@@ -56,7 +56,7 @@ def first_of_each(keys: Sequence[np.ndarray]) -> list[np.ndarray]:
     return np.split(first, np.cumsum([len(some) for some in keys])[:-1])
 
 
-class Examples(Sequence[Example]):
+class Examples(ReadAsItGoes):
     """Examples that are read from their file as they are asked for.
 
     Args:
@@ -68,6 +68,7 @@ class Examples(Sequence[Example]):
 
     def __init__(self, rows: Rows, reader: Reader, places: np.ndarray, labels: np.ndarray) -> None:
         self._rows, self._reader, self._places, self.labels = rows, reader, places, labels
+        self.parts = np.zeros(len(labels), np.int64)
 
     def __len__(self) -> int:
         return len(self._places)
