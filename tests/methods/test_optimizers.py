@@ -366,7 +366,7 @@ def test_the_state_is_plain_numbers_that_survive_json_and_resume_the_same_commit
         ({"anchor": "1"}, "got '1'"),
         (
             {"link": "Sign"},
-            r"expected optimizer\.link to be null or a component such as zoray\.optimizers\.Sign; got 'Si",
+            r"expected optimizer\.link to be null or a component such as zoray\.methods\.Sign; got 'Si",
         ),
         ({"link": Sign}, "optimizer.link to be null or a component"),
         ({"link": {"beta": 0.9}}, r"got \{'beta': 0.9\}"),

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from zoray import plan
 from zoray.engines.layers.vllm_layers import slots_of
 from zoray.methods.spaces import Lora, LowRank, Lozo
 from zoray.models.folder import linear_matrices, load_matrices, parameters
+from zoray.run import plan
 from zoray.run.config import build_experiment, compose
 from zoray.scoring.replica import Replica
 from zoray.scoring.workload import load_workload

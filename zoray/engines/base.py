@@ -43,6 +43,11 @@ class EngineConfig(Protocol):
         """Over how many devices the model is shared out."""
         ...
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether each tile is scored alone, so that its bits do not depend on others."""
+        ...
+
     def for_probes(self, probes: int, guided: bool = False) -> EngineConfig:
         """With all that a step of so many probes takes, `guided` by feedback or not."""
         ...

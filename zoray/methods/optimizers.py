@@ -127,7 +127,7 @@ class Sgd:
             )
         require(
             self.link is None or isinstance(self.link, Link),
-            "optimizer.link to be null or a component such as zoray.methods.optimizers.Sign",
+            "optimizer.link to be null or a component such as zoray.methods.Sign",
             self.link,
         )
 

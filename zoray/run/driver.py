@@ -13,7 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from zoray.methods import snapshots
+from zoray.methods.estimators import Feedback
 from zoray.methods.estimators.feedback import gains, trusted
+from zoray.methods.spaces import Lora
 from zoray.methods.spaces.signs import packed
 from zoray.models.adapters import write_peft
 from zoray.models.folder import weights_hash
@@ -135,7 +137,7 @@ def tune(
                 losses, examples = losses_of(probes, grid, scores)
                 estimate = e.estimator.tell(probes, losses, pool.info.noise / math.sqrt(examples))
                 guide: tuple[Any, ...] = ()
-                if scores.feedback is not None:
+                if scores.feedback is not None and isinstance(e.estimator, Feedback):
                     trust = e.estimator.judge(trust, probes, losses)
                     guide = (gains(trust, len(header["matrices"])), packed(scores.feedback, step))
                 memory, commit = e.optimizer.update(memory, step, run.steps, estimate.weights, *guide)
@@ -203,7 +205,7 @@ def tune(
                 **{name: header[name] for name in ("model", "task", "space", "estimator", "optimizer")},
             }
             monitor.finish(summary)  # first of all that is written at the end
-            if not e.space.folds:
+            if isinstance(e.space, Lora):
                 write_peft(folder / "adapter", arrays, e.space.rank, e.space.alpha, e.model.path, e.space.targets)
             silent = summary["silent_directions"]["ties"] + summary["silent_directions"]["buried"]
             if directions and silent > directions / 2:

@@ -6,8 +6,20 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from zoray.engines.base import EngineConfig
+    from zoray.methods.estimators import Estimator
+    from zoray.methods.optimizers import Sgd
+    from zoray.methods.spaces import Space
+    from zoray.models.folder import Model
+    from zoray.pool.on_ray.cluster import Cluster
+    from zoray.run.reports.monitor import Logging
+    from zoray.scoring.objectives import Objective
+    from zoray.tasks.base import Task
+
+from zoray.methods.estimators import Feedback
 from zoray.models.tokens import checked_date
 from zoray.records import ConfigError, require
 from zoray.records.paths import user_path
@@ -93,15 +105,15 @@ class Run:
 class Experiment:
     """All components of a run; what `conf/config.yaml` composes."""
 
-    model: Any
-    task: Any
-    objective: Any
-    space: Any
-    estimator: Any
-    optimizer: Any
-    engine: Any
-    cluster: Any
-    logging: Any
+    model: Model
+    task: Task
+    objective: Objective
+    space: Space
+    estimator: Estimator
+    optimizer: Sgd
+    engine: EngineConfig
+    cluster: Cluster
+    logging: Logging
     run: Run
 
     def __post_init__(self) -> None:
@@ -118,22 +130,22 @@ class Experiment:
                 f"expected optimizer.momentum=0 with space={space}, whose momentum would be as large as the model; got "
                 f"{self.optimizer.momentum}. Take space=lozo or space=lora"
             )
-        if self.estimator.guided:
-            self._check_guided()
+        if isinstance(self.estimator, Feedback):
+            self._check_feedback(self.estimator)
         if self.space.folds and self.optimizer.anchor and not self.space.keep_base:
             raise ConfigError(
                 f"expected space.keep_base=true with optimizer.anchor={self.optimizer.anchor} and space={space}: steps "
                 "are folded into the base weights, so the decay towards them needs a copy"
             )
 
-    def _check_guided(self) -> None:
+    def _check_feedback(self, estimator: Feedback) -> None:
         if not self.space.takes_signs:
             raise ConfigError(
                 "expected space=lora with estimator=feedback, whose signs move the numbers of an adapter; got space="
                 f"{type(self.space).__name__.lower()}"
             )
         require(
-            not self.estimator.pairs or self.optimizer.momentum > 0,
+            not estimator.pairs or self.optimizer.momentum > 0,
             "optimizer.momentum above 0 with estimator.pairs, whose probes go along it (optimizer=feedback has it)",
             self.optimizer.momentum,
         )

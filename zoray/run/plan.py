@@ -17,6 +17,7 @@ import numpy as np
 
 from zoray.engines.packing import LOGITS_ELEMENTS
 from zoray.engines.slots import STAGED_ELEMENTS
+from zoray.methods.estimators import Feedback
 from zoray.methods.spaces.base import CACHED_ELEMENTS
 from zoray.models.folder import parameters
 from zoray.records import Commit, Scores
@@ -97,7 +98,11 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
         "adapter state": 4 * e.space.kept(workload.matrices, e.optimizer.momentum > 0) + copy,
         "directions": 4 * (min(CACHED_ELEMENTS, e.estimator.directions * drawn) + staged),
         "activations": at_once * size * (2 * widest + 4 * hidden) + 4 * min(LOGITS_ELEMENTS, at_once * vocabulary),
-        **({"feedback": feedback_bytes(e, matrices, hidden, count * size)} if e.estimator.guided else {}),
+        **(
+            {"feedback": feedback_bytes(e.estimator.lens, matrices, hidden, count * size)}
+            if isinstance(e.estimator, Feedback)
+            else {}
+        ),
         "process": int(PROCESS) * (ranks if device == "cpu" else 1),
     }
     commit, answer = messages(e, matrices, _losses(grid))
@@ -156,10 +161,10 @@ def messages(e: Experiment, matrices: Mapping[str, tuple[int, int]], losses: int
     )
 
 
-def feedback_bytes(e: Experiment, matrices: Mapping[str, tuple[int, int]], hidden: int, weights: int) -> int:
+def feedback_bytes(lens: int, matrices: Mapping[str, tuple[int, int]], hidden: int, weights: int) -> int:
     """The rows that a forward keeps, the maps, and the products that these are fitted from."""
     rows, fit = max(1 << 26, int(0.04 * weights)), min(1 << 28, 12 * hidden * hidden * len(matrices))
-    return rows + (8 * e.estimator.lens * hidden * len(matrices) + fit if e.estimator.lens else 0)
+    return rows + (8 * lens * hidden * len(matrices) + fit if lens else 0)
 
 
 def step_tokens(e: Experiment, workload: Workload) -> list[int]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from zoray.methods.estimators import Feedback
 from zoray.methods.estimators.feedback import quantised
 from zoray.records import Probe, Scores, Tile
 from zoray.records.tiles import LARGEST, Grid, gives_feedback, join_scores, mean, summed
@@ -54,7 +55,7 @@ class Replica:
             self.workload.folder, spec.model.dtype, self.workload.matrices, spec.space, spec.seed
         )
         self.scorer = Scorer(spec, self.workload, self.engine)
-        if spec.estimator.guided:
+        if isinstance(spec.estimator, Feedback):
             self.guidance = Guidance(self.scorer, self.engine, spec.estimator.samples)
             self.guidance.fit_lens(spec.estimator.lens)
         noise, canary_noise = score_noise(self.scorer, spec.estimator.ask(self.engine.step()))

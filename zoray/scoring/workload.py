@@ -26,7 +26,12 @@ from zoray.tasks.mixture import Mixture
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from zoray.engines.base import EngineConfig
+    from zoray.methods.estimators import Estimator
+    from zoray.methods.spaces import Space
+    from zoray.models.folder import Model
     from zoray.scoring.objectives.base import Objective
+    from zoray.tasks.base import Task
 
 Found = TypeVar("Found")
 SPLITS = ("train", "dev", "test")
@@ -38,12 +43,12 @@ CHECKED = 256  # examples of a larger one that are tokenised at start, to find m
 class ReplicaSpec:
     """What a replica is made of; the part of the experiment that it needs, and no more. Components are configs."""
 
-    model: Any
-    task: Any
-    objective: Any
-    space: Any
-    estimator: Any
-    engine: Any
+    model: Model
+    task: Task
+    objective: Objective
+    space: Space
+    estimator: Estimator
+    engine: EngineConfig
     seed: int  # of the directions and of A
     data_seed: int
     batch: int
@@ -57,7 +62,7 @@ class ReplicaSpec:
 class Part:
     """A task of a run with its objective; most runs have one. Of a mixture, examples say which they are of."""
 
-    task: Any
+    task: Task
     objective: Objective
     evaluator: Objective  # what measures the task's metric on dev and test
     name: str = ""

@@ -32,6 +32,16 @@ class InGroups(Protocol):
     guided: ClassVar[bool] = False  # whether the centre's forward pass gives feedback as well, see feedback.py
 
     @property
+    def shared(self) -> bool:
+        """Whether every direction sees the whole batch; else they share it out among them."""
+        return True
+
+    @property
+    def per_example(self) -> bool:
+        """Whether `tell` needs the loss of each example; else a probe's mean is all that travels."""
+        return False
+
+    @property
     def groups(self) -> int:
         """Groups of probes a step: those of a direction, and a centre by itself."""
         ...
@@ -51,16 +61,6 @@ class Estimator(InGroups, Protocol):
     @property
     def directions(self) -> int:
         """Directions a step."""
-        ...
-
-    @property
-    def shared(self) -> bool:
-        """Whether every direction sees the whole batch; else they share it out among them."""
-        ...
-
-    @property
-    def per_example(self) -> bool:
-        """Whether `tell` needs the loss of each example; else a probe's mean is all that travels."""
         ...
 
     def tell(self, probes: Sequence[Probe], losses: Losses, noise: float = 0.0) -> Estimate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -56,8 +56,6 @@ class Evolution(InGroups):
         centring: "batch" or "prompt".
         max_dropped: share of directions that may be dropped before the step fails.
     """
-
-    shared: ClassVar[bool] = True
 
     population: int = 32
     sigma: float = 1e-2

@@ -58,8 +58,6 @@ class Feedback(InGroups):
     """
 
     guided: ClassVar[bool] = True
-    shared: ClassVar[bool] = True
-    per_example: ClassVar[bool] = False
     directions: ClassVar[int] = 0
 
     lens: int = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -42,9 +42,6 @@ class OneSided(InGroups):
         scale: "std" divides by sigma (FZOO), "none" by eps.
         max_dropped: share of probes that may be dropped before the step fails.
     """
-
-    shared: ClassVar[bool] = True
-    per_example: ClassVar[bool] = False
 
     probes: int = 8
     eps: float = 1e-3

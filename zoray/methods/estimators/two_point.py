@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from zoray.methods.estimators.base import (
     Estimate,
@@ -39,8 +39,6 @@ class TwoPoint(InGroups):
         shared: every pair sees the whole batch; false: a K-th of it each.
         max_dropped: share of pairs that may be dropped before the step fails.
     """
-
-    per_example: ClassVar[bool] = False
 
     pairs: int = 1
     eps: float = 1e-2
