@@ -219,7 +219,7 @@ def check_slots(scorer: Any, probes: list[Probe]) -> None:
 
 def runs(place: Place, space: str) -> dict[str, Any]:
     """The same steps twice have the same digest, and a journal of them gives it as well, on the device and on a CPU."""
-    from zoray.run.driver import make_header
+    from zoray.run.journal import make_header
     from zoray.scoring.replica import Replica
 
     model, count = place.models[-1], 10 if place.tiny else 100

@@ -471,7 +471,7 @@ def test_a_killed_process_loses_no_step_that_append_returned_for(tmp_path):
 
 def test_a_run_that_was_cut_within_its_header_begins_anew(tmp_path):
     """Nothing of it was journalled, so its folder is as good as new."""
-    from zoray.run.driver import read_journal
+    from zoray.run.journal import read_journal
 
     path = tmp_path / "journal.jsonl"
     for left in (b"", b'{"format":2,"mod'):

@@ -13,7 +13,7 @@ from tiny import tiny_llama
 
 from zoray.records import ConfigError, JournalError
 from zoray.run import journal
-from zoray.run.driver import make_header, read_journal
+from zoray.run.journal import make_header, read_journal
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference, Reward
 from zoray.scoring.workload import load_workload
 from zoray.tasks.file.task import File

@@ -28,7 +28,8 @@ from zoray.pool.on_ray.cluster import Cluster
 from zoray.records import ConfigError, Probe, Sampling
 from zoray.run import journal
 from zoray.run.config import build_experiment, compose
-from zoray.run.driver import make_header, tune
+from zoray.run.driver import tune
+from zoray.run.journal import make_header
 from zoray.run.reports.history import read_metrics
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Metric, Reward
 from zoray.scoring.workload import load_workload

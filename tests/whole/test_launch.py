@@ -23,7 +23,7 @@ from zoray.records import ConfigError, JournalError
 from zoray.replay import replay
 from zoray.run import journal
 from zoray.run.config import compose
-from zoray.run.driver import open_journal
+from zoray.run.journal import open_journal
 from zoray.run.reports.history import read_metrics
 
 pytestmark = pytest.mark.ray
@@ -143,7 +143,7 @@ def test_evaluate_refuses_a_config_that_is_not_the_journals(change, hf_run, tmp_
 
 def test_replicas_with_other_model_files_are_refused(tmp_path, tiny_models, labelled_file, monkeypatch):
     """The journal pins the model that this machine sees; a node may have another one at the same path."""
-    monkeypatch.setattr("zoray.run.driver.weights_hash", lambda folder: "0123456789abcdef")
+    monkeypatch.setattr("zoray.run.journal.weights_hash", lambda folder: "0123456789abcdef")
     with pytest.raises(ConfigError, match=r"replicas' model files to be those of this machine, .*Give all nodes"):
         launch_here(monkeypatch, *settings(tmp_path, tiny_models["llama"], labelled_file, "hf", "other"))
 

