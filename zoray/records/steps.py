@@ -20,7 +20,7 @@ class Probe(NamedTuple):
     """
 
     step: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # of tuple's own index() there is no need
     scale: float
 
 

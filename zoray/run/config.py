@@ -269,7 +269,7 @@ def _mapping(value: str) -> dict[Any, Any] | None:
     class Loader(yaml.SafeLoader):
         """As Hydra reads what has no quotes: no and on, 007, 12:30 and dates are text."""
 
-        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     for kind, form in MEANT.items():
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", form, None)

@@ -42,7 +42,7 @@ class TwoPoint(InGroups):
 
     pairs: int = 1
     eps: float = 1e-2
-    shared: bool = True
+    shared: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]  # a setting here
     max_dropped: float = 0.5
 
     def __post_init__(self) -> None:

@@ -247,10 +247,11 @@ class Gateway:
 
 def application(settings: Settings) -> Any:
     """The Serve application."""
-    tuner = serve.deployment(TunerServer).options(
+    deployment: Any = serve.deployment  # its types know plain functions only
+    tuner = deployment(TunerServer).options(
         name="Tuner", num_replicas=1, max_ongoing_requests=64, logging_config=QUIET, ray_actor_options={"num_cpus": 0}
     )
-    engine = serve.deployment(EngineServer).options(
+    engine = deployment(EngineServer).options(
         name="Engine",
         num_replicas=settings.replicas,
         max_ongoing_requests=AT_ONCE,
@@ -260,7 +261,7 @@ def application(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=5,
         ray_actor_options={"num_cpus": 0, "num_gpus": gpus(settings)},
     )
-    gateway = serve.deployment(serve.ingress()(Gateway)).options(
+    gateway = deployment(serve.ingress()(Gateway)).options(
         name="Gateway",
         num_replicas=1,
         max_ongoing_requests=2 * (AT_ONCE * settings.replicas + MOST_WAITING),  # the page, health and rollback get in

@@ -106,7 +106,7 @@ class File(Task):
     rejected_column: str | None = None
     kind: str | None = None
     chat: bool = False
-    metric: str | None = None
+    metric: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride]  # a setting here, as `sampling`
     max_tokens: int = 50
     stop: tuple[str, ...] = ()
     space: bool | None = None
@@ -143,7 +143,7 @@ class File(Task):
         object.__setattr__(self, "stop", self.sampling.stop)
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> Sampling:  # pyright: ignore[reportIncompatibleVariableOverride]
         """How answers are written."""
         return Sampling(max_tokens=self.max_tokens, stop=self.stop)
 

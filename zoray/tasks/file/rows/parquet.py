@@ -153,7 +153,7 @@ def plain_rows(batch: Any, where: Callable[[int], str]) -> Iterator[Row | WrongR
         rows = None  # which row it is, is found one by one
     yield from rows or ()
     for number in range(batch.num_rows if rows is None else 0):
-        row: dict[str, Any] = {}
+        row, name = dict[str, Any](), ""
         try:
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 row[name] = column[number].as_py()
