@@ -6,6 +6,7 @@ endif
 PYTHON ?=
 ARGS ?=
 EXPERIMENT ?= movie_reviews
+FAST := tests/records tests/methods tests/tasks $(addprefix tests/whole/test_,rooms.py layers.py pins.py old_runs.py)
 PY := .venv/bin/python
 
 export ACCEL PYTHON
@@ -13,7 +14,7 @@ export ACCEL PYTHON
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup prepare run test test-slow lint format lock wheel clean
+.PHONY: help setup prepare run test test-fast test-slow lint format lock wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +38,9 @@ test: prepare ## ruff, pyright, and the tests but those of make test-slow
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+
+test-fast: setup ## the tests of the pure rooms, and of the house itself: no engine, no cluster, no server
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(FAST) $(ARGS)
 
 test-slow: prepare ## the tests that take minutes: everything dies, odd requests by the thousand, a million lines
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow --timeout 900 $(ARGS)
