@@ -1,7 +1,7 @@
 """What a server keeps, as plain files below one folder: uploads, jobs, versions, and which version is live.
 
     files/<id>/       data.csv (or .tsv, .jsonl, .txt) as it came, meta.json
-    jobs/<name>/      request.json, state.json, events.jsonl, run/ (a run's folder, see README)
+    jobs/<name>/      request.json, state.json, events.jsonl, run/ (a run's folder, see docs/run.md)
     versions/<name>/  a PEFT adapter and meta.json; <name> is <job>@<step>
     live.json         the version that answers, and those before it
 
