@@ -16,7 +16,7 @@ from zoray.run.config import compose, readable
 from zoray.run.experiment import Run
 from zoray.scoring.rewards.judging.functions import absolute
 from zoray.serving.client import Client
-from zoray.tuning import VERBS
+from zoray.serving.commands import VERBS
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import sys
 import pytest
 from served import labelled
 
-from zoray import tuning
 from zoray.serving import client
+from zoray.serving import commands as tuning
 
 
 @pytest.fixture
