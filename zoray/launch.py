@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import shutil
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
 from zoray.records import ConfigError, disk
 from zoray.records.overrides import setting
-from zoray.records.paths import absolute_paths, user_path
-from zoray.run.config import build_experiment, check_run_files, load_run_config, run_main
+from zoray.records.paths import user_path
+from zoray.run.config import build_experiment, run_main
+from zoray.run.folder import (
+    check_kept,
+    check_run_files,
+    create,
+    has_measured,
+    load_run_config,
+    resume_command,
+    with_absolute_paths,
+)
 
 MAY_CHANGE = ("cluster", "engine", "logging")  # in a resumed run: none of it enters the result
 
@@ -28,7 +36,7 @@ def main(config: Any) -> int:
         OmegaConf.update(config, "run.date", experiment.run.date, force_add=True)  # kept, where it was not given
     experiment.logging.check()
     path = experiment.run.path
-    _check_kept(path)
+    check_kept(path)
     if resume is None and path.exists():
         raise ConfigError(
             f"expected run folder {path} not to exist yet (runs are never overwritten); "
@@ -46,9 +54,9 @@ def main(config: Any) -> int:
     if resume is None and not shows_only:
         assert workload.encoder is not None
         print("\n".join(preview(experiment.task, workload.splits, workload.encoder)))
-        config = _with_absolute_paths(config)
+        config = with_absolute_paths(config)
         experiment = build_experiment(config)
-        _create(path, OmegaConf.to_yaml(config, resolve=True))
+        create(path, OmegaConf.to_yaml(config, resolve=True))
     try:
         if submits:
             from zoray.pool.slurm import submit
@@ -57,7 +65,7 @@ def main(config: Any) -> int:
             return 0
         summary = tune(experiment, workload, OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     except BaseException as error:
-        kept = resume is not None or _measured(path)
+        kept = resume is not None or has_measured(path)
         if not kept:  # nothing to lose, and the next try may have this name
             shutil.rmtree(path, ignore_errors=True)
         if disk.refuses(error):
@@ -65,38 +73,6 @@ def main(config: Any) -> int:
             error.add_note(f"Then {again}")
         raise
     return 0 if summary["finished"] else 3
-
-
-def resume_command(path: Path) -> str:
-    """What goes on with a run, to be pasted into a shell."""
-    return f"python -m zoray.launch {setting('run.resume', str(path))}"
-
-
-def _with_absolute_paths(config: Any) -> Any:
-    """The config that a run keeps: it can go on, and be evaluated, from any working directory.
-
-    A job of Ray's has a copy of its working directory on each node, and none when it is over: paths stay as they are.
-    """
-    from omegaconf import OmegaConf
-
-    if "working_dir_files" in Path.cwd().parts:
-        return config
-    return OmegaConf.create(absolute_paths(OmegaConf.to_container(config, resolve=True), Path.cwd()))
-
-
-def _check_kept(path: Path) -> None:
-    """Raise ConfigError if a run would be in the copy of a working directory that Ray makes for a job, and deletes."""
-    if "working_dir_files" in path.absolute().parts:
-        raise ConfigError(
-            f"expected run.folder outside the job's working directory, which Ray deletes after the job; got {path}. "
-            "Take a folder of the head node, or one that all nodes share: run.folder=/data/runs"
-        )
-
-
-def _measured(path: Path) -> bool:
-    """Whether a run has come as far as its first evaluation or step."""
-    metrics, steps = path / "metrics.jsonl", path / "journal.jsonl"  # the journal's first line is only its header
-    return (metrics.exists() and metrics.stat().st_size > 0) or (steps.exists() and steps.read_bytes().count(b"\n") > 1)
 
 
 def _resumed(config: Any, folder: Path) -> Any:
@@ -127,20 +103,6 @@ def _changes() -> list[str]:
 def _may_resume_with(argument: str) -> bool:
     key = argument.split("=", 1)[0].lstrip("+")
     return argument.startswith("-") or key == "run.resume" or key.split(".")[0] in MAY_CHANGE
-
-
-def _create(path: Path, config: str) -> None:
-    """Make the run's folder with its config, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:6]}")
-    try:
-        partial.mkdir(parents=True)
-        (partial / "config.yaml").write_text(config, encoding="utf-8")
-        partial.rename(path)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ConfigError(
-            f"can't make the run folder {path}: {error.strerror}. Choose another run.folder or run.name"
-        ) from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from zoray.methods.spaces import from_record
 from zoray.records import ConfigError, disk, require
 from zoray.records.paths import user_path
 from zoray.run import journal
-from zoray.run.config import base_of_run, build, run_main
+from zoray.run.config import build, run_main
+from zoray.run.folder import base_of_run
 
 BACKENDS = ("hf", "vllm")
 

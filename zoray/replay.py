@@ -14,7 +14,8 @@ from zoray.records import ConfigError
 from zoray.records.paths import user_path
 from zoray.records.process import streams
 from zoray.run import journal
-from zoray.run.config import base_of_run, run_main
+from zoray.run.config import run_main
+from zoray.run.folder import base_of_run
 from zoray.run.journal import replay
 from zoray.run.reports.history import resolve_step
 

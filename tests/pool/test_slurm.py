@@ -19,7 +19,8 @@ from zoray.launch import main
 from zoray.pool.slurm import Slurm, command, environment, script_path, seconds
 from zoray.records import ConfigError
 from zoray.run import journal
-from zoray.run.config import build_experiment, compose, load_run_config
+from zoray.run.config import build_experiment, compose
+from zoray.run.folder import load_run_config
 
 STEPS = 150  # a few seconds of steps, to kill and stop a driver in
 LACKS = missing()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from zoray.run.config import load_run_config
+from zoray.run.folder import load_run_config
 from zoray.run.journal import read
 
 TALK = r"""

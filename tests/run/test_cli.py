@@ -12,7 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from zoray.records import ConfigError
-from zoray.run.config import build, build_experiment, compose, load_run_config
+from zoray.run.config import build, build_experiment, compose
+from zoray.run.folder import load_run_config
 
 HEAVY = ("torch", "vllm", "ray", "transformers")
 

@@ -21,7 +21,7 @@ ALLOWED = {  # library -> where it may be imported
     "triton": ["methods/directions_cuda.py"],
     "hydra": ["run/config.py"],
     "fastapi": ["serving/http/routes.py"],
-    "omegaconf": ["run/config.py", "launch.py"],
+    "omegaconf": ["run/config.py", "run/folder.py", "launch.py"],
 }
 LIGHT = [
     "records.process.streams",

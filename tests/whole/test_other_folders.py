@@ -15,7 +15,8 @@ from zoray import evaluate, export, launch, replay
 from zoray.records import ConfigError, JournalError
 from zoray.records.paths import absolute_paths, agree_but_for_places, missing_paths
 from zoray.run import driver, journal
-from zoray.run.config import compose, load_run_config
+from zoray.run.config import compose
+from zoray.run.folder import load_run_config, with_absolute_paths
 
 
 @pytest.fixture
@@ -168,4 +169,4 @@ def test_a_job_of_rays_keeps_its_paths(here, monkeypatch):
     monkeypatch.chdir(copy)
     (copy / "lab.csv").write_text("")
     config = compose("config", ["task=file", "task.path=lab.csv"])
-    assert launch._with_absolute_paths(config).task.path == "lab.csv"
+    assert with_absolute_paths(config).task.path == "lab.csv"

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from zoray.launch import _check_kept
 from zoray.pool.on_ray.cluster import _own_code, check_reachable
 from zoray.records import ConfigError
 from zoray.run import journal
+from zoray.run.folder import check_kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -206,8 +206,8 @@ def test_what_a_job_ships_itself_is_left_to_it(monkeypatch):
 def test_a_run_folder_that_ray_would_delete_is_refused(tmp_path, monkeypatch):
     job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
     job.mkdir(parents=True)
-    _check_kept(Path("runs/a"))
+    check_kept(Path("runs/a"))
     monkeypatch.chdir(job)
-    _check_kept(tmp_path / "runs" / "a")
+    check_kept(tmp_path / "runs" / "a")
     with pytest.raises(ConfigError, match=r"Take a folder of the head node, .*: run.folder=/data/runs"):
-        _check_kept(Path("runs/a"))
+        check_kept(Path("runs/a"))

@@ -9,14 +9,12 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from os.path import abspath
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import zoray
 from zoray.records import ConfigError, JournalError, ReplicaLost, disk
 from zoray.records.overrides import check_whole, setting, unescaped, value_of
-from zoray.records.paths import absolute_paths, missing_paths
 from zoray.records.process import streams
 from zoray.records.signatures import check_signature, did_you_mean, in_quotes, unknown_key
 
@@ -26,12 +24,6 @@ MEANT = {  # what is no text in a mapping that YAML reads
     "bool": re.compile(r"(true|false)\Z", re.I),
     "int": re.compile(r"-?(0|[1-9][0-9]*)\Z"),
     "float": re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?\Z", re.I),
-}
-ROOM_OF = {  # modules of 0.1 that configs of its runs name, but for those that have become rooms
-    **dict.fromkeys(("spaces", "estimators", "feedback", "optimizers"), "methods"),
-    **dict.fromkeys(("cluster", "slurm"), "pool"),
-    **dict.fromkeys(("experiment", "monitoring"), "run"),
-    "objectives": "scoring",
 }
 SHOWING_FLAGS = {"--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"}  # of Hydra's: print, run nothing
 
@@ -351,72 +343,3 @@ def build_experiment(config: Any) -> Any:
     if absent:
         raise ConfigError(f"expected a config with all parts of a run; it lacks {', '.join(absent)}")
     return Experiment(**{name: build(config[name], name) for name in Experiment.__dataclass_fields__})
-
-
-def load_run_config(folder: Path) -> Any:
-    """The config that a run was started with, its files by absolute paths; ConfigError if the folder is not a run's."""
-    import yaml
-    from omegaconf import OmegaConf
-
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"expected the folder of a run (with config.yaml and journal.jsonl); got {str(folder)!r}")
-    try:
-        settings = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OSError) as error:  # OmegaConf's word for neither a mapping nor a list is OSError
-        raise ConfigError(f"{path} is not readable: {' '.join(str(error).split())}") from None
-    settings = _in_rooms(settings)
-    if (start := _started_in(folder, settings)) is not None:
-        settings = absolute_paths(settings, start)
-    return OmegaConf.create(absolute_paths(settings, Path.cwd()))
-
-
-def _in_rooms(settings: Any) -> Any:
-    """The settings of a run with every `_target_` that was a name of 0.1 by its name of today."""
-    if isinstance(settings, list):
-        return [_in_rooms(item) for item in settings]
-    if not isinstance(settings, dict):
-        return settings
-    moved = {key: _in_rooms(value) for key, value in settings.items()}
-    if found := re.fullmatch(r"zoray\.(\w+)\.(?:\w+\.)*(\w+)", str(moved.get("_target_"))):
-        moved["_target_"] = f"zoray.{ROOM_OF.get(found[1], found[1])}.{found[2]}"
-    return moved
-
-
-def _started_in(folder: Path, settings: Any) -> Path | None:
-    """The working directory that a run was started from, as its folder tells where run.folder is relative."""
-    run = settings.get("run") if isinstance(settings, Mapping) else None
-    below = Path(str(run.get("folder")), str(run.get("name"))) if isinstance(run, Mapping) else Path()
-    here = Path(abspath(folder))
-    if not below.parts or below.is_absolute() or here.parts[-len(below.parts) :] != below.parts:
-        return None
-    return here.parents[len(below.parts) - 1]
-
-
-def check_run_files(config: Any, folder: Path, parts: Sequence[str] = ("model", "task", "objective")) -> None:
-    """Raise ConfigError unless the files and folders are there that these parts of a run's config name."""
-    from omegaconf import OmegaConf
-
-    settings: Any = OmegaConf.to_container(config)
-    if missing := list(missing_paths({part: settings.get(part) for part in parts})):
-        (key, value), more = missing[0], f" (and {len(missing) - 1} more of its settings)" if len(missing) > 1 else ""
-        raise ConfigError(
-            f"expected {key}={value} of the run {folder} to be there; it is not{more}. If it was moved, set {key} in "
-            f"{folder / 'config.yaml'} to the place where it is now"
-        )
-
-
-def base_of_run(folder: Path, header: Mapping[str, Any]) -> Path:
-    """The folder of the model that a run's journal pins: where its config says it is now.
-
-    Raises:
-        ConfigError: it is not there.
-        JournalError: it has other weights.
-    """
-    from zoray.models.folder import pinned_folder
-
-    if not (folder / "config.yaml").is_file():  # the journal alone
-        return pinned_folder(header)
-    stored = load_run_config(folder)
-    check_run_files(stored, folder, ["model"])
-    return pinned_folder({**header, "model": stored.model.path})

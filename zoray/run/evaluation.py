@@ -18,7 +18,8 @@ from zoray.records import ConfigError, JournalError, disk
 from zoray.records.paths import user_path
 from zoray.records.tiles import mean
 from zoray.run import journal
-from zoray.run.config import build, build_experiment, check_run_files, load_run_config
+from zoray.run.config import build, build_experiment
+from zoray.run.folder import check_run_files, load_run_config
 from zoray.run.reports.history import resolve_step
 from zoray.scoring.metrics import metrics
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL

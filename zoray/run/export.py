@@ -17,7 +17,7 @@ from zoray.models.adapters import Stack, relative_error, truncate, write_merged,
 from zoray.models.folder import linear_matrices, load_matrices, quantisation, tied
 from zoray.records import ConfigError
 from zoray.run import journal
-from zoray.run.config import base_of_run
+from zoray.run.folder import base_of_run
 from zoray.run.reports.history import resolve_step
 
 if TYPE_CHECKING:
