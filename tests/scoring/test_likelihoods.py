@@ -195,7 +195,7 @@ def test_objectives_refuse_tasks_that_they_make_no_sense_for(folder):
                 r"accuracy or f1 for a task of options; got 'numeric'",
             ),
             (ANSWERS, Metric("rouge"), Lora(), r"a metric among f1, exact_match, numeric, ...; got 'rouge'"),
-            (ANSWERS, Reward("rouge"), Lora(), r"zoray.scoring.rewards to have a function rouge"),
+            (ANSWERS, Reward("rouge"), Lora(), r"expected a built-in reward .*; got 'rouge'"),
         ],
     )
     for examples, objective, space, says in cases:

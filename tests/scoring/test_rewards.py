@@ -435,7 +435,7 @@ def test_functions_are_loaded_by_name_and_by_file(tmp_path, monkeypatch):
         ("my_reward.py:reward", {}, "missing argument 'must' of my_reward.py:reward"),
         ("my_reward.py:four", {}, "missing argument 'more'"),
         ("format", {}, "missing argument 'pattern' of format"),
-        ("f2", {}, "function f2; it has none"),
+        ("f2", {}, "expected a built-in reward .*; got 'f2'"),
         ("broken.py:reward", {}, r"importing .*raised ZeroDivisionError: division by zero \(.*broken.py, line 2\)"),
         ("ends.py:reward", {}, "raised SystemExit: 3"),
         ("lacks.py:reward", {}, "raised ModuleNotFoundError: No module named 'surely_not_there'"),

@@ -1,8 +1,8 @@
 """What adapter slots hold: the factors of probes, written in place on the device, all matrices at once.
 
-On CUDA one kernel makes the directions, adds the state and writes the slots (kernels.py); elsewhere they are made in a
-buffer and copied from there, or tensor by tensor where it would be too large. A that is the same for all probes is
-written where a slot does not hold it yet.
+On CUDA one kernel makes the directions, adds the state and writes the slots (directions_cuda.py); elsewhere they are
+made in a buffer and copied from there, or tensor by tensor where it would be too large. A that is the same for all
+probes is written where a slot does not hold it yet.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ FEEDBACK = "zoray_feedback"  # the same: names of the matrices that residual fee
 BLOCKS = "zoray_blocks"  # the same: KV blocks that scoring has to itself, numbered from 1; without it, all of them
 PROBES = "zoray_probe_slots"  # the same: slots for probes, the first ones; without it, all of them
 SLOWDOWN = "zoray_max_slowdown"  # the same: by what factor scoring may stretch a step of requests
-SCORING = "tune-score-"  # what the names of requests begin with that score (vllm_piggyback.py)
-DENSE_COLUMNS = 128  # slots * rank up to which CUDA takes dense products (cuda_lora.py); to be measured on a card
+SCORING = "tune-score-"  # what the names of requests begin with that score (vllm/piggyback.py)
+DENSE_COLUMNS = 128  # slots * rank up to which CUDA takes dense products (lora_cuda.py); to be measured on a card
 
 
 class Site(NamedTuple):

@@ -178,7 +178,7 @@ def table_of(distribution: str, device: torch.device) -> torch.Tensor | None:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether directions are made by the kernels of kernels.py."""
+    """Whether directions are made by the kernels of directions_cuda.py."""
     return device.type == "cuda"
 
 

@@ -2,7 +2,7 @@
 
 Guarantees: prompt and continuation are tokenised together, as the model would read them; where a tokenizer merges
 across their border, what both have in common is the prompt. What is too long for the limit loses its beginning, as in
-MeZO's own code, or is refused by who asks (data.py).
+MeZO's own code, or is refused by who asks (scoring/workload.py).
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class SegmentedLora(PunicaWrapperCPU):
     used_rank: int | None = None  # ranks above it are zero in every slot, and skipped in B
     embeds = True  # whether an embedding has adapters
     one_a = False  # whether all slots that tokens are mapped to hold the same A
-    gated: frozenset[int] = frozenset()  # ids of the B whose products an activation adds (cpu_gated.py)
+    gated: frozenset[int] = frozenset()  # ids of the B whose products an activation adds (gated_mlp_cpu.py)
     _deferring = _however_small = False
     _held: Held | None = None
     _slots: tuple[int, int, bool] = (0, 0, False)  # (first, how many, whether with one A) that `_views` are for

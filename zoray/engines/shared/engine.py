@@ -1,10 +1,10 @@
 """One vLLM engine that answers requests and tunes: vLLM's AsyncLLM, whose core is a process of its own.
 
-Requests go to `client`, as in vLLM's own server. Tuning uses `SharedEngine`, an engine as any other. While requests are
-under way its sequences are scored in their steps (vllm_piggyback.py), as many tokens at a time as budget.py allows;
-else in slices, as long as throttle.py allows. Adapter slots are of two kinds: the first ones are of probes, the others
-of versions that answer requests. Both kinds act in the same forward, and the KV blocks that slices use are put aside
-(vllm_scheduler.py), so that nothing of a request is touched.
+Requests go to `client`, as in vLLM's own server. Tuning uses `SharedEngine`, an engine as any other. While requests
+are under way its sequences are scored in their steps (vllm/piggyback.py), as many tokens at a time as the budget
+allows; else in slices, as long as the throttle does. Adapter slots are of two kinds: the first ones are of probes, the
+others of versions that answer requests. Both kinds act in the same forward, and the KV blocks that slices use are put
+aside (scheduler.py), so that nothing of a request is touched.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class SharedEngine(VllmEngine):
             self._fitted = True
 
     def _join(self, table: SequenceTable, slots: Sequence[int]) -> np.ndarray:
-        """As score_slots, all of a table, each sequence a request behind all others (vllm_piggyback.py)."""
+        """As score_slots, all of a table, each sequence a request behind all others (vllm/piggyback.py)."""
         return _whole(self._call("zoray_take", self._run(table, slots)))
 
     def _run(self, table: SequenceTable, slots: Sequence[int], feedback: bool = False) -> list[str]:

@@ -1,11 +1,11 @@
 """vLLM's scheduler, with room for zoray between the steps of requests and in them.
 
 Between two steps zoray scores in KV blocks of its own, which are put aside here. In a step it scores as requests whose
-names begin with `SCORING`, of which a step takes along as many tokens as budget.py allows: none while a request has not
-got its first token yet, so that prompts are read as fast as ever; and none right after one has ended, since programs
-ask the next question then, which would have to wait for the step. `scheduler_cls` is vLLM's own place for this. Steps
-are not scheduled ahead of the device (no async scheduling): what is scored between two of them uses the runner's
-buffers. A core whose server was killed ends as well.
+names begin with `SCORING`, of which a step takes along as many tokens as its budget allows: none while a request has
+not got its first token yet, so that prompts are read as fast as ever; and none right after one has ended, since
+programs ask the next question then, which would have to wait for the step. `scheduler_cls` is vLLM's own place for
+this. Steps are not scheduled ahead of the device (no async scheduling): what is scored between two of them uses the
+runner's buffers. A core whose server was killed ends as well.
 """
 
 from __future__ import annotations

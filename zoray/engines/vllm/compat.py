@@ -1,7 +1,7 @@
 """Where vLLM 0.26 (the CUDA lock) and 0.32 (the CPU lock) differ in what zoray calls, and nothing else.
 
 Everywhere else in engines/ the two are alike as far as zoray reaches. A version that is neither is tried as the newer
-one; what zoray relies on is proven on the loaded model (vllm_selftest.py), whatever the version says.
+one; what zoray relies on is proven on the loaded model (selftest.py), whatever the version says.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The vLLM engine: configuration, start-up checks, and the calls into the worker (vllm_worker.py)."""
+"""The vLLM engine: configuration, start-up checks, and the calls into the worker (worker.py)."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ class VllmEngine(Worker):
     def feedback(
         self, plan: Plan, gradient: Callable[[np.ndarray], np.ndarray]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Sums and residual feedback, see base.py and vllm_feedback.py."""
+        """Sums and residual feedback, see base.py and feedback.py."""
         return self._call("zoray_feedback", plan, gradient)
 
     def fit_lens(self, table: SequenceTable, rank: int) -> None:

@@ -29,10 +29,10 @@ SHARING = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)  # c
 
 
 class Forward:
-    """Scores sequences with a worker's model as it is, without adapters; vllm_worker.py adds these.
+    """Scores sequences with a worker's model as it is, without adapters; worker.py adds these.
 
     Uses the worker's KV cache as scratch: no request may be in flight in this engine, unless some of it is put aside
-    (vllm_scheduler.py).
+    (shared/scheduler.py).
 
     Args:
         runner: the worker's model runner.

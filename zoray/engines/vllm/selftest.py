@@ -25,7 +25,7 @@ LOUD = 16.0  # scale of the test's probes in 16 bits, beside which the bare outp
 LEAST_RISE = 200  # times the rounding of scores, for their slope to tell anything
 GRAPH_TOKENS = 37  # of each of two sequences, which is no size of a graph
 log = logging.getLogger(__name__)
-Scorer = Any  # the PackedScorer of vllm_worker.py, which imports this file
+Scorer = Any  # the PackedScorer of worker.py, which imports this file
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """A replica as a Ray actor: it connects to the driver, and does what the driver asks for until that is gone.
 
 Ray places the actors, hands them the run's key and starts them anew when they have died. What a step needs goes over a
-socket of each actor's (channel.py), as byte strings: a method's name and its arguments one way, what it returns or
+socket of each actor's (sockets.py), as byte strings: a method's name and its arguments one way, what it returns or
 raises the other.
 """
 

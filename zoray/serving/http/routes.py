@@ -1,7 +1,8 @@
 """The HTTP side of a server: OpenAI's API for answers, files and tuning jobs, zoray's own for versions, and the page.
 
-Nobody is trusted: requests pass a door that checks origin, rate, key and size (door.py), values are bounded (asked.py,
-requests.py), every name is checked against a pattern before it is a path (store.py), and there are no CORS headers.
+Nobody is trusted: requests pass a door that checks origin, rate, key and size (door.py), values are bounded
+(chat_requests.py, job_requests.py), every name is checked against a pattern before it is a path (store.py), and there
+are no CORS headers.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ ELSEWHERE = (  # and such as clients may look for
 
 
 def build_app(gateway: Any) -> FastAPI:
-    """The routes. `gateway` has settings, key, engine and tuner (see app.py); handles' calls are awaited."""
+    """The routes. `gateway` has settings, key, engine and tuner, as application.Gateway; handles' calls are awaited."""
     settings = gateway.settings
     app = FastAPI(
         title="zoray",
