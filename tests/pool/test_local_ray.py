@@ -159,6 +159,7 @@ def test_a_server_that_starts_stops_as_one_that_is_up(monkeypatch, tmp_path, tin
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_runs_started_at_once(tmp_path, tiny_models, labelled_file):
     """Both want one port for their dashboard, a third program has the one behind it; one has no room for sockets."""

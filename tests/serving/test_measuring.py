@@ -32,8 +32,8 @@ def cancelled():
 def measure(monkeypatch, cancelled):
     """Measure with an engine that does one thing after the other: exceptions are raised, anything else is returned."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(app.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
-    monkeypatch.setattr(app.time, "monotonic", lambda: clock.now)
+    sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)  # noqa: E731
+    monkeypatch.setattr(app, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock.now))  # no other thread's
 
     def run(*does, stops_after=1000):
         def result(timeout_s):

@@ -186,6 +186,7 @@ def metrics(server):
     return server.http.get("/v1/fine_tuning/jobs/story/metrics").json()
 
 
+@pytest.mark.slow
 def test_each_of_a_thousand_answers_is_one_versions_own_across_fifty_promotions(server, versions):
     names = ["tiny", *versions]
     alone = {name: {question: ask(server, name, question)[1] for question in QUESTIONS} for name in names}

@@ -152,7 +152,8 @@ def test_exported_adapter_in_peft_gives_the_final_loss_and_predictions(vllm_run,
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from zoray.run.config import build_experiment, load_run_config
+    from zoray.run.config import build_experiment
+    from zoray.run.folder import load_run_config
 
     folder, _ = vllm_run
     base = AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.float32)
@@ -179,6 +180,7 @@ def test_two_runs_of_one_seed_are_equal(hf_run, tmp_path, tiny_models, labelled_
     assert replay(first).digest() == replay(second).digest()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_short_three_times_resumes_to_the_same_digest(
     hf_run, tmp_path, tiny_models, labelled_file, monkeypatch
 ):

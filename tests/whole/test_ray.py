@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
+import zoray
 from zoray.pool.on_ray.cluster import _own_code, check_reachable
 from zoray.records import ConfigError
 from zoray.run import journal
@@ -200,7 +201,7 @@ def test_what_a_job_ships_itself_is_left_to_it(monkeypatch):
     assert shipped(excludes=["data"]) == {"py_modules"}
     assert shipped(py_modules=["gcs://a.zip"]) == set()
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    assert _own_code()["py_modules"] == [str(Path(_own_code.__code__.co_filename).parent)]
+    assert _own_code()["py_modules"] == [str(Path(zoray.__file__).parent)]
 
 
 def test_a_run_folder_that_ray_would_delete_is_refused(tmp_path, monkeypatch):
