@@ -8,6 +8,7 @@ ARGS ?=
 EXPERIMENT ?= movie_reviews
 FAST := tests/records tests/methods tests/tasks $(addprefix tests/whole/test_,rooms.py layers.py pins.py old_runs.py)
 PY := .venv/bin/python
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 export ACCEL PYTHON
 # pyright otherwise asks the network for newer versions of itself.
@@ -37,13 +38,13 @@ test: prepare ## ruff, pyright, and the tests but those of make test-slow
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-fast: setup ## the tests of the pure rooms, and of the house itself: no engine, no cluster, no server
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(FAST) $(ARGS)
+	$(PYTEST) -m "not slow" $(FAST) $(ARGS)
 
 test-slow: prepare ## the tests that take minutes: everything dies, odd requests by the thousand, a million lines
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow --timeout 900 $(ARGS)
+	$(PYTEST) -m slow --timeout 900 $(ARGS)
 
 lint: setup ## ruff and pyright, without the tests
 	$(PY) -m ruff check .

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import ray
+from local_pool import launched
 from slurm_nodes import NODES, SlurmCluster, missing, wait
 
-from zoray.launch import main
 from zoray.pool.slurm import Slurm, command, environment, script_path, seconds
 from zoray.records import ConfigError
 from zoray.run import journal
@@ -37,8 +37,7 @@ def settings(folder: Path, model: Path, data: Path, name: str) -> list[str]:
 
 
 def launch_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["zoray.launch", *arguments])
-    assert main(compose("config", list(arguments))) == 0
+    assert launched(monkeypatch, *arguments) == 0
 
 
 OTHER_JOBS = {

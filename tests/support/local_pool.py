@@ -1,14 +1,25 @@
-"""For tests: a pool of one replica in this process, for driver.tune without Ray."""
+"""For tests: the main of a run in this process, and a pool of one replica there, for driver.tune without Ray."""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
+from zoray import launch
+from zoray.run.config import compose
 from zoray.scoring.replica import Replica
 
 if TYPE_CHECKING:
+    import pytest
+
     from zoray.records import Commit, Scores
     from zoray.records.tiles import Grid
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, *settings: str) -> int:
+    """The exit status of `python -m zoray.launch` with these settings, without a process of its own."""
+    monkeypatch.setattr(sys, "argv", ["zoray.launch", *settings])
+    return launch.main(compose("config", list(settings)))
 
 
 class LocalPool:

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from local_pool import launched
 
 from zoray import evaluate
 from zoray import replay as replay_command
-from zoray.launch import main
 from zoray.models.folder import load_matrices
 from zoray.records import ConfigError, JournalError
 from zoray.replay import replay
@@ -48,8 +48,7 @@ def settings(folder: Path, model: Path, data: Path, engine: str, name: str, *mor
 
 def launch_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     """The same main in this process and on the shared Ray: most of a short run's time is importing and starting."""
-    monkeypatch.setattr(sys, "argv", ["zoray.launch", *arguments])
-    assert main(compose("config", list(arguments))) == 0
+    assert launched(monkeypatch, *arguments) == 0
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -6,17 +6,16 @@ They were made by `write` below with the code of 2026-12-01, and hold the names 
 from __future__ import annotations
 
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from local_pool import LocalPool
+from local_pool import LocalPool, launched
 from tiny import tiny_llama
 
-from zoray import evaluate, export, launch, replay
+from zoray import evaluate, export, replay
 from zoray.run import driver, journal
 from zoray.run.config import compose
 
@@ -64,11 +63,6 @@ def files(folder: Path) -> None:
     """The data that the runs name."""
     (folder / "lab.csv").write_text("text,label\n" + "".join(f"the film {i} is,{'ab'[i % 2]}\n" for i in range(30)))
     (folder / "asks.csv").write_text("prompt,completion\n" + "".join(f"the film {i} is, great\n" for i in range(12)))
-
-
-def launched(monkeypatch: pytest.MonkeyPatch, *settings: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["zoray.launch", *settings])
-    return launch.main(compose("config", list(settings)))
 
 
 def write(name: str, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from local_pool import LocalPool
+from local_pool import LocalPool, launched
 
-from zoray import evaluate, export, launch, replay
+from zoray import evaluate, export, replay
 from zoray.records import ConfigError, JournalError
 from zoray.records.paths import absolute_paths, agree_but_for_places, missing_paths
 from zoray.run import driver, journal
@@ -30,11 +29,6 @@ def here(tiny_models, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(driver, "tune", partial(driver.tune, start_pool=LocalPool))
     return folder
-
-
-def launched(monkeypatch, *settings: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["zoray.launch", *settings])
-    return launch.main(compose("config", list(settings)))
 
 
 SETTINGS = [

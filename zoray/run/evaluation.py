@@ -14,14 +14,14 @@ from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, from_record
 from zoray.models.adapters import peft_space, read_peft
 from zoray.models.folder import linear_matrices
-from zoray.records import ConfigError, JournalError, disk
+from zoray.records import ConfigError, Evaluation, JournalError, disk
 from zoray.records.paths import user_path
-from zoray.records.tiles import mean
+from zoray.records.tiles import Grid, mean
 from zoray.run import journal
 from zoray.run.config import build, build_experiment
 from zoray.run.folder import check_run_files, load_run_config
 from zoray.run.reports.history import resolve_step
-from zoray.scoring.metrics import metrics
+from zoray.scoring.metrics import check_rewards, metrics, worth
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL
 from zoray.scoring.objectives.base import Objective, Unbound
 from zoray.scoring.workload import ReplicaSpec
@@ -36,11 +36,6 @@ if TYPE_CHECKING:
     from zoray.scoring.workload import Workload
 
 
-from zoray.records import Evaluation
-from zoray.records.tiles import Grid
-from zoray.scoring.metrics import check_rewards, worth
-
-
 def evaluate(pool: Pool, workload: Workload, split: str) -> tuple[Evaluation, np.ndarray]:
     """Loss and metrics of the current state on a whole split, shared out over the replicas; and what `worth` says."""
     began, step, count = time.monotonic(), len(pool.commits), len(workload.splits[split])
@@ -53,6 +48,7 @@ def evaluate(pool: Pool, workload: Workload, split: str) -> tuple[Evaluation, np
 
 
 def of_run(config: Any) -> tuple[ReplicaSpec, journal.Contents, int]:
+    """What a replica is made of to score a run, its journal, and how many steps of it are asked for."""
     folder = user_path(config.run)
     contents = journal.read(folder / journal.FILE_NAME)
     stored = load_run_config(folder)

@@ -32,9 +32,8 @@ class _Piece(NamedTuple):
 class PlainText:
     """The pieces of texts in UTF-8, as columns prompt and completion. Paragraphs are set apart by blank lines.
 
-    Line breaks within a paragraph are spaces, a blank line is two line breaks. Pieces of fewer than
-    FEWEST_WORDS words are counted (`short`), not given.
-    A place is a piece's number.
+    Line breaks within a paragraph are spaces, a blank line is two line breaks. Pieces of fewer than FEWEST_WORDS
+    words are counted (`short`), not given. A place is a piece's number.
 
     Args:
         name: what messages call the texts together.
