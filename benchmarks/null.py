@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoray.pool.members import Members
-from zoray.pool.on_ray.cluster import Cluster
 from zoray.pool.pool import Pool
+from zoray.pool.settings import Cluster
 from zoray.pool.sockets import Listener, connect
 from zoray.records import Scores
 from zoray.records.tiles import LEVELS, Grid, gives_feedback, scored, summed
@@ -106,6 +106,10 @@ class NullHost:
         process.start()
         return process
 
+    def resources(self) -> str:
+        """Not asked for."""
+        return ""
+
     def without_room(self) -> set[str]:
         """All have room."""
         return set()
@@ -154,7 +158,7 @@ def start(
     each: int | None = None,
     numbers: int = 0,
 ) -> Callable[..., Pool]:
-    """What driver.tune takes in place of Pool.start: a pool of null replicas.
+    """What driver.tune takes in place of on_ray.start.start_pool: a pool of null replicas.
 
     `counts` of examples in dev and test; `weights` is the hash of the model's; a tile takes `seconds`; a process stands
     for `each` replicas, or for all. `numbers`: that an adapter has, of which a guided step's feedback is made.
@@ -169,7 +173,7 @@ def start(
         host = NullHost(names, each or replicas, (light, counts, weights, seconds))
         members = Members(names, host, spec, cluster or Cluster(replicas=replicas))
         members.spec = light  # what is sent to them
-        pool = (Pool if seconds else Alike)(members, False)
+        pool = (Pool if seconds else Alike)(members)
         pool.gather()
         pool.spec = members.spec = spec
         return pool

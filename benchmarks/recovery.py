@@ -32,8 +32,9 @@ from benchmarks.options import parse
 from benchmarks.timing import spread
 from zoray.methods.estimators import TwoPoint
 from zoray.pool.members import Members
-from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.on_ray.start import start_pool
 from zoray.pool.pool import Pool
+from zoray.pool.settings import Cluster
 from zoray.records import Commit
 from zoray.records.tiles import Grid
 
@@ -120,7 +121,7 @@ def catch_up(steps: int, threads: int) -> dict[str, float]:
         commits = [Commit(step, (1e-4 * (-1) ** step,)) for step in range(steps)]
         cluster = Cluster(replicas=1, cpus_per_replica=threads)
         seconds = {}
-        with timed() as clock, Pool.start(e.spec, cluster, "recovery", lambda _: None, commits) as pool:
+        with timed() as clock, start_pool(e.spec, cluster, "recovery", lambda _: None, commits) as pool:
             seconds["replay_seconds"] = clock()
             pool.digest()
             pool.keep_snapshot(Path(folder) / "snapshot.safetensors")

@@ -19,8 +19,9 @@ import ray
 
 from benchmarks.options import parse
 from benchmarks.timing import ratio, rounds, spread
-from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.on_ray.start import start_pool
 from zoray.pool.pool import Pool
+from zoray.pool.settings import Cluster
 from zoray.records import Commit
 from zoray.records.tiles import Grid
 from zoray.run.config import build_experiment, compose
@@ -47,7 +48,7 @@ def measure(counts: list[int], options: dict[str, str], where: tuple[str, ...] =
     e = build_experiment(compose("config", [*settings, *where]))
     with ExitStack() as stack:
         pools = {
-            str(n): stack.enter_context(Pool.start(e.spec, Cluster(replicas=n, cpus_per_replica=1), f"pool-{n}"))
+            str(n): stack.enter_context(start_pool(e.spec, Cluster(replicas=n, cpus_per_replica=1), f"pool-{n}"))
             for n in counts
         }
 

@@ -13,8 +13,9 @@ from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, Lozo
 from zoray.models.folder import Model, linear_matrices
-from zoray.pool.on_ray.cluster import Cluster, size
-from zoray.pool.pool import Pool
+from zoray.pool.on_ray.cluster import size
+from zoray.pool.on_ray.start import start_pool
+from zoray.pool.settings import Cluster
 from zoray.records import Commit, ConfigError
 from zoray.records.tiles import Grid, losses_of
 from zoray.scoring.objectives import ChoiceNLL
@@ -58,7 +59,7 @@ def test_a_replica_of_two_ranks_in_the_pool(local_ray, tiny_models, labelled_fil
     for ranks in (1, 2):
         parallel = replace(engine, tensor_parallel=ranks)
         spec = ReplicaSpec(model, task, ChoiceNLL(), space, pairs, parallel, 1, 2, batch=4, tile_examples=2)
-        with Pool.start(spec, Cluster(replicas=1, cpus_per_replica=2), f"ranks-{ranks}") as pool:
+        with start_pool(spec, Cluster(replicas=1, cpus_per_replica=2), f"ranks-{ranks}") as pool:
             pool.commit(Commit(0, (0.03, -0.02)))
             scores, digest = pool.evaluate(Grid.of(spec, 1), digest=True)
             found[ranks] = digest, np.array(losses_of(pairs.ask(1), Grid.of(spec, 1).tiles, scores)[0])

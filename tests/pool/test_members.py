@@ -16,10 +16,10 @@ import pytest
 from zoray.methods import snapshots
 from zoray.methods.estimators import TwoPoint
 from zoray.pool.members import Members
-from zoray.pool.on_ray.cluster import Cluster
 from zoray.pool.pool import Pool
+from zoray.pool.settings import Cluster
 from zoray.pool.sockets import Listener, connect
-from zoray.records import Commit, ConfigError, ReplicaLost, Scores
+from zoray.records import Commit, ConfigError, JournalError, ReplicaLost, Scores
 from zoray.records.tiles import NOT_FINITE, Grid, losses_of, scored, summed
 from zoray.scoring.replica import ReplicaInfo
 
@@ -34,17 +34,18 @@ class Fake:
     ) -> None:
         self.wrong, self.drifts, self.poison, self.seconds, self.info = wrong, drifts, poison, seconds, info
         self.hangs = False
+        self.moved = 0  # its state, by itself; a reset mends that
         self.step, self.calls = 0, []
 
     def digest(self) -> str:
-        return f"{self.step + self.wrong * (self.step > 0):016x}"
+        return f"{self.step + self.moved + self.wrong * (self.step > 0):016x}"
 
     def call(self, spec: Any, method: str, arguments: tuple[Any, ...]) -> Any:
         self.calls.append((method, len(arguments[0]) if method in ("catch_up", "evaluate") else None))
         if method == "load":
             return self.info
         if method == "reset":
-            self.step = 0
+            self.step = self.moved = 0
         elif method == "restore":
             self.step = arguments[1]
             return self.digest()
@@ -108,6 +109,9 @@ class Host:
         with socket.socket(fileno=os.dup(self.connections[name].fileno())) as same:
             same.shutdown(socket.SHUT_RDWR)
 
+    def resources(self) -> str:
+        return ""
+
     def without_room(self) -> set[str]:
         return set()
 
@@ -128,14 +132,14 @@ class Host:
         self.listener.close()
 
 
-def pool_of(count: int, kinds: dict[int, dict[str, Any]] | None = None, **settings: Any) -> Pool:
+def members_of(count: int, kinds: dict[int, dict[str, Any]] | None = None, **settings: Any) -> Members:
     spec: Any = SimpleNamespace(estimator=TwoPoint(pairs=4), batch=4, tile_examples=1, shared=True)
     host = Host(spec, kinds or {}, count)
-    said: list[str] = []
-    members = Members(host.names, host, spec, Cluster(replicas=count, **settings), say=said.append)
-    pool = Pool(members, False)
-    pool.said = said  # type: ignore[attr-defined]
-    return pool
+    return Members(host.names, host, spec, Cluster(replicas=count, **settings))
+
+
+def pool_of(count: int, kinds: dict[int, dict[str, Any]] | None = None, **settings: Any) -> Pool:
+    return Pool(members_of(count, kinds, **settings))
 
 
 def step(pool: Pool, digest: bool = True) -> list[tuple[float, ...]]:
@@ -223,8 +227,35 @@ def test_a_replay_that_ends_elsewhere_does_not_join():
         host.kinds = {0: {"wrong": 3}}
         host.cut("replica-0")
         until(pool, lambda: "replica-0" in pool.members.given_up)
-        assert "gives it the state" in pool.lost[-1] and len(pool.lost) == 3 and pool.size == 1
+        assert "gives replica-0 the state" in pool.lost[-1] and len(pool.lost) == 3 and pool.size == 1
         assert step(pool) == RIGHT
+
+
+def test_a_replay_is_believed_where_one_replica_alone_has_said_otherwise():
+    with pool_of(2) as pool:
+        pool.gather()
+        for _ in range(3):
+            step(pool)
+        host: Any = pool.members.host
+        host.fakes["replica-0"].moved = 5
+        host.cut("replica-1")
+        until(pool, lambda: pool.lost)
+        assert pool.digest() == f"{8:016x}"  # nobody was there to compare with
+        until(pool, lambda: pool.size == 2 and pool.rebuilt)
+        assert not pool.members.given_up and len(pool.lost) == pool.rebuilt == 1
+        assert ("reset", None) in host.fakes["replica-0"].calls
+        assert step(pool) == RIGHT and pool.rebuilt == 1
+
+
+def test_a_replay_that_is_not_what_the_journal_notes_ends_the_run_and_says_so():
+    commits, known = [Commit(k, (0.1,) * 4) for k in range(5)], [(2, "not read"), (4, "beef")]
+    expected = r"replay of 4 steps gives replica-\d the state 0{15}4, and another .*notes beef.*zoray.replay` names"
+    with pytest.raises(JournalError, match=expected):
+        Pool.gathered(members_of(2), commits, known)
+    with pytest.raises(JournalError, match=expected):  # by the same one, started again
+        Pool.gathered(members_of(1), commits, known)
+    with Pool.gathered(members_of(2), commits, [(4, f"{4:016x}")]) as pool:
+        assert pool.size == 2 and pool.digest() == f"{5:016x}"
 
 
 def test_one_that_hangs_is_ended_and_others_do_its_tiles():

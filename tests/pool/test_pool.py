@@ -17,14 +17,16 @@ from loop import tile_grid
 from orders import batch_indices, stratified_indices
 from ray import cloudpickle
 
-import zoray.pool.pool
+import zoray.pool.on_ray.start
 from zoray.engines.hf import Hf
 from zoray.engines.vllm.engine import Vllm
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora, Lozo
 from zoray.models.folder import Model, linear_matrices, load_matrices
-from zoray.pool.on_ray.cluster import Cluster, bind_cores
+from zoray.pool.on_ray.cluster import bind_cores
+from zoray.pool.on_ray.start import start_pool
 from zoray.pool.pool import Pool
+from zoray.pool.settings import Cluster
 from zoray.records import Commit, ConfigError, Probe, ReplicaLost, Scores, Tile
 from zoray.records.tiles import (
     LARGEST,
@@ -167,7 +169,7 @@ def spec(tiny_models, labelled_file) -> ReplicaSpec:
 def toys(local_ray, monkeypatch) -> Iterator[None]:
     """Pools of replicas that start fast, see toy.py: what is looked at is the pool's."""
     cloudpickle.register_pickle_by_value(toy)
-    monkeypatch.setattr(zoray.pool.pool, "ReplicaActor", toy.Toy)
+    monkeypatch.setattr(zoray.pool.on_ray.start, "ReplicaActor", toy.Toy)
     yield
     cloudpickle.unregister_pickle_by_value(toy)
 
@@ -241,7 +243,7 @@ def member(pool: Pool, index: int = 0) -> Member:
 
 @pytest.mark.ray
 def test_two_and_dying_replicas_give_the_bits_of_one(toys, spec, undisturbed):
-    with Pool.start(spec, Cluster(replicas=2), "two") as pool:
+    with start_pool(spec, Cluster(replicas=2), "two") as pool:
         assert run_steps(pool, 2) == (undisturbed[0][:2], undisturbed[1][:3])
         assert pool.size == 2 and not pool.lost
         pid = member(pool).pid
@@ -263,7 +265,7 @@ def test_rewind_takes_every_replica_back_and_it_goes_on_as_before(toys, spec):
         state.apply(Commit(step, (0.01, -0.02)))
         expected.append(state.digest())
     assert len(set(expected)) == 6
-    with Pool.start(spec, Cluster(replicas=2), "rewind") as pool:
+    with start_pool(spec, Cluster(replicas=2), "rewind") as pool:
         losses, digests = run_steps(pool, 5)
         assert digests == expected
         assert pool.digest() == expected[5]  # of the commits that have not been sent yet as well
@@ -288,7 +290,7 @@ def test_deterministic_vllm_gives_the_same_bits_with_any_number_of_replicas(loca
     vllm = Vllm(slots=4, max_tokens=512, kv_cache_gib=0.25, deterministic=True)
     results = []
     for count in (1, 2):
-        with Pool.start(replace(spec, engine=vllm), Cluster(replicas=count), f"vllm-{count}") as pool:
+        with start_pool(replace(spec, engine=vllm), Cluster(replicas=count), f"vllm-{count}") as pool:
             results.append(run_steps(pool, 3))
     assert results[0] == results[1]
 
@@ -296,7 +298,7 @@ def test_deterministic_vllm_gives_the_same_bits_with_any_number_of_replicas(loca
 @pytest.mark.ray
 def test_losing_every_replica_is_survived_and_too_many_times_in_a_row_is_not(toys, spec):
     said: list[str] = []
-    with Pool.start(spec, Cluster(replicas=1), "last", said.append) as pool:
+    with start_pool(spec, Cluster(replicas=1), "last", said.append) as pool:
         first = run_steps(pool, 2)
         os.kill(member(pool).pid, signal.SIGKILL)
         assert len(run_steps(pool, 4)[0]) == 2 and len(pool.lost) == 1
@@ -324,7 +326,7 @@ def test_losing_every_replica_is_survived_and_too_many_times_in_a_row_is_not(toy
 def test_the_run_waits_for_its_least_number_of_replicas(toys, spec, monkeypatch):
     with pytest.raises(ConfigError, match=r"cluster.min_replicas of at most cluster.replicas=2; got 3"):
         Cluster(replicas=2, min_replicas=3)
-    with Pool.start(spec, Cluster(replicas=2, min_replicas=2, wait_timeout_s=0.5), "least") as pool:
+    with start_pool(spec, Cluster(replicas=2, min_replicas=2, wait_timeout_s=0.5), "least") as pool:
         monkeypatch.setattr(pool.members, "_admit", lambda: None)  # Ray may have it back within a second
         os.kill(member(pool).pid, signal.SIGKILL)
         pool.members.pump(1.0)
@@ -335,7 +337,7 @@ def test_the_run_waits_for_its_least_number_of_replicas(toys, spec, monkeypatch)
 @pytest.mark.ray
 def test_a_stopped_replica_is_late_and_its_tiles_go_to_another(toys, spec, undisturbed):
     cluster = Cluster(replicas=2, late_floor_s=0.3, late_factor=2.0, hang_timeout_s=8.0)
-    with Pool.start(spec, cluster, "late") as pool:
+    with start_pool(spec, cluster, "late") as pool:
         assert run_steps(pool, 3) == (undisturbed[0][:3], undisturbed[1][:4])
         stopped = member(pool)
         os.kill(stopped.pid, signal.SIGSTOP)
@@ -362,13 +364,13 @@ def test_what_a_replica_raises_reaches_the_driver_unless_another_one_does_better
     def fail(found: Member) -> None:
         pool.members.ask(found, "kill", then=lambda *_: None)
 
-    with Pool.start(spec, Cluster(replicas=1), "raises") as pool:
+    with start_pool(spec, Cluster(replicas=1), "raises") as pool:
         fail(member(pool))
         with pytest.raises(ValueError, match="expected one of load, evaluate") as raised:
             pool.members.pump(30.0)
         assert "raised in a replica (process" in raised.value.__notes__[0] and "Traceback" in raised.value.__notes__[0]
         assert len(pool.adapter()[1]) == 16  # and it is still there
-    with Pool.start(spec, Cluster(replicas=2), "survives") as pool:
+    with start_pool(spec, Cluster(replicas=2), "survives") as pool:
         fail(member(pool))
         while not pool.lost:
             pool.members.pump(30.0)
@@ -379,7 +381,7 @@ def test_what_a_replica_raises_reaches_the_driver_unless_another_one_does_better
 @pytest.mark.ray
 def test_a_replica_that_drifts_is_rebuilt_and_what_it_said_does_not_count(toys, spec, undisturbed):
     said: list[str] = []
-    with Pool.start(spec, Cluster(replicas=2), "drift", said.append) as pool:
+    with start_pool(spec, Cluster(replicas=2), "drift", said.append) as pool:
         run_steps(pool, 1)
         pool.digest()
         wrong = (Commit(1, (0.5, 0.5)),)  # behind its back
@@ -394,10 +396,10 @@ def test_a_replica_that_drifts_is_rebuilt_and_what_it_said_does_not_count(toys, 
 @pytest.mark.ray
 def test_more_replicas_than_the_cluster_has_room_for(local_ray, spec):
     with pytest.raises(ConfigError, match=r"expected room for 3 replicas .* the cluster has 2 CPU"):
-        Pool.start(spec, Cluster(replicas=3), "big")
+        start_pool(spec, Cluster(replicas=3), "big")
 
 
 @pytest.mark.ray
 def test_a_bad_config_in_a_replica_reaches_the_driver_as_itself(local_ray, spec, tmp_path):
     with pytest.raises(ConfigError, match="is not there"):
-        Pool.start(replace(spec, model=Model(str(tmp_path / "gone"))), Cluster(replicas=1), "bad")
+        start_pool(replace(spec, model=Model(str(tmp_path / "gone"))), Cluster(replicas=1), "bad")

@@ -66,19 +66,16 @@ def test_the_first_answer_to_a_late_share_counts():
     assert not shares.answer("slow", scores(range(4))) and total(shares) == 15
 
 
-def test_a_late_answer_takes_the_place_of_parts_and_an_overlap_is_dropped():
+def test_an_answer_does_not_count_where_one_of_its_tiles_has_one():
     shares = Shares(6)
     shares.hand_out({"slow": 0, "b": 0})  # 0 1 2 | 3 4 5
     shares.late.add("slow")
-    shares.held["c"], shares.doubled = (0, 1), True
+    assert shares.hand_out({"c": 0}, [0]) == [("c", (0, 1))]
     assert shares.answer("c", scores((0, 1)))
-    assert shares.answer("slow", scores((0, 1, 2)))  # all of it, so that of c is not needed
-    assert shares.answer("b", scores((3, 4, 5))) and total(shares) == 63
-    shares = Shares(3)
-    shares.held, shares.doubled = {"a": (0, 1), "b": (1, 2)}, True
-    assert shares.answer("a", scores((0, 1)))
-    assert not shares.answer("b", scores((1, 2)))  # a sum can't be divided
+    assert not shares.answer("slow", scores((0, 1, 2)))  # a sum can't be divided
     assert shares.missing() == [2] and not shares.done
+    assert shares.answer("b", scores((3, 4, 5))) and shares.hand_out({"slow": 0}) == [("slow", (2,))]
+    assert shares.answer("slow", scores((2,))) and total(shares) == 63
 
 
 def test_a_rejected_worker_has_said_nothing():

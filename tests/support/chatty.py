@@ -13,7 +13,7 @@ from zoray.methods.estimators import TwoPoint
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces import Lora
 from zoray.models.folder import Model
-from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.settings import Cluster
 from zoray.records import Example, Message, Sampling, Splits
 from zoray.run.experiment import Experiment, Run
 from zoray.run.reports.monitor import Logging

@@ -15,8 +15,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from zoray import launch
-from zoray.pool.on_ray import cluster
-from zoray.pool.on_ray.cluster import Cluster, check_reachable
+from zoray.pool.on_ray import reach
+from zoray.pool.on_ray.reach import check_reachable
+from zoray.pool.settings import Cluster
 from zoray.records import ConfigError
 from zoray.run import driver
 from zoray.run.config import build_experiment, compose, run_main
@@ -230,8 +231,8 @@ def test_ray_address_counts_as_well(usual, refused, monkeypatch):
 
 
 def test_a_server_that_accepts_and_never_answers(monkeypatch):
-    assert cluster.CONNECT_SECONDS <= 30
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 3)
+    assert reach.CONNECT_SECONDS <= 30
+    monkeypatch.setattr(reach, "CONNECT_SECONDS", 3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         started = time.monotonic()
         with pytest.raises(ConfigError, match="a connection is accepted, but no answer came within 3 s"):

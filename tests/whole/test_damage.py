@@ -10,13 +10,14 @@ import pytest
 import toy
 from ray import cloudpickle
 
-import zoray.pool.pool
+import zoray.pool.on_ray.start
 from zoray.engines.hf import Hf
 from zoray.methods.estimators import TwoPoint
 from zoray.methods.spaces import Lora
 from zoray.models.folder import Model
-from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.on_ray.start import start_pool
 from zoray.pool.pool import Pool
+from zoray.pool.settings import Cluster
 from zoray.records import Commit, JournalError
 from zoray.records.tiles import Grid, losses_of
 from zoray.scoring.objectives import ChoiceNLL
@@ -61,7 +62,7 @@ def fragile(monkeypatch) -> Iterator[None]:
     module = sys.modules[__name__]
     for each in (toy, module):
         cloudpickle.register_pickle_by_value(each)
-    monkeypatch.setattr(zoray.pool.pool, "ReplicaActor", Fragile)
+    monkeypatch.setattr(zoray.pool.on_ray.start, "ReplicaActor", Fragile)
     yield
     for each in (toy, module):
         cloudpickle.unregister_pickle_by_value(each)
@@ -107,7 +108,7 @@ def test_damage_is_found_within_the_interval_and_mended(local_ray, spec, fragile
     losses, digests = toy.by_itself(spec, STEPS)
     sound = {step: (losses[step], None if step % INTERVAL else digests[step]) for step in range(STEPS)}
     said: list[str] = []
-    with Pool.start(spec, Cluster(replicas=2), "damaged", said.append) as pool:
+    with start_pool(spec, Cluster(replicas=2), "damaged", said.append) as pool:
         damage_at = {1: "state"}
         found = steps(pool, lambda step: damage(pool, 1, damage_at[step]) if step in damage_at else None)
         assert {step: found[step][1] for step in found} == {step: sound[step][1] for step in sound}
@@ -136,7 +137,7 @@ def test_damage_is_found_within_the_interval_and_mended(local_ray, spec, fragile
 @pytest.mark.ray
 def test_disagreement_that_stays_ends_the_run_with_a_diagnosis(local_ray, spec, fragile):
     """One is damaged anew whenever it is rebuilt."""
-    with Pool.start(spec, Cluster(replicas=2, min_replicas=2), "stays") as pool:
+    with start_pool(spec, Cluster(replicas=2, min_replicas=2), "stays") as pool:
         pool.commit(Commit(0, (0.01, -0.02)))
         pool.digest()
         damage(pool, 1, "stays")

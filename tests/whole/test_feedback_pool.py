@@ -21,8 +21,9 @@ from zoray.methods.estimators.feedback import Feedback, gains
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces.signs import packed
 from zoray.models.folder import Model
-from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.on_ray.start import start_pool
 from zoray.pool.pool import Pool
+from zoray.pool.settings import Cluster
 from zoray.records.tiles import Grid, losses_of
 from zoray.scoring.objectives import ChoiceNLL
 from zoray.scoring.replica import Replica
@@ -125,7 +126,7 @@ def wait_for(pool: Pool, size: int) -> None:
 def test_two_and_dying_replicas_give_the_digests_of_one(local_ray, spec, undisturbed):
     """One is killed in the middle of the run; who comes late fits its maps to the bare model as well."""
     cluster = Cluster(replicas=2, cpus_per_replica=1, late_floor_s=30.0)
-    with Pool.start(spec, cluster, "dying") as pool:
+    with start_pool(spec, cluster, "dying") as pool:
         session = Session().run(pool, 3)
         assert pool.size == 2 and not pool.lost
         pid = pool.members.ready[0].pid
@@ -138,7 +139,7 @@ def test_two_and_dying_replicas_give_the_digests_of_one(local_ray, spec, undistu
 def test_a_pool_that_begins_in_the_middle_goes_on_as_one_that_was_there(local_ray, spec, undisturbed):
     """As after a driver's death: new replicas replay commits whose feedback they have not given; and as at the end."""
     half = Session().run(Alone(spec), 4)
-    with Pool.start(spec, Cluster(replicas=2, cpus_per_replica=1), "middle", commits=half.commits) as pool:
+    with start_pool(spec, Cluster(replicas=2, cpus_per_replica=1), "middle", commits=half.commits) as pool:
         six = half.copy().run(pool, 6)
         rest = six.copy().run(pool, STEPS)
         assert rest.found(pool) == undisturbed

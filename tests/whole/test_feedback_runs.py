@@ -24,7 +24,7 @@ from zoray.methods.estimators import Evolution, OneSided, TwoPoint
 from zoray.methods.estimators.feedback import GROUPS, Feedback, gains
 from zoray.methods.optimizers import Sgd, Sign
 from zoray.methods.spaces import Lora, LowRank, Lozo
-from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.settings import Cluster
 from zoray.records import ConfigError, Probe, Sampling
 from zoray.run import journal
 from zoray.run.config import build_experiment, compose

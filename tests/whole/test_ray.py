@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 import zoray
-from zoray.pool.on_ray.cluster import _own_code, check_reachable
+from zoray.pool.on_ray.cluster import _own_code
+from zoray.pool.on_ray.reach import check_reachable
 from zoray.records import ConfigError
 from zoray.run import journal
 from zoray.run.folder import check_kept
@@ -98,7 +99,8 @@ def head() -> Iterator[Head]:
 
 ASK = """
 import sys
-from zoray.pool.on_ray.cluster import Cluster, connect, leave
+from zoray.pool.on_ray.cluster import connect, leave
+from zoray.pool.settings import Cluster
 leave(connect(Cluster(address=sys.argv[1]), print))
 """
 
@@ -159,7 +161,8 @@ WHERE = """
 import sys
 from pathlib import Path
 import ray
-from zoray.pool.on_ray.cluster import Cluster, connect, leave
+from zoray.pool.on_ray.cluster import connect, leave
+from zoray.pool.settings import Cluster
 connect(Cluster(address=sys.argv[1], ship=sys.argv[2] == "true"), lambda text: None)
 @ray.remote
 def where():

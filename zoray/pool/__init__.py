@@ -8,5 +8,5 @@ from zoray import faces
 
 __getattr__ = faces(
     __name__,
-    {"Cluster": "on_ray.cluster", "Slurm": "slurm"},
+    {"Cluster": "settings", "Slurm": "slurm"},
 )

@@ -14,19 +14,19 @@ import selectors
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from zoray.pool import sockets as channel
-from zoray.pool.on_ray.actor import BY_VALUE
-from zoray.records import ConfigError, ReplicaLost
+from zoray.records import ConfigError, JournalError, ReplicaLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
     from zoray.methods.snapshots import Snapshot
-    from zoray.pool.on_ray.cluster import Cluster
+    from zoray.pool.settings import Cluster
     from zoray.pool.sockets import Listener
     from zoray.records import Commit
     from zoray.scoring.replica import ReplicaInfo
@@ -42,9 +42,11 @@ WATCH_SECONDS = 1.0  # between looks at what Ray says of those who are not there
 
 
 class Host(Protocol):
-    """What keeps the members' processes: placement.Placement, or a test's own."""
+    """What keeps the members' processes: placement.Placement, a server's, or a test's own."""
 
     listener: Listener
+
+    def resources(self) -> str: ...
 
     def without_room(self) -> set[str]: ...
 
@@ -71,6 +73,24 @@ class Call:
     hangs: float  # when it is taken for dead
 
 
+class Known(NamedTuple):
+    """A state's digest, by which a replay has to come."""
+
+    step: int  # before which the state is
+    digest: str
+    said_by: frozenset[str] = frozenset()  # names of members; empty: the journal notes it
+
+
+class State(Enum):
+    """Of a member."""
+
+    JOINING = "loads, and catches up for the first time"
+    READY = "can score"
+    LATE = "can score, and has not answered in time"
+    STALE = "is to be rebuilt, when its call is answered"
+    REBUILT = "catches up again, from journal index 0"
+
+
 @dataclass(eq=False)
 class Member:
     """A connected replica."""
@@ -82,15 +102,22 @@ class Member:
     pid: int
     place: int = 0  # among the members of its node: which cores are its own
     sent: int = 0  # commits that it has been sent
-    ready: bool = False  # to score
-    joined: bool = False  # whether it has been, before it was rebuilt
-    stale: bool = False  # to be rebuilt when its call is answered
+    state: State = State.JOINING
     call: Call | None = None
-    late: bool = False
     speed: float = 0.0  # examples scored a second; 0 is not known
     extra: float | None = None  # seconds that a digest and the tile that all score take
     asked: int = 0
     scored: int = 0  # examples
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can score."""
+        return self.state in (State.READY, State.LATE)
+
+    @property
+    def late(self) -> bool:
+        """Whether its call takes longer than it should."""
+        return self.state is State.LATE
 
     @property
     def node(self) -> str:
@@ -117,15 +144,16 @@ class Members:
     cluster: Cluster
     cores: int | None = None  # of each, bound to it; None binds none
     say: Callable[[str], None] = log.info
+    pack: Callable[[Any, int], bytes] = pickle.dumps  # of the spec, which may hold a script's own classes
     on_lost: Callable[[Member], None] = lambda member: None
     on_late: Callable[[Member], None] = lambda member: None
+    on_doubt: Callable[[Member], None] = lambda member: None  # nothing that it has said counts
     commits: list[Commit] = field(default_factory=list)
-    known: tuple[int, str] | None = None  # (step, digest of the state before it)
+    known: Known | None = None
     snapshot: Snapshot | None = None  # from where to replay
     connected: dict[str, Member] = field(default_factory=dict)
     info: ReplicaInfo | None = None  # of the first one
     lost: list[str] = field(default_factory=list)  # name and reason, each time
-    rebuilt: int = 0
     scored: Counter[str] = field(default_factory=Counter)  # examples, by node
     given_up: dict[str, str] = field(default_factory=dict)  # name -> why
 
@@ -134,6 +162,7 @@ class Members:
         self._selector.register(self.host.listener, selectors.EVENT_READ, None)
         self._failures: Counter[str] = Counter()
         self._has_raised = False  # a replica, in the evaluation at hand
+        self._replayed: Counter[str] = Counter()  # digests of replays that are not what the journal notes
         self._condemned: dict[tuple[str, int], Connection | None] = {}  # processes to be ended, and what they come with
         self._next_deadline = math.inf
         self._next_watch = 0.0
@@ -158,7 +187,7 @@ class Members:
         seconds: float = math.inf,
     ) -> None:
         """Call a method of the actor; `then(member, result)` runs in `pump`. It is late after `seconds`."""
-        by_value: Any = BY_VALUE if method == "load" else pickle
+        pack = self.pack if method == "load" else pickle.dumps
         member.asked += 1
         began = time.monotonic()
         limit = self.cluster.hang_timeout_s
@@ -166,7 +195,7 @@ class Members:
         hangs = math.inf if method == "load" else began + known
         member.call = Call(member.asked, method, then, began, min(began + seconds, hangs), hangs)
         self._next_deadline = min(self._next_deadline, member.call.deadline)
-        message = by_value.dumps((member.asked, method, arguments), pickle.HIGHEST_PROTOCOL)
+        message = pack((member.asked, method, arguments), pickle.HIGHEST_PROTOCOL)
         try:
             member.connection.send_bytes(message)
         except OSError:  # gone, as the next read will say; or stopped, with half a message
@@ -196,11 +225,11 @@ class Members:
 
     def rebuild(self, member: Member) -> None:
         """Take a member's state back to journal index 0, base weights included, and let it catch up again."""
-        member.ready = False
         if member.call is not None:
-            member.stale = member.call.method != "load"  # which ends at index 0 anyway
+            if member.call.method != "load":  # which ends at index 0 anyway
+                member.state = State.STALE
             return
-        member.stale, member.sent = False, 0
+        member.state, member.sent = State.REBUILT, 0
         self.ask(member, "reset", then=lambda member, _: self._advance(member))
 
     def lose(self, member: Member, why: str, restart: bool = False) -> None:
@@ -286,10 +315,12 @@ class Members:
         call = member.call
         if call is None or number != call.number:
             return
-        member.call, member.late = None, False
+        member.call = None
+        if member.state is State.LATE:
+            member.state = State.READY
         if error is not None:
             self._raised(member, call, error)
-        elif member.stale:
+        elif member.state is State.STALE:
             self.rebuild(member)
         else:
             call.then(member, value)
@@ -346,25 +377,51 @@ class Members:
         self.snapshot = None
         self.rebuild(member)
 
-    def _advance(self, member: Member, digest: str | None = None, expected: str | None = None) -> None:
+    def _advance(self, member: Member, digest: str | None = None, expected: Known | None = None) -> None:
         """Let a member apply what it has not seen, some at a time, until it is close enough to join."""
-        if digest != expected:
-            why = f"replay of {member.sent} steps gives it the state {digest}; that of the others was {expected}"
-            self.lose(member, why, restart=True)
+        if expected is not None and digest != expected.digest and not self._believed(member, str(digest), expected):
             return
         end = len(self.commits)
-        known = self.known[0] if self.known is not None and self.known[0] > member.sent else None
+        known = self.known if self.known is not None and self.known.step > member.sent else None
         if known is None and end - member.sent <= NEAR:
-            member.ready = True
-            if self.running and not member.joined:
+            joins, member.state = member.state is State.JOINING, State.READY
+            if self.running and joins:
                 self.say(f"{member.name} has joined at step {end}: {len(self.ready)} of {len(self.names)} replicas")
-            member.joined = True
             return
-        stop = min(end, member.sent + CHUNK, known if known is not None else end)
+        stop = min(end, member.sent + CHUNK, known.step if known is not None else end)
         some = tuple(self.commits[member.sent : stop])
         member.sent = stop
-        expected = self.known[1] if self.known is not None and stop == known else None
+        expected = known if known is not None and stop == known.step else None
         self.ask(member, "catch_up", some, expected is not None, then=partial(self._advance, expected=expected))
+
+    def _believed(self, member: Member, digest: str, expected: Known) -> bool:
+        """Whether a replay may go on that has come to another state than what is known.
+
+        It may where a single replica has said that: either may be wrong, and a replay of the journal is the better
+        witness, so that one is rebuilt as well. What several have said stands, and so does what the journal notes.
+
+        Raises:
+            JournalError: a second replay has come to the same state, which is not what the journal notes.
+        """
+        found = f"replay of {member.sent} steps gives {member.name} the state {digest}"
+        if len(expected.said_by) == 1:
+            if self.known is expected:
+                self.known = None
+                self.say(f"{found}; {expected.digest} was that of {', '.join(expected.said_by)} alone. It is rebuilt")
+                for other in self.ready:
+                    self.on_doubt(other)
+                    self.rebuild(other)
+            return True
+        if not expected.said_by:
+            self._replayed[digest] += 1
+            if self._replayed[digest] > 1:
+                raise JournalError(
+                    f"{found}, and another replay as well; the journal notes {expected.digest}. Either this zoray or "
+                    "its libraries are not those that made the run, or the replica that noted it was damaged: "
+                    "`python -m zoray.replay` names the first step that differs"
+                )
+        self.lose(member, f"{found}; that of the others was {expected.digest}", restart=True)
+        return False
 
     def _look_at_deadlines(self, now: float) -> None:
         self._next_deadline = math.inf
@@ -375,8 +432,8 @@ class Members:
             if now >= call.hangs:
                 self.lose(member, f"no answer for {now - call.began:.0f} s (cluster.hang_timeout_s)", restart=True)
                 continue
-            if now >= call.deadline and not member.late and member.ready:
-                member.late = True
+            if now >= call.deadline and member.state is State.READY:
+                member.state = State.LATE
                 self.on_late(member)
             self._next_deadline = min(self._next_deadline, call.hangs if member.late else call.deadline)
 

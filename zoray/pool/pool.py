@@ -12,36 +12,36 @@ from __future__ import annotations
 import logging
 import math
 import time
-import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoray.methods.snapshots import Snapshot, write
+from zoray.methods.snapshots import write
 from zoray.pool.agreement import differing_digests, differing_scores
-from zoray.pool.members import Members
-from zoray.pool.on_ray.actor import ReplicaActor
-from zoray.pool.on_ray.cluster import Cluster, connect, leave, own_host, room, size, totals
-from zoray.pool.on_ray.placement import Placement
+from zoray.pool.members import Known
 from zoray.pool.shares import Shares
-from zoray.pool.sockets import Listener
-from zoray.records import Commit, ConfigError, JournalError, ReplicaLost, Scores
+from zoray.records import ConfigError, JournalError, ReplicaLost, Scores
 from zoray.records.tiles import NOT_FINITE, Grid, as_ranges, join_scores, scored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from zoray.pool.members import Member
+    from zoray.methods.snapshots import Snapshot
+    from zoray.pool.members import Member, Members
+    from zoray.records import Commit
     from zoray.scoring.replica import ReplicaInfo
-    from zoray.scoring.workload import ReplicaSpec
 
 log = logging.getLogger(__name__)
 REMIND_SECONDS = 60.0
 STRIKES = 3  # times that a replica may differ from a majority: it is not bad luck
 FORGIVEN = 1.1  # factor of a speed each time that it gave no tiles: it may have been a bad moment
+
+
+def never() -> bool:
+    return False
 
 
 @dataclass
@@ -60,60 +60,50 @@ class Evaluation:
 
 
 class Pool:
-    """The replicas of a run. Use as a context manager; see `start`."""
+    """The replicas of a run. Use as a context manager.
 
-    def __init__(self, members: Members, owns_ray: bool) -> None:
-        self.members, self._owns_ray = members, owns_ray
-        self.spec, self.commits = members.spec, members.commits
-        self.stopping: Callable[[], bool] = lambda: False  # asked while the pool waits for replicas
+    Args:
+        members: the replicas.
+        stopping: whether the run is to stop; asked while the pool waits for replicas.
+
+    Attributes:
+        lost: each loss of a replica: its name, and why.
+        rebuilt: how often a replica had another state or other scores than the rest, and was rebuilt.
+        scored: how many examples each node has scored, over all probes.
+    """
+
+    def __init__(self, members: Members, stopping: Callable[[], bool] = never) -> None:
+        self.members, self.stopping, self.rebuilt = members, stopping, 0
+        self.spec, self.commits, self.lost, self.scored = members.spec, members.commits, members.lost, members.scored
         self._work: Evaluation | None = None
         self._strikes: Counter[str] = Counter()  # how often each was not like the majority
         self._slowest = 0.0  # of those whose speed is known
-        members.on_lost, members.on_late = self._lost, self._late
+        members.on_lost, members.on_late, members.on_doubt = self._lost, self._late, self._doubted
 
     @classmethod
-    def start(
+    def gathered(
         cls,
-        spec: ReplicaSpec,
-        cluster: Cluster,
-        run_name: str,
-        say: Callable[[str], None] = log.info,
+        members: Members,
         commits: Sequence[Commit] = (),
         known: Sequence[tuple[int, str]] = (),
         snapshot: Snapshot | None = None,
+        stopping: Callable[[], bool] = never,
     ) -> Pool:
-        """Connect to Ray, place one named actor per replica, load them side by side; they replay `commits`.
+        """A pool of members that are there or will connect, once enough have replayed `commits`; see `gather`.
 
-        Returns when all that there is room for are ready, `cluster.min_replicas` at least. The others join later.
-        `known`: (step, digest of the state before it), which a replay is to come by; the last one counts. `snapshot`:
-        where they may begin.
-
-        Raises:
-            ConfigError: the cluster does not answer or is too small, or a replica refuses its config.
+        `known`: (step, digest of the state before it) that the journal notes; a replay is checked against the last one.
+        `snapshot`: where it may begin.
         """
-        owns_ray = connect(cluster, say)
-        placement = None
+        members.commits += commits
+        members.known = Known(*known[-1]) if known else None
+        members.snapshot = snapshot
+        pool = cls(members, stopping)
         try:
-            count, cpus, gpus = size(cluster, spec.engine.tensor_parallel)
-            bundle: dict[str, float] = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-            here = room(bundle)
-            if here < count:
-                say(f"room for {here} replicas of {count} now; the others join when the cluster has grown")
-            tag = uuid.uuid4().hex[:6]
-            names = [f"zoray-{run_name}-{tag}-replica-{i}" for i in range(count)]
-            placement = Placement(Listener(own_host(elastic=here < count), cluster.port))
-            placement.start(names, ReplicaActor, (), bundle)
-            members = Members(names, placement, spec, cluster, None if gpus else cpus, say)
-            members.commits += commits
-            members.known, members.snapshot = known[-1] if known else None, snapshot
-            pool = cls(members, owns_ray)
             pool.gather()
-            return pool
         except BaseException:
-            if placement is not None:
-                placement.close()
-            leave(owns_ray)
+            pool.close()
             raise
+        return pool
 
     @property
     def info(self) -> ReplicaInfo:
@@ -125,21 +115,6 @@ class Pool:
     def size(self) -> int:
         """Replicas that can score."""
         return len(self.members.ready)
-
-    @property
-    def lost(self) -> list[str]:
-        """Each loss of a replica: its name, and why."""
-        return self.members.lost
-
-    @property
-    def rebuilt(self) -> int:
-        """How often a replica had another state or other scores than the rest, and was rebuilt."""
-        return self.members.rebuilt
-
-    @property
-    def scored(self) -> dict[str, int]:
-        """How many examples each node has scored, over all probes."""
-        return dict(self.members.scored)
 
     def gather(self) -> None:
         """Wait for the replicas at the start of a run: for all that have room, `cluster.min_replicas` at least.
@@ -162,12 +137,12 @@ class Pool:
             if time.monotonic() - progress > cluster.start_timeout_s:
                 if len(members.ready) >= least:
                     break
-                absent = members.host.without_room()
+                absent, there = members.host.without_room(), members.host.resources()
                 raise ConfigError(
                     f"expected {least} replicas to start and connect to {members.host.listener.address}; "
                     f"{len(members.ready)} have done so, and nothing has come for {cluster.start_timeout_s:g} s "
                     f"(cluster.start_timeout_s). "
-                    + (f"The cluster has no room for {len(absent)} of them: it has {totals()}. " if absent else "")
+                    + (f"The cluster has no room for {len(absent)} of them: it has {there}. " if absent else "")
                     + "Lower cluster.replicas or cluster.cpus_per_replica, or see Ray's logs"
                 )
         members.running = True
@@ -184,7 +159,7 @@ class Pool:
         """Take all replicas to the state after `step` steps, by replay from the start."""
         del self.commits[step:]
         members = self.members
-        if members.known is not None and members.known[0] > step:
+        if members.known is not None and members.known.step > step:
             members.known = None
         if members.snapshot is not None and members.snapshot.step > step:
             members.snapshot = None
@@ -198,9 +173,9 @@ class Pool:
         """
         members, step = self.members, len(self.commits)
         member = next((member for member in members.idle if member.sent == step), None)
-        if member is None or members.known is None or members.known[0] != step:
+        if member is None or members.known is None or members.known.step != step:
             return
-        expected = members.known[1]
+        expected = members.known.digest
 
         def keep(_: Member, data: bytes | None) -> None:
             if data is None or len(self.commits) < step:
@@ -252,7 +227,7 @@ class Pool:
         self.members.evaluated()
         found = next(iter(work.digests.values()), None)
         if found is not None:
-            self.members.known = (len(self.commits), found)
+            self.members.known = Known(len(self.commits), found, frozenset(work.digests))
         answers = [(share, scores) for share, (_, scores) in work.shares.answers.items()]
         return join_scores(grid.tiles, answers, grid.per_example), found if digest else None
 
@@ -271,11 +246,8 @@ class Pool:
         return found[0]
 
     def close(self) -> None:
-        """End the actors; end Ray too if this pool started it."""
-        try:
-            self.members.close()
-        finally:
-            leave(self._owns_ray)
+        """End the replicas, and what was started for them."""
+        self.members.close()
 
     def _await_enough(self) -> None:
         """Wait until there are `cluster.min_replicas`; as long as it takes, while one of them loads or replays.
@@ -388,10 +360,8 @@ class Pool:
             )
             why = f"its {what} is not that of the others"
             found.append(f"{name} ({what})")
-            members.rebuilt += 1
             self._strikes[name] += clear
-            work.shares.reject(name)
-            self._forget(work, name)
+            self._reject(work, name)
             if (member := members.connected.get(name)) is None:
                 continue
             if self._strikes[name] >= STRIKES:
@@ -409,6 +379,18 @@ class Pool:
         work.canaries.pop(name, None)
         work.asked.discard(name)
         work.changed = True
+
+    def _reject(self, work: Evaluation, name: str) -> None:
+        """Nothing that a replica has said counts."""
+        self.rebuilt += 1
+        work.shares.reject(name)
+        self._forget(work, name)
+
+    def _doubted(self, member: Member) -> None:
+        if self._work is None:
+            self.rebuilt += 1
+        else:
+            self._reject(self._work, member.name)
 
     def _lost(self, member: Member) -> None:
         if self._work is not None:

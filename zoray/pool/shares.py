@@ -52,21 +52,19 @@ class Shares:
     held: dict[str, tuple[int, ...]] = field(default_factory=dict)  # what each works on
     late: set[str] = field(default_factory=set)  # whose tiles are handed out once more
     answers: dict[tuple[int, ...], tuple[str, Scores]] = field(default_factory=dict)  # those that count
-    covered: int = 0  # tiles that have one
-    doubled: bool = False  # whether a tile has been handed out while somebody late had it
+    answered: set[int] = field(default_factory=set)  # their tiles
 
     @property
     def done(self) -> bool:
         """Whether every tile has an answer."""
-        return self.covered == self.count
+        return len(self.answered) == self.count
 
     def missing(self) -> list[int]:
         """Tiles without an answer that nobody has in hand, but for those who are late."""
         if not self.held and not self.answers:
             return list(range(self.count))
-        spoken = {tile for share in self.answers for tile in share}
-        spoken.update(tile for name, share in self.held.items() if name not in self.late for tile in share)
-        return [tile for tile in range(self.count) if tile not in spoken]
+        held = {tile for name, share in self.held.items() if name not in self.late for tile in share}
+        return [tile for tile in range(self.count) if tile not in self.answered and tile not in held]
 
     def hand_out(self, idle: Mapping[str, float], busy: Sequence[float] = ()) -> list[tuple[str, tuple[int, ...]]]:
         """(worker, tiles) for those who are idle, {name: speed}; some is left for the busy ones, who will be soon."""
@@ -77,26 +75,20 @@ class Shares:
         if not given:  # so few that all would be left to faster ones, who are busy
             given = [(max(idle, key=lambda name: idle[name]), tuple(missing))]
         self.held.update(given)
-        self.doubled |= bool(self.late)
         return given
 
     def answer(self, name: str, scores: Scores) -> bool:
-        """Take a worker's answer to what it holds; whether it counts. The first for a tile does.
+        """Take a worker's answer to what it holds; whether it counts.
 
-        Where others have answered parts of a late worker's share meanwhile, its own takes their place: sums of a share
-        can't be divided. Where it overlaps with an answer otherwise it is dropped, and what is missing is handed out.
+        It does where none of its tiles has an answer yet: the sums of a share can't be divided. What is missing then is
+        handed out again.
         """
         share = self.held.pop(name)
         self.late.discard(name)
-        mine = set(share)
-        touched = [other for other in self.answers if not mine.isdisjoint(other)] if self.doubled else []
-        covered = sum(len(mine.intersection(other)) for other in touched)
-        if covered == len(mine) or any(not mine.issuperset(other) for other in touched):
+        if not self.answered.isdisjoint(share):
             return False
-        for other in touched:
-            del self.answers[other]
         self.answers[share] = (name, scores)
-        self.covered += len(mine) - covered
+        self.answered.update(share)
         return True
 
     def drop(self, name: str) -> None:
@@ -108,4 +100,4 @@ class Shares:
         """Nothing that a worker has said or will say counts."""
         self.drop(name)
         self.answers = {share: answer for share, answer in self.answers.items() if answer[0] != name}
-        self.covered = sum(map(len, self.answers))
+        self.answered = {tile for share in self.answers for tile in share}

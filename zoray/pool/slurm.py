@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zoray
-from zoray.pool.on_ray.cluster import Cluster, check_reachable
+from zoray.pool.on_ray.reach import check_reachable
+from zoray.pool.settings import Cluster
 from zoray.records import ConfigError, disk, require
 from zoray.records.overrides import setting, value_of
 from zoray.records.paths import user_path

@@ -17,7 +17,7 @@ from zoray.methods.estimators.feedback import gains
 from zoray.methods.spaces import Lora
 from zoray.methods.spaces.signs import packed
 from zoray.models.adapters import write_peft
-from zoray.pool.pool import Pool
+from zoray.pool.on_ray.start import start_pool
 from zoray.records import ConfigError, require
 from zoray.records.process.stopping import stop_requested
 from zoray.records.tiles import Grid, mean
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from zoray.pool.pool import Pool
     from zoray.records import Evaluation
     from zoray.run.experiment import Experiment
     from zoray.scoring.workload import Workload
@@ -43,7 +44,7 @@ def tune(
     experiment: Experiment,
     workload: Workload,
     config: dict[str, Any],
-    start_pool: Callable[..., Pool] = Pool.start,
+    start_pool: Callable[..., Pool] = start_pool,
     stopping: Callable[[], bool] | None = None,
     on_dev: Callable[[Pool, Evaluation, np.ndarray | None], None] = lambda pool, evaluation, rows: None,
 ) -> dict[str, Any]:

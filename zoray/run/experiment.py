@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from zoray.methods.optimizers import Sgd
     from zoray.methods.spaces import Space
     from zoray.models.folder import Model
-    from zoray.pool.on_ray.cluster import Cluster
+    from zoray.pool.settings import Cluster
     from zoray.run.reports.monitor import Logging
     from zoray.scoring.objectives import Objective
     from zoray.tasks.base import Task

@@ -18,6 +18,8 @@ from ray.exceptions import ActorDiedError, RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from zoray.pool.on_ray.cluster import leave, totals
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -40,6 +42,7 @@ class Placement:
     """The actors of a run by name; `listener` is where they connect."""
 
     listener: Listener
+    owns_ray: bool = False  # whether Ray ends with them
     actors: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
     serving: dict[str, Any] = field(default_factory=dict)  # what Ray's call of `serve` returns, when that ends
@@ -64,6 +67,10 @@ class Placement:
     def serve(self, name: str) -> None:
         """Let an actor connect and do what it is asked for; Ray calls it again on an actor that it has restarted."""
         self.serving[name] = self.actors[name].serve.remote(name, self.listener.address, self.listener.key)
+
+    def resources(self) -> str:
+        """What the cluster has, for people."""
+        return totals()
 
     def without_room(self) -> set[str]:
         """Names whose group waits for room."""
@@ -105,11 +112,14 @@ class Placement:
     def close(self) -> None:
         """End all of them; those that are idle end by themselves, when nobody listens any more."""
         self.listener.close()
-        if ray.is_initialized():
-            if serving := list(self.serving.values()):
-                ray.wait(serving, num_returns=len(serving), timeout=CLOSE_SECONDS)
-            for name in list(self.actors):
-                self.let_go(name)
+        try:
+            if ray.is_initialized():
+                if serving := list(self.serving.values()):
+                    ray.wait(serving, num_returns=len(serving), timeout=CLOSE_SECONDS)
+                for name in list(self.actors):
+                    self.let_go(name)
+        finally:
+            leave(self.owns_ray)
 
 
 def end_process(node_id: str, pid: int) -> None:

@@ -7,7 +7,8 @@ import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from zoray.pool.on_ray.cluster import Cluster, connect, leave
+from zoray.pool.on_ray.cluster import connect, leave
+from zoray.pool.settings import Cluster
 from zoray.records import ConfigError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoray.methods.optimizers import LEAST_DECAY
 from zoray.models.folder import max_length
-from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.settings import Cluster
 from zoray.records import ConfigError
 from zoray.records.tiles import MAX_TILE
 from zoray.run.experiment import Experiment, Run

@@ -6,9 +6,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from zoray.pool.members import Members
-from zoray.pool.on_ray.cluster import Cluster
+from zoray.pool.on_ray.actor import BY_VALUE
 from zoray.pool.on_ray.placement import end_process
 from zoray.pool.pool import Pool
+from zoray.pool.settings import Cluster
 from zoray.pool.sockets import Listener
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class ServedHost:
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
+
+    def resources(self) -> str:
+        return ""
 
     def without_room(self) -> set[str]:
         return set()
@@ -59,16 +63,7 @@ def start_pool(
     known: Sequence[tuple[int, str]] = (),
     snapshot: Snapshot | None = None,
 ) -> Pool:
-    """As Pool.start, of engines that are there and connect to `listener`; they are waited for until `stopping`."""
-    host = ServedHost(listener)
-    members = Members([f"engine-{i}" for i in range(replicas)], host, spec, cluster, None, say)
-    members.commits += commits
-    members.known, members.snapshot = known[-1] if known else None, snapshot
-    pool = Pool(members, owns_ray=False)
-    pool.stopping = stopping
-    try:
-        pool.gather()
-    except BaseException:
-        pool.close()
-        raise
-    return pool
+    """As on_ray.start.start_pool, of engines that are there and connect to `listener`; waits until `stopping`."""
+    names = [f"engine-{i}" for i in range(replicas)]
+    members = Members(names, ServedHost(listener), spec, cluster, None, say, BY_VALUE.dumps)
+    return Pool.gathered(members, commits, known, snapshot, stopping)
