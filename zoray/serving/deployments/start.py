@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,11 +17,15 @@ if TYPE_CHECKING:
 
     from zoray.serving.settings import Settings
 
+# What Ray Serve's proxy is to say when the gateway is gone. Ray reads it where the proxy runs.
+PROXY = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "zoray.serving.deployments.proxy:middlewares")
+
 
 @contextmanager
 def started(settings: Settings) -> Iterator[str]:
     """The application, answering at the address that this yields, until the context is left."""
     on_term = signal.getsignal(signal.SIGTERM)
+    os.environ.setdefault(*PROXY)  # for Ray's processes
     owns = connect(Cluster(dashboard=settings.dashboard), print)
     signal.signal(signal.SIGTERM, on_term)  # Ray's own in its place ends in an abort, while engines start
     own_ray = owns and not Cluster().joins
