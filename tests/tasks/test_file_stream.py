@@ -185,6 +185,14 @@ def test_a_large_parquet_file_is_copied_once(tmp_path, small_limits):
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
+def test_many_small_parquet_files_are_a_large_one(tmp_path, small_limits):
+    for part in range(5):
+        write_parquet(tmp_path / f"{part}.parquet", [KINDS["choice"](i) for i in range(part * 60, part * 60 + 60)])
+    _, train = streamed(File(f"{tmp_path}/*.parquet"))
+    assert len(list((tmp_path / "cache" / "data").glob("*.arrow"))) == 5 and len(pickle.dumps(train)) < 20_000
+    assert {str(example.where.row).split(",")[0][-9:] for example in train} == {f"{k}.parquet" for k in range(5)}
+
+
 MEASURE = """
 import json, sys, time
 from zoray.tasks.file.task import File

@@ -31,7 +31,7 @@ from zoray.tasks.file.cells.spacing import gap
 from zoray.tasks.file.columns import CONTROL, KINDS, NAMES, ROLES, Schema, infer
 from zoray.tasks.file.rows.faults import Faults, WrongRow
 from zoray.tasks.file.rows.hub import hub_rows
-from zoray.tasks.file.rows.parquet import ParquetFiles
+from zoray.tasks.file.rows.parquet import parquet_rows
 from zoray.tasks.file.rows.plain_text import FEWEST_WORDS, PLAIN_SUFFIXES, PlainText
 from zoray.tasks.file.rows.text import TEXT_SUFFIXES, Rows, TextFiles, several_rows
 from zoray.tasks.file.stream import Examples, Scan, first_of_each, scan
@@ -305,7 +305,7 @@ def open_rows(path: str) -> dict[str, Rows]:
             f"{setting('task.path', f'{here.parent}/*{min(suffixes)}')}"
         )
     (suffix,) = suffixes
-    kind = ParquetFiles if suffix == ".parquet" else PlainText if suffix in PLAIN_SUFFIXES else TextFiles
+    kind = parquet_rows if suffix == ".parquet" else PlainText if suffix in PLAIN_SUFFIXES else TextFiles
     return {"train": kind(path, files)}
 
 

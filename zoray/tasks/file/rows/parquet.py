@@ -1,7 +1,7 @@
-"""Rows of Parquet files.
+"""Rows in Arrow's batches: those of Parquet files, and of data sets on the Hub (hub.py). A place is a row's number.
 
-Parquet packs rows in groups that may hold a million, of which none can be read alone. So a large file is copied once,
-as an Arrow file of small batches in zoray's cache, and single rows are read from that. A place is a row's number.
+Parquet packs rows in groups that may hold a million, of which none can be read alone. So files of more than WHOLE rows
+together are copied once, as Arrow files of small batches in zoray's cache, and single rows are read from those.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import hashlib
 import json
 import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,165 +27,181 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 BATCH = 250  # rows that are read for one
+PLAIN = 1000  # rows of a data set on the Hub that are made plain values at a time
+
+Words = Mapping[str, Mapping[str, str]]
 
 
-class ParquetFiles:
-    """The rows of Parquet files with the same columns.
+class ArrowRows:
+    """The rows of tables with the same columns.
 
     Args:
         name: what messages call them together.
-        paths: in order.
+        tables: (what messages call it, its rows): `Batches`, or a `datasets.Dataset` in Arrow's format.
+        columns: their names, in order.
+        words: names of labels, by label and column.
+        stamps: of the files that the tables are of; None where rows are in memory, or the Hub's.
     """
 
     cells = False
 
-    def __init__(self, name: str, paths: Sequence[Path]) -> None:
-        self.name, self.header = name, str(paths[0])
-        self._stamps = Stamps(paths)
-        self.columns: tuple[str, ...] = ()
-        self.words: Mapping[str, Mapping[str, str]] = {}
-        self._files = [self._batches(number) for number in range(len(paths))]
-        self._starts = np.cumsum([0, *(len(file) for file in self._files)]).tolist()
+    def __init__(
+        self, name: str, tables: list[Any], columns: tuple[str, ...], words: Words, stamps: Stamps | None = None
+    ) -> None:
+        self.name, self.columns, self.words, self.stamps = name, columns, words, stamps
+        self.header, self._tables = tables[0][0], tables
+        self._starts = np.cumsum([0, *(len(table) for _, table in tables)]).tolist()
 
     def __iter__(self) -> Iterator[tuple[int, str, Row | WrongRow]]:
-        for path, file, start in zip(self._stamps.paths, self._files, self._starts, strict=False):
+        for (called, table), start in zip(self._tables, self._starts, strict=False):
             number = 0
-            for batch in file:
-                for row in plain_rows(batch, lambda i, path=path, first=number: f"{path}, row {first + i} (from 0)"):
-                    yield start + number, f"{path}, row {number} (from 0)", row
+            for batch in table.iter(PLAIN):
+                for where, row in _plain_rows(batch, called, number):
+                    yield start + number, where, row
                     number += 1
 
     def row(self, place: int) -> Row:
-        number = self._file(place)
-        self._stamps.check(number)
-        (row,) = plain_rows(self._files[number].row(place - self._starts[number]), lambda _: self.where(place))
+        at = bisect_right(self._starts, place) - 1
+        if self.stamps is not None:
+            self.stamps.check(at)
+        (called, table), number = self._tables[at], place - self._starts[at]
+        ((_, row),) = _plain_rows(table[number], called, number)
         if isinstance(row, WrongRow):
             raise row
         return row
 
     def where(self, place: int) -> str:
-        number = self._file(place)
-        return f"{self._stamps.paths[number]}, row {place - self._starts[number]} (from 0)"
-
-    def _file(self, place: int) -> int:
-        return bisect_right(self._starts, place) - 1
-
-    def _batches(self, number: int) -> Batches:
-        """The rows of a file, from its copy if it is large."""
-        import pyarrow
-        from pyarrow import parquet
-
-        path = self._stamps.paths[number]
-        try:
-            with parquet.ParquetFile(path, pre_buffer=False) as file:
-                found = tuple(file.schema_arrow.names)
-                check_names(found, str(path))
-                self.columns = self.columns or found
-                self.words = self.words or _class_words(file.schema_arrow.metadata)
-                if set(found) != set(self.columns):
-                    raise ConfigError(
-                        f"{path}: expected the columns of {self._stamps.paths[0].name}, {list(self.columns)}; got "
-                        f"{list(found)}. Give files of one kind"
-                    )
-                if file.metadata.num_rows <= WHOLE:
-                    return Batches(list(file.iter_batches(BATCH, use_threads=False)))
-                copy = _copy_path(path, self._stamps.known[number])
-                if not copy.exists():
-                    _copy(file, copy)
-                    self._stamps.check(number)
-                return Batches(copy)
-        except (OSError, pyarrow.ArrowException) as error:
-            advice = (
-                "It is damaged or no Parquet file. Write it again, or use JSONL"
-                if getattr(error, "errno", None) is None  # of the operating system's own errors only
-                else f"Look at the file, and at the room in {cache_dir()} ($ZORAY_CACHE), where large ones are copied"
-            )
-            reason = " ".join(str(error).split())[:300].rstrip(". ")
-            raise ConfigError(f"can't read task.path={path}: {reason}. {advice}") from error
+        at = bisect_right(self._starts, place) - 1
+        return f"{self._tables[at][0]}, row {place - self._starts[at]} (from 0)"
 
 
 class Batches:
-    """Batches of rows, in memory or in an Arrow file."""
+    """Batches of rows in memory or in an Arrow file, asked for as those of a `datasets.Dataset`.
 
-    def __init__(self, source: Sequence[RecordBatch] | Path) -> None:
+    The file is read and not mapped into memory: a mapped one counts as the process's own memory, page by page.
+    """
+
+    def __init__(self, source: list[RecordBatch] | Path) -> None:
         self._source, self._opened = source, None
-        self._ends = np.cumsum([batch.num_rows for batch in self]).tolist()
+        count = self._file().num_record_batches if isinstance(source, Path) else len(source)
+        self._ends = np.cumsum([0, *(self._batch(at).num_rows for at in range(count))]).tolist()
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._ends[-1]
 
-    def __iter__(self) -> Iterator[RecordBatch]:
-        return iter(self._source) if isinstance(self._source, list) else self._from_file()
+    def iter(self, _: int) -> Iterator[RecordBatch]:
+        """All of them, of as many rows as they have."""
+        return (self._batch(at) for at in range(len(self._ends) - 1))
 
-    def row(self, number: int) -> RecordBatch:
+    def __getitem__(self, number: int) -> RecordBatch:
         """A row by its number, as a batch of its own."""
-        at = bisect_right(self._ends, number)
-        first = self._ends[at - 1] if at else 0
-        return self._batch(at).slice(number - first, 1)
+        at = bisect_right(self._ends, number) - 1
+        return self._batch(at).slice(number - self._ends[at], 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_opened": None}  # each process opens the file itself
 
     def _batch(self, at: int) -> RecordBatch:
-        return self._source[at] if isinstance(self._source, list) else self._reader().get_batch(at)
+        return self._file().get_batch(at) if isinstance(self._source, Path) else self._source[at]
 
-    def _from_file(self) -> Iterator[RecordBatch]:
-        return (self._reader().get_batch(at) for at in range(self._reader().num_record_batches))
-
-    def _reader(self) -> Any:
-        """Read and not mapped into memory: a mapped file counts as the process's own memory, page by page."""
+    def _file(self) -> Any:
         import pyarrow
 
-        if self._opened is None:
-            self._opened = pyarrow.ipc.open_file(pyarrow.OSFile(str(self._source)))
+        self._opened = self._opened or pyarrow.ipc.open_file(pyarrow.OSFile(str(self._source)))
         return self._opened
 
 
-def plain_rows(batch: Any, where: Callable[[int], str]) -> Iterator[Row | WrongRow]:
-    """The rows of an Arrow batch or table as plain values, or what is wrong with one; `where` is asked with its number.
+def parquet_rows(name: str, paths: Sequence[Path]) -> ArrowRows:
+    """The rows of Parquet files with the same columns, in order; `name` is what messages call them together.
+
+    Raises:
+        ConfigError: a file can't be read, or has other columns; or there is no room for its copy.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    stamps, tables = Stamps(paths), list[tuple[str, Batches]]()
+    count, columns, words = 0, tuple[str, ...](), dict[str, dict[str, str]]()
+    path = paths[0]
+    try:
+        for path in paths:
+            head = parquet.read_metadata(path)
+            schema, count = head.schema.to_arrow_schema(), count + head.num_rows
+            check_names(schema.names, str(path))
+            columns, words = columns or tuple(schema.names), words or _class_words(schema.metadata)
+            if set(schema.names) != set(columns):
+                raise ConfigError(
+                    f"{path}: expected the columns of {paths[0].name}, {list(columns)}; got {schema.names}. Give files "
+                    "of one kind"
+                )
+        for number, path in enumerate(paths):
+            with parquet.ParquetFile(path, pre_buffer=False) as file:
+                rows = _copied(file, stamps, number) if count > WHOLE else Batches(list(_batches(file)))
+                tables.append((str(path), rows))
+    except (OSError, pyarrow.ArrowException) as error:
+        advice = (
+            "It is damaged or no Parquet file. Write it again, or use JSONL"
+            if getattr(error, "errno", None) is None  # of the operating system's own errors only
+            else f"Look at the file, and at the room in {cache_dir()} ($ZORAY_CACHE), where large ones are copied"
+        )
+        reason = " ".join(str(error).split())[:300].rstrip(". ")
+        raise ConfigError(f"can't read task.path={path}: {reason}. {advice}") from error
+    return ArrowRows(name, tables, columns, words, stamps if count > WHOLE else None)
+
+
+def _copied(file: ParquetFile, stamps: Stamps, number: int) -> Batches:
+    """The rows of a file from its copy, which is made unless there is a whole one."""
+    import pyarrow
+
+    path = stamps.paths[number]
+    key = hashlib.sha256(f"{path.resolve()}:{stamps.known[number]}:{BATCH}".encode()).hexdigest()[:16]
+    copy = cache_dir() / "data" / f"{path.stem}-{key}.arrow"
+    with suppress(OSError, pyarrow.ArrowException):  # not there, or cut short
+        return Batches(copy)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    partial = copy.with_name(f".{copy.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with pyarrow.OSFile(str(partial), "wb") as sink, pyarrow.ipc.new_file(sink, file.schema_arrow) as writer:
+            for batch in _batches(file):
+                writer.write_batch(batch)
+        partial.replace(copy)
+    finally:
+        partial.unlink(missing_ok=True)
+        pyarrow.default_memory_pool().release_unused()
+    stamps.check(number)
+    return Batches(copy)
+
+
+def _batches(file: ParquetFile) -> Iterator[RecordBatch]:
+    return file.iter_batches(BATCH, use_threads=False)
+
+
+def _plain_rows(batch: Any, called: str, first: int) -> Iterator[tuple[str, Row | WrongRow]]:
+    """Where each row of a batch or table stands, and its plain values or what is wrong with it.
 
     Arrow holds any bytes as text, and times that Python has no word for.
     """
     import pyarrow
 
+    places = [f"{called}, row {number} (from 0)" for number in range(first, first + batch.num_rows)]
     try:
         rows = batch.to_pylist()
     except (ValueError, ArithmeticError, pyarrow.ArrowException):
         rows = None  # which row it is, is found one by one
-    yield from rows or ()
-    for number in range(batch.num_rows if rows is None else 0):
+    yield from zip(places, rows or (), strict=False)
+    for number, where in enumerate(places if rows is None else ()):
         row, name = dict[str, Any](), ""
         try:
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 row[name] = column[number].as_py()
-            yield row
+            yield where, row
         except UnicodeDecodeError as error:
             got = f"; got the byte {error.object[error.start]:#04x} (byte {error.start + 1} of the text)"
             what = f"column {name!r} must hold text in UTF-8"
-            yield WrongRow(where(number), what, f"{got}. Write the file anew, from text that was read right")
+            yield where, WrongRow(where, what, f"{got}. Write the file anew, from text that was read right")
         except (ValueError, ArithmeticError, pyarrow.ArrowException) as error:
             reason = " ".join(str(error).split())[:200].rstrip(".")
-            yield WrongRow(where(number), f"column {name!r} can't be read", f" ({reason}). Write it in another type")
-
-
-def _copy_path(path: Path, stamp: tuple[int, int]) -> Path:
-    key = hashlib.sha256(f"{path.resolve()}:{stamp}:{BATCH}".encode()).hexdigest()[:16]
-    return cache_dir() / "data" / f"{path.stem}-{key}.arrow"
-
-
-def _copy(file: ParquetFile, target: Path) -> None:
-    import pyarrow
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with pyarrow.OSFile(str(partial), "wb") as sink, pyarrow.ipc.new_file(sink, file.schema_arrow) as writer:
-            for batch in file.iter_batches(BATCH, use_threads=False):
-                writer.write_batch(batch)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-        pyarrow.default_memory_pool().release_unused()
+            yield where, WrongRow(where, f"column {name!r} can't be read", f" ({reason}). Write it in another type")
 
 
 def _class_words(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[str, str]]:
