@@ -7,8 +7,9 @@ import pytest
 from rows import write_parquet, write_rows
 
 from zoray.records import ConfigError
-from zoray.tasks.file import scan_cache as scanned
+from zoray.tasks.file import stream
 from zoray.tasks.file import task as file
+from zoray.tasks.file.rows import parquet
 from zoray.tasks.file.task import File
 
 
@@ -18,7 +19,7 @@ def scans(tmp_path, monkeypatch):
     done: list[str] = []
     scan = file.scan
     monkeypatch.setenv("ZORAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(scanned, "LARGE", 0)
+    monkeypatch.setattr(stream, "LARGE", 0)
     monkeypatch.setattr(file, "scan", lambda rows, *a: done.append(rows.name) or scan(rows, *a))
     return done
 
@@ -50,6 +51,26 @@ def test_the_second_time_no_text_file_is_read_through(scans, tmp_path, monkeypat
     for split in ("train", "dev", "test"):
         assert list(first[split]) == list(second[split])
     assert isinstance(second.train, tuple) is (whole == 1000)
+
+
+def test_nor_is_a_large_parquet_file_whose_copy_may_be_deleted(scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(file, "WHOLE", 10)
+    monkeypatch.setattr(parquet, "WHOLE", 10)
+    task = File(written(tmp_path / "a.parquet", rows(100)))
+    expected = list(task.load().train)
+    (copy,) = (tmp_path / "cache" / "data").iterdir()
+    whole = copy.read_bytes()
+    for left in (None, whole[:-100], b""):
+        copy.unlink() if left is None else copy.write_bytes(left)
+        assert list(replace(task).load().train) == expected and copy.read_bytes() == whole
+    (kept,) = (tmp_path / "cache" / "scans").iterdir()
+    assert len(scans) == 1 and b"text 7" not in kept.read_bytes()
+
+
+def test_a_cache_that_nothing_can_be_written_to_is_no_trouble(scans, tmp_path):
+    write_rows(tmp_path / "cache", "a file in the place of the folder")
+    task = File(write_rows(tmp_path / "a.jsonl", rows(100)))
+    assert task.load() == replace(task).load() and len(scans) == 2
 
 
 def test_several_files_keep_their_own_headers(scans, tmp_path):
@@ -84,10 +105,10 @@ def test_another_file_other_settings_and_a_broken_cache_are_noticed(scans, tmp_p
 
 def test_few_are_kept_and_small_files_not_at_all(scans, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "a.jsonl", rows(100))
-    for seed in range(scanned.KEPT + 3):
+    for seed in range(stream.KEPT + 3):
         File(path, seed=seed).load()
-    assert len(list((tmp_path / "cache" / "scans").iterdir())) == scanned.KEPT
-    monkeypatch.setattr(scanned, "LARGE", 1 << 24)
+    assert len(list((tmp_path / "cache" / "scans").iterdir())) == stream.KEPT
+    monkeypatch.setattr(stream, "LARGE", 1 << 24)
     File(path, seed=99).load()
     File(path, seed=99).load()
-    assert len(scans) == scanned.KEPT + 5
+    assert len(scans) == stream.KEPT + 5

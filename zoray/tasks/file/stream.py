@@ -1,20 +1,34 @@
-"""One pass over rows that keeps 24 bytes of each, and examples that are read again when they are asked for."""
+"""One pass over rows that keeps 24 bytes of each, and examples that are read again when they are asked for.
+
+What the pass over a large file has found is kept in the cache folder, so that replicas and resumed runs need not read
+it all again: the places of the rows, their labels and the schema, for as long as the files, the task's settings and
+zoray's own code are the same; no text. Small files are read anew each time.
+"""
 
 from __future__ import annotations
 
 import operator
+import pickle
+import uuid
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Any
+from hashlib import blake2b, sha256
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
-from zoray.records import Example, ReadAsItGoes
+from zoray.models.folder import cache_dir
+from zoray.records import Example, ReadAsItGoes, disk
 from zoray.tasks.file.cells.example import Prompt, Reader
 from zoray.tasks.file.rows.faults import Faults, WrongRow
-from zoray.tasks.file.rows.text import Rows, Where
+from zoray.tasks.file.rows.text import Rows, Stamps, Where
+
+Found = TypeVar("Found")
+LARGE = 1 << 24  # bytes of all files together from which on it is worth it to keep what was found
+KEPT = 8  # files in the cache folder; the oldest go first
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +38,28 @@ class Scan:
     places: np.ndarray  # (n,) int64
     labels: np.ndarray  # (n,) int64, by first appearance
     keys: np.ndarray  # (n,) uint64, equal for equal prompts
+
+
+def once(task: Any, stamps: Stamps | None, find: Callable[[], Found]) -> Found:
+    """What `find()` finds, or has found for these settings in these files before, in this process or another.
+
+    Without `stamps` nothing is kept. A cache that can't be written to, or has been damaged, is no trouble.
+    """
+    if stamps is None or sum(size for size, _ in stamps.known) < LARGE:
+        return find()
+    folder, own = (cache_dir() / "scans").absolute(), sorted(Path(__file__).parent.rglob("*.py"))
+    code = [(file.name, file.stat().st_mtime_ns) for file in own]
+    known = repr((task, [str(path.absolute()) for path in stamps.paths], stamps.known, code, str(folder)))
+    path = folder / f"{sha256(known.encode()).hexdigest()[:32]}.pickle"
+    with suppress(Exception):  # not there, or cut short: the file itself has it all
+        return pickle.loads(path.read_bytes())
+    found = find()
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        disk.replace(path, pickle.dumps(found, pickle.HIGHEST_PROTOCOL), folder / f".{uuid.uuid4().hex}")
+        for old in sorted(folder.glob("*.pickle"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
+    return found
 
 
 def scan(rows: Rows, reader: Reader, number_of: Callable[[str, str], int]) -> Scan:
@@ -69,6 +105,9 @@ class Examples(ReadAsItGoes):
     def __init__(self, rows: Rows, reader: Reader, places: np.ndarray, labels: np.ndarray) -> None:
         self._rows, self._reader, self._places, self.labels = rows, reader, places, labels
         self.parts = np.zeros(len(labels), np.int64)
+
+    def __reduce__(self) -> Any:
+        return Examples, (self._rows, self._reader, self._places, self.labels)
 
     def __len__(self) -> int:
         return len(self._places)

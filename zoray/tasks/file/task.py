@@ -23,7 +23,6 @@ from zoray.records import WHOLE, ConfigError, Sampling, Splits, require, settled
 from zoray.records.overrides import check_whole, mapping_of, setting
 from zoray.records.paths import user_path
 from zoray.tasks.base import Task, check_sizes, check_words, seeded_parts
-from zoray.tasks.file import scan_cache as scanned
 from zoray.tasks.file.cells.example import Reader
 from zoray.tasks.file.cells.labels import MOST as MOST_LABELS
 from zoray.tasks.file.cells.labels import label_text, label_words
@@ -34,7 +33,7 @@ from zoray.tasks.file.rows.hub import hub_rows
 from zoray.tasks.file.rows.parquet import parquet_rows
 from zoray.tasks.file.rows.plain_text import FEWEST_WORDS, PLAIN_SUFFIXES, PlainText
 from zoray.tasks.file.rows.text import TEXT_SUFFIXES, Rows, TextFiles, several_rows
-from zoray.tasks.file.stream import Examples, Scan, first_of_each, scan
+from zoray.tasks.file.stream import Examples, Scan, first_of_each, once, scan
 
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *PLAIN_SUFFIXES)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
@@ -154,15 +153,8 @@ class File(Task):
     def load(self) -> Splits:
         """Read every row once, check it, and split them."""
         tables = self.tables()
-        rows = tables["train"]
-        # Others hold their rows, which are not to be kept.
-        stamps = rows.stamps if isinstance(rows, TextFiles) and self.cached else None
-        if stamps is not None and (known := scanned.recall(self, stamps)) is not None:
-            taken, lines = known
-        else:
-            taken, lines = self._scan(tables)
-            if stamps is not None:
-                scanned.keep(self, stamps, (taken, lines))
+        stamps = tables["train"].stamps if self.cached else None
+        taken, lines = once(self, stamps, lambda: self._scan(tables))
         object.__setattr__(self, "_lines", lines)  # what describe says; no part of the config
         train = taken["train"]
         return Splits(train if len(train) > WHOLE else train[:], taken["dev"][:], taken["test"][:])

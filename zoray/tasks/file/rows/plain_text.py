@@ -45,6 +45,7 @@ class PlainText:
 
     cells = False
     words: Mapping[str, Mapping[str, str]] = {}
+    stamps = None
 
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
         self.name = self.header = name

@@ -52,6 +52,7 @@ class Rows(Protocol):
     header: and so is where they stand, for messages.
     cells: whether a row's values are all text, so that a list comes as JSON in a cell.
     words: names of labels that the source itself knows, by label and column.
+    stamps: of the files that rows are read from again; None where rows are held in memory, or no files.
     """
 
     name: str
@@ -61,6 +62,9 @@ class Rows(Protocol):
 
     @property
     def cells(self) -> bool: ...
+
+    @property
+    def stamps(self) -> Stamps | None: ...
 
     def __iter__(self) -> Iterator[tuple[int, str, Row | WrongRow]]:
         """(place, "FILE, line N", row) of each row, in order, or what is wrong with it."""
