@@ -5,7 +5,8 @@ Shapes: T tokens of a sequence, M scored positions of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -143,7 +144,7 @@ class TokenSequence:
 
 
 class ReadAsItGoes(Sequence[Example]):
-    """A split that reads its examples when they are asked for.
+    """A split that reads its examples when they are asked for, each by its number.
 
     labels: (n,) int64.
     parts: (n,) int64, which part of a mixture each belongs to.
@@ -151,6 +152,25 @@ class ReadAsItGoes(Sequence[Example]):
 
     labels: np.ndarray
     parts: np.ndarray
+
+    def at(self, number: int) -> Example:
+        """One of them."""
+        raise NotImplementedError
+
+    def take(self, numbers: Iterable[int]) -> tuple[Example, ...]:
+        """Some of them, in this order."""
+        return tuple(map(self.at, numbers))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.take(range(*index.indices(len(self))))
+        number = operator.index(index)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"expected an example from 0 to {len(self) - 1}; got {number}")
+        return self.at(number % len(self))
 
 
 @dataclass(frozen=True)

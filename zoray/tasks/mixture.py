@@ -74,19 +74,11 @@ class Joined(ReadAsItGoes):
 
     def __init__(self, splits: Sequence[Sequence[Example]]) -> None:
         self._splits = tuple(splits)
-        self._ends = np.cumsum([len(examples) for examples in splits]).tolist()
+        sizes = [len(examples) for examples in splits]
+        self._starts = np.cumsum([0, *sizes]).tolist()
         self.labels = np.concatenate([labels_of(examples) for examples in splits])
-        self.parts = np.repeat(np.arange(len(splits)), [len(examples) for examples in splits])
+        self.parts = np.repeat(np.arange(len(splits)), sizes)
 
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return tuple(self[i] for i in range(*index.indices(len(self))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"expected an example from 0 to {len(self) - 1}; got {index}")
-        index = int(index) % len(self)
-        part = bisect_right(self._ends, index)
-        start = self._ends[part - 1] if part else 0
-        return replace(self._splits[part][index - start], part=part)
+    def at(self, number: int) -> Example:
+        part = bisect_right(self._starts, number) - 1
+        return replace(self._splits[part][number - self._starts[part]], part=part)

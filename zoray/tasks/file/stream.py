@@ -7,7 +7,6 @@ zoray's own code are the same; no text. Small files are read anew each time.
 
 from __future__ import annotations
 
-import operator
 import pickle
 import uuid
 from array import array
@@ -109,22 +108,10 @@ class Examples(ReadAsItGoes):
     def __reduce__(self) -> Any:
         return Examples, (self._rows, self._reader, self._places, self.labels)
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.take(range(*index.indices(len(self))))
-        number = operator.index(index)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"expected an example below {len(self)}; got {number}")
+    def at(self, number: int, reader: Reader | None = None) -> Example:
+        """One of them; or as another reader makes it."""
         place = int(self._places[number])
-        return self._reader.example(self._rows.row(place), Where(self._rows, place))
-
-    def again(self, reader: Reader, index: int) -> Example:
-        """One of them, made in another way."""
-        place = int(self._places[index])
-        return reader.example(self._rows.row(place), Where(self._rows, place))
+        return (reader or self._reader).example(self._rows.row(place), Where(self._rows, place))
 
     def part(self, numbers: np.ndarray) -> Examples:
         """Some of them, in this order."""
@@ -133,7 +120,7 @@ class Examples(ReadAsItGoes):
     def take(self, numbers: Iterable[int]) -> tuple[Example, ...]:
         """Some of them, in this order; read in the file's."""
         wanted = list(numbers)
-        found = {number: self[number] for number in sorted(set(wanted), key=lambda number: self._places[number])}
+        found = {number: self.at(number) for number in sorted(set(wanted), key=lambda number: self._places[number])}
         return tuple(found[number] for number in wanted)
 
 

@@ -409,7 +409,7 @@ def _description(path: str, reader: Reader, rows: Rows, count: int, kept: Mappin
 def _spaces(reader: Reader, examples: Examples) -> list[str]:
     """Whether spaces are put before completions, by the first examples."""
     few, never = range(min(SHOWN, len(examples))), replace(reader, space=False)
-    put = sum(example != examples.again(never, i) for i, example in enumerate(examples.take(few)))
+    put = sum(example != examples.at(i, never) for i, example in enumerate(examples.take(few)))
     if not put:
         return []
     every = "the" if put == len(few) else f"{put} of the first {len(few)}"
