@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from zoray.engines.packing import Plan, SequenceTable
-from zoray.engines.shared.step_budget import FEWEST, MOST_ALONE, RARE, SHARE, USUAL_OF, StepBudget
+from zoray.engines.shared.cost import RARE, SHARE
+from zoray.engines.shared.step_budget import FEWEST, MOST_ALONE, USUAL_OF, StepBudget
 from zoray.methods.spaces.base import Space
 from zoray.records import Commit, Probe, TokenSequence
 

@@ -122,7 +122,7 @@ def test_where_a_prompt_is_read_nothing_is_taken_along(make):
     while not scored(step(scheduler, seconds=0.1)):
         pass
     add(scheduler, "chat-1", 250)  # more than one step can read beside another request
-    scheduler._budget._credit = 10.0
+    scheduler._budget._credit.left = 10.0
     with_prompt = [step(scheduler, seconds=0.1) for _ in range(2)]
     assert sum(counts["chat-1"] for counts in with_prompt) >= 250 and not any(map(scored, with_prompt))
     assert any(scored(step(scheduler, seconds=0.1)) for _ in range(60))
@@ -136,9 +136,9 @@ def test_right_after_a_request_has_ended_nothing_is_taken_along_unless_tuning_st
     def end_one(name, credit):
         add(scheduler, name, 10, most=3)
         while name in scheduler.requests:
-            budget._credit = -1.0  # nothing is taken along meanwhile
+            budget._credit.left = -1.0  # nothing is taken along meanwhile
             step(scheduler, seconds=0.1)
-        budget._credit, budget._since_long = credit, 10**6
+        budget._credit.left, budget._since_long = credit, 10**6
         return [bool(scored(step(scheduler, seconds=0.1))) for _ in range(3)]
 
     assert end_one("chat-1", 0.19) == [False, False, True]

@@ -7,7 +7,8 @@ from contextlib import suppress
 
 import pytest
 
-from zoray.engines.shared.throttle import BUSY_SHARE, DOUBT_SECONDS, RARE, TRAFFIC_SECONDS, Closed, Throttle, line
+from zoray.engines.shared.cost import RARE, SHARE, line
+from zoray.engines.shared.throttle import DOUBT_SECONDS, TRAFFIC_SECONDS, Closed, Throttle
 from zoray.records import ConfigError
 
 
@@ -98,7 +99,7 @@ def test_during_requests_slices_are_shorter_and_have_a_small_share_together():
             assert seconds <= 0.5 * 0.1 + 1e-9
             throttle.took("tokens", found, seconds)
             spent += seconds
-    assert 0.5 * BUSY_SHARE < spent / (clock.now - began) <= BUSY_SHARE + 0.01
+    assert 0.5 * SHARE < spent / (clock.now - began) <= SHARE + 0.01
 
 
 def test_where_no_slowdown_is_allowed_tuning_waits_for_quiet():

@@ -11,17 +11,13 @@ is on a CPU: a step without adapters is twice as fast there as one with any.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from statistics import median, quantiles
 
-from zoray.engines.shared.throttle import line
+from zoray.engines.shared.cost import LONGEST, RARE, Cost, Credit
 
-SHARE = 0.08  # of the time of requests' steps
-RARE = 150  # steps
 FEWEST = 8  # tokens
 MOST_ALONE = 64  # tokens of a step without requests
-MOST_CREDIT = 0.2  # seconds
 USUAL_OF = 16  # steps without tuning until a usual one is known
 
 
@@ -31,27 +27,23 @@ class StepBudget:
     def __init__(self, max_slowdown: float, most: int) -> None:
         self.max_slowdown, self._most = max_slowdown, most
         self._plain: deque[float] = deque(maxlen=256)  # seconds of steps without tuning
-        self._mixed: deque[tuple[float, float]] = deque(maxlen=32)  # (tokens of tuning, seconds that they added)
-        self._line: tuple[float, float] | None = None  # what these make
-        self._credit = 0.0
+        self._cost, self._credit = Cost(), Credit()  # of tokens of tuning: the seconds that they add to a step
         self._since_long = RARE  # steps since the last one that tuning made longer than it may most of the time
 
     def tokens(self) -> int:
         """How many the next step may take along; 0 for none."""
         if len(self._plain) < USUAL_OF or self.max_slowdown <= 1:
             return 0
-        if self._line is None:  # somebody has to be the first
-            return FEWEST if self._credit > 0 else 0
-        fixed, each = self._line
+        if not self._cost.known:  # somebody has to be the first
+            return FEWEST if self._credit.left > 0 else 0
         rare, seconds = self._since_long >= RARE, self._limit()
         if rare:
-            seconds = max(seconds, min(min(2 * (self.max_slowdown - 1), 1.0) * median(self._plain), MOST_CREDIT))
-        if self._credit < seconds:  # few large pieces rather than many small ones: each has its fixed cost
+            seconds = max(seconds, min(min(2 * (self.max_slowdown - 1), 1.0) * median(self._plain), LONGEST))
+        if self._credit.left < seconds:  # few large pieces rather than many small ones: each has its fixed cost
             return 0
-        found = (seconds - fixed) / each if each > 0 else self._most if seconds > fixed else 0.0
+        found = self._cost.size(seconds)
         if found >= FEWEST:
-            largest = max(size for size, _ in self._mixed)  # four times what is known, and not further
-            return int(min(found, 4 * largest, self._most))
+            return int(min(found, 4 * self._cost.largest, self._most))  # four times what is known, and not further
         return FEWEST if rare else 0
 
     def alone(self) -> int:
@@ -59,32 +51,30 @@ class StepBudget:
 
         It is expected to take `max_slowdown` times as long as a usual step of requests, or what the fewest tokens take.
         """
-        if self._line is None or not self._plain:
+        if not self._cost.known or not self._plain:
             return FEWEST if self._plain else MOST_ALONE
-        fixed, each = self._line
-        room = (self.max_slowdown - 1) * median(self._plain) - fixed
-        return int(min(max(room / each if each > 0 else math.inf, FEWEST), MOST_ALONE))
+        room = self._cost.size((self.max_slowdown - 1) * median(self._plain))
+        return int(min(max(room, FEWEST), MOST_ALONE))
 
     @property
     def starved(self) -> bool:
         """Whether tuning has had nothing for seconds, and has all the credit that there is."""
-        return self._credit >= MOST_CREDIT
+        return self._credit.left >= LONGEST
 
     def took(self, tokens: int, seconds: float) -> None:
         """A step in which all requests have got one token, and tuning has run so many."""
-        self._credit = min(self._credit + SHARE * seconds, MOST_CREDIT)
+        self._credit.earn(seconds)
         self._since_long += 1
         if not tokens:
             self._plain.append(seconds)
         elif self._plain:
             added = max(0.0, seconds - median(self._plain))
-            self._mixed.append((float(tokens), added))
-            self._line = line(self._mixed)
-            self._credit = max(self._credit - added, -MOST_CREDIT)
+            self._cost.took(tokens, added)
+            self._credit.spend(added)
             if len(self._plain) >= USUAL_OF and added > self._limit():
                 self._since_long = 0
 
     def _limit(self) -> float:
         """Seconds that tuning may add to any step."""
         usual, slow = median(self._plain), quantiles(self._plain, n=20, method="inclusive")[-1]
-        return min(self.max_slowdown * slow - usual, 2 * usual, MOST_CREDIT)
+        return min(self.max_slowdown * slow - usual, 2 * usual, LONGEST)

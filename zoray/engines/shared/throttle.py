@@ -4,7 +4,7 @@ Scoring and requests take turns: what is scored between two steps of the request
 a slice can cause is its own length. Guarantees: with `max_slowdown` s, a slice that begins between requests, while
 there is traffic, takes at most (s - 1) of the usual time to a first token. One that begins while requests are under way
 takes at most (s - 1) of their usual step, but for one in `RARE` steps that may take as long as one between requests,
-and all of them together take at most `BUSY_SHARE` of that time. All this as far as the cost of a slice, estimated from
+and all of them together take at most `SHARE` of that time. All this as far as the cost of a slice, estimated from
 those before it, is right. Without traffic nothing is held back, and slices are as large as is best for them: small ones
 cost up to half of the speed. Where the smallest slice takes too long there is no tuning during traffic, but for a try
 now and then: the estimate may be of a bad moment.
@@ -15,23 +15,18 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
-from itertools import combinations
+from collections import defaultdict, deque
 from statistics import median
 from typing import TYPE_CHECKING
 
+from zoray.engines.shared.cost import LONGEST, RARE, REMEMBERED, Cost, Credit
 from zoray.records import require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 TRAFFIC_SECONDS = 20.0  # after the last request, until nobody is expected
-BUSY_SHARE = 0.08  # of the time in which requests are under way
-RARE = 150  # steps: one gap between tokens in so many does not move their 99th percentile
-LONGEST_SLICE = 0.2  # seconds, while there is traffic
 DOUBT_SECONDS = 30.0  # that a slice is held back for its cost, until the highest cost seen is forgotten
-REMEMBERED = 32  # requests and slices that estimates are made from
-REMEMBERED_IDLE = 8  # further slices, of when nobody was expected: all large, they say little of small ones
 
 
 class Closed(Exception):
@@ -47,11 +42,10 @@ class Throttle:
         self._changed = threading.Condition()
         self._under_way = 0
         self._last_request = -math.inf
-        self._credit, self._credited = 0.0, clock()
+        self._credit, self._credited = Credit(), clock()
         self._first: deque[float] = deque(maxlen=REMEMBERED)  # seconds to first tokens
         self._steps: deque[float] = deque(maxlen=4 * REMEMBERED)  # seconds between tokens of a request
-        self._slices: dict[str, list[tuple[float, float, bool]]] = {}  # kind -> (size, seconds, nobody was expected)
-        self._lines: dict[str, tuple[float, float]] = {}  # kind -> what line makes of these
+        self._costs: defaultdict[str, Cost] = defaultdict(Cost)  # of slices, by their kind
         self._since_long = 0  # tokens of requests since the last slice that took longer than a step allows
         self._ran: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # slices, from when to when
         self._closed = False
@@ -112,7 +106,7 @@ class Throttle:
                     self.waited += self._clock() - began
                     return 0.0
                 if self._clock() - doubted > DOUBT_SECONDS:
-                    self._doubt(kind)
+                    self._costs[kind].doubt()
                     doubted = self._clock()
                 seconds, for_how_long = self._allowed()
                 size = most if math.isinf(seconds) else self._size(kind, seconds, least)
@@ -138,24 +132,17 @@ class Throttle:
         with self._changed:
             now = self._clock()
             self._ran.append((now - seconds, now))
-            idle = math.isinf(self._allowed()[0])
-            known = self._slices.setdefault(kind, [])
-            known.append((size, seconds, idle))
-            alike = [point for point in known if point[2] == idle]
-            if len(alike) > (REMEMBERED_IDLE if idle else REMEMBERED):
-                known.remove(alike[0])
-            self._lines[kind] = line(known)
+            self._costs[kind].took(size, seconds, idle=math.isinf(self._allowed()[0]))
             if self._under_way:
                 self._settle()
-                self._credit = max(self._credit - seconds, -LONGEST_SLICE)
+                self._credit.spend(seconds)
                 if seconds > self._in_a_step():
                     self._since_long = 0
 
     def forget(self) -> None:
         """Forget what slices have cost: the first ones of an engine are slow."""
         with self._changed:
-            self._slices.clear()
-            self._lines.clear()
+            self._costs.clear()
 
     def close(self) -> None:
         """Let nobody wait any longer."""
@@ -167,8 +154,8 @@ class Throttle:
         """(seconds that a slice may take now, seconds after which that may be more)."""
         self._settle()
         if self._under_way:
-            rare = self._since_long >= RARE * self._under_way and self._credit > 0
-            return self._between() if rare else min(self._in_a_step(), self._credit), 0.02
+            rare = self._since_long >= RARE * self._under_way and self._credit.left > 0
+            return self._between() if rare else min(self._in_a_step(), self._credit.left), 0.02
         left = self._last_request + TRAFFIC_SECONDS - self._clock()
         if left <= 0:
             return math.inf, math.inf
@@ -178,42 +165,25 @@ class Throttle:
         return (self.max_slowdown - 1) * median(self._steps) if self._steps else 0.0
 
     def _between(self) -> float:
-        return min((self.max_slowdown - 1) * median(self._first), LONGEST_SLICE) if self._first else 0.0
+        return min((self.max_slowdown - 1) * median(self._first), LONGEST) if self._first else 0.0
 
     def _settle(self) -> None:
-        """Credit for the time in which requests have been under way: never for more than two slices in a row."""
+        """Credit for the time in which requests have been under way."""
         now = self._clock()
         if self._under_way:
-            self._credit = min(self._credit + BUSY_SHARE * (now - self._credited), LONGEST_SLICE)
+            self._credit.earn(now - self._credited)
         self._credited = now
 
     def _size(self, kind: str, seconds: float, least: float) -> float | None:
         """The most work that is expected to take so long; None if not even the least is."""
-        if kind not in self._lines:  # somebody has to be the first
+        cost = self._costs[kind]
+        if not cost.known:  # somebody has to be the first
             return least if seconds > 0 and not self._under_way else None
-        fixed, each = self._lines[kind]
-        if seconds < fixed + each * least:
-            return None
-        return least if each <= 0 else max(least, (seconds - fixed) / each)
+        size = cost.size(seconds)
+        return None if size < least else least if math.isinf(size) else size
 
     def _undisturbed(self, seconds: float) -> float:
         """What has just ended, so long after it began, without the slices in it: they would be allowed ever more."""
         began = (now := self._clock()) - seconds
         with self._changed:
             return seconds - sum(max(0.0, min(end, now) - max(start, began)) for start, end in self._ran)
-
-    def _doubt(self, kind: str) -> None:
-        if known := self._slices.get(kind):
-            known.remove(max(known, key=lambda point: point[1] / max(point[0], 1e-9)))
-            if known:
-                self._lines[kind] = line(known)
-            else:
-                del self._slices[kind], self._lines[kind]
-
-
-def line(points: Sequence[tuple[float, ...]]) -> tuple[float, float]:
-    """(fixed, each) of seconds = fixed + each * size, neither negative: Theil-Sen; one slow slice moves it little."""
-    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2) if a[0] != b[0]]
-    steepest = median(seconds / max(size, 1e-9) for size, seconds, *_ in points)  # through the origin
-    each = min(max(median(slopes), 0.0), steepest) if slopes else steepest
-    return max(0.0, median(seconds - each * size for size, seconds, *_ in points)), each
