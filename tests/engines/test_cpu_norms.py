@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from vllm.platforms import current_platform
 
-from zoray.engines.layers.rms_norm_cpu import Norm, take
+from zoray.engines.layers.rms_norm_cpu import CpuNorm, take
 from zoray.engines.packing import Plan
 from zoray.engines.vllm.engine import Vllm
 from zoray.methods.spaces import Lora
@@ -55,7 +55,7 @@ def model(*norms: RMSNorm) -> SimpleNamespace:
 @pytest.mark.parametrize("shape", [(1, 16), (7, 576), (300, 64)], ids=str)
 def test_the_numbers_are_those_of_its_own_operations(shape, dtype):
     norm = RMSNorm(shape[1], dtype)
-    assert take(model(norm)) == 1 and isinstance(norm._forward_method, Norm)
+    assert take(model(norm)) == 1 and isinstance(norm._forward_method, CpuNorm)
     x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     alone, together = norm.own(x), norm.own(x, residual)
     norm.calls, close = 0, {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
@@ -88,8 +88,8 @@ def test_a_norm_that_does_something_else_is_left_alone(norm):
 def test_an_engine_runs_it(tiny_models, monkeypatch):
     folder = tiny_models["llama"]
     engine = Vllm(slots=2, max_tokens=64, kv_cache_gib=0.1).start(folder, "float32", linear_matrices(folder), Lora(), 0)
-    calls, call = [], Norm.__call__
-    monkeypatch.setattr(Norm, "__call__", lambda self, *given: calls.append(len(given)) or call(self, *given))
+    calls, call = [], CpuNorm.__call__
+    monkeypatch.setattr(CpuNorm, "__call__", lambda self, *given: calls.append(len(given)) or call(self, *given))
     one = np.array([2], np.int32)
     engine.score_plan(Plan.of([(None, TokenSequence(np.arange(3, dtype=np.int32), one, one, one * 0, 1))]))
     assert calls == [1, 2, 2, 2, 2]  # twice a layer and once more, all but the first with a residual

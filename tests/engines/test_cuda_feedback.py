@@ -17,7 +17,7 @@ from vllm.lora.punica_wrapper import punica_gpu
 from vllm.platforms.cpu import CpuPlatform
 
 from zoray.engines.feedback import kept
-from zoray.engines.feedback.kept import Keeping, Rows, StaticRows, keep_stream, most_rows
+from zoray.engines.feedback.kept import Keeping, KeptRows, StaticRows, keep_stream, most_rows
 from zoray.engines.hf import Hf
 from zoray.engines.layers import lora_cuda as cuda_lora
 from zoray.engines.layers.lora_cuda import CudaLora, DenseLayer, Mask
@@ -188,9 +188,9 @@ def test_an_engine_whose_feedback_is_broken_is_refused(broken, says, cuda, tiny_
     if broken == "head":
         monkeypatch.setattr(vllm_feedback.Head, "back", lambda self, hidden, *_: torch.ones_like(hidden))
     elif broken == "stream":
-        monkeypatch.setattr(StaticRows if cuda else Rows, "keep_stream", lambda self, *_: set_stream(self))
+        monkeypatch.setattr(StaticRows if cuda else KeptRows, "keep_stream", lambda self, *_: set_stream(self))
     else:
-        kind = StaticRows if cuda else Rows
+        kind = StaticRows if cuda else KeptRows
         keep = kind.keep
         monkeypatch.setattr(kind, "keep", lambda self, name, x, y: keep(self, name, x.roll(1, 0), y))
     with pytest.raises(ConfigError, match=says):

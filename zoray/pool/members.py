@@ -81,7 +81,7 @@ class Known(NamedTuple):
     said_by: frozenset[str] = frozenset()  # names of members; empty: the journal notes it
 
 
-class State(Enum):
+class Phase(Enum):
     """Of a member."""
 
     JOINING = "loads, and catches up for the first time"
@@ -102,7 +102,7 @@ class Member:
     pid: int
     place: int = 0  # among the members of its node: which cores are its own
     sent: int = 0  # commits that it has been sent
-    state: State = State.JOINING
+    phase: Phase = Phase.JOINING
     call: Call | None = None
     speed: float = 0.0  # examples scored a second; 0 is not known
     extra: float | None = None  # seconds that a digest and the tile that all score take
@@ -112,12 +112,12 @@ class Member:
     @property
     def ready(self) -> bool:
         """Whether it can score."""
-        return self.state in (State.READY, State.LATE)
+        return self.phase in (Phase.READY, Phase.LATE)
 
     @property
     def late(self) -> bool:
         """Whether its call takes longer than it should."""
-        return self.state is State.LATE
+        return self.phase is Phase.LATE
 
     @property
     def node(self) -> str:
@@ -227,9 +227,9 @@ class Members:
         """Take a member's state back to journal index 0, base weights included, and let it catch up again."""
         if member.call is not None:
             if member.call.method != "load":  # which ends at index 0 anyway
-                member.state = State.STALE
+                member.phase = Phase.STALE
             return
-        member.state, member.sent = State.REBUILT, 0
+        member.phase, member.sent = Phase.REBUILT, 0
         self.ask(member, "reset", then=lambda member, _: self._advance(member))
 
     def lose(self, member: Member, why: str, restart: bool = False) -> None:
@@ -316,11 +316,11 @@ class Members:
         if call is None or number != call.number:
             return
         member.call = None
-        if member.state is State.LATE:
-            member.state = State.READY
+        if member.phase is Phase.LATE:
+            member.phase = Phase.READY
         if error is not None:
             self._raised(member, call, error)
-        elif member.state is State.STALE:
+        elif member.phase is Phase.STALE:
             self.rebuild(member)
         else:
             call.then(member, value)
@@ -384,7 +384,7 @@ class Members:
         end = len(self.commits)
         known = self.known if self.known is not None and self.known.step > member.sent else None
         if known is None and end - member.sent <= NEAR:
-            joins, member.state = member.state is State.JOINING, State.READY
+            joins, member.phase = member.phase is Phase.JOINING, Phase.READY
             if self.running and joins:
                 self.say(f"{member.name} has joined at step {end}: {len(self.ready)} of {len(self.names)} replicas")
             return
@@ -432,8 +432,8 @@ class Members:
             if now >= call.hangs:
                 self.lose(member, f"no answer for {now - call.began:.0f} s (cluster.hang_timeout_s)", restart=True)
                 continue
-            if now >= call.deadline and member.state is State.READY:
-                member.state = State.LATE
+            if now >= call.deadline and member.phase is Phase.READY:
+                member.phase = Phase.LATE
                 self.on_late(member)
             self._next_deadline = min(self._next_deadline, call.hangs if member.late else call.deadline)
 

@@ -45,7 +45,7 @@ def never() -> bool:
 
 
 @dataclass
-class Evaluation:
+class Round:
     """A call of `Pool.evaluate` under way. `weight`: examples that a tile stands for."""
 
     grid: Grid
@@ -75,7 +75,7 @@ class Pool:
     def __init__(self, members: Members, stopping: Callable[[], bool] = never) -> None:
         self.members, self.stopping, self.rebuilt = members, stopping, 0
         self.spec, self.commits, self.lost, self.scored = members.spec, members.commits, members.lost, members.scored
-        self._work: Evaluation | None = None
+        self._work: Round | None = None
         self._strikes: Counter[str] = Counter()  # how often each was not like the majority
         self._slowest = 0.0  # of those whose speed is known
         members.on_lost, members.on_late, members.on_doubt = self._lost, self._late, self._doubted
@@ -200,7 +200,7 @@ class Pool:
         """
         weight = scored([grid[0]]) if len(grid) else 1
         canary = digest and grid.split == "train" and len(grid) > 0
-        work = self._work = Evaluation(grid, digest, canary, Shares(len(grid)), weight)
+        work = self._work = Round(grid, digest, canary, Shares(len(grid)), weight)
         doubted = False
         try:
             self._await_enough()
@@ -278,7 +278,7 @@ class Pool:
                 )
             members.pump(1.0)
 
-    def _hand_out(self, work: Evaluation) -> None:
+    def _hand_out(self, work: Round) -> None:
         """Give those who are idle what is missing; and ask them for what all are asked for."""
         members = self.members
         if work.changed and not work.shares.done:
@@ -296,7 +296,7 @@ class Pool:
                 if member.name not in work.asked:
                     self._ask(work, member, ())
 
-    def _ask(self, work: Evaluation, member: Member, share: tuple[int, ...]) -> None:
+    def _ask(self, work: Round, member: Member, share: tuple[int, ...]) -> None:
         vital = work.digest and member.name not in work.asked
         if vital:
             work.asked.add(member.name)
@@ -314,7 +314,7 @@ class Pool:
         self.members.ask(member, "evaluate", self._unsent(member), *what, then=answered, seconds=seconds)
 
     def _answered(
-        self, work: Evaluation, member: Member, shared: bool, answer: tuple[Scores, str | None, float | None]
+        self, work: Round, member: Member, shared: bool, answer: tuple[Scores, str | None, float | None]
     ) -> None:
         scores, digest, canary = answer
         if digest is not None:
@@ -341,14 +341,14 @@ class Pool:
         unsent, member.sent = tuple(self.commits[member.sent :]), len(self.commits)
         return unsent
 
-    def _awaited(self, work: Evaluation) -> bool:
+    def _awaited(self, work: Round) -> bool:
         """Whether somebody has yet to say what all are asked for."""
         return work.digest and any(
             m.call is not None and not m.late and m.name in work.asked and m.name not in work.digests
             for m in self.members.ready
         )
 
-    def _suspects(self, work: Evaluation, clear: bool) -> list[str]:
+    def _suspects(self, work: Round, clear: bool) -> list[str]:
         """Find those that differ from the rest, let nothing count that they have said, and rebuild them."""
         members, found = self.members, []
         wrong_state = differing_digests(work.digests)
@@ -374,13 +374,13 @@ class Pool:
                 members.lose(member, why, restart=True)
         return found
 
-    def _forget(self, work: Evaluation, name: str) -> None:
+    def _forget(self, work: Round, name: str) -> None:
         work.digests.pop(name, None)
         work.canaries.pop(name, None)
         work.asked.discard(name)
         work.changed = True
 
-    def _reject(self, work: Evaluation, name: str) -> None:
+    def _reject(self, work: Round, name: str) -> None:
         """Nothing that a replica has said counts."""
         self.rebuilt += 1
         work.shares.reject(name)

@@ -40,7 +40,7 @@ GIB, MIB = 2**30, 2**20
 
 
 @dataclass(frozen=True)
-class Plan:
+class Footprint:
     """What a run takes. Bytes and seconds are of one replica that does all the work alone."""
 
     trained: int
@@ -73,7 +73,7 @@ REMEDIES = {
 }
 
 
-def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
+def make(e: Experiment, workload: Workload, device: str = "cpu") -> Footprint:
     """The plan of an experiment."""
     matrices = e.space.select(workload.matrices)
     count, embeddings, hidden, vocabulary = parameters(workload.folder)
@@ -108,7 +108,7 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
     commit, answer = messages(e, matrices, _losses(grid))
     flops = matmul_rate(device, size, hidden, widest, at_once)
     inner = 2 * (count - embeddings) * float(np.mean(tokens))
-    return Plan(
+    return Footprint(
         trained=e.space.trained(workload.matrices),
         matrices=len(matrices),
         probes=probes,
@@ -123,7 +123,7 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Plan:
     )
 
 
-def lines(plan: Plan, e: Experiment, device: str, limit: int, replicas: int) -> list[str]:
+def lines(plan: Footprint, e: Experiment, device: str, limit: int, replicas: int) -> list[str]:
     """The plan as text."""
     mean, least, most = plan.tokens
     rows = [

@@ -18,7 +18,7 @@ from zoray.records.tiles import mean
 from zoray.scoring.completions import Writer
 from zoray.scoring.objectives.base import Outcomes, Sums
 from zoray.scoring.tables import EncodedSplit
-from zoray.scoring.workload import Part, encode_split
+from zoray.scoring.workload import ScoredPart, encode_split
 from zoray.tasks.batches import part_numbers
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Scorer:
 
     def __init__(self, spec: ReplicaSpec, workload: Workload, engine: Engine) -> None:
         self.workload, self._engine, self._seed = workload, engine, spec.data_seed
-        self.parts = workload.parts or (Part(spec.task, spec.objective, spec.objective),)
+        self.parts = workload.parts or (ScoredPart(spec.task, spec.objective, spec.objective),)
         self._part_of: dict[str, np.ndarray] = {}
         self._tables: dict[tuple[str, int | None], EncodedSplit] = {}
         self._writers: dict[int, Writer] = {}  # by the identity of their objective

@@ -59,7 +59,7 @@ class ReplicaSpec:
 
 
 @dataclass(frozen=True)
-class Part:
+class ScoredPart:
     """A task of a run with its objective; most runs have one. Of a mixture, examples say which they are of."""
 
     task: Task
@@ -77,7 +77,7 @@ class Workload:
     matrices: dict[str, tuple[int, int]]
     splits: Splits
     encoded: dict[str, Sequence[tuple[TokenSequence, ...]]]  # split -> example -> its sequences, for its objective
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ScoredPart, ...] = ()
     encoder: Encoder | None = None
 
     @property
@@ -146,7 +146,7 @@ class Encoding:
         limit: of a sequence, in words.
     """
 
-    def __init__(self, splits: Splits, parts: Sequence[Part], encoder: Encoder, limit: str) -> None:
+    def __init__(self, splits: Splits, parts: Sequence[ScoredPart], encoder: Encoder, limit: str) -> None:
         self._splits, self._parts, self._encoder, self._limit = splits, parts, encoder, limit
         self._refused: list[tuple[int, str]] = []
 
@@ -246,17 +246,17 @@ def order_of(spec: ReplicaSpec, workload: Workload) -> Order:
     return Order(spec, labels_of(train), part_numbers(train), [part.weight for part in workload.parts] or [1.0])
 
 
-def _bound(spec: ReplicaSpec, splits: Splits) -> tuple[Part, ...]:
+def _bound(spec: ReplicaSpec, splits: Splits) -> tuple[ScoredPart, ...]:
     """A spec's parts, each with its objective bound to its task."""
     numbers, parts = part_numbers(splits.train), []
     for k, part in enumerate(spec.task.mixed if isinstance(spec.task, Mixture) else (mixture.Part(spec.task),)):
         first = splits.train[int(np.argmax(numbers == k))]
         own = (part.objective or spec.objective).bind(part.task, first)
-        parts.append(Part(part.task, own, own.evaluator(part.task, first), part.name, part.weight))
+        parts.append(ScoredPart(part.task, own, own.evaluator(part.task, first), part.name, part.weight))
     return tuple(parts)
 
 
-def _check_fold(spec: ReplicaSpec, folder: Path, vocabulary: Set[str], parts: Sequence[Part]) -> None:
+def _check_fold(spec: ReplicaSpec, folder: Path, vocabulary: Set[str], parts: Sequence[ScoredPart]) -> None:
     """Raise ConfigError where steps can't be folded into this model's weights."""
     space, method = type(spec.space).__name__.lower(), quantisation(folder)
     if vocabulary:

@@ -40,7 +40,7 @@ def joined(parts: Sequence[Kept]) -> Kept:
     )
 
 
-class Rows:
+class KeptRows:
     """Of the asked rows: each matrix's input, of some its output, and the stream before the final norm.
 
     Args:
@@ -94,7 +94,7 @@ class Rows:
         self.outputs.clear()
 
 
-class StaticRows(Rows):
+class StaticRows(KeptRows):
     """The same from buffers. More rows than these have are taken by Python, of a forward that runs without graphs.
 
     Args:
@@ -117,7 +117,7 @@ class StaticRows(Rows):
         self.stream_buffer = torch.zeros(most, hidden, dtype=torch.float32, device=device)
 
     def ask(self, at: torch.Tensor) -> None:
-        """See Rows.ask. What is read of the buffers is what the next forward puts there."""
+        """See KeptRows.ask. What is read of the buffers is what the next forward puts there."""
         count = len(at)
         if not self.fits(count):
             super().ask(at)
@@ -128,11 +128,11 @@ class StaticRows(Rows):
         self.stream = self.stream_buffer[:count]
 
     def fits(self, rows: int) -> bool:
-        """See Rows.fits."""
+        """See KeptRows.fits."""
         return rows <= self.most
 
     def keep(self, layer: Any, x: torch.Tensor, y: torch.Tensor) -> None:
-        """See Rows.keep; torch.compile sees the copies alone."""
+        """See KeptRows.keep; torch.compile sees the copies alone."""
         if self.at is not None:
             super().keep(layer, x, y)
             return
@@ -141,7 +141,7 @@ class StaticRows(Rows):
             self.output_buffers[layer].copy_(y.index_select(0, self.table))
 
     def keep_stream(self, x: torch.Tensor, rest: torch.Tensor | None = None) -> None:
-        """See Rows.keep_stream; likewise."""
+        """See KeptRows.keep_stream; likewise."""
         if self.at is not None:
             super().keep_stream(x, rest)
             return
@@ -156,7 +156,7 @@ class StaticRows(Rows):
 class Keeping:
     """In the place of a LoRA layer's wrapper: what that does, then the rows are kept."""
 
-    def __init__(self, wrapper: Any, rows: Rows, name: str) -> None:
+    def __init__(self, wrapper: Any, rows: KeptRows, name: str) -> None:
         self.wrapper, self.rows, self.name = wrapper, rows, name
 
     def add_lora_linear(self, y: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +166,7 @@ class Keeping:
         return result
 
 
-def keep_stream(norm: Any, rows: Rows) -> None:
+def keep_stream(norm: Any, rows: KeptRows) -> None:
     """Let a final norm hand over what it is given.
 
     Through its class, since compiled code does not call an instance's own `forward`, and finds a hook by a number that

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 VECTOR = 16  # numbers that the kernels take at a time; a row is a multiple of it
 
 
-class Norm:
+class CpuNorm:
     """What a norm of vLLM's calls in place of its own operations.
 
     Args:
@@ -57,14 +57,14 @@ def take(model: Any) -> int:
             continue
         if module.variance_size_override is not None or module.weight.shape[0] % VECTOR:
             continue
-        norm = Norm(module.weight.data, module.variance_epsilon, module._forward_method)
+        norm = CpuNorm(module.weight.data, module.variance_epsilon, module._forward_method)
         if _same(norm):
             module._forward_method = norm
             taken += 1
     return taken
 
 
-def _same(norm: Norm) -> bool:
+def _same(norm: CpuNorm) -> bool:
     """Whether a norm computes what vLLM's own operations do."""
     ramp = torch.arange(6 * len(norm.weight), dtype=torch.float32).view(2, 3, -1)
     x, residual = torch.sin(ramp).to(norm.weight.dtype)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from zoray.engines.feedback.kept import Keeping, Kept, Rows, StaticRows, most_rows
+from zoray.engines.feedback.kept import Keeping, Kept, KeptRows, StaticRows, most_rows
 from zoray.engines.feedback.lens import Map, Streams, fit
 from zoray.engines.feedback.residual import Head, Norm, family_of, log_softmax_, norm_behind, outer, reader_of
 from zoray.engines.layers.vllm_layers import names_in
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LENS_TOKENS = 512  # of a forward pass whose streams are kept for a moment
 
 
-class Feedback:
+class ForwardFeedback:
     """The residual feedback of a worker's adapter state. Built when it is first asked for.
 
     Args:
@@ -58,7 +58,7 @@ class Feedback:
         if isinstance(static, StaticRows):
             self.rows, self.most_rows = static, static.most
         elif scorer.device.type == "cpu":
-            self.rows = Rows({name: name in behind for name in scorer.matrices})
+            self.rows = KeptRows({name: name in behind for name in scorer.matrices})
             for module_name, module in scorer.manager.modules.items():
                 for name in scorer.matrices.keys() & set(names_in(scorer.manager, module_name)):
                     module.set_mapping(Keeping(module.punica_wrapper, self.rows, name))

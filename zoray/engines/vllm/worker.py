@@ -21,7 +21,7 @@ from zoray.engines.layers import gated_mlp_cpu as cpu_gated
 from zoray.engines.layers import lora_cpu as cpu_lora
 from zoray.engines.layers.vllm_layers import find_slots, find_weights, gives_logits, takes_tokens
 from zoray.engines.slots import FEEDBACK, PROBES, Slots
-from zoray.engines.vllm.feedback import Feedback
+from zoray.engines.vllm.feedback import ForwardFeedback
 from zoray.engines.vllm.forward import Forward
 from zoray.engines.vllm.piggyback import Piggyback
 from zoray.engines.vllm.selftest import prove_compiled, prove_feedback, prove_live
@@ -181,9 +181,9 @@ class PackedScorer(Forward):
         self.contents.forget()
 
     @cached_property
-    def feedback(self) -> Feedback:
+    def feedback(self) -> ForwardFeedback:
         """What makes residual feedback, see Engine.feedback."""
-        return Feedback(self)
+        return ForwardFeedback(self)
 
     def reset(self, folder: str) -> None:
         """Back to journal index 0; folded base weights are read from the model's folder again."""

@@ -16,7 +16,7 @@ from zoray.tasks.file.cells.labels import label_text, look, plain_form, spelling
 from zoray.tasks.file.cells.messages import check_whole, shown
 from zoray.tasks.file.cells.spacing import gap
 from zoray.tasks.file.columns import Schema
-from zoray.tasks.file.rows.faults import Place, WrongRow
+from zoray.tasks.file.rows.faults import RowPlace, WrongRow
 from zoray.tasks.file.rows.plain_text import GoesOn
 from zoray.tasks.file.rows.strict_json import Twice, parse
 from zoray.tasks.file.rows.text import Row
@@ -55,7 +55,7 @@ class Reader:
         """The example that a row is; `where` says where it stands, when it is made text."""
         found = self._example(row, where)
         facts = Facts(found.data)
-        facts.where = Place(where, self._sources)
+        facts.where = RowPlace(where, self._sources)
         found = replace(found, data=facts)
         if not self.control or not isinstance(found.prompt, str):
             return found

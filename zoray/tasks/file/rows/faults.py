@@ -9,7 +9,7 @@ from zoray.records import ConfigError
 NAMED = 3  # further places of a kind that a message names
 
 
-class Place(NamedTuple):
+class RowPlace(NamedTuple):
     """Where an example comes from, for messages: a row, and the columns of it that its prompt is made of."""
 
     row: Any
