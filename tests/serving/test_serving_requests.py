@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from zoray.records import ConfigError
 from zoray.run.config import group_options
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference
-from zoray.serving.learning import presets
-from zoray.serving.learning.job_requests import NewJob, Use, objective_of, plainly
+from zoray.serving.learning.experiments import file_of, lessons, objective_of, task_names
+from zoray.serving.learning.job_requests import NewJob, Use, plainly
 from zoray.tasks.published.movie_reviews import MovieReviews
 
 ID = "file-" + "0" * 24
@@ -71,18 +71,18 @@ def test_what_a_job_may_not_say_is_refused(request_, says):
 
 def test_tasks_are_those_that_need_nothing_of_the_users():
     others = {"file", "mixture", "countdown", "structured", "questions"}  # a path, parts, or a reward
-    assert set(presets.names()) == set(group_options("task")) - others
+    assert set(task_names()) == set(group_options("task")) - others
 
 
 def test_a_task_is_the_packages_own_with_other_sizes():
     job = NewJob(task="movie_reviews", use={"train": 64, "dev": 16, "test": 8})
-    task, objective = job.lessons(nowhere)
+    task, objective = lessons(job, nowhere)
     assert task == MovieReviews(train=64, dev=16, test=8) and objective == ChoiceNLL()
     stored = job.model_dump(exclude_none=True)
     assert stored["use"] == {"chat": False, "train": 64, "dev": 16, "test": 8}
-    assert NewJob(**stored).lessons(nowhere) == (task, objective)
-    assert NewJob(task="sst2").lessons(nowhere)[0].path == "stanfordnlp/sst2"
-    assert NewJob(task="drop").lessons(nowhere)[1] == AnswerNLL()
+    assert lessons(NewJob(**stored), nowhere) == (task, objective)
+    assert lessons(NewJob(task="sst2"), nowhere)[0].path == "stanfordnlp/sst2"
+    assert lessons(NewJob(task="drop"), nowhere)[1] == AnswerNLL()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_task_is_the_packages_own_with_other_sizes():
 )
 def test_what_a_task_is_not_is_said(request_, says):
     with pytest.raises(ConfigError) as error:
-        NewJob(**request_).lessons(nowhere)
+        lessons(NewJob(**request_), nowhere)
     assert says in str(error.value)
 
 
@@ -123,21 +123,21 @@ def written(folder, rows):
 def test_the_columns_say_which_likelihood_is_learnt(kind, tmp_path):
     path = written(tmp_path, ROWS[kind])
     suited = {"choice": ChoiceNLL, "preference": Preference}.get(kind, AnswerNLL)
-    assert type(objective_of(Use().task(path))) is suited
-    task, objective = NewJob(training_file=ID, use={"train": 3}).lessons(lambda number: path)
+    assert type(objective_of(file_of(Use(), path))) is suited
+    task, objective = lessons(NewJob(training_file=ID, use={"train": 3}), lambda number: path)
     assert task.path == str(path) and task.train == 3 and type(objective) is suited
 
 
 def test_prompts_alone_are_nothing_to_learn_from(tmp_path):
     path = written(tmp_path, [{"prompt": "a"}])
     with pytest.raises(ConfigError, match="got prompts only"):
-        objective_of(Use().task(path))
+        objective_of(file_of(Use(), path))
 
 
 def test_a_text_is_to_be_gone_on_with(tmp_path):
     path = tmp_path / "data.txt"
     path.write_text("\n\n".join(f"Paragraph {i} of\nabout six words." for i in range(12)))
-    task, objective = NewJob(training_file=ID).lessons(lambda number: path)
+    task, objective = lessons(NewJob(training_file=ID), lambda number: path)
     assert task.kind_found == "completion" and objective == AnswerNLL()
     assert {file.name for file in tmp_path.iterdir()} == {"data.txt"}
 
@@ -146,7 +146,7 @@ def test_messages_have_no_paths_of_the_server_and_name_settings_as_requests_do(t
     folder = tmp_path / "files" / ID
     folder.mkdir(parents=True)
     with pytest.raises(ConfigError) as error:
-        objective_of(Use().task(written(folder, [{"body": "a", "label": "x"}])))
+        objective_of(file_of(Use(), written(folder, [{"body": "a", "label": "x"}])))
     said = plainly(str(error.value))
     assert said.startswith("the file")
     assert str(tmp_path) in str(error.value) and str(tmp_path) not in said

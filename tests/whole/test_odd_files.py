@@ -24,6 +24,7 @@ from zoray import launch, plan
 from zoray.records import ConfigError, Splits
 from zoray.run import driver
 from zoray.run.config import compose, guarded
+from zoray.serving.learning.experiments import lessons
 from zoray.serving.learning.job_requests import NewJob
 from zoray.serving.store import Store
 from zoray.tasks.file.task import File
@@ -264,7 +265,7 @@ def odd_uploads(seed: int, folder: Path) -> None:
     for name, content in uploads(seed).items():
         try:
             number = store.add_file(name, content)["id"]
-            task, _ = NewJob(training_file=number, use={"dev": 1, "test": 0}).lessons(store.data_path)
+            task, _ = lessons(NewJob(training_file=number, use={"dev": 1, "test": 0}), store.data_path)
             task.load()
         except ConfigError:
             pass

@@ -1,25 +1,154 @@
-"""A tuning job's request as a zoray experiment: what the server decides, and what the request may change."""
+"""A tuning job's request as a zoray experiment: what it learns from, what the server decides and what it may change.
+
+It learns from an upload, or from a task that zoray brings along: named in the request, composed of the package's own
+conf only. Guarantees: a name is looked up among the files that are there and is never part of a path; a request may
+change such a task's sizes and nothing else, so that no path, template or name to import of a request's reaches it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import yaml
 
 from zoray.methods.optimizers import LEAST_DECAY
 from zoray.models.folder import max_length
 from zoray.pool.settings import Cluster
 from zoray.records import ConfigError
+from zoray.records.signatures import did_you_mean
 from zoray.records.tiles import MAX_TILE
+from zoray.run.config import build, conf_dir
 from zoray.run.experiment import Experiment, Run
 from zoray.run.reports.monitor import Logging
-from zoray.scoring.objectives import Preference
-from zoray.serving.learning.job_requests import MOST_RATE, MOST_STEPS, Hyperparameters
+from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference
+from zoray.serving.learning.job_requests import MOST_RATE, MOST_STEPS, PREFIX, Hyperparameters
 from zoray.serving.learning.pool import PATIENT
+from zoray.tasks.file.task import File, open_rows
 
 if TYPE_CHECKING:
-    from zoray.serving.learning.job_requests import NewJob
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from zoray.scoring.objectives.base import Objective
+    from zoray.serving.learning.job_requests import NewJob, Use
     from zoray.serving.settings import Settings
     from zoray.serving.store import Store
+    from zoray.tasks.base import Task
+    from zoray.tasks.file.rows.text import Rows
+
+SIZES = ("train", "dev", "test")
+
+
+class Upload(File):
+    """A file of the server's own, of which nothing is kept elsewhere: what people delete is gone."""
+
+    cached: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Apart(Upload):
+    """One with another beside it, whose rows are dev.
+
+    Args:
+        held_out: the other.
+    """
+
+    held_out: str = ""
+
+    def tables(self) -> dict[str, Rows]:
+        """Its rows, and those that are held out."""
+        return {**super().tables(), "dev": open_rows(self.held_out)["train"]}
+
+
+def lessons(request: NewJob, data_path: Callable[[str], Path]) -> tuple[Task, Objective]:
+    """What a job learns from, and the likelihood that suits it; `data_path` tells where the data of an upload lie.
+
+    Raises:
+        ConfigError: there is no such upload or task, or a setting does not suit it.
+    """
+    use, source = request.use, request.source
+    if source.startswith(PREFIX):
+        if other := use.model_dump(exclude_defaults=True).keys() - set(SIZES):
+            raise ConfigError(
+                f"expected use of a task to have {', '.join(SIZES)} only; got {', '.join(sorted(other))}. Upload "
+                "your own data to say how they are read"
+            )
+        task, objective = preset(source.removeprefix(PREFIX), use.model_dump(include=set(SIZES)))
+    else:
+        held_out = None if request.validation_file is None else data_path(request.validation_file)
+        task = file_of(use, data_path(source), held_out)
+        objective = objective_of(task)
+    return task, _as_asked(objective, request)
+
+
+def file_of(use: Use, data: Path, held_out: Path | None = None) -> File:
+    """The task of an upload's data; `held_out` is another's, whose rows are dev.
+
+    Raises:
+        ConfigError: the settings contradict each other.
+    """
+    settings = {"path": str(data), **use.model_dump(exclude_none=True)}
+    return Upload(**settings) if held_out is None else Apart(held_out=str(held_out), **settings)
+
+
+def objective_of(task: File) -> Objective:
+    """The likelihood that suits a file's kind of rows."""
+    kinds = {"choice": ChoiceNLL, "completion": AnswerNLL, "chat": AnswerNLL, "preference": Preference}
+    if (kind := task.kind_found) not in kinds:
+        raise ConfigError("expected rows with a label, a completion, a chat or a preference; got prompts only")
+    return kinds[kind]()
+
+
+def _as_asked(objective: Objective, request: NewJob) -> Objective:
+    """With the method's own number; ConfigError if the rows are learnt from by another method."""
+    pairs, beta = isinstance(objective, Preference), request.hyperparameters and request.hyperparameters.beta
+    if request.method is not None and (request.method.type == "dpo") != pairs:
+        have, method = ("preferences", "dpo") if pairs else ("no preferences", "supervised")
+        raise ConfigError(
+            f"expected method {method}, since the rows have {have}; got {request.method.type}. Rows with columns "
+            "prompt, chosen and rejected are learnt from by dpo, all others by supervised"
+        )
+    if beta is not None and not pairs:
+        raise ConfigError("expected beta with preferences only (prompt, chosen, rejected); leave it out")
+    return replace(objective, beta=beta) if beta is not None else objective  # type: ignore[type-var]
+
+
+@cache
+def task_names() -> tuple[str, ...]:
+    """The tasks that need nothing of the user's: no path, no parts, and no reward."""
+    return tuple(
+        path.stem
+        for path in sorted((conf_dir() / "task").glob("*.yaml"))
+        if "???" not in (settings := _settings(path.stem)).values() and _metric(settings) != "reward"
+    )
+
+
+def preset(name: str, sizes: Mapping[str, int | None]) -> tuple[Task, Objective]:
+    """A task, with sizes of its splits that differ from its own where they are given, and the likelihood that suits it.
+
+    Raises:
+        ConfigError: there is no such task, or a size that it can't have.
+    """
+    if name not in task_names():
+        advice = did_you_mean(name, list(task_names()))
+        raise ConfigError(f"expected task to be one of {', '.join(task_names())}; got {name[:40]!r}{advice}")
+    settings = _settings(name)
+    given = {key: size for key in SIZES if (size := sizes.get(key)) is not None}
+    return build(settings | given, "task"), ChoiceNLL() if _metric(settings) == "accuracy" else AnswerNLL()
+
+
+def _settings(name: str) -> dict[str, Any]:
+    """What conf/task says; each time anew, since components may keep what they are given."""
+    return yaml.safe_load((conf_dir() / "task" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def _metric(settings: Mapping[str, Any]) -> str | None:
+    """What the task's class is measured by."""
+    module, _, name = settings["_target_"].rpartition(".")
+    return getattr(import_module(module), name).metric
 
 
 def experiment_of(settings: Settings, store: Store, name: str, request: NewJob, date: str | None = None) -> Experiment:
@@ -29,7 +158,7 @@ def experiment_of(settings: Settings, store: Store, name: str, request: NewJob, 
         ConfigError: there is no such upload or task, or a setting does not suit it.
     """
     s, numbers = settings, request.hyperparameters
-    task, objective = request.lessons(store.data_path)
+    task, objective = lessons(request, store.data_path)
     optimizer = s.optimizer
     if numbers is not None and numbers.learning_rate is not None:
         lr = numbers.learning_rate

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from zoray.records import ConfigError
-from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference
 from zoray.serving.http.fields import only, wrong
-from zoray.serving.learning.presets import PREFIX, SIZES, preset
 from zoray.tasks.file.columns import names_in
-from zoray.tasks.file.task import File, open_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
-    from zoray.scoring.objectives.base import Objective
-    from zoray.tasks.base import Task
-    from zoray.tasks.file.rows.text import Rows
-
+PREFIX = "task:"  # before a task's name, where a request has room for a file's id only
 Word = Annotated[str, Field(max_length=200)]
 Column = Field(default=None, min_length=1, max_length=200)
 MOST_COLUMNS = 10  # of a template: each may hold a long text
@@ -31,10 +22,14 @@ MOST_STEPS, MOST_RATE = 1_000_000, 100  # of a job; a learning rate is below
 UPLOAD = re.compile(r"[^\s'\"]*/files/(?P<number>file-[0-9a-f]{24})/data\.\w+")  # where one lies on the server
 
 
-class Use(BaseModel):
-    """How a file is used; what is not said follows from its columns (docs/your-data.md)."""
+class Plain(BaseModel):
+    """Fields that are known; all others are refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Use(Plain):
+    """How a file is used; what is not said follows from its columns (docs/your-data.md)."""
 
     kind: Literal["choice", "completion", "chat", "preference"] | None = None
     template: str | None = Field(default=None, min_length=1, max_length=4000)
@@ -62,36 +57,6 @@ class Use(BaseModel):
             raise ValueError(f"expected at most {MOST_COLUMNS} columns in braces")
         return template
 
-    def task(self, data: Path, held_out: Path | None = None) -> File:
-        """The task of an upload's data; `held_out` is another's, whose rows are dev.
-
-        Raises:
-            ConfigError: the settings contradict each other.
-        """
-        settings = {"path": str(data), **self.model_dump(exclude_none=True)}
-        return Upload(**settings) if held_out is None else Apart(held_out=str(held_out), **settings)
-
-
-class Upload(File):
-    """A file of the server's own, of which nothing is kept elsewhere: what people delete is gone."""
-
-    cached: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
-class Apart(Upload):
-    """One with another beside it, whose rows are dev.
-
-    Args:
-        held_out: the other.
-    """
-
-    held_out: str = ""
-
-    def tables(self) -> dict[str, Rows]:
-        """Its rows, and those that are held out."""
-        return {**super().tables(), "dev": open_rows(self.held_out)["train"]}
-
 
 def _automatic(value: Any) -> Any:
     return None if value == "auto" else value
@@ -100,10 +65,8 @@ def _automatic(value: Any) -> Any:
 Auto = BeforeValidator(_automatic)  # OpenAI's word for what the server chooses
 
 
-class Hyperparameters(BaseModel):
+class Hyperparameters(Plain):
     """Numbers of a job; what is not given, or "auto", is the server's."""
-
-    model_config = ConfigDict(extra="forbid")
 
     steps: Annotated[int | None, Auto] = Field(default=None, ge=1, le=MOST_STEPS)
     batch_size: Annotated[int | None, Auto] = Field(default=None, ge=1, le=4096)
@@ -120,10 +83,8 @@ class Hyperparameters(BaseModel):
         return self
 
 
-class Way(BaseModel):
+class Way(Plain):
     """A method's own part."""
-
-    model_config = ConfigDict(extra="forbid")
 
     hyperparameters: Hyperparameters | None = None
 
@@ -137,10 +98,8 @@ def _likelihood(kind: Any) -> Any:
     return kind
 
 
-class Method(BaseModel):
+class Method(Plain):
     """How a job learns; it follows from the rows, so that this can only say the same."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_likelihood)]
     supervised: Way | None = None
@@ -154,13 +113,11 @@ class Method(BaseModel):
         return self
 
 
-class NewJob(BaseModel):
+class NewJob(Plain):
     """A tuning job, as OpenAI's API has it, with zoray's settings beside.
 
     It learns from an upload, or from a task that zoray brings along: `task`, or `training_file` as "task:NAME".
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     training_file: str | None = Field(default=None, min_length=1, max_length=64)
     validation_file: str | None = Field(default=None, min_length=1, max_length=64)
@@ -215,61 +172,22 @@ class NewJob(BaseModel):
         """What it learns from, in the place of a file's id: that, or task:NAME."""
         return self.training_file or f"{PREFIX}{self.task}"
 
-    def lessons(self, data_path: Callable[[str], Path]) -> tuple[Task, Objective]:
-        """The task and the likelihood that suits it; `data_path` tells where the data of an upload lie.
 
-        Raises:
-            ConfigError: there is no such upload or task, or a setting does not suit it.
-        """
-        source = self.source
-        if source.startswith(PREFIX):
-            if other := self.use.model_dump(exclude_defaults=True).keys() - set(SIZES):
-                raise ConfigError(
-                    f"expected use of a task to have {', '.join(SIZES)} only; got {', '.join(sorted(other))}. Upload "
-                    "your own data to say how they are read"
-                )
-            task, objective = preset(source.removeprefix(PREFIX), self.use.model_dump(include=set(SIZES)))
-        else:
-            held_out = None if self.validation_file is None else data_path(self.validation_file)
-            task = self.use.task(data_path(source), held_out)
-            objective = objective_of(task)
-        return task, self._as_asked(objective)
-
-    def _as_asked(self, objective: Objective) -> Objective:
-        """With the method's own number; ConfigError if the rows are learnt from by another method."""
-        pairs, beta = isinstance(objective, Preference), self.hyperparameters and self.hyperparameters.beta
-        if self.method is not None and (self.method.type == "dpo") != pairs:
-            have, method = ("preferences", "dpo") if pairs else ("no preferences", "supervised")
-            raise ConfigError(
-                f"expected method {method}, since the rows have {have}; got {self.method.type}. Rows with columns "
-                "prompt, chosen and rejected are learnt from by dpo, all others by supervised"
-            )
-        if beta is not None and not pairs:
-            raise ConfigError("expected beta with preferences only (prompt, chosen, rejected); leave it out")
-        return replace(objective, beta=beta) if beta is not None else objective  # type: ignore[type-var]
-
-
-class Wish(BaseModel):
+class Wish(Plain):
     """Whether active learning is to be on."""
-
-    model_config = ConfigDict(extra="forbid")
 
     on: bool
 
 
-class Turn(BaseModel):
+class Turn(Plain):
     """A message of a conversation."""
-
-    model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "user", "assistant"]
     content: str = Field(max_length=100_000)
 
 
-class Rated(BaseModel):
+class Rated(Plain):
     """A conversation with the rating of its last answer."""
-
-    model_config = ConfigDict(extra="forbid")
 
     messages: list[Turn] = Field(min_length=2, max_length=200)
     up: bool
@@ -280,11 +198,3 @@ class Rated(BaseModel):
 def plainly(text: str, name_of: Callable[[str], str] = lambda number: "the file") -> str:
     """The command line's messages for those who use a server: settings as named here, and files by their own names."""
     return UPLOAD.sub(lambda found: name_of(found["number"]), re.sub(r"\btask\.(?=[a-z_]+\b)", "", text))
-
-
-def objective_of(task: File) -> Objective:
-    """The likelihood that suits a file's kind of rows."""
-    kinds = {"choice": ChoiceNLL, "completion": AnswerNLL, "chat": AnswerNLL, "preference": Preference}
-    if (kind := task.kind_found) not in kinds:
-        raise ConfigError("expected rows with a label, a completion, a chat or a preference; got prompts only")
-    return kinds[kind]()
