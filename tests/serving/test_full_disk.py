@@ -15,7 +15,7 @@ from zoray.records import Evaluation
 from zoray.records.disk import append
 from zoray.serving.deployments.logs import keep_log
 from zoray.serving.gate import Measured
-from zoray.serving.learning import tuner as module
+from zoray.serving.learning import jobs as module
 from zoray.serving.learning import versions
 from zoray.serving.learning.promotion import Promotion
 from zoray.serving.learning.tuner import Tuner
@@ -106,13 +106,13 @@ def test_a_job_on_a_full_disk_fails_and_the_thread_goes_on(tuner, disk, monkeypa
     create(tuner, "mail")
     found = await_status(tuner, "mail", "failed")
     assert found["error"].startswith("no space left on device (journal.jsonl). Make room")
-    assert tuner._worker.is_alive()
-    assert Tuner(tuner.settings, None).state("mail")["status"] == "running"  # which the disk has not learnt yet
+    assert tuner._jobs._worker.is_alive()
+    assert Tuner(tuner.settings, None).states["mail"]["status"] == "running"  # which the disk has not learnt yet
     disk.free()
-    tuner._notify()
+    tuner._jobs.notify()
     create(tuner, "next")
     await_status(tuner, "next", "succeeded")
-    assert Tuner(tuner.settings, None).state("mail") == found
+    assert Tuner(tuner.settings, None).states["mail"] == found
     does.clear()
     tuner.resume("mail")
     await_status(tuner, "mail", "succeeded")
@@ -122,13 +122,13 @@ def test_the_thread_survives_its_own_error_handlers(tuner, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("an error")
 
-    handler = tuner._failed
+    handler = tuner._jobs._failed
     monkeypatch.setattr(module, "tune", fails)
-    monkeypatch.setattr(tuner, "_failed", fails)
+    monkeypatch.setattr(tuner._jobs, "_failed", fails)
     tuner.start()
     create(tuner, "mail")
     assert "could not be noted" in await_status(tuner, "mail", "failed")["error"]
-    monkeypatch.setattr(tuner, "_failed", handler)
+    monkeypatch.setattr(tuner._jobs, "_failed", handler)
     monkeypatch.setattr(module, "tune", lambda *_, **__: DONE)
     tuner.resume("mail")
     await_status(tuner, "mail", "succeeded")
@@ -139,8 +139,8 @@ def test_a_queued_job_waits_for_room(tuner, disk, monkeypatch):
     create(tuner, "mail")
     disk.fill()
     tuner.start()
-    tuner._notify()
-    assert tuner.state("mail")["status"] == "queued"
+    tuner._jobs.notify()
+    assert tuner.states["mail"]["status"] == "queued"
     disk.free()
     await_status(tuner, "mail", "succeeded")
     assert kinds(tuner, "mail") == ["created", "started", "succeeded"]

@@ -7,12 +7,19 @@ import json
 import pytest
 from gatewayed import error_of, rows
 
+from zoray.serving.learning.experiments import experiment_of
 from zoray.serving.learning.job_requests import NewJob
-from zoray.serving.learning.tuner import _asked
 
 
 def job(client, **fields):
     return client.post("/v1/fine_tuning/jobs", json={"training_file": client.upload(rows()).json()["id"], **fields})
+
+
+def stored_experiment(gateway):
+    """What the job `mail` will run."""
+    store = gateway.inner.store
+    stored = json.loads((store.folder / "jobs" / "mail" / "request.json").read_text())
+    return experiment_of(gateway.settings, store, "mail", NewJob.stored(stored))
 
 
 @pytest.mark.parametrize(
@@ -44,8 +51,7 @@ def test_hyperparameters_of_openais_are_taken_and_shown_as_they_are(client, gate
     found = client.get("/v1/fine_tuning/jobs/mail").json()
     assert found == made.json() and found["hyperparameters"].items() >= numbers.items()
     assert found["method"] == {"type": "supervised", "supervised": {"hyperparameters": found["hyperparameters"]}}
-    stored = json.loads((gateway.inner.store.folder / "jobs" / "mail" / "request.json").read_text())
-    experiment = gateway.inner._experiment("mail", NewJob(**_asked(stored)))
+    experiment = stored_experiment(gateway)
     assert (experiment.run.steps, experiment.run.batch) == (found["steps"], found["hyperparameters"]["batch_size"])
     assert experiment.optimizer.lr == pytest.approx(found["hyperparameters"]["learning_rate"])
 
@@ -79,8 +85,7 @@ def test_a_validation_file_is_what_is_held_out(client, gateway):
     number = held_out.json()["id"]
     found = job(client, suffix="mail", validation_file=number).json()
     assert found["validation_file"] == number and found["hyperparameters"]["n_epochs"] == round(60 * 16 / 90, 2)
-    stored = json.loads((gateway.inner.store.folder / "jobs" / "mail" / "request.json").read_text())
-    splits = gateway.inner._experiment("mail", NewJob(**_asked(stored))).task.load()
+    splits = stored_experiment(gateway).task.load()
     assert [len(split) for split in (splits.train, splits.dev, splits.test)] == [90, 30, 10]
     assert all("other" in example.prompt for example in splits.dev)
     assert not any("other" in example.prompt for example in (*splits.train, *splits.test))

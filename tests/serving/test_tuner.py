@@ -6,14 +6,18 @@ import json
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from gatewayed import rows, settings_of
 
-from zoray.models.folder import max_length
-from zoray.records import ConfigError, JournalError
-from zoray.serving.learning import tuner as module
+from zoray.models.folder import linear_matrices, max_length
+from zoray.records import ConfigError, Evaluation, JournalError
+from zoray.serving.gate import Measured
+from zoray.serving.learning import jobs as module
+from zoray.serving.learning.experiments import experiment_of
 from zoray.serving.learning.job_requests import NewJob
+from zoray.serving.learning.jobs import Jobs
 from zoray.serving.learning.tuner import Tuner
 from zoray.serving.store import Store
 
@@ -49,7 +53,7 @@ def create(tuner, name):
 
 def await_status(tuner, name, status):
     deadline = time.monotonic() + 30
-    while (found := tuner.state(name))["status"] != status or (status != "running" and tuner._current == name):
+    while (found := tuner.states[name])["status"] != status or (status != "running" and tuner._jobs.current == name):
         assert time.monotonic() < deadline, found
         time.sleep(0.01)
     return found
@@ -154,7 +158,7 @@ def test_nobody_is_kept_who_has_connected_to_a_run_that_failed_before_it_had_a_p
     listeners = []
 
     def fails(stopping):
-        listeners.append(tuner._listener)
+        listeners.append(tuner._jobs._listener)
         raise JournalError("damaged")
 
     runs["early"] = fails
@@ -164,10 +168,40 @@ def test_nobody_is_kept_who_has_connected_to_a_run_that_failed_before_it_had_a_p
     assert tuner.where() is None and listeners[0]._closed
 
 
+def test_jobs_without_a_tuner_hand_on_what_has_passed(chat_model, tmp_path, monkeypatch):
+    """They need a store, somebody who measures and somebody who promotes."""
+    settings = settings_of(chat_model, tmp_path / "store")
+    pool = SimpleNamespace(adapter=lambda: (settings.space.open(linear_matrices(chat_model), 0).arrays(), "digest"))
+    promoted = []
+
+    def tune(experiment, workload, config, start_pool, stopping, on_dev):
+        on_dev(pool, Evaluation(10, "dev", 0.5, 1.0, 100, 1, 1.0), None)
+        return {**DONE, "steps": 10}
+
+    def measure(stopping, version, dev):
+        assert not stopping()
+        return Measured(float(bool(version)), 0.5, 10.0, "accuracy", (float(bool(version)),) * 100)
+
+    monkeypatch.setattr(module, "tune", tune)
+    monkeypatch.setattr(module, "own_host", lambda elastic: "127.0.0.1")
+    store = Store(settings.folder)
+    jobs = Jobs(settings, store, measure, lambda version, why: promoted.append((version, why.partition(":")[0])))
+    number = store.add_file("mail.csv", rows())["id"]
+    jobs.add("mail", {"training_file": number, "created_at": 1.0, "filename": "mail.csv"})
+    jobs.start()
+    deadline = time.monotonic() + 30
+    while jobs.states["mail"]["status"] != "succeeded":
+        assert time.monotonic() < deadline, jobs.states["mail"]
+        time.sleep(0.01)
+    jobs.close()
+    assert promoted == [("mail@10", "passed the gate")] and store.live() is None
+    assert [event["kind"] for event in jobs.states.events("mail")] == ["created", "started", "evaluated", "succeeded"]
+
+
 def test_rows_leave_room_for_the_token_that_vllm_wants_to_write(tuner):
     """A sequence as long as the model's context is refused as a request, and so could not be scored beside chats."""
     number = tuner.add_file("mail.csv", rows())["id"]
-    engine = tuner._experiment("x", NewJob(training_file=number)).engine
+    engine = experiment_of(tuner.settings, tuner.store, "x", NewJob(training_file=number)).engine
     limit = tuner.settings.engine.length_limit(max_length(tuner.settings.model.resolve()))
     assert engine.max_length == limit - 1
     assert replace(engine, max_length=None) == tuner.settings.engine

@@ -29,7 +29,7 @@ def gather(tuner: Any, job: str) -> dict[str, Any]:
         "files": tuner.files(),
         "jobs": jobs,
         "versions": versions,
-        "learning": tuner.learning,
+        "learning": tuner.is_learning(),
         "conversations": {"ids": talks.ids(), "latest": talks.latest(MOST_SHOWN)},
         "numbers": numbers,
     }

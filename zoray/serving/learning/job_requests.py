@@ -167,6 +167,11 @@ class NewJob(Plain):
         self.hyperparameters, self.method = Hyperparameters(**own, **given), Method(type=self.method.type)
         return self
 
+    @classmethod
+    def stored(cls, request: dict[str, Any]) -> NewJob:
+        """One as the server keeps it, without what it has added."""
+        return cls(**{key: value for key, value in request.items() if key in cls.model_fields})
+
     @property
     def source(self) -> str:
         """What it learns from, in the place of a file's id: that, or task:NAME."""

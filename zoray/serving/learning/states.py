@@ -1,27 +1,33 @@
-"""States and events of jobs on disk; a state that a full disk does not take counts all the same, until it does."""
+"""States, events and numbers of jobs on disk; a state that a full disk does not take counts, too, until it does."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import disk
+from zoray.run.reports.history import read_metrics
+from zoray.serving.learning.versions import plain
 from zoray.serving.store import NotFound, append_json, read_json, read_lines, write_json
 
 if TYPE_CHECKING:
     from zoray.serving.store import Store
 
 log = logging.getLogger(__name__)
+MOST_READ = 32  # jobs whose metrics are kept in memory
 
 
 class States:
-    """state.json and events.jsonl of each job; to be called under the tuner's lock, but for what only reads."""
+    """state.json, events.jsonl and metrics of each job; to be called under the lock of Jobs but for what reads."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._unwritten: dict[str, dict[str, Any]] = {}
+        self._reading = threading.Lock()
+        self._metrics: dict[str, tuple[Any, list[Any], list[Any]]] = {}  # of jobs looked at last: file's mark, numbers
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         folder = self._store.job_folder(name)
@@ -76,6 +82,24 @@ class States:
             self.note(name, kind, message, **more)
         except OSError as error:
             log.warning("job %s: %s is not written: %s", name, kind, error)
+
+    def metrics(self, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """A job's steps and evaluations so far."""
+        run = self._store.job_folder(name) / "run"
+        try:
+            stat = (run / "metrics.jsonl").stat()
+        except FileNotFoundError:
+            return [], []
+        mark = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        with self._reading:  # pages ask every two seconds, and most jobs have ended
+            known = self._metrics.pop(name, None)
+            if known is None or known[0] != mark:
+                steps, evaluations = read_metrics(run)
+                known = mark, [plain(step) for step in steps], [plain(one) for one in evaluations]
+            self._metrics[name] = known
+            while len(self._metrics) > MOST_READ:
+                del self._metrics[next(iter(self._metrics))]
+        return known[1], known[2]
 
 
 def why(error: Exception) -> str:
