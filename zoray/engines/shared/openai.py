@@ -59,13 +59,15 @@ class OpenAI:
         await init_app_state(client, state, arguments, supported_tasks=("generate",))
         return cls(client, state, error)
 
-    def let(self, name: str, adapter: Any | None) -> None:
-        """Answer requests for `name` under an adapter (a LoRARequest) from now on; None: no longer."""
+    def let(self, name: str, slot: int | None) -> None:
+        """Answer requests for `name` under what a slot of the engine's holds from now on; None: no longer."""
+        from zoray.engines.shared.engine import slot_request
+
         known = self._state.openai_serving_models.lora_requests
-        if adapter is None:
+        if slot is None:
             known.pop(name, None)
         else:
-            known[name] = adapter
+            known[name] = slot_request(name, slot)
 
     async def answer(
         self, kind: str, body: Mapping[str, Any], salt: str | None = None

@@ -8,41 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import os
 import threading
 from collections import OrderedDict
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from zoray.engines.packing import Plan
 from zoray.engines.shared.throttle import Throttle
 from zoray.models.adapters import peft_space, read_factors
-from zoray.pool.on_ray.actor import ReplicaActor
-from zoray.records import ConfigError, Probe
-from zoray.records.tiles import mean
 from zoray.scoring.guidance import lens_table
-from zoray.scoring.metrics import metrics, worth
-from zoray.scoring.replica import Replica
-from zoray.scoring.scorer import Scorer
 from zoray.serving.deployments import neutral
 from zoray.serving.deployments.devices import share_cores
 from zoray.serving.deployments.logs import keep_log
 from zoray.serving.deployments.loopback import listen_here_only
-from zoray.serving.gate import Measured
+from zoray.serving.deployments.member import TuningMember
 from zoray.serving.http.door import failure
 from zoray.serving.learning.versions import check
 from zoray.serving.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    import numpy as np
 
     from zoray.engines.shared.engine import SharedEngine
-    from zoray.records import Sampling
-    from zoray.scoring.replica import ReplicaInfo
-    from zoray.scoring.workload import ReplicaSpec
+    from zoray.serving.gate import Measured
     from zoray.serving.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -78,11 +67,14 @@ class EngineServer:
         await self._warm()
         await asyncio.to_thread(self.engine.warm)
         report(self.client, self.throttle)
-        self.versions = Versions(self)
-        self.neutral = neutral.sequences(load_tokenizer(folder))
+        first = settings.engine.resident
+        self.versions = Versions(
+            range(first, first + settings.slots), self.store.mark, self._arrays, self.engine.put, self.api.let
+        )
+        text = neutral.sequences(load_tokenizer(folder))
         if settings.estimator.guided:  # a job fits its own, if nobody asks anything then
-            await asyncio.to_thread(self.engine.fit_lens, lens_table(self.neutral), settings.estimator.lens)
-        self.member, self._measuring = TuningMember(self), asyncio.Lock()
+            await asyncio.to_thread(self.engine.fit_lens, lens_table(text), settings.estimator.lens)
+        self.member, self._measuring = TuningMember(self.engine, text, self.client), asyncio.Lock()
         self._joining = asyncio.create_task(self._join())
 
     async def _warm(self) -> None:
@@ -124,7 +116,7 @@ class EngineServer:
                 await asyncio.gather(task, return_exceptions=True)
                 raise
 
-    def arrays(self, version: str) -> dict[str, np.ndarray]:
+    def _arrays(self, version: str) -> dict[str, np.ndarray]:
         """A version's adapter, as Engine.adapter gives it."""
         check(self.store, version, self.settings)
         folder = self.store.version_folder(version)
@@ -149,12 +141,26 @@ class EngineServer:
 
 
 class Versions:
-    """Which version lies in which slot, and how many requests use it. On the server's loop only."""
+    """Which version lies in which slot, and how many requests use it. On one event loop only.
 
-    def __init__(self, server: EngineServer) -> None:
-        self._server = server
-        first = server.settings.engine.resident
-        self._free = list(range(first, first + server.settings.slots))
+    Args:
+        slots: of the engine, that versions may lie in.
+        mark: tells a version from another one of its name, which has been deleted since, see Store.mark.
+        read: a version's adapter.
+        put: writes an adapter into a slot, see SharedEngine.put; like `read`, it is called in a thread.
+        let: lets requests be answered by a version in a slot, or by no such version (None) any longer, see OpenAI.let.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[int],
+        mark: Callable[[str], str],
+        read: Callable[[str], dict[str, np.ndarray]],
+        put: Callable[[int, dict[str, np.ndarray]], None],
+        let: Callable[[str, int | None], None],
+    ) -> None:
+        self._mark, self._read, self._write, self._let = mark, read, put, let
+        self._free = list(slots)
         self._slot: OrderedDict[str, int] = OrderedDict()  # the version used last comes last
         self._users: dict[str, int] = {}
         self._marks: dict[str, str] = {}  # what lies in the slot of a name; it may have been deleted and learnt anew
@@ -181,7 +187,7 @@ class Versions:
 
     async def _take(self, version: str) -> int:
         async with self._turn:
-            mark = self._server.store.mark(version)
+            mark = self._mark(version)
             while self._marks.get(version) != mark:
                 stale = version if version in self._slot else None
                 idle = [name for name in self._slot if not self._users[name] and stale in (None, name)]
@@ -196,108 +202,17 @@ class Versions:
             return self._slot[version]
 
     async def _put(self, version: str, mark: str) -> None:
-        from zoray.engines.shared.engine import slot_request
-
-        arrays = await asyncio.to_thread(self._server.arrays, version)
+        arrays = await asyncio.to_thread(self._read, version)
         slot = self._free.pop()
         try:
-            await asyncio.to_thread(self._server.engine.put, slot, arrays)
+            await asyncio.to_thread(self._write, slot, arrays)
         except BaseException:
             self._free.append(slot)
             raise
         self._slot[version], self._users[version], self._marks[version] = slot, 0, mark
-        self._server.api.let(version, slot_request(version, slot))
+        self._let(version, slot)
 
     def _drop(self, version: str) -> None:
-        self._server.api.let(version, None)
+        self._let(version, None)
         del self._users[version], self._marks[version]
         self._free.append(self._slot.pop(version))
-
-
-class TuningMember(ReplicaActor):
-    """This engine as a replica of a job's pool: what the driver asks for runs in a thread, in turns with requests."""
-
-    def __init__(self, server: EngineServer) -> None:
-        super().__init__()
-        self._server = server
-        self._thread: threading.Thread | None = None
-        self._base: dict[str, float] = {}
-
-    @property
-    def busy(self) -> bool:
-        """Whether it is connected to a driver."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def start(self, name: str, address: tuple[str, int], key: bytes) -> None:
-        """Connect to a driver, and do what it asks for until it is gone."""
-        self._thread = threading.Thread(target=self._serve, args=(name, address, key), name="zoray-tuning", daemon=True)
-        self._thread.start()
-
-    def call(self, message: bytes) -> bytes:
-        """As ReplicaActor.call; where vLLM's core has died, this process ends, and Serve starts another.
-
-        The driver would take the error for the job's own, and end the job; a connection that breaks is waited for.
-        """
-        answer = super().call(message)
-        if self._server.client.errored:
-            log.error("vLLM's core has died, so this engine ends")
-            os._exit(1)
-        return answer
-
-    def load(self, spec: ReplicaSpec, cores: tuple[int, int] | None) -> ReplicaInfo:
-        """The job's data; the model is there."""
-        self._server.engine.reset()
-        if self.replica is None or self.replica.spec != spec:
-            self.replica = Replica(spec, engine=self._server.engine)
-        return self.replica.info
-
-    def measure(self, slot: int, dev: bool, stopping: Callable[[], bool]) -> Measured:
-        """What a slot holds (-1: the base model) on the neutral text, and with `dev` on the dev rows of the job.
-
-        Raises:
-            Closed: it was `stopping`, between two slices.
-        """
-        replica = self.replica if dev else None
-        if dev and replica is None:
-            raise RuntimeError("this replica has no job's data yet")
-        pinned = Pinned(self._server.engine, slot, stopping)
-        sums = pinned.score_plan(Plan.of([(Probe(0, 0, 0.0), part) for part in self._server.neutral]))
-        spread = neutral.perplexity([sums], self._server.neutral)
-        if replica is None:
-            return Measured(math.nan, math.nan, spread)
-        workload = replica.workload
-        count = len(workload.splits.dev)
-        scorer = Scorer(replica.spec, workload, pinned)  # type: ignore[arg-type]
-        found = scorer.outcomes("dev", (Probe(0, 0, 0.0),), np.zeros(count, np.int64), np.arange(count), measured=True)
-        score, metric, _ = metrics(workload, "dev", found.losses, {"score": found.scores, **found.columns})
-        rows = worth(score, found.losses, {"score": found.scores})
-        return Measured(score, mean(found.losses.tolist()), spread, metric, tuple(rows.tolist()))
-
-    def _serve(self, name: str, address: tuple[str, int], key: bytes) -> None:
-        with suppress(ConfigError):  # the driver has gone before this was connected
-            self.serve(name, address, key)
-
-
-class Pinned:
-    """An engine for which every probe is what one slot of versions holds; the bare model stays what it is."""
-
-    def __init__(self, engine: SharedEngine, slot: int, stopping: Callable[[], bool]) -> None:
-        self._engine, self._slot, self._stopping = engine, slot, stopping
-
-    def score_plan(self, plan: Plan) -> np.ndarray:
-        """As Engine.score_plan."""
-        slots = np.where(plan.probe_of < 0, -1, self._slot)
-        return self._engine.score_slots(plan.table, plan.chosen, slots, self._stopping)
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        probes: tuple[Probe, ...],
-        probe_of: np.ndarray,
-        sampling: Sampling,
-        seeds: Sequence[int],
-        stops: frozenset[int],
-    ) -> Iterator[tuple[int, list[int]]]:
-        """As Engine.generate."""
-        slots = np.where(probe_of < 0, -1, self._slot)
-        return self._engine.generate_slots(prompts, slots, sampling, seeds, stops)
