@@ -15,6 +15,7 @@ from ray.serve.exceptions import BackPressureError
 
 from zoray.engines.shared.openai import EngineGone
 from zoray.records import ConfigError
+from zoray.serving.deployments.application import Calls
 from zoray.serving.http.door import HEADERS, MOST_JSON, Rates
 from zoray.serving.store import NotFound, write_json
 
@@ -412,6 +413,13 @@ def test_an_engine_that_ends_in_the_middle_of_a_stream_is_a_clean_end(client, ga
     monkeypatch.setattr(gateway, "answer", fails)
     response = client.post("/v1/completions", json={"prompt": "a", "stream": True})
     assert response.text.count("data: ") == 2 and '"code": 503' in response.text and "secret" not in response.text
+
+
+def test_requests_lead_to_the_tuners_public_methods_and_to_nothing_else(gateway):
+    assert asyncio.run(gateway.tuner.answering()) == {"live": None, "names": []}
+    for name in ("start", "close", "where", "states", "plainly", "_turn", "__init__", "__class__", "nothing"):
+        with pytest.raises(ConfigError, match=f"^there is no {name}$"):
+            asyncio.run(Calls.__getattr__(gateway.tuner, name)())
 
 
 def test_what_is_deleted_meanwhile_is_not_there(gateway, client):

@@ -157,6 +157,9 @@ def test_what_reaches_the_engine_is_what_openai_documents(client, gateway):
     assert client.post("/v1/chat/completions", json={**more, **known, "messages": [message, said]}).status_code == 200
     clean = [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]
     assert gateway.asked == [("chat", {**known, "messages": clean})]
+    more |= {"suffix": "", "add_special_tokens": False}
+    assert client.post("/v1/completions", json={**more, **known, "prompt": "a", "echo": True}).status_code == 200
+    assert gateway.asked[1:] == [("completions", {**known, "prompt": "a", "echo": True})]
 
 
 # Uploads.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -15,12 +16,11 @@ from zoray.methods.estimators import TwoPoint
 from zoray.methods.optimizers import Sgd
 from zoray.methods.spaces import Lora
 from zoray.models.folder import Model
-from zoray.records import ConfigError
+from zoray.serving.deployments.application import Calls, TunerServer
 from zoray.serving.http.door import Refused
 from zoray.serving.http.routes import build_app
 from zoray.serving.learning.tuner import Tuner
 from zoray.serving.settings import Settings
-from zoray.serving.store import NotFound
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -51,19 +51,10 @@ class FakeGateway:
         self.settings, self.key = settings, key
         self.inner = Tuner(settings, None)
         self.inner.set_learning(False)
-        self.tuner = self
+        server: Any = object.__new__(TunerServer)  # without Ray
+        server.tuner = self.inner
+        self.tuner = Calls(SimpleNamespace(call=SimpleNamespace(remote=server.call)))
         self.asked: list[tuple[str, dict[str, Any]]] = []  # what has reached the engine
-
-    def __getattr__(self, name: str) -> Any:
-        async def call(*arguments: Any) -> Any:
-            try:
-                return await asyncio.to_thread(getattr(self.inner, name), *arguments)
-            except NotFound:
-                raise
-            except ConfigError as error:  # as app.TunerServer.call
-                raise ConfigError(self.inner.plainly(str(error))) from None
-
-        return call
 
     async def ready(self) -> bool:
         return True

@@ -1,6 +1,7 @@
 """vLLM's own OpenAI layer over a client: chat and text completions, streamed or whole, with its errors.
 
-Only what OpenAI's API documents is passed on: vLLM's own extensions (chat templates in a request, and others) are not.
+It answers whatever vLLM can be asked, its own extensions too (chat templates in a request, and others): bodies have to
+have passed serving/http/chat_requests.py, which knows OpenAI's fields and leaves all others out.
 """
 
 from __future__ import annotations
@@ -14,15 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     ErrorBody = Callable[[int, str, str | None], bytes]
-
-SAMPLING = {
-    "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "presence_penalty",
-    "frequency_penalty", "logit_bias", "user",
-}  # fmt: skip
-FIELDS = {
-    "chat": {*SAMPLING, "messages", "max_completion_tokens", "logprobs", "top_logprobs", "response_format"},
-    "completions": {*SAMPLING, "prompt", "echo", "logprobs", "best_of", "suffix"},
-}
 
 
 class EngineGone(Exception):
@@ -117,7 +109,6 @@ def _request(kind: str, body: Mapping[str, Any], salt: str | None) -> Any:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-    known = {name: value for name, value in body.items() if name in FIELDS[kind] and value is not None}
-    request = (ChatCompletionRequest if kind == "chat" else CompletionRequest)(**known)
+    request = (ChatCompletionRequest if kind == "chat" else CompletionRequest)(**body)
     request.cache_salt = salt
     return request

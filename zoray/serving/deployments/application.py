@@ -44,11 +44,6 @@ TAKEOVER_SECONDS = 60.0  # that a tuner before this one may take to end
 AT_ONCE = 64  # requests that an engine answers at the same time
 MOST_WAITING = 512  # requests beside those that engines are answering; further ones are told to come again
 QUIET = {"enable_access_log": False}  # engines ask the tuner twice a second
-CALLS = (  # of the tuner, that requests may lead to
-    "add_file", "files", "file", "file_content", "delete_file", "preview", "create", "jobs", "job", "events", "metrics",
-    "pause", "resume", "cancel", "delete", "versions", "delete_version", "is_learning", "set_learning", "rated", "rate",
-    "overview", "unrate", "file_of_conversations", "delete_all",
-)  # fmt: skip
 
 
 class TunerServer:
@@ -69,7 +64,7 @@ class TunerServer:
 
     async def call(self, name: str, *arguments: Any) -> tuple[str | None, str, Any]:
         """(kind of error or None, its text, result): exceptions would reach the gateway as Ray's own."""
-        if name not in (*CALLS, "promote", "answering"):
+        if not hasattr(getattr(Tuner, name, None), "public"):
             return "ConfigError", f"there is no {name}", None
         try:
             return None, "", await asyncio.to_thread(getattr(self.tuner, name), *arguments)

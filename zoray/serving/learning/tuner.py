@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zoray.records import ConfigError
 from zoray.scoring.workload import load_workload
@@ -22,7 +22,14 @@ from zoray.tasks.preview import preview
 if TYPE_CHECKING:
     from zoray.serving.settings import Settings
 
+F = TypeVar("F")
 MOST_FILES, MOST_JOBS = 1000, 500  # each is looked at for a list
+
+
+def public(method: F) -> F:
+    """Mark a method of the Tuner's that requests may lead to; TunerServer.call takes no other."""
+    method.public = True  # type: ignore[attr-defined]
+    return method
 
 
 class Tuner:
@@ -43,16 +50,19 @@ class Tuner:
         versions.check_live(self.store, self.settings)
         self._jobs.start()
 
+    @public
     def is_learning(self) -> bool:
         """Whether jobs may run: active learning is on."""
         return self._jobs.learning
 
+    @public
     def set_learning(self, on: bool) -> None:
         """Let jobs run, or stop the one at hand after its step until they may again."""
         self._jobs.set_learning(on)
 
     # Files and conversations.
 
+    @public
     def add_file(self, name: str, data: bytes) -> dict[str, Any]:
         """Keep an upload, see Store.add_file.
 
@@ -62,6 +72,7 @@ class Tuner:
         self._make_sure_of_room(len(data))
         return self.store.add_file(name, data)
 
+    @public
     def rate(self, messages: list[dict[str, str]], up: bool, model: str, number: str | None) -> dict[str, Any]:
         """Keep a rated conversation.
 
@@ -73,14 +84,17 @@ class Tuner:
         self._make_sure_of_room(sum(len(message["content"]) for message in messages))
         return self.conversations.add(messages, up, model, number)
 
+    @public
     def rated(self) -> list[dict[str, Any]]:
         """The conversations that are kept."""
         return self.conversations.all()
 
+    @public
     def unrate(self, number: str) -> None:
         """Delete a conversation."""
         self.conversations.delete(number)
 
+    @public
     def file_of_conversations(self) -> dict[str, Any]:
         """An upload made of the rated conversations."""
         return self.add_file(
@@ -88,6 +102,7 @@ class Tuner:
             self.conversations.rows(self.settings.max_upload_mb * 2**20),
         )
 
+    @public
     def delete_all(self) -> None:
         """Delete all that people have given, and all that was learnt from it."""
         self.store.forget_live()
@@ -98,6 +113,7 @@ class Tuner:
 
     # Jobs.
 
+    @public
     def create(self, request: NewJob) -> dict[str, Any]:
         """Check a job and queue it.
 
@@ -114,14 +130,17 @@ class Tuner:
         self._jobs.add(name, {**asked, "created_at": now, "filename": source})
         return self.job(name)
 
+    @public
     def pause(self, name: str) -> dict[str, Any]:
         """Stop after the step at hand, to be resumed."""
         return self._turn(name, ("queued", "running"), "paused")
 
+    @public
     def resume(self, name: str) -> dict[str, Any]:
         """Go on with a paused job, or try a failed one again."""
         return self._turn(name, ("paused", "failed"), "queued")
 
+    @public
     def cancel(self, name: str) -> dict[str, Any]:
         """End a job for good."""
         return self._turn(name, ("queued", "running", "paused", "failed"), "cancelled")
@@ -130,10 +149,12 @@ class Tuner:
         self._jobs.turn(name, of, status)
         return self.job(name)
 
+    @public
     def delete(self, name: str) -> None:
         """Delete a job that has ended, with its journal and numbers."""
         self._jobs.delete(name)
 
+    @public
     def delete_file(self, number: str) -> None:
         """Delete an upload; jobs that learn from it are ended."""
         self.store.file(number)
@@ -145,6 +166,7 @@ class Tuner:
         self._jobs.end(uses)
         self.store.delete_file(number)
 
+    @public
     def job(self, name: str, versions: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """All there is to know about a job but its events and numbers; `versions`: all, if they have been read."""
         folder = self.store.job_folder(name)
@@ -168,6 +190,7 @@ class Tuner:
             "last": dev[-1] if dev else None,
         }
 
+    @public
     def jobs(self, versions: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
         """All jobs, the oldest first; `versions` as in `job`."""
         found, known = [], self.store.versions() if versions is None else versions
@@ -176,18 +199,22 @@ class Tuner:
                 found.append(self.job(name, known))
         return found
 
+    @public
     def overview(self, job: str) -> dict[str, Any]:
         """See overview.gather."""
         return gather(self, job)
 
+    @public
     def events(self, name: str) -> list[dict[str, Any]]:
         """What has happened to a job, the oldest first."""
         return self.states.events(name)
 
+    @public
     def metrics(self, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """A job's steps and evaluations so far."""
         return self.states.metrics(name)
 
+    @public
     def preview(self, number: str, use: Use) -> list[str]:
         """How an upload (or task:NAME) would be used, in lines for people; ConfigError names what is wrong with it."""
         experiment = experiment_of(
@@ -204,27 +231,33 @@ class Tuner:
 
     # Versions.
 
+    @public
     def answering(self) -> dict[str, Any]:
         """What is live, and the names of all versions; asked twice a second."""
         return {"live": self.store.live(), "names": self.store.version_names()}
 
+    @public
     def versions(self) -> dict[str, Any]:
         """All versions, which one is live, and which have been."""
         found = {"live": self.store.live(), "data": self.store.versions(), "history": self.store.live_history()}
         return {"object": "list", **found, "folder": str(self.store.folder)}
 
+    @public
     def delete_version(self, name: str) -> None:
         """Delete a version that is not live."""
         self.store.delete_version(name)
 
+    @public
     def files(self) -> list[dict[str, Any]]:
         """All uploads."""
         return self.store.files()
 
+    @public
     def file(self, number: str) -> dict[str, Any]:
         """An upload's record."""
         return self.store.file(number)
 
+    @public
     def file_content(self, number: str) -> bytes:
         """An upload as it came."""
         try:
@@ -232,6 +265,7 @@ class Tuner:
         except FileNotFoundError:
             raise NotFound(f"there is no file {number}") from None  # deleted just now
 
+    @public
     def promote(self, version: str | None, reason: str = BY_HAND) -> None:
         """Let a version (None: the base model) answer from now on; to roll back is the same.
 
