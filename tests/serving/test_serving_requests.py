@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from zoray.records import ConfigError
 from zoray.run.config import group_options
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference
+from zoray.serving import commands
 from zoray.serving.learning.experiments import file_of, lessons, objective_of, task_names
 from zoray.serving.learning.job_requests import NewJob, Use, plainly
 from zoray.tasks.published.movie_reviews import MovieReviews
@@ -67,6 +68,29 @@ def test_a_job_learns_from_a_file_or_a_task(request_, source):
 )
 def test_what_a_job_may_not_say_is_refused(request_, says):
     assert refusal(**request_).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("steps=3", 3),
+        ("seed=7", 7),
+        ("test=0", 0),
+        ("learning_rate=1e-3", 1e-3),
+        ("beta=1", 1.0),
+        ("chat=true", True),
+        ("space=false", False),
+        ("turns=last", "last"),
+        ("ignore=[name, id]", ["name", "id"]),
+        ('words={no: " bad", 1: " good"}', {"no": " bad", "1": " good"}),
+        ("template={text}\\n", "{text}\n"),
+        ("name=7", "7"),
+    ],
+)
+def test_the_command_line_reads_a_setting_as_what_the_request_has_it(text, value):
+    key = text.partition("=")[0]
+    found = commands._settings([text], [key])[key]
+    assert found == value and type(found) is type(value)
 
 
 def test_tasks_are_those_that_need_nothing_of_the_users():

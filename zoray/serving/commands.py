@@ -16,7 +16,7 @@ import argparse
 import json
 import re
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from zoray.records import ConfigError
 from zoray.records.overrides import mapping_of, setting, unescaped
@@ -24,16 +24,18 @@ from zoray.records.paths import user_path
 from zoray.records.signatures import unknown_key
 from zoray.run.config import guarded
 from zoray.serving.client import DEFAULT, URL, Client
-from zoray.serving.learning.job_requests import Hyperparameters, Use
+from zoray.serving.learning.job_requests import Hyperparameters, NewJob, Use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 USE, HYPER = tuple(Use.model_fields), tuple(Hyperparameters.model_fields)
 SOURCES = ("file", "training_file", "task")
-NUMBERS = {
-    **dict.fromkeys(("learning_rate", "learning_rate_multiplier", "beta"), float),
-    **dict.fromkeys(("steps", "n_epochs", "batch_size", "seed", "train", "dev", "test"), int),
+KINDS: dict[str, Any] = {  # what each setting of a job is: int, float, bool, str, list, dict
+    name: get_origin(kind) or kind
+    for model in (NewJob, Hyperparameters, Use)
+    for name, field in model.model_fields.items()
+    for kind in (*get_args(field.annotation), field.annotation)[:1]  # without None
 }
 FILE_ID = re.compile(r"file-[0-9a-f]{24}")
 ENDED = ("succeeded", "failed", "cancelled")
@@ -249,21 +251,22 @@ def _settings(arguments: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(key: str, text: str) -> Any:
-    if key in NUMBERS:
+    kind = KINDS.get(key, str)
+    if kind in (int, float):
         try:
-            return NUMBERS[key](text)
+            return kind(text)
         except ValueError:
-            kind = "a whole number" if NUMBERS[key] is int else "a number"
-            raise ConfigError(f"expected {key} to be {kind}; got {text!r}") from None
-    if key in ("chat", "control_tokens", "space"):
+            said = "a whole number" if kind is int else "a number"
+            raise ConfigError(f"expected {key} to be {said}; got {text!r}") from None
+    if kind is bool:
         if text not in ("true", "false"):
             raise ConfigError(f"expected {key} to be true or false; got {text!r}")
         return text == "true"
-    if key == "ignore":
+    if kind is list:
         return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
-    if key == "words":
+    if kind is dict:
         if (words := mapping_of(_unquoted(text))) is None:
-            raise ConfigError(f"expected words as {setting('words', {'no': ' bad', 'yes': ' good'})}; got {text!r}")
+            raise ConfigError(f"expected {key} as {setting(key, {'no': ' bad', 'yes': ' good'})}; got {text!r}")
         return {label: unescaped(word) for label, word in words.items()}
     return unescaped(_unquoted(text))
 

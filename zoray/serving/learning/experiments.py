@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
@@ -24,7 +25,7 @@ from zoray.run.config import build, conf_dir
 from zoray.run.experiment import Experiment, Run
 from zoray.run.reports.monitor import Logging
 from zoray.scoring.objectives import AnswerNLL, ChoiceNLL, Preference
-from zoray.serving.learning.job_requests import MOST_RATE, MOST_STEPS, PREFIX, Hyperparameters
+from zoray.serving.learning.job_requests import MOST_RATE, MOST_STEPS, PREFIX, Else, Hyperparameters
 from zoray.serving.learning.pool import PATIENT
 from zoray.tasks.file.task import File, open_rows
 
@@ -157,17 +158,15 @@ def experiment_of(settings: Settings, store: Store, name: str, request: NewJob, 
     Raises:
         ConfigError: there is no such upload or task, or a setting does not suit it.
     """
-    s, numbers = settings, request.hyperparameters
+    s, numbers = settings, _chosen(settings, dict(request.hyperparameters or ()))
     task, objective = lessons(request, store.data_path)
-    optimizer = s.optimizer
-    if numbers is not None and numbers.learning_rate is not None:
-        lr = numbers.learning_rate
+    optimizer, lr, batch = s.optimizer, numbers["learning_rate"], numbers["batch_size"]
+    if lr != optimizer.lr:
         optimizer = replace(optimizer, lr=lr, anchor=optimizer.anchor * (lr * optimizer.anchor >= LEAST_DECAY))
-    batch = (numbers and numbers.batch_size) or s.batch
     run = Run(
         name="run",
         folder=str(store.folder / "jobs" / name),
-        steps=(numbers and numbers.steps) or s.steps,
+        steps=numbers["steps"],
         batch=batch,
         # a tile that gives feedback is a forward pass of its own
         tile_examples=min(-(-batch // s.replicas), MAX_TILE) if s.estimator.guided else Run.tile_examples,
@@ -184,6 +183,13 @@ def experiment_of(settings: Settings, store: Store, name: str, request: NewJob, 
     engine = replace(s.engine, max_length=s.engine.length_limit(max_length(s.model.resolve())) - 1)
     logging_ = Logging(progress=False, curve=False)
     return Experiment(s.model, task, objective, s.space, s.estimator, optimizer, engine, cluster, logging_, run)
+
+
+def _chosen(settings: Settings, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that a server has for its jobs: the job's own where it has given one."""
+    fields = Hyperparameters.model_fields
+    own = {name: one for name, field in fields.items() for one in field.metadata if isinstance(one, Else)}
+    return {name: given.get(name) or attrgetter(setting)(settings) for name, setting in own.items()}
 
 
 def settled(settings: Settings, request: NewJob, experiment: Experiment, rows: int) -> dict[str, Any]:
@@ -208,15 +214,12 @@ def settled(settings: Settings, request: NewJob, experiment: Experiment, rows: i
 
 def numbers_of(settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
     """What a job is done with, for people: `request` as it is kept."""
-    found, base = request.get("hyperparameters") or {}, settings.optimizer.lr
-    steps, batch = found.get("steps") or settings.steps, found.get("batch_size") or settings.batch
-    rate = found.get("learning_rate") or base
-    seen = steps * batch / request["rows"] if request.get("rows") else None  # of jobs before there were rows
+    numbers = _chosen(settings, found := request.get("hyperparameters") or {})
+    rows = request.get("rows")  # jobs of before there were any have none
+    seen = numbers["steps"] * numbers["batch_size"] / rows if rows else None
     return {
-        "steps": steps,
-        "batch_size": batch,
-        "learning_rate": rate,
-        "learning_rate_multiplier": float(f"{rate / base:.6g}"),
+        **numbers,
+        "learning_rate_multiplier": float(f"{numbers['learning_rate'] / settings.optimizer.lr:.6g}"),
         "n_epochs": "auto" if seen is None else int(seen) if seen == int(seen) else round(seen, 2),
         **({"beta": found.get("beta") or Preference.beta} if request.get("learns_by") == "dpo" else {}),
     }

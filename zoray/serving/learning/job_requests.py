@@ -65,12 +65,16 @@ def _automatic(value: Any) -> Any:
 Auto = BeforeValidator(_automatic)  # OpenAI's word for what the server chooses
 
 
+class Else(str):
+    """The server's setting that stands for a number that is not given."""
+
+
 class Hyperparameters(Plain):
     """Numbers of a job; what is not given, or "auto", is the server's."""
 
-    steps: Annotated[int | None, Auto] = Field(default=None, ge=1, le=MOST_STEPS)
-    batch_size: Annotated[int | None, Auto] = Field(default=None, ge=1, le=4096)
-    learning_rate: Annotated[float | None, Auto] = Field(default=None, gt=0, lt=MOST_RATE)
+    steps: Annotated[int | None, Auto, Else("steps")] = Field(default=None, ge=1, le=MOST_STEPS)
+    batch_size: Annotated[int | None, Auto, Else("batch")] = Field(default=None, ge=1, le=4096)
+    learning_rate: Annotated[float | None, Auto, Else("optimizer.lr")] = Field(default=None, gt=0, lt=MOST_RATE)
     n_epochs: Annotated[int | None, Auto] = Field(default=None, ge=1, le=1000)
     learning_rate_multiplier: Annotated[float | None, Auto] = Field(default=None, gt=0, le=1e6)
     beta: Annotated[float | None, Auto] = Field(default=None, gt=0, le=1000)
