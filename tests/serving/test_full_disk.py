@@ -19,7 +19,7 @@ from zoray.serving.learning import jobs as module
 from zoray.serving.learning import versions
 from zoray.serving.learning.promotion import Promotion
 from zoray.serving.learning.tuner import Tuner
-from zoray.serving.store import Store, append_json, read_lines
+from zoray.serving.store import Store, append_json, public, read_lines
 
 TALK = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "up": True}
 
@@ -114,7 +114,7 @@ def test_a_job_on_a_full_disk_fails_and_the_thread_goes_on(tuner, disk, monkeypa
     await_status(tuner, "next", "succeeded")
     assert Tuner(tuner.settings, None).states["mail"] == found
     does.clear()
-    tuner.resume("mail")
+    tuner.turn("mail", "resume")
     await_status(tuner, "mail", "succeeded")
 
 
@@ -130,7 +130,7 @@ def test_the_thread_survives_its_own_error_handlers(tuner, monkeypatch):
     assert "could not be noted" in await_status(tuner, "mail", "failed")["error"]
     monkeypatch.setattr(tuner._jobs, "_failed", handler)
     monkeypatch.setattr(module, "tune", lambda *_, **__: DONE)
-    tuner.resume("mail")
+    tuner.turn("mail", "resume")
     await_status(tuner, "mail", "succeeded")
 
 
@@ -222,7 +222,7 @@ def test_a_500_says_where_the_log_is(chat_model, tmp_path, monkeypatch, caplog):
         raise RuntimeError(" ".join(["private", "text"]))
 
     gateway = FakeGateway(settings_of(chat_model, tmp_path / "store"))
-    monkeypatch.setattr(gateway.inner, "files", fails)
+    monkeypatch.setattr(gateway.inner, "files", public(fails))
     answer = Client(gateway).get("/v1/files")
     assert answer.status_code == 500 and "its log says where: log/ in its folder" in answer.text
     assert "RuntimeError in GET" in caplog.text and "private text" not in caplog.text + answer.text

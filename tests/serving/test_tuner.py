@@ -80,12 +80,12 @@ def test_a_job_that_is_paused_stays_so_however_its_run_ends(tuner, runs, error):
     tuner.start()
     create(tuner, "first")
     await_status(tuner, "first", "running")
-    tuner.pause("first")
+    tuner.turn("first", "pause")
     await_status(tuner, "first", "paused")
     create(tuner, "second")  # the thread goes on
     await_status(tuner, "second", "succeeded")
     runs.clear()
-    tuner.resume("first")
+    tuner.turn("first", "resume")
     await_status(tuner, "first", "succeeded")
     assert kinds(tuner, "first").count("started") == 1
 
@@ -151,7 +151,7 @@ def test_all_is_deleted_even_while_jobs_run_and_come(tuner, runs):
     assert {path.name for path in folder.rglob("*") if path.is_file()} <= {"live.json"}
     create(tuner, "at-work")  # its name is free
     runs.clear()
-    tuner.cancel("at-work")
+    tuner.turn("at-work", "cancel")
 
 
 def test_nobody_is_kept_who_has_connected_to_a_run_that_failed_before_it_had_a_pool(tuner, runs):

@@ -21,13 +21,14 @@ import time
 import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zoray.records import ConfigError, disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+F = TypeVar("F")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 VERSION = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}@[0-9]{1,9}")
 FILE_ID = re.compile(r"file-[0-9a-f]{24}")
@@ -38,6 +39,12 @@ LONGEST = 1 << 20  # bytes of a line: one is read, filled into a prompt and toke
 
 class NotFound(ConfigError):
     """There is nothing of that name."""
+
+
+def public(method: F) -> F:
+    """Mark what requests may lead to as a method of the Tuner's; TunerServer.call takes no other."""
+    method.public = True  # type: ignore[attr-defined]
+    return method
 
 
 class Store:
@@ -80,10 +87,12 @@ class Store:
             write_json(partial / "meta.json", meta)
         return meta
 
+    @public
     def files(self) -> list[dict[str, Any]]:
         """Records of all uploads, the oldest first."""
         return _sorted(read_all(self.folder.glob("files/file-*/meta.json")))
 
+    @public
     def file(self, number: str) -> dict[str, Any]:
         """The record of an upload."""
         return read_json(self._file_folder(number) / "meta.json")
@@ -133,6 +142,7 @@ class Store:
             raise NotFound(f"there is no version {shown(name)}") from None
         return f"{found.st_ino:x}-{found.st_mtime_ns:x}"
 
+    @public
     def delete_version(self, name: str) -> None:
         """Delete a version from disk.
 

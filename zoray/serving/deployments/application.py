@@ -64,7 +64,7 @@ class TunerServer:
 
     async def call(self, name: str, *arguments: Any) -> tuple[str | None, str, Any]:
         """(kind of error or None, its text, result): exceptions would reach the gateway as Ray's own."""
-        if not hasattr(getattr(Tuner, name, None), "public"):
+        if not hasattr(getattr(self.tuner, name, None), "public"):
             return "ConfigError", f"there is no {name}", None
         try:
             return None, "", await asyncio.to_thread(getattr(self.tuner, name), *arguments)

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 from zoray.engines.shared.throttle import Throttle
 from zoray.models.adapters import peft_space, read_factors
 from zoray.scoring.guidance import lens_table
-from zoray.serving.deployments import neutral
 from zoray.serving.deployments.devices import share_cores
 from zoray.serving.deployments.logs import keep_log
 from zoray.serving.deployments.loopback import listen_here_only
-from zoray.serving.deployments.member import TuningMember
+from zoray.serving.deployments.member import TuningMember, neutral_text
 from zoray.serving.http.door import failure
 from zoray.serving.learning.versions import check
 from zoray.serving.store import Store
@@ -71,7 +70,7 @@ class EngineServer:
         self.versions = Versions(
             range(first, first + settings.slots), self.store.mark, self._arrays, self.engine.put, self.api.let
         )
-        text = neutral.sequences(load_tokenizer(folder))
+        text = neutral_text(load_tokenizer(folder))
         if settings.estimator.guided:  # a job fits its own, if nobody asks anything then
             await asyncio.to_thread(self.engine.fit_lens, lens_table(text), settings.estimator.lens)
         self.member, self._measuring = TuningMember(self.engine, text, self.client), asyncio.Lock()

@@ -7,29 +7,30 @@ import math
 import os
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from zoray.engines.packing import Plan
 from zoray.pool.on_ray.actor import ReplicaActor
-from zoray.records import ConfigError, Probe
+from zoray.records import ConfigError, Probe, TokenSequence
 from zoray.records.tiles import mean
 from zoray.scoring.metrics import metrics, worth
 from zoray.scoring.replica import Replica
 from zoray.scoring.scorer import Scorer
-from zoray.serving.deployments import neutral
 from zoray.serving.gate import Measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from zoray.engines.shared.engine import SharedEngine
-    from zoray.records import Sampling, TokenSequence
+    from zoray.records import Sampling
     from zoray.scoring.replica import ReplicaInfo
     from zoray.scoring.workload import ReplicaSpec
 
 log = logging.getLogger(__name__)
+NEUTRAL = Path(__file__).with_name("neutral.txt")  # of no job's subject: how well a version still knows plain English
 
 
 class TuningMember(ReplicaActor):
@@ -85,7 +86,7 @@ class TuningMember(ReplicaActor):
             raise RuntimeError("this replica has no job's data yet")
         pinned = Pinned(self._engine, slot, stopping)
         sums = pinned.score_plan(Plan.of([(Probe(0, 0, 0.0), part) for part in self._text]))
-        spread = neutral.perplexity([sums], self._text)
+        spread = _perplexity([sums], self._text)
         if replica is None:
             return Measured(math.nan, math.nan, spread)
         workload = replica.workload
@@ -124,3 +125,19 @@ class Pinned:
         """As Engine.generate."""
         slots = np.where(probe_of < 0, -1, self._slot)
         return self._engine.generate_slots(prompts, slots, sampling, seeds, stops)
+
+
+def neutral_text(tokenizer: object, longest: int = 256) -> list[TokenSequence]:
+    """The paragraphs of NEUTRAL; every token but the first of each is scored, into one output."""
+    found = []
+    for paragraph in NEUTRAL.read_text(encoding="utf-8").strip().split("\n\n"):
+        tokens = np.array(tokenizer(paragraph)["input_ids"][:longest], np.int64)  # type: ignore[operator]
+        rows = np.arange(len(tokens) - 1)
+        found.append(TokenSequence(tokens, rows, tokens[1:], np.zeros(len(rows), np.int64), 1))
+    return found
+
+
+def _perplexity(sums: list[np.ndarray], parts: list[TokenSequence]) -> float:
+    """exp of the mean negative log-probability of a token, from the sums of each sequence."""
+    tokens = sum(len(part.rows) for part in parts)
+    return float(np.exp(-sum(float(s.sum()) for s in sums) / tokens))

@@ -53,7 +53,7 @@ Prompts = Annotated[
 class Asked(BaseModel):
     """What both kinds of requests have."""
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     model: str | None = Field(default=None, max_length=200, description="The base model, a version, or live (default).")
     max_tokens: int | None = Field(default=None, ge=0, lt=2**31)
@@ -86,8 +86,6 @@ class Asked(BaseModel):
 class Streaming(BaseModel):
     """What a stream has besides."""
 
-    model_config = ConfigDict(extra="ignore")
-
     include_usage: bool | None = None
 
 
@@ -99,8 +97,6 @@ def _text_only(kind: Any) -> Any:
 
 class Part(BaseModel):
     """A piece of a message: text only."""
-
-    model_config = ConfigDict(extra="ignore")
 
     type: Annotated[Literal["text"], BeforeValidator(_text_only)]
     text: Text
@@ -124,8 +120,6 @@ CALLS = f"{NO_TOOLS}, and reads no calls of them. Leave the turn out, or say in 
 class Said(BaseModel):
     """A message of a chat."""
 
-    model_config = ConfigDict(extra="ignore")
-
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_speaker)]
     tool_calls: Annotated[Any, only([], why=CALLS)] = Field(default=None, exclude=True)
     function_call: Annotated[Any, only(why=CALLS)] = Field(default=None, exclude=True)
@@ -136,8 +130,6 @@ class Said(BaseModel):
 
 class Shape(BaseModel):
     """A JSON schema that an answer is to follow."""
-
-    model_config = ConfigDict(extra="ignore")
 
     name: str = Field(max_length=64)
     description: str | None = Field(default=None, max_length=1000)
@@ -155,8 +147,6 @@ class Shape(BaseModel):
 
 class Format(BaseModel):
     """The form of an answer."""
-
-    model_config = ConfigDict(extra="ignore")
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Shape | None = None

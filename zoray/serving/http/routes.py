@@ -324,7 +324,7 @@ def _hint(app: FastAPI, path: str) -> str | None:
 
 def _turn(gateway: Any, verb: str, base: str) -> Any:
     async def turn(name: str) -> Any:
-        return shapes.job_of(await getattr(gateway.tuner, verb)(name), base)
+        return shapes.job_of(await gateway.tuner.turn(name, verb), base)
 
     turn.__name__ = verb
     return turn

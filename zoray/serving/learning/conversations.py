@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError
-from zoray.serving.store import NotFound, read_all, write_json
+from zoray.serving.store import NotFound, public, read_all, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,6 +52,7 @@ class Conversations:
         write_json(self._folder / f"{found['id']}.json", found)
         return found
 
+    @public
     def all(self) -> list[dict[str, Any]]:
         """All of them, the oldest first."""
         return sorted(read_all(self._folder.glob("talk-*.json")), key=lambda one: one["created_at"])
@@ -84,6 +85,7 @@ class Conversations:
                     found.append(((stat := entry.stat()).st_mtime_ns, entry.name, stat.st_size))
         return found
 
+    @public
     def delete(self, number: str) -> None:
         """Delete one from disk."""
         self._path(number).unlink(missing_ok=True)

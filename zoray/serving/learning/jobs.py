@@ -25,7 +25,7 @@ from zoray.serving.learning.job_requests import NewJob, plainly
 from zoray.serving.learning.pool import start_pool
 from zoray.serving.learning.promotion import BY_HAND, Promotion
 from zoray.serving.learning.states import States, why
-from zoray.serving.store import NotFound, read_json, write_json
+from zoray.serving.store import NotFound, public, read_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from zoray.serving.store import Store
 
 log = logging.getLogger(__name__)
+TURNS = {  # what people can do with a job: in which states, and what it is then
+    "pause": (("queued", "running"), "paused"),  # after the step at hand, to be resumed
+    "resume": (("paused", "failed"), "queued"),
+    "cancel": (("queued", "running", "paused", "failed"), "cancelled"),  # for good
+}
 GOING = ("queued", "running", "paused")  # what has not ended
 ASK_SECONDS = 5.0  # until the next job is looked for, where nobody says that there is one
 ENDS_SECONDS = 120.0  # that a job may take to end after its step
@@ -75,12 +80,13 @@ class Jobs:
         listener = self._listener
         return None if listener is None else (listener.address, listener.key)
 
-    @property
-    def learning(self) -> bool:
+    @public
+    def is_learning(self) -> bool:
         """Whether jobs may run: active learning is on."""
         path = self._store.folder / "learning.json"
         return read_json(path)["on"] if path.exists() else True
 
+    @public
     def set_learning(self, on: bool) -> None:
         """Let jobs run, or stop the one at hand after its step until they may again."""
         with self._wake:
@@ -99,8 +105,9 @@ class Jobs:
         self.states.tell(name, "created", f"learns from {request['filename']}")
         self.notify()
 
-    def turn(self, name: str, of: tuple[str, ...], status: str) -> None:
-        """Change a job's status, from one `of` some; ConfigError if it is another."""
+    def turn(self, name: str, verb: str) -> None:
+        """Do one of TURNS; ConfigError if the job is in none of its states."""
+        of, status = TURNS[verb]
         with self._wake:
             found = self.states[name]["status"]
             if found != status:
@@ -138,6 +145,7 @@ class Jobs:
                 self._deleting -= 1
                 self._wake.notify_all()
 
+    @public
     def delete(self, name: str) -> None:
         """Delete a job that has ended, with its journal and numbers."""
         with self._wake:
@@ -173,7 +181,7 @@ class Jobs:
             return name
 
     def _next(self) -> str | None:
-        if self._deleting or not self.learning:
+        if self._deleting or not self.is_learning():
             return None
         for name in self._store.jobs():
             with suppress(NotFound):  # deleted just now
@@ -208,7 +216,7 @@ class Jobs:
         config = {key: record(getattr(experiment, key)) for key in ("model", "task", "space", "estimator")}
 
         def stopping() -> bool:
-            return self._closed or not self.learning or self.states[name]["status"] != "running"
+            return self._closed or not self.is_learning() or self.states[name]["status"] != "running"
 
         promotion = Promotion(
             *(self._settings, self._store, partial(self._measure, stopping)),

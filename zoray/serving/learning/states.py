@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zoray.records import disk
 from zoray.run.reports.history import read_metrics
 from zoray.serving.learning.versions import plain
-from zoray.serving.store import NotFound, append_json, read_json, read_lines, write_json
+from zoray.serving.store import NotFound, append_json, public, read_json, read_lines, write_json
 
 if TYPE_CHECKING:
     from zoray.serving.store import Store
@@ -67,6 +67,7 @@ class States:
                 return
             self._unwritten.pop(name)
 
+    @public
     def events(self, name: str) -> list[dict[str, Any]]:
         """What has happened to a job, the oldest first."""
         return read_lines(self._store.job_folder(name) / "events.jsonl")
@@ -83,6 +84,7 @@ class States:
         except OSError as error:
             log.warning("job %s: %s is not written: %s", name, kind, error)
 
+    @public
     def metrics(self, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """A job's steps and evaluations so far."""
         run = self._store.job_folder(name) / "run"

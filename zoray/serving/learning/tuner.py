@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from zoray.records import ConfigError
 from zoray.scoring.workload import load_workload
@@ -16,20 +16,13 @@ from zoray.serving.learning.experiments import experiment_of, numbers_of, settle
 from zoray.serving.learning.job_requests import NewJob, Use, plainly
 from zoray.serving.learning.jobs import Jobs
 from zoray.serving.learning.promotion import BY_HAND
-from zoray.serving.store import NotFound, Store, read_json
+from zoray.serving.store import NotFound, Store, public, read_json
 from zoray.tasks.preview import preview
 
 if TYPE_CHECKING:
     from zoray.serving.settings import Settings
 
-F = TypeVar("F")
 MOST_FILES, MOST_JOBS = 1000, 500  # each is looked at for a list
-
-
-def public(method: F) -> F:
-    """Mark a method of the Tuner's that requests may lead to; TunerServer.call takes no other."""
-    method.public = True  # type: ignore[attr-defined]
-    return method
 
 
 class Tuner:
@@ -38,8 +31,13 @@ class Tuner:
     def __init__(self, settings: Settings, measure: Any) -> None:
         self.settings, self.store = settings, Store(settings.folder)
         self.conversations = Conversations(self.store.folder / "conversations")
-        self._jobs = Jobs(settings, self.store, measure, self.promote)
-        self.states, self.close, self.where = self._jobs.states, self._jobs.close, self._jobs.where
+        self._jobs = jobs = Jobs(settings, self.store, measure, self.promote)
+        self.states, self.close, self.where = jobs.states, jobs.close, jobs.where
+        # What requests may ask of these as they are.
+        self.files, self.file, self.delete_version = self.store.files, self.store.file, self.store.delete_version
+        self.rated, self.unrate = self.conversations.all, self.conversations.delete
+        self.is_learning, self.set_learning, self.delete = jobs.is_learning, jobs.set_learning, jobs.delete
+        self.events, self.metrics = self.states.events, self.states.metrics
 
     def start(self) -> None:
         """Go on with what a server before this one has left.
@@ -49,16 +47,6 @@ class Tuner:
         """
         versions.check_live(self.store, self.settings)
         self._jobs.start()
-
-    @public
-    def is_learning(self) -> bool:
-        """Whether jobs may run: active learning is on."""
-        return self._jobs.learning
-
-    @public
-    def set_learning(self, on: bool) -> None:
-        """Let jobs run, or stop the one at hand after its step until they may again."""
-        self._jobs.set_learning(on)
 
     # Files and conversations.
 
@@ -83,16 +71,6 @@ class Tuner:
             raise ConfigError("this server keeps no conversations (serve.capture=false)")
         self._make_sure_of_room(sum(len(message["content"]) for message in messages))
         return self.conversations.add(messages, up, model, number)
-
-    @public
-    def rated(self) -> list[dict[str, Any]]:
-        """The conversations that are kept."""
-        return self.conversations.all()
-
-    @public
-    def unrate(self, number: str) -> None:
-        """Delete a conversation."""
-        self.conversations.delete(number)
 
     @public
     def file_of_conversations(self) -> dict[str, Any]:
@@ -131,28 +109,10 @@ class Tuner:
         return self.job(name)
 
     @public
-    def pause(self, name: str) -> dict[str, Any]:
-        """Stop after the step at hand, to be resumed."""
-        return self._turn(name, ("queued", "running"), "paused")
-
-    @public
-    def resume(self, name: str) -> dict[str, Any]:
-        """Go on with a paused job, or try a failed one again."""
-        return self._turn(name, ("paused", "failed"), "queued")
-
-    @public
-    def cancel(self, name: str) -> dict[str, Any]:
-        """End a job for good."""
-        return self._turn(name, ("queued", "running", "paused", "failed"), "cancelled")
-
-    def _turn(self, name: str, of: tuple[str, ...], status: str) -> dict[str, Any]:
-        self._jobs.turn(name, of, status)
+    def turn(self, name: str, verb: str) -> dict[str, Any]:
+        """Pause, resume or cancel a job."""
+        self._jobs.turn(name, verb)
         return self.job(name)
-
-    @public
-    def delete(self, name: str) -> None:
-        """Delete a job that has ended, with its journal and numbers."""
-        self._jobs.delete(name)
 
     @public
     def delete_file(self, number: str) -> None:
@@ -205,16 +165,6 @@ class Tuner:
         return gather(self, job)
 
     @public
-    def events(self, name: str) -> list[dict[str, Any]]:
-        """What has happened to a job, the oldest first."""
-        return self.states.events(name)
-
-    @public
-    def metrics(self, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """A job's steps and evaluations so far."""
-        return self.states.metrics(name)
-
-    @public
     def preview(self, number: str, use: Use) -> list[str]:
         """How an upload (or task:NAME) would be used, in lines for people; ConfigError names what is wrong with it."""
         experiment = experiment_of(
@@ -241,21 +191,6 @@ class Tuner:
         """All versions, which one is live, and which have been."""
         found = {"live": self.store.live(), "data": self.store.versions(), "history": self.store.live_history()}
         return {"object": "list", **found, "folder": str(self.store.folder)}
-
-    @public
-    def delete_version(self, name: str) -> None:
-        """Delete a version that is not live."""
-        self.store.delete_version(name)
-
-    @public
-    def files(self) -> list[dict[str, Any]]:
-        """All uploads."""
-        return self.store.files()
-
-    @public
-    def file(self, number: str) -> dict[str, Any]:
-        """An upload's record."""
-        return self.store.file(number)
 
     @public
     def file_content(self, number: str) -> bytes:
