@@ -9,19 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from local_pool import launched
+from local_pool import LocalPool, launched
 
 from zoray import evaluate
 from zoray import replay as replay_command
 from zoray.models.folder import load_matrices
 from zoray.records import ConfigError, JournalError
 from zoray.replay import replay
-from zoray.run import journal
+from zoray.run import driver, journal
 from zoray.run.config import compose
 from zoray.run.journal import open_journal
 from zoray.run.reports.history import read_metrics
@@ -46,9 +47,12 @@ def settings(folder: Path, model: Path, data: Path, engine: str, name: str, *mor
     ]
 
 
-def launch_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    """The same main in this process and on the shared Ray: most of a short run's time is importing and starting."""
-    assert launched(monkeypatch, *arguments) == 0
+def launch_here(monkeypatch: pytest.MonkeyPatch, *arguments: str, ray: bool = False) -> None:
+    """The same main in this process, on the shared Ray or without: most of a short run's time is importing."""
+    with monkeypatch.context() as patch:
+        if not ray:
+            patch.setattr(driver, "tune", partial(driver.tune, start_pool=LocalPool))
+        assert launched(patch, *arguments) == 0
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +74,7 @@ def hf_run(tmp_path_factory, tiny_models, labelled_file, local_ray) -> Path:
     """A finished, undisturbed run on the reference engine."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        launch_here(patch, *settings(root, tiny_models["llama"], labelled_file, "hf", "whole"))
+        launch_here(patch, *settings(root, tiny_models["llama"], labelled_file, "hf", "whole"), ray=True)
     return root / "whole"
 
 
@@ -99,7 +103,9 @@ def test_one_and_two_replicas_agree_up_to_score_noise(
     vllm_run, tmp_path, tiny_models, labelled_file, local_ray, monkeypatch
 ):
     """Tiles are packed differently, so the last bits differ; the coefficients are differences over 2 eps of them."""
-    launch_here(monkeypatch, *settings(tmp_path, tiny_models["llama"], labelled_file, "vllm", "one", "run.test=false"))
+    launch_here(
+        monkeypatch, *settings(tmp_path, tiny_models["llama"], labelled_file, "vllm", "one", "run.test=false"), ray=True
+    )
     one, two = (journal.read(folder / "journal.jsonl") for folder in (tmp_path / "one", vllm_run[0]))
     a = np.array([step.commit.coefficients[0] for step in one.steps])
     b = np.array([step.commit.coefficients[0] for step in two.steps])
@@ -210,7 +216,7 @@ def test_a_run_that_is_cut_short_three_times_resumes_to_the_same_digest(
     assert [e.score for e in read_metrics(folder)[1]] == [e.score for e in read_metrics(hf_run)[1] if e.split == "dev"]
 
 
-# other spaces, estimators and optimizers; the reference engine, on the shared Ray
+# other spaces, estimators and optimizers; the reference engine, without Ray
 
 PATIENCE = 3
 KINDS = {
@@ -232,7 +238,7 @@ FOLDING = ("lozo", "lowrank")
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, tiny_models, labelled_file, local_ray):
+def start(tmp_path_factory, tiny_models, labelled_file):
     """A function: the folder of a finished run of a kind; each kind runs once."""
     root, finished = tmp_path_factory.mktemp("kinds"), {}
 
@@ -409,7 +415,7 @@ def test_evaluate_takes_the_best_step_and_another_task(kind, start, labelled_fil
 
 
 def test_directions_that_say_nothing_are_counted_and_warned_of(
-    tmp_path, tiny_models, labelled_file, local_ray, monkeypatch, capsys
+    tmp_path, tiny_models, labelled_file, monkeypatch, capsys
 ):
     """A perturbation that float32 swallows: every pair is a tie, no step moves, and patience ends the run."""
     more = ["estimator.eps=1e-30", "estimator.pairs=2", "run.eval_every=1", "run.patience=2", "run.select=last"]

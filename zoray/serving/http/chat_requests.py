@@ -95,7 +95,7 @@ def _text_only(kind: Any) -> Any:
     return kind
 
 
-class Part(BaseModel):
+class TextPart(BaseModel):
     """A piece of a message: text only."""
 
     type: Annotated[Literal["text"], BeforeValidator(_text_only)]
@@ -103,7 +103,8 @@ class Part(BaseModel):
 
 
 Content = Annotated[
-    Annotated[Text, Tag(TEXT)] | Annotated[list[Part], Field(min_length=1, max_length=100, fail_fast=True), Tag(LIST)],
+    Annotated[Text, Tag(TEXT)]
+    | Annotated[list[TextPart], Field(min_length=1, max_length=100, fail_fast=True), Tag(LIST)],
     by_type("a text, or a list of text parts"),
 ]
 
