@@ -1,7 +1,7 @@
-"""An example under a probe becomes a loss: objectives, rewards, and the replica that puts them to an engine.
+"""From an example and a probe to a loss: objectives, rewards, and the replica that runs them on an engine.
 
-Imports all rooms below: records, methods, models, engines, tasks. A replica's process does the scoring; the driver has
-the workload, to check a run and to name what an evaluation has measured.
+Imports all rooms below: records, methods, models, engines, tasks. Replicas do the scoring; the driver loads the
+workload to check a run and to name the metrics of an evaluation.
 """
 
 from zoray import faces

@@ -1,7 +1,7 @@
-"""Completions that the model writes under probes, and what they are worth.
+"""Generates completions under each probe and rewards them.
 
-The prompts of all probes are one call of the engine, which batches them continuously, long and short together. A
-completion is judged as soon as it is finished, in other processes, while the engine goes on with the others.
+The prompts of all probes go to the engine in one call, which batches them continuously, long and short together. A
+completion is judged as soon as it is finished, in another process, while the engine generates the others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Writer:
         self._stops = encoder.stop_ids(objective.sampling.stop)
         self._judge = objective.judge()
         self.texts: list[str] = []  # of the last call, in its order
-        self.tokens: list[tuple[list[int], list[int]]] = []  # likewise, of prompts and of what was written
+        self.tokens: list[tuple[list[int], list[int]]] = []  # likewise: those of the prompt and of the completion
 
     def outcomes(
         self,
@@ -45,9 +45,9 @@ class Writer:
         sampling: Sampling | None = None,
         turns: np.ndarray | None = None,
     ) -> Outcomes:
-        """What completions of `chosen` (n,) examples under `probes[probe_of]`, probe_of (n,), are worth.
+        """Losses and scores of completions of the examples `chosen` (n,) under `probes[probe_of]`, probe_of (n,).
 
-        `sampling` in the place of the objective's own; `turns` (n,) tell several completions of one prompt apart.
+        `sampling` replaces the objective's own; `turns` (n,) tells several completions of one prompt apart.
         """
         sampling = sampling or self.objective.sampling
         assert sampling is not None
@@ -78,7 +78,7 @@ class Writer:
         return replace(outcomes, tokens=tokens, written=len(numbers), failed=len(failures), failure=failure)
 
     def _seeds(self, chosen: np.ndarray, step: int, turns: np.ndarray | None) -> list[int]:
-        """A seed for each completion: all probes of a step draw the same numbers for an example, and its turn."""
+        """A seed for each completion: all probes of a step draw the same numbers for an example and turn."""
         key = (self._seed, _SAMPLE & 0xFFFFFFFF)
         turn = 0 if turns is None else turns
         return philox_numpy((chosen, step, turn, _SAMPLE >> 32), key)[:, 0].astype(np.int64).tolist()

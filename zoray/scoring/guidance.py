@@ -1,7 +1,7 @@
-"""Training examples at the state as it is -> their losses and their residual feedback, through an engine.
+"""Training examples at the current state -> losses and residual feedback, through an engine.
 
-The gradient at the log-probabilities comes from the objective; of completions it is a policy's. As many sequences as
-fit share a forward pass; what several passes give is added up. Shapes: n examples.
+The objective gives the gradient at the log-probabilities; for completions it is a policy gradient. As many sequences
+as fit share a forward pass; the feedback of several passes is added up. Shapes: n examples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from zoray.scoring.objectives.base import Objective
     from zoray.scoring.scorer import Scorer
 
-LENS_ROWS, LENS_EXAMPLES = 2_500, 1_000  # that the maps of feedback are fitted to, at most
+LENS_ROWS, LENS_EXAMPLES = 2_500, 1_000  # to fit the maps of feedback to, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +32,9 @@ class Gradient:
     """All sums of a forward pass -> d loss / d sum of each; it travels to an engine in another process.
 
     Args:
-        objective: whose loss.
-        of: what is known of the examples but their sums.
-        bare: how many sums are the bare model's, which come first, for an objective that compares with it.
+        objective: has the loss.
+        of: the examples' Sums, all but the sums themselves.
+        bare: how many of the sums, at the beginning, are the bare model's, if the objective compares with it.
     """
 
     objective: Objective
@@ -64,7 +64,7 @@ class Total(dict[str, np.ndarray]):
     """Feedback of several forward passes."""
 
     def add(self, feedback: dict[str, np.ndarray]) -> None:
-        """One more."""
+        """Add that of one more pass."""
         for name, values in feedback.items():
             self[name] = self[name] + values if name in self else values
 
@@ -75,7 +75,7 @@ class Guidance:
     Args:
         scorer: the replica's examples.
         engine: its model.
-        samples: completions of each prompt, for an objective that is about these.
+        samples: completions of each prompt, if the objective scores completions.
     """
 
     def __init__(self, scorer: Scorer, engine: Engine, samples: int) -> None:
@@ -105,14 +105,14 @@ class Guidance:
         return _in_order(parts, np.concatenate(places)), total, float(np.sqrt(np.mean(everyone**2)))
 
     def _by_part(self, examples: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Where among examples those of each part of a mixture are."""
+        """Each part of a mixture, and the positions of its examples."""
         if len(self._scorer.parts) == 1:
             return [(0, np.arange(len(examples)))]
         part_of = self._scorer.parts_of("train")[examples]
         return [(int(part), np.flatnonzero(part_of == part)) for part in np.unique(part_of)]
 
     def _by_loss(self, objective: Objective, centre: Probe, examples: np.ndarray) -> Iterable[tuple[Any, ...]]:
-        """(places, outcomes, feedback, doubts) of as many examples as fit a forward pass, in turn."""
+        """(places, outcomes, feedback, doubts), each time of as many examples as fit a forward pass."""
         encoded, chosen = self._scorer.table("train").take(examples)
         table, first = encoded.table, encoded.first_sequence
         each = [slice(first[number], first[number + 1]) for number in chosen]
@@ -136,8 +136,8 @@ class Guidance:
     def _fed(
         self, plan: Plan, gradient: Gradient, limits: tuple[int, int, int]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Sums and feedback of one example. Where it does not fit a forward pass (many options, long answers): its
-        sums first, whose slopes are then known, and feedback of as many of its sequences as fit, in turn.
+        """Sums and feedback of one example. If it does not fit a forward pass (many options, long answers), its sums
+        are computed first; they give the slopes, and feedback then takes as many sequences at a time as fit.
         """
         own = np.flatnonzero(plan.probe_of >= 0)
         lengths, asked = plan.table.lengths[plan.chosen], plan.table.n_targets[plan.chosen]
@@ -153,10 +153,10 @@ class Guidance:
         return values, total
 
     def _by_reward(self, objective: Any, centre: Probe, examples: np.ndarray) -> Iterable[tuple[Any, ...]]:
-        """The policy gradient (REINFORCE) of completions, the mean of a prompt's other ones as baseline (RLOO).
+        """The policy gradient (REINFORCE) of completions; the mean of a prompt's others is the baseline (RLOO).
 
-        Ahmadian et al., arXiv 2402.14740. Where the objective takes the likeliest tokens, which do not vary, those that
-        guide are drawn at a temperature of 1.
+        Ahmadian et al., arXiv 2402.14740. If the objective takes the likeliest tokens, which never vary, feedback
+        samples its own completions at a temperature of 1.
         """
         writer, samples = self._scorer.writer(objective), self._samples
         chosen, turns = np.repeat(examples, samples), np.tile(np.arange(samples), len(examples))
@@ -187,7 +187,7 @@ class Guidance:
 
 
 def lens_table(sequences: Iterable[TokenSequence]) -> SequenceTable:
-    """Sequences that maps are fitted to: as many as have LENS_ROWS rows, all but the first few of each."""
+    """Sequences to fit the maps to, until they have LENS_ROWS rows; the first few rows of each are left out."""
     found: list[TokenSequence] = []
     rows = 0
     for sequence in sequences:
@@ -201,11 +201,11 @@ def lens_table(sequences: Iterable[TokenSequence]) -> SequenceTable:
 
 
 NOTHING = np.zeros(0, np.int32)
-SILENT = TokenSequence(np.zeros(1, np.int32), NOTHING, NOTHING, NOTHING, 1)  # of which nothing is asked
+SILENT = TokenSequence(np.zeros(1, np.int32), NOTHING, NOTHING, NOTHING, 1)  # asks for nothing
 
 
 def _passes(sizes: Sequence[tuple[np.ndarray, np.ndarray]], limits: tuple[int, int, int]) -> list[np.ndarray]:
-    """Runs of numbers whose (tokens, asked rows) of each sequence fit one forward pass together.
+    """Runs of the positions in `sizes`, (tokens, asked rows) of some sequences each, that fit one forward pass.
 
     `limits`: see Engine.at_once.
     """
@@ -223,7 +223,7 @@ def _passes(sizes: Sequence[tuple[np.ndarray, np.ndarray]], limits: tuple[int, i
 
 
 def _completion(prompt: Sequence[int], written: Sequence[int]) -> TokenSequence | None:
-    """A completion behind its prompt, all its tokens asked for; None for an empty one."""
+    """A prompt with its completion, all tokens of the completion asked for; None if it is empty."""
     if not written:
         return None
     tokens = np.array([*prompt, *written], np.int32)
@@ -232,7 +232,7 @@ def _completion(prompt: Sequence[int], written: Sequence[int]) -> TokenSequence 
 
 
 def _in_order(parts: Sequence[Outcomes], places: np.ndarray) -> Outcomes:
-    """The outcomes of some examples, which are at these places, as those of all."""
+    """The outcomes of several groups of examples as one, ordered by `places`."""
     losses, scores = np.zeros(len(places)), np.zeros(len(places))
     losses[places] = np.concatenate([part.losses for part in parts])
     scores[places] = np.concatenate([part.scores for part in parts])

@@ -1,4 +1,4 @@
-"""From the scores of a grid to numbers: a probe's losses, and what an evaluation of a split says."""
+"""From the scores of a grid to the losses of its probes and the metrics of a split."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Losses:
-    """The losses of a step's probes. An F1 score is of a batch: it is taken here, from what each example was given."""
+    """The losses of a step's probes. F1 is defined on a batch, so it is computed here, from the predicted options."""
 
     def __init__(self, workload: Workload, order: Order) -> None:
         self._pool = workload.parts[0].objective.pool if workload.pooled else None
@@ -28,7 +28,7 @@ class Losses:
         self._order = order
 
     def of(self, probes: Sequence[Probe], grid: Grid, scores: Scores) -> tuple[list[tuple[float, ...]], int]:
-        """A row for each probe, and how many examples an entry of it stands for, as tiles.losses_of."""
+        """A row for each probe, and how many examples each of its entries covers, as tiles.losses_of."""
         rows, examples = losses_of(probes, grid.tiles, scores, grid.per_example)
         if self._pool is None:
             return rows, examples
@@ -49,7 +49,7 @@ def check_rewards(scores: Scores, workload: Workload, where: str) -> None:
     if scores.failed > allowed * scores.written:
         raise ConfigError(
             f"{where}: expected a reward for at least {1 - allowed:.0%} of the completions (objective.max_failed="
-            f"{allowed}); got none for {scores.failed} of {scores.written}. Mend the function, or raise the share. The "
+            f"{allowed}); got none for {scores.failed} of {scores.written}. Fix the function, or raise the share. The "
             f"first failure:\n{scores.failure}"
         )
 
@@ -62,9 +62,9 @@ def worth(score: float, losses: np.ndarray, columns: Mapping[str, np.ndarray]) -
 def metrics(
     workload: Workload, split: str, losses: np.ndarray, columns: Mapping[str, np.ndarray]
 ) -> tuple[float, str | None, dict[str, float]]:
-    """(score, its name, other numbers) of a split from what is known of each example, (n,) each.
+    """(score, its name, other numbers) of a split from its examples' losses and columns, (n,) each.
 
-    The score of a mixture is the mean over its parts, by weight; a part without a metric has no say in it.
+    The score of a mixture is the mean over its parts by weight, without parts that have no metric.
     """
     if "score" not in columns or not workload.parts:
         return math.nan, None, {}

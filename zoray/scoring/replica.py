@@ -1,7 +1,7 @@
 """A replica: one engine with its adapter state at a journal index, and the data to score. Ray wraps it in actor.py.
 
-Guarantees: `evaluate` is a pure function of the commits seen so far and the tiles asked for, so a tile may be scored by
-anyone, and twice. Commits are applied in step order before anything is scored.
+Guarantees: `evaluate` is a pure function of the commits seen so far and the tiles asked for, so any replica may score
+a tile, even twice. Commits are applied in step order before anything is scored.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReplicaInfo:
-    """What a replica says of itself once it can score."""
+    """What a replica reports once it can score."""
 
     digest: str
     weights: str  # hash of the base weights
     engine: str
     dtype: str  # of the base weights as the engine holds them
-    noise: float  # standard deviation of an example's loss for no reason of its own, see noise.py
+    noise: float  # standard deviation of an example's loss, see scorer.score_noise
     self_test: tuple[tuple[str, float], ...]
-    canary_noise: float = 0.0  # the same of a canary's examples
+    canary_noise: float = 0.0  # the same of its surprise, which canaries compare
 
 
 class Replica:
     """Scores tiles for the driver; see `evaluate`."""
 
     def __init__(self, spec: ReplicaSpec, workload: Workload | None = None, engine: Engine | None = None) -> None:
-        """Load data and model, unless they are given, and prove that the engine's adapters are live."""
+        """Load data and model, unless they are given, and prove that the engine applies adapters."""
         from zoray.models.folder import weights_hash
 
         self.spec = spec
@@ -79,7 +79,7 @@ class Replica:
         """Apply the commits not seen yet, then score the tiles. The digest is of the state that was scored.
 
         All tiles go to the engine together and share its forward passes, unless the engine is deterministic: then each
-        tile is scored alone, and its bits do not depend on the others. Those that give feedback are always alone.
+        tile is scored alone, and its bits do not depend on the others. Tiles that give feedback are always alone.
         """
         self.apply(commits)
         guided = {i for i, tile in enumerate(tiles) if self.spec.estimator.guided and gives_feedback(tile)}
@@ -94,7 +94,7 @@ class Replica:
         return scores, self.engine.digest() if digest else None
 
     def outcomes(self, split: str, probe: Probe, examples: np.ndarray | None = None) -> Outcomes:
-        """What the objectives make of examples of a split under a probe, evaluated as dev and test are."""
+        """Losses and scores of examples of a split under a probe, evaluated as dev and test are."""
         chosen = np.arange(len(self.workload.splits[split])) if examples is None else examples
         return self.scorer.outcomes(split, (probe,), np.zeros(len(chosen), np.int64), chosen, measured=True)
 
@@ -104,16 +104,16 @@ class Replica:
         return self.scorer.outcomes("train", probes, probe_of, tiled).losses.reshape(len(probes), -1)
 
     def canary(self, examples: int = 2) -> float:
-        """What the first few training examples score under the step's first probe: what all replicas can compare.
+        """Mean surprise of the first few training examples under the step's first probe, for replicas to compare.
 
-        It takes the way of every score: the state, a slot, the model, the head.
+        It takes the same path as every score: state, slot, model, head.
         """
         probe = self.spec.estimator.ask(self.engine.step())[0]
         chosen = np.arange(min(examples, len(self.workload.splits.train)))
         return mean(self.scorer.surprise((probe,), np.zeros(len(chosen), np.int64), chosen).tolist())
 
     def reset(self) -> None:
-        """Back to journal index 0."""
+        """Go back to journal index 0."""
         self.engine.reset()
 
     def apply(self, commits: Sequence[Commit]) -> None:

@@ -1,8 +1,8 @@
 """Examples under probes -> losses and scores: through token sequences, or through completions that the model writes.
 
-The examples of a call may belong to several parts of a mixture; each part's objective sees its own. Scores have noise:
-two of the same thing differ by what they are scored with, and by rounding. A smaller difference of probes, or of
-replicas, is chance.
+The examples of a call may belong to several parts of a mixture; each part's objective scores its own. Scores have
+noise: two scores of the same thing differ with the other sequences in the forward pass, and by rounding. A smaller
+difference between probes, or replicas, means nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NEAR = (0.9, 0.95, 1.0, 1.05, 1.1)  # of a probe's scale
 
 
 class Scorer:
-    """A replica's examples and what scores them. Shapes: n examples, each under one of P probes."""
+    """Scores a replica's examples. Shapes: n examples, each under one of P probes."""
 
     def __init__(self, spec: ReplicaSpec, workload: Workload, engine: Engine) -> None:
         self.workload, self._engine, self._seed = workload, engine, spec.data_seed
@@ -49,15 +49,15 @@ class Scorer:
         step: int = 0,
         measured: bool = False,
     ) -> Outcomes:
-        """What the objectives make of `examples` (n,) of a split under `probes[probe_of]`, probe_of (n,).
+        """Losses and scores of `examples` (n,) of a split under `probes[probe_of]`, probe_of (n,).
 
         Args:
             split: train, dev or test.
             probes: all of them.
             probe_of: the probe of each example.
             examples: their numbers in the split.
-            step: seeds what is sampled.
-            measured: take scores from the evaluators of the parts, as on dev and test; else from the objectives.
+            step: seed of sampled completions.
+            measured: take scores from the parts' evaluators, as on dev and test; else from their objectives.
         """
         if not len(examples):
             return Outcomes(np.zeros(0), np.zeros(0))
@@ -71,20 +71,20 @@ class Scorer:
         return _merged(part_of, found)
 
     def writer(self, objective: Objective) -> Writer:
-        """What writes and judges completions for an objective of this run."""
+        """The writer of completions for an objective of this run."""
         if id(objective) not in self._writers:
             assert self.workload.encoder is not None
             self._writers[id(objective)] = Writer(objective, self._engine, self.workload.encoder, self._seed)
         return self._writers[id(objective)]
 
     def surprise(self, probes: tuple[Probe, ...], probe_of: np.ndarray, examples: np.ndarray) -> np.ndarray:
-        """Mean negative log-probability of all that is scored of training examples (n,): smooth, whatever the loss."""
+        """Mean negative log-probability of the scored tokens of training examples (n,): smooth, whatever the loss."""
         return self._surprise(self._sums("train", None, probes, probe_of, examples)[0])
 
     def smooth_losses(
         self, probes: tuple[Probe, ...], probe_of: np.ndarray, examples: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Losses of training examples (n,), zeros where they are not a smooth function; and their surprises (n,)."""
+        """Losses of training examples (n,), zeros unless the objective is smooth; and their surprises (n,)."""
         objective = self.parts[0].objective
         sums, _ = self._sums("train", None, probes, probe_of, examples, objective.reference)
         surprises = self._surprise(sums)
@@ -109,7 +109,7 @@ class Scorer:
         if not measured or part.evaluator is part.objective:
             return own
         found = self._by(part.evaluator, number, split, probes, probe_of, examples, step)
-        return replace(found, losses=own.losses, tokens=own.tokens + found.tokens)  # an own that writes has no other
+        return replace(found, losses=own.losses, tokens=own.tokens + found.tokens)  # one that writes evaluates itself
 
     def _by(
         self,
@@ -138,8 +138,8 @@ class Scorer:
     ) -> tuple[Sums, int]:
         """Sums of log-probabilities of examples (n,), and the tokens of their sequences.
 
-        `evaluated` is the part whose evaluator's sequences are meant; None for the objectives'. With a reference, each
-        example is scored once by the bare model as well.
+        `evaluated` is the part whose evaluator's sequences are scored; None for the objectives'. With a reference, the
+        bare model scores each example once as well.
         """
         encoded, chosen = self.table(split, evaluated).take(examples)
         if not reference:
@@ -154,7 +154,7 @@ class Scorer:
         return sums, int(encoded.tokens[everything].sum())
 
     def table(self, split: str, evaluated: int | None = None) -> EncodedSplit:
-        """The sequences of a split, as the objectives have them; or the evaluator of a part."""
+        """The sequences of a split as the objectives encode them, or as the evaluator of a part does."""
         if (split, evaluated) not in self._tables:
             examples = self.workload.splits[split]
             if evaluated is None:
@@ -197,7 +197,7 @@ def _merged(part_of: np.ndarray, found: dict[int, Outcomes]) -> Outcomes:
 
 
 def rounding(losses: np.ndarray) -> float:
-    """Standard deviation of the error of losses (5, n) that n smooth functions take at five equidistant points.
+    """Standard deviation of the errors in losses (5, n) of n smooth functions at five equidistant points.
 
     A fourth difference is zero for every cubic; that of independent errors has 1 + 16 + 36 + 16 + 1 times their
     variance.
@@ -207,9 +207,9 @@ def rounding(losses: np.ndarray) -> float:
 
 
 def score_noise(scorer: Scorer, probes: Sequence[Probe], examples: int = 8) -> tuple[float, float]:
-    """Standard deviations of a training example's loss, and of its surprise (see Scorer), for no reason of its own.
+    """Score noise: how far two scores of one training example differ, as standard deviations of loss and surprise.
 
-    An objective that is not smooth has no noise to tell apart from its steps: 0.
+    0 for an objective that is not smooth, whose noise can't be told from its steps.
 
     Args:
         scorer: at the state before a step.
@@ -231,6 +231,6 @@ def score_noise(scorer: Scorer, probes: Sequence[Probe], examples: int = 8) -> t
 
 
 def _values(scorer: Scorer, probes: tuple[Probe, ...], examples: np.ndarray) -> np.ndarray:
-    """Losses (0 where they are not smooth) and surprises of examples under each of some probes, (2, P * n)."""
+    """Losses (0 where they are not smooth) and surprises of examples under each of the probes, (2, P * n)."""
     probe_of, tiled = np.repeat(np.arange(len(probes)), len(examples)), np.tile(examples, len(probes))
     return np.stack(scorer.smooth_losses(probes, probe_of, tiled))

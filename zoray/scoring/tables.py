@@ -1,6 +1,6 @@
 """Examples as tables of token sequences, so that a step's host work is a few array operations.
 
-A split that is tokenised at start is one table; of one that is tokenised as it goes, a step's own examples are.
+A split that is tokenised at start is one table; in one that is tokenised as it goes, each step's examples are one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """The sequences of E examples as one table, and which of them, and of their outputs, are an example's."""
+    """The sequences of E examples as one table, and which sequences and outputs belong to each example."""
 
     table: SequenceTable
     n_sequences: np.ndarray  # (E,)
@@ -32,8 +32,8 @@ class Encoded:
     first_output: np.ndarray  # (E + 1,)
     counts: np.ndarray  # (outputs,) tokens that each sums over
     labels: np.ndarray  # (E,)
-    right: np.ndarray  # (outputs,) bool: those of the options that are right
-    tokens: np.ndarray  # (E,) of its sequences; an engine may compute what some begin with once
+    right: np.ndarray  # (outputs,) bool: whether the option is right
+    tokens: np.ndarray  # (E,) in its sequences; an engine may compute a common beginning once
 
     @classmethod
     def of(cls, sequences: Sequence[Sequences], examples: Sequence[Example]) -> Encoded:
@@ -66,12 +66,12 @@ class Encoded:
         return Plan(self.table, probes, np.repeat(probe_of, sequences), chosen)
 
     def spread(self, values: np.ndarray, examples: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Outputs of `examples` (k,), one after another, repeated for each of `places` (n,) among them."""
+        """Outputs of `examples` (k,), end to end, repeated for each of `places` (n,) among them."""
         outputs = self.n_outputs[examples]
         return values[ranges(starts_of(outputs)[places], outputs[places])]
 
     def sums(self, values: np.ndarray, examples: np.ndarray, reference: np.ndarray | None = None) -> Sums:
-        """What the engine has made of such a plan, as an objective takes it."""
+        """The engine's answer to such a plan, as an objective takes it."""
         outputs = self.n_outputs[examples]
         at = ranges(self.first_output[examples], outputs)
         return Sums(values, self.counts[at], outputs, self.labels[examples], self.right[at], reference)

@@ -1,6 +1,6 @@
 """From a run's tasks to token sequences.
 
-No tokens travel: every replica does all of this itself.
+No tokens travel: every replica tokenises for itself.
 Guarantees: an example of a split in memory is tokenised once, and a text that is too long is an error before any model
 loads; a split that is read as it goes (a file of a million lines) is tokenised as it goes.
 """
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found")
 SPLITS = ("train", "dev", "test")
-RECENT = 4_096  # examples whose tokens are kept, of a larger one
-CHECKED = 256  # examples of a larger one that are tokenised at start, to find mistakes in the settings
+RECENT = 4_096  # examples of a split read as it goes whose tokens are kept
+CHECKED = 256  # examples of such a split that are tokenised at start, to find mistakes in the settings
 
 
 @dataclass(frozen=True)
 class ReplicaSpec:
-    """What a replica is made of; the part of the experiment that it needs, and no more. Components are configs."""
+    """The part of the experiment that a replica needs, and no more. Components are configs."""
 
     model: Model
     task: Task
@@ -60,7 +60,7 @@ class ReplicaSpec:
 
 @dataclass(frozen=True)
 class ScoredPart:
-    """A task of a run with its objective; most runs have one. Of a mixture, examples say which they are of."""
+    """A task of a run with its objective; most runs have one. In a mixture, each example names its part."""
 
     task: Task
     objective: Objective
@@ -82,7 +82,7 @@ class Workload:
 
     @property
     def digest(self) -> str | None:
-        """Of the tokens of what is in memory: rows, tokenizer, template and date; None where a limit has cut some."""
+        """Hash of the tokens in memory: rows, tokenizer, template and date; None where a limit has cut some."""
         if self.encoder is None or self.encoder.shortened:
             return None
         found = hashlib.blake2b(digest_size=8)
@@ -106,8 +106,8 @@ def load_workload(spec: ReplicaSpec) -> Workload:
     """Resolve the model's folder, load and tokenise all splits, and check what can be checked without the weights.
 
     Raises:
-        ConfigError: as the model, task, objective and space say; feedback does not know the model or these matrices; or
-            an example is too long for model and engine.
+        ConfigError: model, task, objective or space is wrong; feedback does not support the model or these matrices; or
+            an example is too long for model or engine.
     """
     splits = spec.task.load()
     if not len(splits.train):
@@ -130,20 +130,20 @@ def load_workload(spec: ReplicaSpec) -> Workload:
     workload = Workload(folder, matrices, splits, encoded, parts, encoder)
     if workload.pooled and (len(parts) > 1 or spec.estimator.per_example):
         raise ConfigError(
-            "expected an F1 score as objective only of a single task, with estimator.centring=batch: it is of a batch, "
-            "not of an example. Take objective.name=accuracy"
+            "expected an F1 score as objective only of a single task, with estimator.centring=batch: F1 is defined on "
+            "a batch, not on an example. Take objective.name=accuracy"
         )
     return workload
 
 
 class Encoding:
-    """All splits of a run as token sequences. What is wrong with them is found for all rows before it is said.
+    """All splits of a run as token sequences. All rows are checked before an error is raised.
 
     Args:
         splits: of the run.
-        parts: with objectives that are bound.
+        parts: with bound objectives.
         encoder: of the model.
-        limit: of a sequence, in words.
+        limit: the longest sequence, in words.
     """
 
     def __init__(self, splits: Splits, parts: Sequence[ScoredPart], encoder: Encoder, limit: str) -> None:
@@ -154,7 +154,7 @@ class Encoding:
         """The sequences of each split.
 
         Raises:
-            ConfigError: the first example that can't be taken, why, and how many more there are.
+            ConfigError: an example can't be used; names the first one, why, and how many more there are.
         """
         encoded = {split: self._split(split) for split in SPLITS}
         if not self._refused:
@@ -207,11 +207,11 @@ class Encoding:
                 example,
                 f"{place}expected sequences of at most {self._limit}; got {tokens} tokens{what} in {split} example "
                 f"{index} ({example.asked[:50]!r}...). Shorten it, raise the limit, or set run.too_long=cut, "
-                "which takes away the beginning",
+                "which drops its beginning",
             )
 
     def _check_measured(self) -> None:
-        """Refuse what dev and test would be found wrong with only once the model has loaded."""
+        """Refuse mistakes in dev and test that would otherwise show only once the model has loaded."""
         shortened = self._encoder.shortened
         for part in self._parts:
             if part.objective.sampling or part.evaluator.sampling:
@@ -281,12 +281,12 @@ def _check_fold(spec: ReplicaSpec, folder: Path, vocabulary: Set[str], parts: Se
 def encode_split(
     examples: Sequence[Example], encode: Callable[[Example], tuple[TokenSequence, ...]]
 ) -> Sequence[tuple[TokenSequence, ...]]:
-    """The sequences of each example of a split; made now, or when they are asked for if there are very many."""
+    """The sequences of each example of a split; made now, or on demand if there are very many."""
     return EncodedAsAsked(examples, encode) if len(examples) > WHOLE else tuple(map(encode, examples))
 
 
 def placed(example: Example, call: Callable[[], Found]) -> Found:
-    """`call()`, whose errors say where the example comes from."""
+    """`call()`; its errors say where the example comes from."""
     try:
         return call()
     except SettingError:
@@ -296,7 +296,7 @@ def placed(example: Example, call: Callable[[], Found]) -> Found:
 
 
 class EncodedAsAsked(Sequence[tuple[TokenSequence, ...]]):
-    """The sequences of many examples, made when they are asked for; those of the most recent ones are kept."""
+    """The sequences of many examples, made on demand; those of the most recent ones are kept."""
 
     def __init__(self, examples: Sequence[Example], encode: Callable[[Example], tuple[TokenSequence, ...]]) -> None:
         self._count = len(examples)

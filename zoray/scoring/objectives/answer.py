@@ -1,4 +1,4 @@
-"""How likely a given answer is after its prompt: supervised fine-tuning on prompts and completions, and on chats."""
+"""The likelihood of an answer after its prompt: supervised fine-tuning on prompts and completions, and on chats."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class AnswerNLL(Objective):
 
     loss = -1/T sum_t log p(answer[t] | prompt, answer[:t])
 
-    The answer is an example's first of `answers`, or else its right option. In a chat it is every turn of the
-    assistant's, the end of turn included. On dev and test an example with options is judged by the likeliest of them,
-    one with answers by the task's metric, for which the model writes one itself; without a metric the loss decides.
+    The answer is the first of an example's `answers`, or else its right option. In a chat it is every turn of the
+    assistant, the end of turn included. On dev and test, an example with options is judged by the likeliest of them,
+    one with answers by the task's metric on an answer that the model writes; without a metric the loss decides.
 
     Args:
-        eos: whether the model's end of text belongs to a plain answer; null: unless it goes on or ends in a line break.
+        eos: whether a plain answer ends in the model's end of text; null: unless it goes on or ends in a line break.
     """
 
     eos: bool | None = None
@@ -50,7 +50,7 @@ class AnswerNLL(Objective):
         return self
 
     def evaluator(self, task: Any, example: Example) -> Objective:
-        """The likeliest option, what the model writes by itself, or nothing but the loss."""
+        """The likeliest option, the metric of a written answer, or the loss alone."""
         if example.options and not example.answers:
             return ChoiceNLL()
         return self if task.metric is None else text_metric(task.metric, task, example)

@@ -1,7 +1,7 @@
 """What objectives share: from an example to token sequences, and from log-probabilities or completions to numbers.
 
 An objective never calls the model. One that scores given text encodes an example once, and later reduces the sums of
-log-probabilities that an engine returns for it. One that has `sampling` is about completions that the model writes.
+log-probabilities that an engine returns for it. One that has `sampling` scores completions that the model writes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Sums:
     outputs: np.ndarray  # (E,) outputs of each example
     labels: np.ndarray  # (E,) which of an example's options is right
     right: np.ndarray  # (O,) bool: all outputs that are right
-    reference: np.ndarray | None = None  # (O,) the same sums of the bare model, for who asks for it
+    reference: np.ndarray | None = None  # (O,) the same sums of the bare model, if the objective needs them
 
     @property
     def first(self) -> np.ndarray:
@@ -39,14 +39,14 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """What an objective makes of E examples, float64."""
+    """What an objective returns for E examples, float64."""
 
     losses: np.ndarray  # (E,)
     scores: np.ndarray  # (E,) the metric, example by example: higher is better; nan where there is none
-    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # what else is known of each, (E,) each
-    tokens: int = 0  # that it took
-    written: int = 0  # completions among them
-    failed: int = 0  # rewards that could not be had
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # further numbers, (E,) each
+    tokens: int = 0  # processed
+    written: int = 0  # completions
+    failed: int = 0  # completions without a reward
     failure: str = ""  # the first one's traceback
 
 
@@ -57,8 +57,8 @@ class Objective(Protocol):
     columns: names of `Outcomes.columns`.
     sampling: how the completions it scores are written; None for an objective that scores given text.
     reference: whether it compares with the bare model.
-    smooth: whether the loss is a smooth function of the weights, so that rounding is all that is rough about it.
-    pooled: whether the loss of a batch is not the mean over its examples; `losses` then are what `pool` takes.
+    smooth: whether the loss is a smooth function of the weights, but for rounding.
+    pooled: whether the loss of a batch is not the mean over its examples; `losses` are then what `pool` takes.
     max_failed: share of completions without a reward above which a run stops.
     """
 
@@ -80,7 +80,7 @@ class Objective(Protocol):
         return None
 
     def bind(self, task: Any, example: Example) -> Objective:
-        """This objective for a task, one of whose examples is given; raises ConfigError where it makes no sense."""
+        """This objective for a task with such examples; raises ConfigError where it makes no sense."""
         return self
 
     def evaluator(self, task: Any, example: Example) -> Objective:
@@ -96,15 +96,15 @@ class Objective(Protocol):
         ...
 
     def slopes(self, batch: Sums) -> np.ndarray:
-        """d loss / d sum of each output (O,): what feedback begins with. Where the loss has no gradient, a policy's.
+        """d loss / d sum of each output (O,), where feedback begins. A policy gradient if the loss has none.
 
         Raises:
-            ConfigError: there is none; of one with `sampling`, rewards of completions take its place (scorer.py).
+            ConfigError: there is none; with `sampling`, rewards of completions take its place (guidance.py).
         """
         raise ConfigError(f"{type(self).__name__.lower()} has no gradient at the log-probabilities")
 
     def doubts(self, batch: Sums, slopes: np.ndarray) -> np.ndarray:
-        """How wrong the model is about each example (E,), about 0 to 1: what weighs the feedback of some examples."""
+        """How wrong the model is about each example (E,), about 0 to 1; weighs the feedback of several examples."""
         return np.maximum.reduceat(np.abs(slopes) * batch.counts, batch.first)
 
     def pool(self, losses: Sequence[float], labels: np.ndarray) -> float:
@@ -112,13 +112,13 @@ class Objective(Protocol):
         return mean(losses)
 
     def metrics(self, scores: np.ndarray, columns: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
-        """All that is to be said of a split, by name, beside its loss; `scores` and columns (E,) each."""
+        """The metrics of a split besides its loss, by name; `scores` and columns (E,) each."""
         means = {name: mean(values.tolist()) for name, values in columns.items() if name != "predicted"}
         return {self.metric: mean(scores.tolist()), **means} if self.metric else means
 
 
 class Unbound(Objective):
-    """An objective that is another one once it is bound to a task."""
+    """An objective that turns into another one when it is bound to a task."""
 
     def encode(self, example: Example, encoder: Encoder) -> tuple[TokenSequence, ...]:
         raise NotImplementedError("bound to a task first")

@@ -27,7 +27,7 @@ class ChoiceNLL(Objective):
 
     logit(option) = log p(option | prompt) - log p(option | the prompt without its input), sums over tokens
 
-    Options of one token all come from one pass over the prompt; others are a sequence each.
+    If all options are one token, one pass over the prompt scores them all; otherwise each is a sequence.
 
     Args:
         single_token: refuse options that are longer than one token, instead of scoring each in a sequence of its own.
@@ -44,7 +44,7 @@ class ChoiceNLL(Objective):
         require(self.calibration in CALIBRATIONS, f"objective.calibration to be one of {names}", self.calibration)
 
     def bind(self, task: Any, example: Example) -> Objective:
-        """Itself, for tasks of options; with a calibration, for those that have a prompt for it."""
+        """Itself, for tasks of options; with a calibration, the task needs a prompt for it."""
         need_options(example, "choice_nll")
         if self.calibration == "sfc" and example.calibration is None:
             raise ConfigError(
@@ -98,14 +98,14 @@ class ChoiceNLL(Objective):
         return Outcomes(losses, correct.astype(np.float64), {"predicted": (found - first).astype(np.float64)})
 
     def slopes(self, batch: Sums) -> np.ndarray:
-        """Those of the cross-entropy: softmax - 1 for the right option, by the option's logit."""
+        """Slopes of the cross-entropy by an option's logit: softmax, minus 1 for the right option."""
         _, options, _ = self._logits(batch)
         chances = self._chances(batch)
         chances[np.cumsum(options) - options + batch.labels] -= 1.0
         return self._spread(batch, chances)
 
     def doubts(self, batch: Sums, slopes: np.ndarray) -> np.ndarray:
-        """The largest slope by an option's logit: that is a mean over its tokens, or with a calibration a sum."""
+        """The largest slope by an option's logit, which is a mean over its tokens, or a sum with a calibration."""
         by_logit = slopes * batch.counts if self.calibration == "none" else slopes
         return np.maximum.reduceat(np.abs(by_logit), batch.first)
 
@@ -124,7 +124,7 @@ class ChoiceNLL(Objective):
         return batch.sums[at] - batch.sums[~at], options, batch.right[at]
 
     def _asked(self, batch: Sums) -> np.ndarray:
-        """With a calibration: which outputs are the options'. Of an example's, the second half is the calibration's."""
+        """With a calibration: which outputs are the options'. An example's second half is the calibration's."""
         place = np.arange(len(batch.sums)) - np.repeat(batch.first, batch.outputs)
         return place < np.repeat(batch.outputs // 2, batch.outputs)
 

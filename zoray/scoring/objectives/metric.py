@@ -25,8 +25,8 @@ class Metric(Unbound):
 
     On a task of options the metric is "accuracy", or "f1": the mean over classes of F1 on the step's batch. On a task
     of answers the model writes one itself, and the metric is "f1" or "exact_match" (SQuAD's), "numeric" or any other
-    built-in reward. Where a perturbation changes no answer, plus and minus tie and the direction says nothing; such
-    directions are counted, and many of them warned about. Larger batches and perturbations have fewer.
+    built-in reward. If a perturbation changes no answer, plus and minus tie and the direction says nothing; ties are
+    counted, and many of them cause a warning. Larger batches and perturbations have fewer.
 
     Args:
         name: the metric; null for the task's own.
@@ -37,7 +37,7 @@ class Metric(Unbound):
     calibration: str = "none"
 
     def bind(self, task: Any, example: Example) -> Objective:
-        """The objective that this metric is on a task."""
+        """The objective for this metric on a task."""
         name = self.name or task.metric or ("accuracy" if example.options else None)
         if name is None:
             raise ConfigError("expected a metric for a task without one of its own. Set objective.name")
@@ -63,7 +63,7 @@ class ChoiceMetric(ChoiceNLL):
 
     @property
     def pooled(self) -> bool:
-        """F1 is of a batch, not of an example: what travels is the option that each example was given."""
+        """F1 is defined on a batch: what travels is the option predicted for each example."""
         return self.name == "f1"
 
     def reduce(self, batch: Sums) -> Outcomes:
@@ -74,9 +74,9 @@ class ChoiceMetric(ChoiceNLL):
         return replace(outcomes, losses=np.where(finite, losses, np.nan))
 
     def slopes(self, batch: Sums) -> np.ndarray:
-        """Those of 1 - the chance that an option drawn from the softmax is right: the policy gradient of accuracy.
+        """Slopes of 1 - P(an option drawn from the softmax is right): the policy gradient of accuracy.
 
-        It guides F1 as well, which is of a batch and has no gradient of its own.
+        It guides F1 as well, which is defined on a batch and has no gradient of its own.
         """
         _, options, right = self._logits(batch)
         chances, first = self._chances(batch), np.cumsum(options) - options

@@ -26,7 +26,7 @@ class Preference(Objective):
 
     Args:
         beta: how strongly the model is held to the reference.
-        eos: whether the model's end of text belongs to a plain answer; null: unless the answer ends in a line break.
+        eos: whether a plain answer ends in the model's end of text; null: unless the answer ends in a line break.
     """
 
     reference: ClassVar[bool] = True
@@ -68,7 +68,7 @@ class Preference(Objective):
         return self.beta * (gain[::2] - gain[1::2])
 
     def reduce(self, batch: Sums) -> Outcomes:
-        """Losses, and how often the margin is positive."""
+        """Losses, and whether each margin is positive."""
         margins = self._margins(batch)
         losses = np.logaddexp(0.0, -margins)
         return Outcomes(losses, (margins > 0).astype(np.float64), {"margin": margins})

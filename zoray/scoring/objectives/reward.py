@@ -1,4 +1,4 @@
-"""What the model writes, and what that is worth: any function of a completion as the objective."""
+"""Any function of a completion that the model writes, as the objective."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from zoray.scoring.rewards.judging.judge import Judge
 if TYPE_CHECKING:
     from zoray.models.tokens import Encoder
 
-PROOF = 8  # last tokens of a prompt that stand for it where replicas are compared
+PROOF = 8  # last tokens of a prompt, by which replicas are compared
 
 
 @dataclass(frozen=True)
 class Reward(Objective):
     """Minimises minus the reward of what the model writes after each prompt.
 
-    All probes of a step see the same prompts and, where completions are sampled, the same random numbers, so that a
-    difference of two rewards is the perturbation's doing. A reward that can't be had (the function raises, hangs, or
-    returns no finite number) counts as `failed`; it is reported, and above a share the run stops.
+    All probes of a step see the same prompts and, where completions are sampled, the same random numbers, so that only
+    the perturbation makes rewards differ. A completion without a reward (the function raises, hangs, or returns no
+    finite number) counts as `failed`; it is reported, and above a share of them the run stops.
 
     Args:
         function: a reward of zoray's own by its name, or `package.module:name` or `path/file.py:name` of a function
             (prompt, completion, example) -> float.
-        arguments: keyword arguments of it.
-        max_tokens: longest completion; this and the next three are the task's own where they are null.
+        arguments: its keyword arguments.
+        max_tokens: longest completion; this and the next three default to the task's own (null).
         temperature: 0 takes the likeliest token each time.
         top_p: sample among the likeliest tokens with this much probability together.
         stop: texts that end a completion.
-        failed: what a completion is worth whose reward could not be had.
+        failed: the reward of a completion that got none.
         max_failed: share of a step's completions without a reward above which the run stops.
         timeout_s: seconds for one call.
-        workers: processes that call it, of each replica.
+        workers: processes of each replica that call it.
         name: what the metric is called.
     """
 
@@ -82,9 +82,9 @@ class Reward(Objective):
         return replace(default, **{name: value for name, value in given.items() if value is not None})
 
     def bind(self, task: Any, example: Example) -> Objective:
-        """With the task's way to write completions, where it is not set; the function is there."""
+        """With the task's sampling where none is set; raises ConfigError unless the function loads."""
         load_function(self.function, self.arguments)
-        if split_path(self.function)[0] == BUILT_IN:  # they take any completion, and say what they miss in an example
+        if split_path(self.function)[0] == BUILT_IN:  # these take any completion, and say what an example lacks
             with self.judge() as judge:
                 failure = judge.submit("", "", facts(example, "")).result().failure
             if failure:
@@ -99,11 +99,11 @@ class Reward(Objective):
         )
 
     def judge(self) -> Judge:
-        """What calls the function."""
+        """The judge that calls the function."""
         return Judge(self.function, self.arguments, self.timeout_s, self.workers)
 
     def encode(self, example: Example, encoder: Encoder) -> tuple[TokenSequence, ...]:
-        """The end of the prompt itself: no objective, but replicas are compared by it."""
+        """The end of the prompt: not the objective, but what replicas are compared by."""
         tokens = encoder.tokens(example.prompt, self.sampling.max_tokens)
         if len(tokens) < 2:
             tokens = [*tokens, *tokens, 0][:2]
@@ -119,12 +119,12 @@ class Reward(Objective):
 
 
 def facts(example: Example, prompt: str) -> dict[str, Any]:
-    """What a reward function is told of an example."""
+    """What a reward function is told about an example."""
     return {"answers": list(example.answers), **example.data, "prompt": prompt}
 
 
 def text_metric(name: str, task: Any, example: Example) -> Objective:
-    """The objective that a metric of zoray.scoring.rewards is on a task of answers.
+    """The objective for a metric of zoray.scoring.rewards on a task of answers.
 
     Raises:
         ConfigError: there is no such metric.

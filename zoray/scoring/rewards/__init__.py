@@ -1,7 +1,7 @@
-"""Rewards: functions `reward(prompt, completion, example, **arguments) -> float`. Here are those that come with zoray.
+"""The rewards that come with zoray: functions `reward(prompt, completion, example, **arguments) -> float`.
 
-Each gives a float from 0 to 1 for any completion whatsoever. Wrong arguments, and an example without what a reward
-compares with, are a ConfigError at any completion, the empty one too. docs/rewards.md has the exact scales.
+Each returns a float from 0 to 1 for any completion. Wrong arguments, or an example that lacks what the reward compares
+with, raise ConfigError for any completion, even an empty one. docs/rewards.md has the exact scales.
 """
 
 from zoray.scoring.rewards.answers import exact_match, f1

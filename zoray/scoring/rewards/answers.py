@@ -24,8 +24,8 @@ def exact_match(prompt: str, completion: str, example: Mapping[str, Any]) -> flo
 def f1(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
     """The best F1 of the completion's words with those of one of `answers`.
 
-    As MeZO (Malladi et al., 2023) has it: a question that can't be answered, whose first answer is CANNOTANSWER or
-    "no answer", is worth 1 or 0.
+    As in MeZO (Malladi et al., 2023), a question that can't be answered, whose first answer is CANNOTANSWER or
+    "no answer", scores 1 or 0.
     """
     answers, written = answers_of(example, "f1"), normalise(completion[:LIMIT])
     if answers[0] in UNANSWERABLE:

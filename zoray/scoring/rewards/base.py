@@ -7,11 +7,11 @@ from typing import Any
 
 from zoray.records import ConfigError
 
-LIMIT = 20_000  # characters of a completion that are looked at; no model writes that many by intention
+LIMIT = 20_000  # characters of a completion that are read; no model writes that many on purpose
 
 
 def column(example: Mapping[str, Any], name: str, reward: str) -> Any:
-    """What the example has in a column; raises ConfigError without it."""
+    """The example's value in a column; raises ConfigError without it."""
     if name not in example:
         has = ", ".join(map(str, example)) or "nothing"
         raise ConfigError(f"expected examples with {name!r} for the reward {reward}; got one with {has}")

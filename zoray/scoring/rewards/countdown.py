@@ -1,4 +1,4 @@
-"""Countdown: is an equation made of the given numbers, each once, and does it give the target?"""
+"""Countdown: does an equation use the given numbers, each once, and give the target?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def countdown(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    """1 if the last <answer>...</answer> makes `target` of all `numbers`, each used once; 0.1 if it is only there.
+    """1 if the last <answer>...</answer> makes `target` of all `numbers`, each used once; 0.1 if there is one.
 
     TinyZero's scale (Pan et al., 2025). The arithmetic is exact: + - * /, parentheses, a minus before a number.
     """
@@ -41,7 +41,7 @@ def countdown(prompt: str, completion: str, example: Mapping[str, Any]) -> float
 
 
 def evaluate(equation: str, numbers: list[int] | tuple[int, ...]) -> Fraction | None:
-    """What the equation gives; None if it is none, divides by zero, or does not use exactly these numbers."""
+    """The equation's value; None if it is malformed, divides by zero, or does not use exactly these numbers."""
     if len(equation) > LONGEST or not ARITHMETIC.fullmatch(equation):
         return None
     try:

@@ -34,15 +34,15 @@ def json_schema(
 ) -> float:
     """How far the completion is a JSON object that satisfies a schema:
 
-        0.0  nothing in it begins like an object, which is "{" and then a quote or "}"
-        0.1  something does, but no whole object is there
-        0.3  there is one; the first counts
-       +0.1  nothing but spaces stands around it, or not `strict`
+        0.0  nothing begins like an object, with "{" and then a quote or "}"
+        0.1  something does, but there is no whole object
+        0.3  there is a whole object; the first counts
+       +0.1  only spaces are around it, or not `strict`
        +0.5  x the share of required keys that it has with the right type
-        1.0  the object satisfies all of the schema; `strict`: and nothing stands around it
+        1.0  the object satisfies the whole schema; `strict`: and nothing else is around it
 
-    `schema` is a mapping, a .json file, or the name of one that comes with zoray (person). Where it requires no key,
-    those in its properties count. With `values` a key is right only if its value is the example's for that name.
+    `schema` is a mapping, a .json file, or the name of one that comes with zoray (person). If it requires no key, all
+    its properties count. With `values`, a key is right only if its value is the example's under that name.
     """
     validator, wanted = _validator(_key(schema))
     right = {key: column(example, key, "json_schema") for key in wanted} if values else {}
@@ -59,12 +59,12 @@ def json_schema(
 
 
 def has_pattern(schema: Mapping[str, Any] | str) -> bool:
-    """Whether the schema has regular expressions, which can take for ever."""
+    """Whether the schema has regular expressions, which can run forever."""
     return "pattern" in _read(_key(schema))
 
 
 def _first_object(text: str) -> tuple[dict[str, Any], bool] | None:
-    """The first whole object, and whether it is all there is."""
+    """The first whole object, and whether it stands alone."""
     for count, begin in enumerate(BEGIN.finditer(text)):
         if count == TRIES:
             break
@@ -89,7 +89,7 @@ def _has(validator: Validator, value: Mapping[str, Any], key: str, right: Mappin
 def _satisfies(validator: Validator, value: Mapping[str, Any]) -> bool:
     try:
         return validator.is_valid(value)
-    except (ArithmeticError, ValueError, TypeError, RecursionError):  # of numbers beyond float, of deep objects
+    except (ArithmeticError, ValueError, TypeError, RecursionError):  # numbers beyond float, deep objects
         return False
 
 
@@ -119,7 +119,7 @@ def _read(schema: str) -> str:
 @lru_cache(maxsize=64)
 def _validator(schema: str) -> tuple[Validator, tuple[str, ...]]:
     """A checked schema as its validator, and the keys that count."""
-    from jsonschema import Draft202012Validator, SchemaError  # a tenth of a second, and most runs do without
+    from jsonschema import Draft202012Validator, SchemaError  # takes 0.1 s, and most runs do without
     from jsonschema.validators import validator_for
     from referencing import Registry
 

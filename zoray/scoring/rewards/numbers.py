@@ -1,4 +1,4 @@
-"""The number that a completion ends up with, compared exactly: answers to word problems such as GSM8K's."""
+"""The number that a completion states as its result, compared exactly: for word problems such as GSM8K's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from zoray.records import ConfigError
 from zoray.scoring.rewards.base import LIMIT, answers_of
 
-DIGITS = 300  # of a number; longer ones are none
+DIGITS = 300  # of a number; longer ones are not read
 
-# 7  1,234.5  .5  -3  -$2  3/4  2e6. A minus counts where nothing stands before it that it could be subtracted from.
+# 7  1,234.5  .5  -3  -$2  3/4  2e6. A minus counts unless something before it makes it a subtraction.
 UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))+|[0-9]+)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2}(?![0-9]))?|\.[0-9]+"
 NUMBER = re.compile(rf"(?P<minus>(?<![\w)\]])[-\u2212][$€£]?)?(?P<above>{UNSIGNED})(?:/(?P<below>{UNSIGNED}))?")
 MIXED = re.compile(r"([0-9]+) +([0-9]+)/([0-9]+)")  # 1 1/2
@@ -24,8 +24,8 @@ BOX, MARK = "\\boxed{", "####"
 def numeric(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
     """1 if the completion's number equals that of the example's `answer` (or of the first of its `answers`).
 
-    The number of a text is the one in its last \\boxed{...}; else that after its last "####", on the same line; else
-    the last in it. Commas between thousands, $, % and units do not count: 50% is 50. 1/2, 0.5 and \\frac{1}{2} are
+    The number of a text is the one in its last \\boxed{...}; else the one after its last "####", on the same line; else
+    its last one. Commas between thousands, $, % and units do not count: 50% is 50. 1/2, 0.5 and \\frac{1}{2} are
     equal, 0.33 and 1/3 are not.
     """
     answer = example["answer"] if "answer" in example else answers_of(example, "numeric")[0]
@@ -46,7 +46,7 @@ def stated_number(text: str) -> Fraction | None:
 
 
 def _boxed(text: str) -> str | None:
-    """What stands in the last box, if that is closed."""
+    """The content of the last box, if it is closed."""
     start = text.rfind(BOX) + len(BOX)
     if start < len(BOX):
         return None
@@ -72,7 +72,7 @@ def _in_box(text: str) -> Fraction | None:
 
 
 def _value(match: re.Match[str] | None) -> Fraction | None:
-    """The number that was found, if it is one of a sensible length."""
+    """The number of a match, if it has a sensible length and a value."""
     if match is None or len(match[0]) > DIGITS:
         return None
     above, below = (Fraction((match[name] or "1").replace(",", "")) for name in ("above", "below"))

@@ -16,8 +16,8 @@ MODES, UNITS = ("full", "contains"), ("characters", "words")
 def format(prompt: str, completion: str, example: Mapping[str, Any], pattern: str, mode: str = "full") -> float:
     """1 if the completion matches a regular expression of Python's `re`: as a whole, or somewhere (mode=contains).
 
-    The dot takes line breaks, too. Spaces around the completion do not count. A pattern can take for ever
-    (`(a+)+b`), so the judge runs this one under its time limit, like a function of yours.
+    The dot matches line breaks, too. Spaces around the completion do not count. A pattern can run forever
+    (`(a+)+b`), so the judge runs this reward under its time limit, like a function of yours.
     """
     require(mode in MODES, "mode to be full or contains", mode)
     expression, text = _compiled(pattern), completion[:LIMIT].strip()
@@ -43,8 +43,8 @@ def length(
 ) -> float:
     """1 up to `least` characters or words, 0 from `most` on, and linear between; an empty completion is worth 0.
 
-    With `target_column` it is the difference to the length of that column's text that counts in the place of the
-    length, as in the conciseness task of ES at scale (Qiu et al., 2025), whose reward is -|difference|.
+    With `target_column`, the difference from the length of that column's text counts instead of the length, as in the
+    conciseness task of ES at scale (Qiu et al., 2025), whose reward is -|difference|.
     """
     require(unit in UNITS, "unit to be characters or words", unit)
     bounds = is_finite(least) and is_finite(most) and 0 <= least < most

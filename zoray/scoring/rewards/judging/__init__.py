@@ -1,1 +1,1 @@
-"""Calling reward functions, other people's too: found by name, called in processes that may hang or die."""
+"""Calls reward functions, yours too: finds them by name, and runs them in processes that may hang or die."""

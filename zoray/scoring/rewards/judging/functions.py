@@ -1,7 +1,7 @@
 """A reward function by its path: "package.module:function", "path/to/file.py:function", or one of zoray's own by name.
 
-Guarantees: what `load_function` returns can be called as function(prompt, completion, example, **arguments); all that
-can be known to be wrong before a call is a ConfigError. Does not look into what the function returns.
+Guarantees: what `load_function` returns can be called as function(prompt, completion, example, **arguments); a mistake
+that shows before a call raises ConfigError. What the function returns is not checked here.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from zoray.records.signatures import did_you_mean
 
 FORM = "package.module:function or path/to/file.py:function"
 BUILT_IN = "zoray.scoring.rewards"
-FORMERLY = "zoray.rewards"  # where they were in 0.1; runs of then go on
+FORMERLY = "zoray.rewards"  # their place in 0.1; runs from then still resume
 BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def load_function(path: str, arguments: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-    """The function of a path, which takes these arguments beside prompt, completion and example; runs its module."""
+    """The function at a path, which takes these arguments besides prompt, completion and example; runs its module."""
     place, name = split_path(path)
     module = _from_file(user_path(place), path) if is_file(place) else _from_name(place, path)
     found = getattr(module, name, None)
@@ -64,7 +64,7 @@ def is_file(place: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """The path, good in any working directory."""
+    """The path, valid in any working directory."""
     place, name = split_path(path)
     return f"{user_path(place).absolute()}:{name}" if is_file(place) else path
 
@@ -80,7 +80,7 @@ def _from_file(file: Path, path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"expected the reward function {path} in a file called something.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # there, as dataclasses look for it
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look for it there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the file does
@@ -103,14 +103,14 @@ def _from_name(name: str, path: str) -> ModuleType:
 
 
 def _failed(path: str, error: BaseException) -> ConfigError:
-    """What a module raised as it was imported, and where."""
+    """What a module raised on import, and where."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return ConfigError(f"importing the reward function {path} raised {type(error).__name__}: {error}{where}")
 
 
 def _check_signature(function: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> None:
-    """Three parameters for prompt, completion and example, and those that `arguments` give by name."""
+    """Check for three parameters (prompt, completion, example), and for those that `arguments` gives by name."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError):

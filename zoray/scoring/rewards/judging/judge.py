@@ -2,12 +2,12 @@
 
 Guarantees: `submit` returns at once, and its future has a Judged for whatever the function does: raise, exit, crash,
 hang (in C code, or deaf to signals), print, return nonsense. zoray's own rewards, which are quick and total, run in
-this process; others run in worker processes, each call with its own time limit, at whose end its process is killed and
+this process; others run in worker processes. Each call has a time limit, after which its process is killed and
 replaced. No worker outlives the judge or this process, however that ends.
 Does not guard the machine: a reward function is a program that runs with your rights, see docs/rewards.md.
 
-One thread a worker: it starts the process, hands it one call at a time, and waits. So a call is the only thing that a
-worker has of us, no lock is shared between processes, and the kernel's "kill me when my parent's thread ends" is right.
+Each worker has a thread, which starts the process, hands it one call at a time, and waits. So a worker gets calls and
+nothing else, processes share no lock, and the kernel's "kill me when my parent's thread ends" is right.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Judge:
 
     Args:
         function: a reward of zoray's own, package.module:function or path/to/file.py:function, see functions.py.
-        arguments: what it gets by name beside prompt, completion and example.
+        arguments: its keyword arguments besides prompt, completion and example.
         timeout_s: the longest call, in seconds.
         workers: processes, each started when it is first needed.
     """
@@ -72,7 +72,7 @@ class Judge:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the judge is closed")
-            if len(self._threads) < len(self._workers):  # one more worker may be of use
+            if len(self._threads) < len(self._workers):  # one more worker may help
                 worker = self._workers[len(self._threads)]
                 thread = threading.Thread(target=_serve, args=(worker, self._calls), name="zoray-judge", daemon=True)
                 self._threads.append(thread)
@@ -94,7 +94,7 @@ class Judge:
 
 
 def _applies_patterns(name: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether regular expressions of the user's are involved, which can take for ever."""
+    """Whether the user's regular expressions are involved, which can run forever."""
     return name == "format" or (name == "json_schema" and has_pattern(arguments["schema"]))
 
 
@@ -108,8 +108,8 @@ def _serve(worker: _Worker, calls: SimpleQueue[Call | None]) -> None:
 
 
 def _end(owner: int, calls: SimpleQueue[Call | None], workers: list[_Worker], threads: list[threading.Thread]) -> None:
-    """What closes a judge, or what is left of one that nobody refers to."""
-    if os.getpid() != owner:  # a fork's
+    """Close a judge, or clean up after one that was garbage-collected."""
+    if os.getpid() != owner:  # in a fork
         return
     waiting = []
     with suppress(Empty):
@@ -120,7 +120,7 @@ def _end(owner: int, calls: SimpleQueue[Call | None], workers: list[_Worker], th
     for _ in threads:
         calls.put(None)
     for thread in threads:
-        if thread is not threading.current_thread():  # whose last call's future held the last reference
+        if thread is not threading.current_thread():  # the last future it set may have held the last reference
             thread.join()
     for _, future in waiting:
         if future.set_running_or_notify_cancel():
@@ -128,7 +128,7 @@ def _end(owner: int, calls: SimpleQueue[Call | None], workers: list[_Worker], th
 
 
 class _Worker:
-    """A process that is started when a call needs it, and again after it was lost. `call` is for one thread alone."""
+    """A process, started when a call needs it and restarted after it is lost. Only one thread may use `call`."""
 
     def __init__(self, function: str, arguments: Mapping[str, Any], timeout_s: float) -> None:
         self._function, self._arguments, self._timeout_s = function, arguments, timeout_s
@@ -138,7 +138,7 @@ class _Worker:
         self._closed = False
 
     def call(self, request: tuple[str, str, Mapping[str, Any]]) -> Judged:
-        """What the function makes of the request; a process that is lost, or too late, is given up."""
+        """The function's answer to a request; a process that is lost, or too late, is given up."""
         try:
             connection = self._connection or self._start()
             connection.send(request)
@@ -149,7 +149,7 @@ class _Worker:
             failure = f"was not imported within {START_S:g} s"
         except (EOFError, ConnectionError):  # it closed its end, most likely by ending
             failure = ""
-        except Exception as error:  # no process to be had, an example that can't be sent, bytes that are no answer
+        except Exception as error:  # no process could start, the example can't be sent, the bytes are no answer
             failure = f"could not be called: {error!r}"
         code = self.stop()
         return failed(CLOSED if self._closed else f"{self._function} {failure or f'ended its process: {_how(code)}'}")
@@ -173,7 +173,7 @@ class _Worker:
         return connection
 
     def stop(self) -> int:
-        """Kill the process and what it started, if they are there; its exit code, below 0 for a signal's."""
+        """Kill the process and what it started, if any; its exit code, negative for a signal's."""
         with self._lock:
             process, connection = self._process, self._connection
             self._process = self._connection = None
@@ -181,7 +181,7 @@ class _Worker:
             connection.close()
         if not process:
             return 0
-        with suppress(ProcessLookupError):  # the group has its number for as long as we have not waited
+        with suppress(ProcessLookupError):  # the group keeps its number until we wait
             os.killpg(process.pid, signal.SIGKILL)
         return process.wait()
 
@@ -195,7 +195,7 @@ class _Worker:
 
 
 class _Slow(Exception):
-    """A worker did not get ready."""
+    """A worker was not ready in time."""
 
 
 def _how(code: int) -> str:

@@ -2,7 +2,7 @@
 
 It knows nothing of its parent but sys.path: it imports neither the parent's __main__ nor torch, vLLM, Ray or
 transformers, unless the function's module does. What the function prints goes to stderr. It ends with its parent,
-however that ends: at its next read, or at once by the kernel's hand.
+however that ends: at its next read, or at once by the kernel.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 from zoray.records import ConfigError, is_finite
 from zoray.scoring.rewards.judging.functions import load_function
 
-LONGEST = 4000  # characters of a failure that are told
+LONGEST = 4000  # characters of a failure that are reported
 PR_SET_PDEATHSIG = 1
 
 
 class Judged(NamedTuple):
-    """What a completion is worth. With a `failure`, which says what went wrong, `value` is nan."""
+    """A completion's reward. With a `failure`, which says what went wrong, `value` is nan."""
 
     value: float
     failure: str = ""
@@ -59,7 +59,7 @@ def judged(
 
 
 def failed(failure: str) -> Judged:
-    """A failure; of a long one the beginning and the end."""
+    """A failure; a long one is cut to its beginning and its end."""
     middle = "\n...\n" if len(failure) > LONGEST else ""
     return Judged(float("nan"), failure[: LONGEST // 2] + middle + failure[-LONGEST // 2 :] if middle else failure)
 
@@ -69,7 +69,7 @@ def _traceback(error: BaseException) -> str:
     first = error.__traceback__.tb_next if error.__traceback__ else None
     try:
         return "".join(traceback.format_exception(type(error), error, first)).rstrip()
-    except Exception:  # of an exception that can't be shown
+    except Exception:  # an exception that can't be shown
         return type(error).__name__
 
 
@@ -79,9 +79,9 @@ def main() -> None:
     os.set_inheritable(connection.fileno(), False)
     del sys.argv[1:]
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # even if it is busy in C code
-    if os.getppid() != parent:  # which ended before that
+    if os.getppid() != parent:  # the parent has already ended
         return
-    with suppress(OSError):  # if the machine runs out of memory, it is this process that goes
+    with suppress(OSError):  # if the machine runs out of memory, this process is killed first
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     os.dup2(2, 1)
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
@@ -91,12 +91,12 @@ def main() -> None:
         function = load_function(path, arguments)
     except ConfigError as error:
         failure = str(error)
-    connection.send(())  # ready: what is done to be able to call is not part of a call
+    connection.send(())  # ready: loading does not count as part of a call
     while True:
         try:
             prompt, completion, example = connection.recv()
         except EOFError:
             return
-        request = (prompt, completion, example, arguments, BaseException)  # SystemExit, too: it is somebody else's code
+        request = (prompt, completion, example, arguments, BaseException)  # SystemExit, too: the code is foreign
         found = judged(function, path, *request) if function else failed(failure)
         connection.send(tuple(found))
