@@ -1,7 +1,7 @@
-"""Examples, wherever they come from: your own files, published data sets, and problems that are made up.
+"""Where examples come from: your own files, published data sets, and problems that are made up.
 
 A task is a frozen dataclass whose `load()` gives the same Splits on every machine. Imports records, methods (for
-draws) and models (for tokens in a preview). The driver loads it to check a run, and each replica for itself.
+draws) and models (for tokens in a preview). The driver loads the task to check a run, and each replica loads its own.
 """
 
 from zoray import faces

@@ -15,14 +15,14 @@ import numpy as np
 from zoray.records import ConfigError, Example, Marked, Sampling, Splits
 
 Row = TypeVar("Row")
-CHUNK = 1 << 16  # digests that are made at a time
+CHUNK = 1 << 16  # digests made at a time
 
 
 class Task(Protocol):
     """A dataset with its template.
 
     `metric` names the number that decides which state is best, the higher the better; without one the loss does.
-    `sampling` is how answers are written, where the model writes them.
+    `sampling` says how the model writes answers, where it does.
     """
 
     metric: ClassVar[str | None] = "accuracy"
@@ -42,7 +42,7 @@ def seeded_split(rows: Sequence[Row], sizes: Sequence[int], seed: int, source: s
 
 
 def seeded_parts(count: int, sizes: Sequence[int], seed: int, source: str) -> list[np.ndarray]:
-    """Which of `count` rows are in each sample of `seeded_split`."""
+    """The numbers of the rows, out of `count`, in each sample of `seeded_split`."""
     if sum(sizes) > count:
         raise too_few(count, sizes, source)
     ends = np.cumsum(sizes)
@@ -66,7 +66,7 @@ def too_few(usable: int, sizes: Sequence[int], source: str) -> ConfigError:
 
 
 def distinct(examples: Iterable[Example]) -> list[Example]:
-    """The examples without those whose prompt came before, so that no prompt is in two splits."""
+    """The first example with each prompt, so that no prompt is in two splits."""
     first: dict[object, Example] = {}
     for example in examples:
         first.setdefault(example.prompt, example)
@@ -79,14 +79,14 @@ def fill(template: str, text: str) -> str:
     filled = f"{before}{text}{behind}"
     if "<" not in before + behind and "[" not in before + behind:
         return filled
-    return Marked(filled, ((0, len(before)), (len(before) + len(text), len(filled))))  # control tokens of its own
+    return Marked(filled, ((0, len(before)), (len(before) + len(text), len(filled))))  # its own control tokens
 
 
 def parted(prompt: str, texts: Iterable[str]) -> tuple[str, tuple[str, ...]]:
-    """A prompt and what may follow it, with the spaces between the two at the beginning of what follows.
+    """A prompt and the texts that may follow it, with the spaces between the two moved to the texts.
 
-    MeZO's code takes spaces from both ends of the prompt, and of the prompt with an option behind it, before it
-    tokenises them; what is in front of the prompt goes altogether.
+    MeZO's code strips spaces from both ends of the prompt, and of the prompt plus an option, before it tokenises
+    them; white space in front of the prompt is dropped.
     """
     bare = prompt.rstrip(" ")
     return bare.lstrip(), tuple((prompt[len(bare) :] + text).rstrip(" ") for text in texts)

@@ -1,6 +1,6 @@
 """Which examples a step sees.
 
-Guarantees: they depend on (data seed, step, batch size) and on the number, labels and parts of the examples alone, and
+Guarantees: they depend only on (data seed, step, batch size) and on the number, labels and parts of the examples, and
 are the same on every machine; over the steps, every example of a label (or of a part) comes equally often.
 """
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from zoray.records import Example
 
 _SHUFFLE = name_hash("zoray.data.shuffle")
-CYCLE = 1000  # positions in which the parts of a mixture have their shares
-CHUNK = 1 << 16  # random words that are made at a time
+CYCLE = 1000  # positions over which the parts of a mixture get their shares
+CHUNK = 1 << 16  # random words made at a time
 
 
 def labels_of(examples: Sequence[Example]) -> np.ndarray:
@@ -42,9 +42,9 @@ class Order:
     """The examples of all steps.
 
     Args:
-        spec: a ReplicaSpec, or what has its `data_seed`, `batch` and `stratify`.
+        spec: a ReplicaSpec, or anything with its `data_seed`, `batch` and `stratify`.
         labels: (n,) of all training examples.
-        parts: (n,) the part of a mixture that each belongs to; None for all the same.
+        parts: (n,) the part of a mixture that each belongs to; None if there is only one.
         weights: of the parts.
     """
 
@@ -60,7 +60,7 @@ class Order:
 
     @property
     def labels(self) -> int:
-        """How many labels batches are balanced by; 1 if they are not."""
+        """How many labels batches are balanced over; 1 if they are not."""
         return max(1 if strata is None else len(strata) for strata in self._strata)
 
     def step(self, step: int) -> np.ndarray:
@@ -77,7 +77,7 @@ class Order:
         return chosen
 
     def _of_part(self, part: int, places: np.ndarray) -> np.ndarray:
-        """Which examples of a part come at these places of its own order."""
+        """The examples at these places of a part's own order."""
         members, strata, seed = self._members[part], self._strata[part], (self._seed + 7919 * part) % 2**32
         if strata is None:
             return members[_at(seed, places, len(members))]
@@ -90,7 +90,7 @@ class Order:
 
 
 def _at(seed: int, places: np.ndarray, n: int) -> np.ndarray:
-    """What stands at places of the endless order of n examples."""
+    """The examples at these places of the endless order of n examples."""
     chosen = np.zeros(len(places), np.int64)
     for epoch in np.unique(places // n):
         own = places // n == epoch
@@ -120,7 +120,7 @@ def _cycle(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=16)
 def _permutation(data_seed: int, epoch: int, n: int) -> np.ndarray:
-    """An order of n examples: they are sorted by 64 random bits each, so that it is the same on every machine."""
+    """An order of n examples, sorted by 64 random bits each: the same on every machine."""
     keys = np.zeros(n, np.uint64)
     for first in range(0, n, CHUNK):
         numbers = np.arange(first, min(first + CHUNK, n))

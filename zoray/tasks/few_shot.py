@@ -15,8 +15,8 @@ SEPARATOR = "\n\n"
 class FewShot:
     """A task's dev and test with `shots` training examples before each prompt, the same for all (MeZO: 32, icl.sh).
 
-    Examples are separated by an empty line; in a chat each is a turn of its own. The prompt of a calibration stays as
-    it is, as MeZO's `sfc` leaves it.
+    Examples are separated by an empty line; in a chat each is a turn of its own. A calibration prompt is not changed,
+    as in MeZO's `sfc`.
     """
 
     task: Task
@@ -47,7 +47,7 @@ class FewShot:
 
 
 def before(example: Example, shown: list[Example]) -> Example:
-    """An example whose prompt begins with others and their right answers."""
+    """The example with others, and their right answers, before its prompt."""
     if isinstance(example.prompt, str):
         return replace(example, prompt=_chained([*map(_solved, shown), example.prompt]))
     turns: list[Message] = []
@@ -61,7 +61,7 @@ def before(example: Example, shown: list[Example]) -> Example:
 
 
 def _solved(example: Example) -> str:
-    """A plain prompt with its answer; control tokens of its template stay such."""
+    """A plain prompt with its answer; control tokens of its template still count."""
     whole = f"{example.prompt}{_answer(example)}"
     text = whole.strip()
     own, first = example.prompt.own if isinstance(example.prompt, Marked) else (), whole.index(text)

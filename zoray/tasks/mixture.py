@@ -1,4 +1,4 @@
-"""Several tasks in one run, each with its share of the training examples, and an objective of its own if need be."""
+"""Several tasks in one run, each with its share of the training examples, and with its own objective if wanted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zoray.tasks.batches import labels_of
 
 @dataclass(frozen=True)
 class Part:
-    """A task of a mixture. `weight` is its share of training examples, against those of the others."""
+    """A task of a mixture. `weight` is its share of training examples, relative to the others' weights."""
 
     task: Any
     weight: float = 1.0
@@ -30,8 +30,8 @@ class Mixture(Task):
 
     `task=mixture 'task.parts={sst2: 2, mail: {task: file, path: mail.csv, weight: 1, objective: answer_nll}}'`
 
-    Dev and test are those of all parts together. The score that decides which state is best is the mean of the parts'
-    own metrics by weight; each is reported under its part's name.
+    Dev and test are those of all parts together. The best state is the one with the best mean of the parts' metrics,
+    by weight; each metric is reported under its part's name.
     """
 
     metric: ClassVar[str | None] = "score"
@@ -53,7 +53,7 @@ class Mixture(Task):
 
     @property
     def mixed(self) -> tuple[Part, ...]:
-        """The parts, in the order in which examples count them."""
+        """The parts, in the order of their numbers in examples."""
         return tuple(self.parts.values())
 
     def load(self) -> Splits:
@@ -63,14 +63,14 @@ class Mixture(Task):
 
 
 def _joined(splits: Sequence[Sequence[Example]]) -> Sequence[Example]:
-    """One split out of the parts', read as it goes if one of them is."""
+    """The parts' splits as one, read as it goes if one of them is."""
     if all(isinstance(examples, tuple) for examples in splits):
         return tuple(replace(example, part=k) for k, examples in enumerate(splits) for example in examples)
     return Joined(splits)
 
 
 class Joined(ReadAsItGoes):
-    """Examples of several parts one after another, without reading them."""
+    """Examples of several parts end to end, without reading them."""
 
     def __init__(self, splits: Sequence[Sequence[Example]]) -> None:
         self._splits = tuple(splits)

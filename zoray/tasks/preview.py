@@ -1,6 +1,6 @@
-"""What a run is about to learn from, in lines for people: what the task was taken for, sizes, and a few examples.
+"""Shows what a run will learn from: how the data were understood, sizes, and a few examples.
 
-An example is shown as the model will read it, chat template and all; what is trained, or chosen among, is »marked«.
+An example is shown as the model will read it, chat template included; what is trained, or chosen from, is »marked«.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def rendered(example: Example, encoder: Encoder) -> list[str]:
     answer, *also = example.answers
     if isinstance(prompt, str):
         lines = (shortened(prompt) + _marked(answer)).splitlines()
-    else:  # every turn of the assistant's is trained
+    else:  # every turn of the assistant is trained
         whole, spans = encoder.assistant_spans(answered(prompt, answer), example.untrained)
         text, end = "", 0
         for first, last in spans:
@@ -69,7 +69,7 @@ def rendered(example: Example, encoder: Encoder) -> list[str]:
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:
-    """A text without its middle, if it is too long to be read."""
+    """A text without its middle, if it is too long to read."""
     if len(text) <= longest:
         return text
     half = longest // 2

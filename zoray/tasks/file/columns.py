@@ -1,4 +1,4 @@
-"""Which columns of a file are used for what: inferred from their names, or said by the user.
+"""The roles of a file's columns: inferred from their names, or given by the user.
 
 Guarantees: columns that could mean two things, or nothing, are refused with the settings that would decide; nothing is
 guessed from the content of cells.
@@ -27,7 +27,7 @@ KINDS = {  # kind -> what it needs
 ROLES = tuple(dict.fromkeys(role for roles in KINDS.values() for role in roles))
 SOURCE = {"choice": "text", "completion": "prompt", "preference": "prompt", "prompt": "prompt"}  # what a template holds
 TEMPLATES = {"choice": "{text} It was", "completion": "{prompt}", "preference": "{prompt}", "prompt": "{prompt}"}
-OTHER_NAMES = {  # as other files call them; suggested, never taken
+OTHER_NAMES = {  # other common names; suggested, never used
     "text": ("sentence", "body", "content", "review", "message", "comment", "subject", "tweet", "description"),
     "label": ("category", "class", "sentiment", "target", "intent", "topic", "tag", "rating", "stars", "labels"),
     "prompt": ("question", "instruction", "query", "input", "problem", "request"),
@@ -36,7 +36,7 @@ OTHER_NAMES = {  # as other files call them; suggested, never taken
     "chosen": ("preferred", "accepted", "better", "winner"),
     "rejected": ("dispreferred", "worse", "loser", "refused"),
 }
-CONTROL = ("<", "[", "\uff5c")  # what control tokens begin with, or have in them
+CONTROL = ("<", "[", "\uff5c")  # control tokens begin with these, or contain them
 NAMES = re.compile(r"\{([^{}\n]+)\}")
 ALPACA = ("instruction", "input", "output")  # columns of many instruction data sets; all but these are optional
 ALSO_ALPACA = ("system", "history")
@@ -47,8 +47,8 @@ CONTEXT = ("input", "context")  # columns that belong to an instruction, and are
 class Template:
     """A prompt with columns in it: texts[0] columns[0] texts[1] columns[1] ... texts[n].
 
-    A column that is `optional` may be empty. Its line of the template is left out then, unless it holds other columns,
-    and white space before it goes as well.
+    An `optional` column may be empty. Then its line of the template is left out, unless it holds other columns, and so
+    is white space before it.
     """
 
     texts: tuple[str, ...]
@@ -61,11 +61,11 @@ class Template:
         return any(mark in text for text in self.texts for mark in CONTROL)
 
     def fill(self, values: Sequence[str]) -> str:
-        """The prompt; what looks like a template within a value stays as it is."""
+        """The prompt; braces within a value stay as they are."""
         return self._own(values) if self._marked else self._filled(values)
 
     def _own(self, values: Sequence[str]) -> str:
-        """The prompt with what in it is the template's own, whose control tokens count."""
+        """The prompt, with the template's own parts marked: control tokens count there."""
         if all(values):
             parts = [part for pair in zip(self.texts, (*values, ""), strict=True) for part in pair]
             ends = list(accumulate(map(len, parts)))
@@ -87,7 +87,7 @@ class Template:
     def _without(self, values: Sequence[str]) -> str:
         """The prompt where some values are empty."""
         prompt = self.texts[0]
-        line = prompt.rfind("\n") + 1  # where the template's present line begins
+        line = prompt.rfind("\n") + 1  # where the template's current line begins
         for value, text in zip(values, self.texts[1:], strict=True):
             if value:
                 prompt, line = prompt + value, -1  # a line with something in it
@@ -102,12 +102,12 @@ class Template:
 
 @dataclass(frozen=True)
 class Schema:
-    """What a file's rows are, and where everything stands in them."""
+    """The kind of a file's rows, and the columns that they use."""
 
     kind: str
     columns: Mapping[str, str]  # role -> column, for the roles that are used
-    template: Template | None = None  # of the prompt; none where messages hold it
-    instruction: bool = False  # of an instruction data set, in its usual template
+    template: Template | None = None  # of the prompt; None where messages hold it
+    instruction: bool = False  # an instruction data set, in its usual template
 
 
 def infer(
@@ -117,8 +117,8 @@ def infer(
 
     Args:
         present: the file's columns.
-        given: role -> column, as the user says.
-        kind: one of KINDS, as the user says; None to find out.
+        given: role -> column, from the user.
+        kind: one of KINDS, from the user; None to find out.
         template: of the prompt; None for the kind's own.
         where: the line that has the columns, for messages.
     """
@@ -155,12 +155,12 @@ def infer(
 
 
 def names_in(template: str) -> list[str]:
-    """What stands in braces in a template."""
+    """The names in braces in a template."""
     return NAMES.findall(template)
 
 
 def _called(role: str, present: Sequence[str]) -> str | None:
-    """The column of a role's name, in capitals or not."""
+    """The column called like a role, whatever its capitals."""
     alike = [column for column in present if column.strip().lower() == role]
     return role if role in present else alike[0] if alike else None
 
@@ -179,7 +179,7 @@ def _given(role: str, column: str, present: Sequence[str], where: str) -> str:
 
 
 def _check_alike(used: Mapping[str, str], given: Mapping[str, str], present: Sequence[str], where: str) -> None:
-    """Raise ConfigError where a column was taken by its name, and another one has that name in other capitals."""
+    """Raise ConfigError if a column was chosen by its name, and another one has that name in other capitals."""
     for role in used:
         alike = [name for name in present if name.strip().lower() == role]
         if role not in given and len(alike) > 1:

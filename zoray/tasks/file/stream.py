@@ -1,8 +1,8 @@
-"""One pass over rows that keeps 24 bytes of each, and examples that are read again when they are asked for.
+"""One pass over rows that keeps 24 bytes of each, and examples that are read again on demand.
 
-What the pass over a large file has found is kept in the cache folder, so that replicas and resumed runs need not read
-it all again: the places of the rows, their labels and the schema, for as long as the files, the task's settings and
-zoray's own code are the same; no text. Small files are read anew each time.
+The result of a pass over a large file is kept in the cache folder, so that replicas and resumed runs need not repeat
+it: the places of the rows, their labels and the schema, but no text. It holds while the files, the task's settings and
+zoray's own code stay the same. Small files are read again each time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from zoray.tasks.file.rows.faults import Faults, WrongRow
 from zoray.tasks.file.rows.text import Rows, Stamps, Where
 
 Found = TypeVar("Found")
-LARGE = 1 << 24  # bytes of all files together from which on it is worth it to keep what was found
+LARGE = 1 << 24  # bytes of all files together from which the result is kept
 KEPT = 8  # files in the cache folder; the oldest go first
 
 
@@ -40,9 +40,9 @@ class Scan:
 
 
 def once(task: Any, stamps: Stamps | None, find: Callable[[], Found]) -> Found:
-    """What `find()` finds, or has found for these settings in these files before, in this process or another.
+    """The result of `find()`, or a kept one for the same settings and files, from this process or another.
 
-    Without `stamps` nothing is kept. A cache that can't be written to, or has been damaged, is no trouble.
+    Without `stamps` nothing is kept. A cache that can't be written to, or is damaged, does no harm.
     """
     if stamps is None or sum(size for size, _ in stamps.known) < LARGE:
         return find()
@@ -62,10 +62,10 @@ def once(task: Any, stamps: Stamps | None, find: Callable[[], Found]) -> Found:
 
 
 def scan(rows: Rows, reader: Reader, number_of: Callable[[str, str], int]) -> Scan:
-    """Read and check every row. `number_of` numbers a label, given it and where it stands.
+    """Read and check every row. `number_of` gives the number of a label, from the label and its place.
 
     Raises:
-        ConfigError: rows are wrong; they are counted first.
+        ConfigError: rows are wrong; all are counted first.
     """
     places, labels, keys, faults = array("q"), array("q"), bytearray(), Faults()
     for place, where, row in rows:
@@ -92,11 +92,11 @@ def first_of_each(keys: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 class Examples(ReadAsItGoes):
-    """Examples that are read from their file as they are asked for.
+    """Examples that are read from their file on demand.
 
     Args:
-        rows: where from.
-        reader: makes examples of them.
+        rows: of the file.
+        reader: makes examples of the rows.
         places: of the rows, (n,).
         labels: of the examples, (n,).
     """
@@ -109,16 +109,16 @@ class Examples(ReadAsItGoes):
         return Examples, (self._rows, self._reader, self._places, self.labels)
 
     def at(self, number: int, reader: Reader | None = None) -> Example:
-        """One of them; or as another reader makes it."""
+        """The example of a number, by another reader if one is given."""
         place = int(self._places[number])
         return (reader or self._reader).example(self._rows.row(place), Where(self._rows, place))
 
     def part(self, numbers: np.ndarray) -> Examples:
-        """Some of them, in this order."""
+        """The examples of these numbers, in this order."""
         return Examples(self._rows, self._reader, self._places[numbers], self.labels[numbers])
 
     def take(self, numbers: Iterable[int]) -> tuple[Example, ...]:
-        """Some of them, in this order; read in the file's."""
+        """The examples of these numbers, in this order; read in the file's order."""
         wanted = list(numbers)
         found = {number: self.at(number) for number in sorted(set(wanted), key=lambda number: self._places[number])}
         return tuple(found[number] for number in wanted)

@@ -2,8 +2,8 @@
 
 Guarantees: every row is used or refused, and a refusal names file, line and column. Rows that repeat an earlier row's
 prompt are left out, so that no prompt is in two splits (prompts are told apart by 64 bits of a hash). A large file is
-read once, and of each row its place, label and hash are kept; its training examples are read again as they are asked
-for, and are those that would be in memory were the file small.
+read once, and the place, label and hash of each row are kept; its training examples are read again on demand, and are
+the same as if the file were small and in memory.
 """
 
 from __future__ import annotations
@@ -37,36 +37,36 @@ from zoray.tasks.file.stream import Examples, Scan, first_of_each, once, scan
 
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *PLAIN_SUFFIXES)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
-FOREIGN = {  # what a file of another format is to be made
+FOREIGN = {  # how to convert a file of another format
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "In the spreadsheet: Save as, CSV UTF-8"),
     ".json": "Write one JSON object a line, and call it .jsonl",
     **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "Unpack it"),
     **dict.fromkeys((".tab", ".data", ".arrow", ".xml", ".html", ".pkl"), "Convert the file"),
 }
-LOOK = 1000  # rows from which the columns of JSON lines are known at first
-SHOWN = 100  # examples that are looked at for what is said of them
-SHARE, MOST = 10, {"dev": 500, "test": 1000}  # dev and test are a tenth of a file each, and at most so many rows
+LOOK = 1000  # rows from which the columns of JSON lines are first inferred
+SHOWN = 100  # examples that the description is based on
+SHARE, MOST = 10, {"dev": 500, "test": 1000}  # dev and test are a tenth of a file each, up to these sizes
 
 
 @dataclass(frozen=True)
 class File(Task):
-    """A file of yours; what it is follows from its columns.
+    """A file of yours; its columns say which kind of data it has.
 
     text, label                 a choice among label words, which follow the text
     prompt, completion          an answer to write; several right ones as a JSON list, training takes the first
     messages                    a chat, [{"role": ..., "content": ...}, ...], whose last message is the answer
     prompt, chosen, rejected    a preference
-    prompt                      what a reward judges the completion of
+    prompt                      a text to complete, for a reward to judge
     instruction, input, output  prompt and completion; input, system and history may be empty, or not be there
 
-    A .txt or .md has no columns: of each paragraph the first third is a prompt, the rest its completion.
+    A .txt or .md has no columns: the first third of each paragraph is a prompt, the rest its completion.
 
     Args:
         path: a file, a pattern such as data/*.jsonl, or org/name (org/name:configuration) on the Hub. CSV and TSV need
             a header line; a cell with a separator, a quote or a line break in it is quoted, as spreadsheets do.
         words: label -> label word, {negative: " terrible", positive: " great"}, or a list for labels 0, 1, ...; as a
-            text in JSON for labels that a mapping of Hydra's has no way to write. null takes each label behind a space.
-        text_column: the column that is the text; null for the one of that name. So are the others.
+            text in JSON for labels that a Hydra mapping can't express. null takes each label after a space.
+        text_column: the column with the text; null for the one called text. The other columns work the same way.
         template: the prompt, with columns in braces, {input?} for one that may be empty; null is "{text} It was" for a
             choice, else the prompt itself.
         train: examples to learn from; null for all that dev and test leave.
@@ -76,18 +76,18 @@ class File(Task):
         chat: make a plain prompt one message of a user, so that a chat model sees its own template.
         metric: what judges an answer that the model writes, "f1", "exact_match", ...; null leaves it to the loss, or
             to accuracy where there are options.
-        max_tokens: longest answer that it writes.
-        stop: texts that end one.
-        space: whether a space is put between a prompt and what follows where the file has none there, and before
-            labels as words; null puts one unless the script takes none (Chinese, Japanese, Thai, ...).
-        control_tokens: whether the model's control tokens count where the plain text of a row has them, as in prompts
-            that a chat template has rendered already; otherwise they are text. Those of `template` and `words` count.
-        turns: of a chat, which of the assistant's are learnt, "all" or "last".
-        ignore: keys of messages that are left out, such as name; else the model's chat template has to write them. With
-            `tools` the column of that name is left out.
+        max_tokens: longest answer that the model writes.
+        stop: texts that end an answer.
+        space: whether to put a space between a prompt and what follows if the file has none there, and before labels
+            as words; null puts one unless the script has none (Chinese, Japanese, Thai, ...).
+        control_tokens: whether the model's control tokens count in the plain text of rows, as in prompts that a chat
+            template has rendered already; otherwise they are text. Those of `template` and `words` always count.
+        turns: which turns of the assistant in a chat are learnt, "all" or "last".
+        ignore: keys of messages to leave out, such as name; the model's chat template has to write all others. `tools`
+            leaves out the column of that name.
     """
 
-    cached: ClassVar[bool] = True  # whether what a large file was found to hold may be kept outside of it
+    cached: ClassVar[bool] = True  # whether the result of reading a large file may be kept in the cache
 
     path: str
     words: Mapping[str, str] | Sequence[str] | str | None = None
@@ -147,7 +147,7 @@ class File(Task):
         return Sampling(max_tokens=self.max_tokens, stop=self.stop)
 
     def tables(self) -> dict[str, Rows]:
-        """Its rows, as open_rows has them."""
+        """Its rows, as open_rows returns them."""
         return open_rows(self.path)
 
     def load(self) -> Splits:
@@ -187,9 +187,9 @@ class File(Task):
         return self._split(kept), _description(self.path, reader, rows, sum(map(len, first)), kept)
 
     def _passed(self, tables: dict[str, Rows]) -> tuple[Reader, dict[str, Scan], dict[str, int]]:
-        """What makes examples of the rows, what is kept of them, and the labels' numbers by first appearance.
+        """The reader of the rows, their scans, and the labels' numbers by first appearance.
 
-        Of JSON lines all columns are known once all have been read; if others than at first, they are read again.
+        All columns of JSON lines are known only after a whole pass; if they change the reader, there is another pass.
         """
         _look(tables["train"], self.path)
         again = self._reader(tables["train"])
@@ -217,13 +217,13 @@ class File(Task):
         return self._reader(rows).schema.kind
 
     def describe(self) -> list[str]:
-        """What the file has been taken for."""
+        """How the file was understood."""
         if not hasattr(self, "_lines"):
             self.load()
         return list(getattr(self, "_lines"))  # noqa: B009
 
     def _reader(self, rows: Rows) -> Reader:
-        """What makes examples of the rows, from their columns."""
+        """The reader that makes examples of the rows, from their columns."""
         given = {role: name for role in ROLES if (name := getattr(self, f"{role}_column"))}
         kind = self.kind or ("choice" if self.words is not None else None)
         schema = infer(rows.columns, given, kind, self.template, rows.header)
@@ -244,11 +244,11 @@ class File(Task):
         return Reader(schema, self.chat, rows.cells, words, *kept)
 
     def _ending(self, schema: Schema) -> str:
-        """What a prompt ends in, as far as that is known; label words of a chat stand alone."""
+        """The end of a prompt, as far as it is known; label words of a chat stand alone."""
         return "" if schema.template is None or self.chat else schema.template.texts[-1]
 
     def _split(self, kept: Mapping[str, Examples]) -> dict[str, Examples]:
-        """Test, dev and train, in this order out of the rows, unless they have rows of their own."""
+        """Test, dev and train, drawn from the rows in this order, unless they have rows of their own."""
         pool = kept["train"]
         tenth = max(1, len(pool) // SHARE)
         taken: dict[str, Examples] = {}
@@ -311,7 +311,7 @@ def _is_pattern(path: str) -> bool:
 
 
 def _check_path(path: object) -> None:
-    """Refuse what can be neither a file, nor a pattern, nor a data set on the Hub."""
+    """Refuse a path that can't be a file, a pattern or a data set on the Hub."""
     if isinstance(path, str) and path:
         suffix = Path(path).suffix.lower()
         if suffix in SUFFIXES or (suffix not in FOREIGN and (_is_pattern(path) or HUB_ID.fullmatch(path))):
@@ -328,7 +328,7 @@ def _foreign(suffix: str, path: object) -> str:
 
 
 def _words(given: object) -> dict[str, str]:
-    """Label -> label word, as a setting has them."""
+    """Label -> label word, from a setting."""
     listed = mapping_of(given) if isinstance(given, str) else given
     if isinstance(listed, str) or not isinstance(listed, Mapping | Sequence):
         example = setting("task.words", {"no": " terrible", "yes": " great"})
@@ -344,7 +344,7 @@ def _words(given: object) -> dict[str, str]:
 
 
 def _look(rows: Rows, path: str) -> None:
-    """Read the first rows, so that columns are known; raise ConfigError if not one can be read."""
+    """Read the first rows, so that columns are known; raise ConfigError if none can be read."""
     faults, good = Faults(), 0
     for number, (_, _, row) in enumerate(rows):
         if isinstance(row, WrongRow):
@@ -360,7 +360,7 @@ def _look(rows: Rows, path: str) -> None:
 
 
 def _number(numbers: dict[str, int], words: bool, label: str, where: str) -> int:
-    """The number of a label; `words`: whether labels are to be their own words."""
+    """The number of a label; `words`: whether labels are their own words."""
     if label not in numbers and len(numbers) == MOST_LABELS and words:
         raise ConfigError(
             f"{where}: expected at most {MOST_LABELS} labels that are label words themselves; {label!r} is one more. "
@@ -370,7 +370,7 @@ def _number(numbers: dict[str, int], words: bool, label: str, where: str) -> int
 
 
 def _check_doubts(rows: TextFiles, reader: Reader, labels: Mapping[str, int]) -> None:
-    """Refuse a row whose cell in quotes holds whole lines, if each of them ends in a label of the file."""
+    """Refuse a row with a quoted cell that holds whole lines, if each line has a label of the file."""
     column, faults = reader.schema.columns.get("label"), Faults()
     if column is None:
         return
@@ -417,7 +417,7 @@ def _spaces(reader: Reader, examples: Examples) -> list[str]:
 
 
 def _oddities(rows: TextFiles) -> list[str]:
-    """What a table holds that may be another number of rows."""
+    """Oddities of a table, which may mean that it has another number of rows."""
     lines = []
     if rows.empty:
         lines.append(f"left out, since all their cells are empty: {rows.empty:,} rows")

@@ -1,7 +1,7 @@
 """Countdown: write an equation that makes a target of three or four given numbers. Problems are made up, all solvable.
 
-The game of TinyZero (Pan et al., 2025) and of ES at scale (Qiu et al., 2025). A problem is a chain of hashes away from
-the seed, so it is the same on every machine; no two of a task's have the same numbers and target.
+The game of TinyZero (Pan et al., 2025) and of ES at scale (Qiu et al., 2025). Problems are hashed from the seed, so
+they are the same on every machine; no two problems of a task have the same numbers and target.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from zoray.records import ConfigError, Example, Message, Sampling, Splits, requi
 from zoray.tasks.base import Task, check_sizes
 
 COUNTS = (3, 4)
-TRIES = 50  # draws for each problem, on average, until we say that there are too few
+TRIES = 50  # draws for each problem, on average, before we report that there are too few
 TEMPLATE = (
     "Make {target} out of the numbers {numbers}: use each of them exactly once, with +, -, *, / and parentheses. "
     "You may think first. Then write the equation without an equals sign in answer tags, like "
@@ -27,7 +27,7 @@ TEMPLATE = (
 class Countdown(Task):
     """Numbers from 1 to `largest`, and a target from 1 to `highest` that some equation of them gives.
 
-    `counts` are how many numbers a problem may have. The test split does not change with train and dev.
+    `counts` says how many numbers a problem may have. The test split does not change with train and dev.
     """
 
     metric: ClassVar[str | None] = "reward"
@@ -67,7 +67,7 @@ class Countdown(Task):
         return Example(prompt, data={"numbers": numbers, "target": target})
 
     def _problems(self, wanted: int) -> Iterator[tuple[list[int], int]]:
-        """As many different problems, one after the other."""
+        """The wanted number of different problems, in order."""
         seen: set[tuple[int, ...]] = set()
         for number in range(TRIES * wanted):
             numbers, target = self._draw(number)
@@ -81,9 +81,9 @@ class Countdown(Task):
         )
 
     def _draw(self, number: int) -> tuple[list[int], int]:
-        """Numbers, and what they make when two of those left are joined, over and over, until one is left.
+        """Numbers, and the result of joining two of them at a time until one is left.
 
-        All that is made on the way is a positive whole number.
+        Every result on the way is a positive whole number.
         """
         draws = _draws(f"countdown:{self.seed}:{number}")
         count = self.counts[next(draws) % len(self.counts)]

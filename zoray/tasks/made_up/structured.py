@@ -1,4 +1,4 @@
-"""Structured output: write what a sentence says of a person as a JSON object. The sentences are made up.
+"""Structured output: write what a sentence says about a person as a JSON object. The sentences are made up.
 
 Every person is a row of the product of the lists below, taken in a seeded order, so the splits are the same on every
 machine and no person is in two of them. The schema is person.json of the rewards' schemas.
@@ -45,7 +45,7 @@ QUESTION = "Write a JSON object with the keys name, age, job and city for: {sent
 class Structured(Task):
     """A sentence with a person's name, age, job and city; `data` has the four by these names, the age as a number.
 
-    `template` is the question, {sentence} what it is about. The test split does not change with train and dev.
+    `template` is the question, with {sentence} for the sentence. The test split does not change with train and dev.
     """
 
     metric: ClassVar[str | None] = "reward"
@@ -80,7 +80,7 @@ class Structured(Task):
         return Splits(rows[dev:], rows[test:dev], rows[:test])
 
     def _example(self, style: int, person: int) -> Example:
-        """The person of a number, in one of the sentences."""
+        """The person with a number, in one of the sentences."""
         data: dict[str, object] = {}
         for key, values in zip(KEYS, (NAMES, AGES, JOBS, CITIES), strict=True):
             person, place = divmod(person, len(values))

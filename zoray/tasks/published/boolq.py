@@ -1,6 +1,6 @@
-"""BoolQ (Clark et al., 2019): a yes/no question that somebody asked a search engine. As MeZO asks it.
+"""BoolQ (Clark et al., 2019): yes/no questions that people asked a search engine. As MeZO asks them.
 
-The data are google/boolq, today's name of what MeZO loads as "boolq"; SuperGLUE's copy has other columns.
+The data are google/boolq, today's name of the data that MeZO loads as "boolq"; SuperGLUE's copy has other columns.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from zoray.tasks.published.hub import HubTask, texts
 class CB(HubTask):
     """Can a hypothesis be inferred? Options Yes (entailment), No (contradiction) and Maybe (neutral).
 
-    There are 250 labelled rows and 56 for the test, so dev is 100 and train what it leaves, as in MeZO's script.
+    There are 250 labelled rows and 56 for the test, so dev is 100 and train is the rest, as in MeZO's script.
     """
 
     config: ClassVar[str | None] = "cb"

@@ -18,9 +18,9 @@ JOINTS = {"effect": "so", "cause": "because"}
 
 @dataclass(frozen=True)
 class COPA(HubTask):
-    """Which choice goes on with the premise after "so" or "because"?
+    """Which choice continues the premise after "so" or "because"?
 
-    There are 400 labelled rows and 100 for the test, so dev is 100 and train what it leaves, as in MeZO's script.
+    There are 400 labelled rows and 100 for the test, so dev is 100 and train is the rest, as in MeZO's script.
     """
 
     config: ClassVar[str | None] = "copa"

@@ -14,7 +14,7 @@ from zoray.tasks.published.hub import HubTask, answers, texts
 class DROP(HubTask):
     """The model writes the answer; its score is F1 with the nearest of the reference answers.
 
-    Where an answer is several spans, MeZO takes each for an answer, and so does this. DROP's own F1 wants all of them.
+    If an answer has several spans, each of them counts as an answer, as in MeZO. DROP's own F1 wants all of them.
     """
 
     metric: ClassVar[str | None] = "f1"

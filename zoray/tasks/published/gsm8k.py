@@ -19,8 +19,8 @@ NUMBER = re.compile(r"####\s*(-?[\d.,]*\d)")
 class GSM8K(HubTask):
     """The model writes a solution, whose number is compared with the right one.
 
-    What is trained on is the worked solution without its calculator notes, and then the text that ends a completion,
-    so that a tuned model stops.
+    Training takes the worked solution without its calculator notes, followed by the text that ends a completion, so
+    that a tuned model stops.
     """
 
     metric: ClassVar[str | None] = "numeric"

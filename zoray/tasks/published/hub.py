@@ -1,9 +1,9 @@
 """Tasks whose rows come from the Hugging Face Hub, or from a local copy of the Hub's folder.
 
 Guarantees: the splits depend on the rows' order, the sizes and the seed alone, and no question is in two of them
-(SST-2 has its own, older split). Examples are made of the rows that are drawn and of no others, so that 100,000 rows
-take seconds; each is checked then, and a refusal names its split and row. Not guaranteed: that the Hub's data stay as
-they are; a local copy does.
+(SST-2 has its own, older split). Only the rows that are drawn become examples, so that 100,000 rows take seconds; each
+is checked then, and a refusal names its split and row. Not guaranteed: that the Hub's data stay as they are; a local
+copy does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MOST = 1000  # rows that a size of null takes, as MeZO's script does
-CONVERTED = "refs/convert/parquet"  # where the Hub keeps a Parquet copy, in CONFIG/SPLIT/, of repositories of scripts
+CONVERTED = "refs/convert/parquet"  # where the Hub keeps Parquet copies, in CONFIG/SPLIT/, of repositories with scripts
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class HubTask(Task):
     labels: what the Hub calls the labels 0, 1, ... of the column `label`.
 
     Args:
-        train: examples to learn from; null is what dev leaves, at most 1000.
+        train: examples to learn from; null is all that dev leaves, at most 1000.
         dev: examples for the curve and for choosing the best state.
         test: examples for the final number; null is all of the held-out split, at most 1000.
         seed: which rows go where.
@@ -91,7 +91,7 @@ class HubTask(Task):
             raise ConfigError(f"{self.source(split)}, row {number}: {error}") from error
 
     def label(self, row: Mapping[str, Any]) -> int:
-        """The label of a row; the Hub writes -1 where it is not to be known."""
+        """The label of a row; the Hub writes -1 where it is hidden."""
         value, count = row["label"], len(self.labels)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
             known = f"{', '.join(map(str, range(count - 1)))} or {count - 1}"
@@ -101,7 +101,7 @@ class HubTask(Task):
     def _drawn(
         self, rows: Dataset, split: str, sizes: Sequence[int | None], seen: set[object]
     ) -> list[tuple[Example, ...]]:
-        """Disjoint samples in the order of the seed. A question that was asked before is passed over."""
+        """Disjoint samples in the order of the seed. A repeated question is skipped."""
         examples = self._unseen(rows, split, seen)
         parts = [tuple(islice(examples, MOST if size is None else size)) for size in sizes]
         if any(len(part) < (1 if size is None else size) for part, size in zip(parts, sizes, strict=True)):
@@ -164,7 +164,7 @@ class HubTask(Task):
 
 
 def texts(row: Mapping[str, Any], *columns: str, blank: bool = False) -> list[str]:
-    """What a row has in some columns; each must be text, and something must be in it unless `blank`."""
+    """A row's texts in some columns; a ConfigError if one is not text, or is empty (allowed with `blank`)."""
     for column in columns:
         if not isinstance(row[column], str):
             raise ConfigError(f"the {column} must be text; got {row[column]!r}. Remove the row")
@@ -189,8 +189,8 @@ def _load_dataset(path: str, config: str | None, splits: Sequence[str]) -> Any:
     except RuntimeError as error:
         if "script" not in str(error):
             raise
-    # The repository has a script to make its data with, which datasets >= 4 runs no more. On the branch of Parquet
-    # copies configs have no names for datasets to find, only folders.
+    # The repository makes its data by a script, which datasets >= 4 no longer runs. The branch of Parquet copies has
+    # only folders for its configs, whose names datasets does not find.
     files = {split: f"{config or 'default'}/{split}/*.parquet" for split in splits}
     return load_dataset(path, data_files=files, revision=CONVERTED)
 
@@ -201,7 +201,7 @@ def _read_parquet(files: list[str]) -> Dataset:
     from pyarrow import parquet
 
     try:
-        # A fingerprint is for caches, and there are none here; to make it takes several times the memory of the rows.
+        # Fingerprints are for caches, and there are none here; to compute one takes several times the rows' memory.
         parts = [Dataset(parquet.read_table(file), fingerprint=str(i)) for i, file in enumerate(files)]
         return concatenate_datasets(parts)
     except (OSError, pyarrow.ArrowException) as error:

@@ -2,7 +2,7 @@
 
 The data set of Hutto and Gilbert (ICWSM 2014, MIT licence) is drawn from the same reviews as SST-2. The source archive
 of the package vaderSentiment carries it, so a machine that reaches a Python package index needs no other hub. The
-archive and the file in it are pinned by SHA-256; nothing is kept that does not match.
+archive and the file in it are pinned by SHA-256; a file that does not match is not kept.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def published_file() -> Path:
 
 
 def fetch(name: str = FILE) -> bytes:
-    """A file of the archive, out of the package: the reviews, checked, or another set of the same kind.
+    """A file of the archive in the package: the reviews, checked, or another set of the same kind.
 
     Raises:
         ConfigError: there is no network, or it is not the published file.
@@ -153,7 +153,7 @@ def fetch(name: str = FILE) -> bytes:
 
 
 def _extract(package: Path, name: str) -> bytes:
-    """A file, out of the archive in the archive; read in memory, so no path in them matters."""
+    """A file from the archive in the archive; read in memory, so that no path in them matters."""
     with tarfile.open(package) as outer:
         inner = outer.extractfile(ARCHIVE)
         assert inner is not None  # the package's hash is pinned

@@ -1,7 +1,7 @@
 """ReCoRD (Zhang et al., 2018; SuperGLUE): which entity of a news article is missing from a sentence about it?
 
-As MeZO asks it, which is GPT-3's way: the sentence with each entity in it is an option, and follows the article's
-highlights as one more of them. MeZO trains it on the right one alone, not on all against each other: that is
+As MeZO and GPT-3 ask it: the options are the sentence with each of the entities filled in, and follow the article's
+highlights as one more of them. MeZO trains on the right one alone, not on all against each other: that is
 objective=answer_nll.
 """
 

@@ -1,8 +1,8 @@
 """SST-2 (Socher et al., 2013; GLUE), as MeZO uses it (Malladi et al., 2023).
 
 Train and dev are disjoint samples of the Hub's train split; test is the Hub's validation split, because the labels of
-the Hub's test split are hidden. With `test` below 872 it is a seeded sample of it. Sentences that come twice in train
-are used once; test is as the Hub has it.
+the Hub's test split are hidden. With `test` below 872 it is a seeded sample of that split. Sentences that come twice in
+train are used once; test stays as on the Hub.
 """
 
 from __future__ import annotations

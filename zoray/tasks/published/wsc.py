@@ -1,4 +1,4 @@
-"""The Winograd Schema Challenge (Levesque et al., 2012; SuperGLUE, with its spans mended): whom does a pronoun mean?
+"""The Winograd Schema Challenge (Levesque et al., 2012; SuperGLUE, with its spans corrected): what does a pronoun mean?
 
 As MeZO asks it.
 """
@@ -18,7 +18,7 @@ from zoray.tasks.published.hub import HubTask, texts
 class WSC(HubTask):
     """Does a pronoun refer to a noun? Options No (0) and Yes (1).
 
-    Of 554 labelled rows MeZO's script takes 500 for dev, which leaves 54 to learn from; a smaller dev leaves more.
+    MeZO's script takes 500 of the 554 labelled rows for dev, which leaves 54 to learn from; a smaller dev leaves more.
     """
 
     config: ClassVar[str | None] = "wsc.fixed"

@@ -1,7 +1,7 @@
 """From a row's cells to an example.
 
-Guarantees: a cell that is empty, of the wrong type, no chat, or holds half a character is refused with the row's place
-and the column's name.
+Guarantees: a cell that is empty, has the wrong type, is no chat, or holds half a character is refused, with the row's
+place and the column's name.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Reader:
         schema: which columns are what.
         chat: whether a plain text prompt is one message of a user.
         cells: whether a row's values are all text, so that a list comes as JSON in a cell.
-        words: label -> label word, of a choice; none while they are being found out.
-        space: whether a space is put between a prompt and what follows; None for what the script wants (spacing.py).
-        control: whether control tokens in plain text are control tokens.
+        words: label -> label word, of a choice; None while they are still unknown.
+        space: whether to put a space between a prompt and what follows; None to follow the script (spacing.py).
+        control: whether control tokens in plain text count.
         turns: which of the assistant's turns in a chat are learnt, "all" or "last".
         ignore: keys of messages, and the column `tools`, that are left out.
     """
@@ -52,7 +52,7 @@ class Reader:
         object.__setattr__(self, "_spellings", spellings(self.words or {}))
 
     def example(self, row: Row, where: Any) -> Example:
-        """The example that a row is; `where` says where it stands, when it is made text."""
+        """The example of a row; `where`, as text, is the row's place."""
         found = self._example(row, where)
         facts = Facts(found.data)
         facts.where = RowPlace(where, self._sources)
@@ -90,7 +90,7 @@ class Reader:
         return Example(self.prompt(row, where), data=plain(row))
 
     def scan(self, row: Row, where: Any) -> tuple[Prompt, str | None]:
-        """The prompt of a row whose every cell is checked, and its label if it has one."""
+        """Check every cell of a row; its prompt, and its label if it has one."""
         kind = self.schema.kind
         if kind == "choice":
             return self.prompt(row, where), self.label(row, where)
@@ -98,7 +98,7 @@ class Reader:
             return self._turns(row, where)[0], None
         if kind == "preference":
             return self._preference(row, where)[0], None
-        for column, value in row.items():  # a reward is given all of them
+        for column, value in row.items():  # a reward gets all of them
             if not (type(value) is str and value.isascii()):
                 check_whole(value, column, where)
         return self._completion(row, where)[0] if kind == "completion" else self.prompt(row, where), None
@@ -180,16 +180,16 @@ class Reader:
         return tuple(turn for pair in turns for turn in pair)
 
     def _joined(self, prompt: Prompt, text: str) -> str:
-        """A text that follows a prompt: the file's own space parts them, or else one is put where one belongs."""
+        """A text that follows a prompt, with a space before it if one belongs there and the file has none."""
         return gap(prompt, text, self.space) + text if isinstance(prompt, str) else text
 
     def _turns(self, row: Row, where: Any) -> tuple[tuple[Message, ...], str, tuple[int, ...]]:
-        """The messages before the last answer that is learnt, that answer, and which turns before are not."""
+        """The messages before the last learnt answer, that answer, and which earlier turns are not learnt."""
         column = self.schema.columns["messages"]
         found, silent = messages.turns(_filled(row, column, where), column, where, self.ignore)
         _ends(found[-1], "assistant", column, where)
         while silent and (number := len(found) - 1) >= 0 and (found[-1].role != "assistant" or number in silent):
-            found.pop()  # what follows the last answer that is learnt is no use
+            found.pop()  # messages after the last learnt answer are of no use
         if not found:
             what = f"column {column!r}: all messages of the assistant have weight 0, which leaves nothing to learn"
             raise WrongRow(where, what, ". Remove the row, or a weight")
@@ -222,7 +222,7 @@ class Reader:
         return (), value
 
     def _tools(self, row: Row, where: Any) -> tuple[Message, ...]:
-        """What a chat's model may call, from the column `tools`."""
+        """The tools that a chat's model may call, from the column `tools`."""
         return () if "tools" in self.ignore else messages.tools(row.get("tools"), where)
 
     def _completion(self, row: Row, where: Any) -> tuple[Prompt, tuple[str, ...]]:
@@ -288,7 +288,7 @@ class Reader:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it; what JSON has no word for becomes text, bytes are left out."""
+    """A value as JSON has it; other types become text, bytes are left out."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items() if not isinstance(inner, bytes)}
     if isinstance(value, list | tuple):
@@ -300,7 +300,7 @@ def plain(value: Any) -> Any:
 
 def _filled(row: Row, column: str, where: Any) -> Any:
     value = row.get(column)
-    if value is None or value != value:  # nan is how some tables say that there is nothing
+    if value is None or value != value:  # some tables write nan for an empty cell
         has = [str(key) for key, value in row.items() if value is not None]
         raise WrongRow(where, f"no value for column {column!r}", f"; the row has {has}. Complete the row, or remove it")
     return value
@@ -315,7 +315,7 @@ def _text(row: Row, column: str, where: Any, advice: str = "Remove the row") -> 
 
 
 def _optional(row: Row, column: str, where: Any, optional: bool = True) -> str:
-    """The text of one of several cells; of an optional one there may be none."""
+    """The text of one of several cells; an optional one may be empty."""
     if not optional:
         return _text(row, column, where, f"Remove the row, or write {{{column}?}} in task.template if it may be empty")
     value = row.get(column)
@@ -324,7 +324,7 @@ def _optional(row: Row, column: str, where: Any, optional: bool = True) -> str:
 
 
 def _answer(message: Message) -> str:
-    """What an assistant says, with the keys that its message has besides."""
+    """An assistant's text, with the other keys of its message."""
     return Marked(message.content, more=message.more) if message.more else message.content
 
 

@@ -1,4 +1,4 @@
-"""Labels of a choice: what is one label, however a file or a setting writes it, and the words that stand for labels.
+"""Labels of a choice: which spellings, in files and settings, are one label, and the words that stand for labels.
 
 Guarantees: a label that any format can hold may have a word; labels that only look alike are refused.
 """
@@ -15,7 +15,7 @@ from zoray.tasks.file.cells.spacing import gap
 
 NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
 DECIMAL = re.compile(r"[-+]?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d{1,3})?", re.A)
-CONSTANTS = ("true", "false", "null", "nan")  # which formats and shells write in capitals or not
+CONSTANTS = ("true", "false", "null", "nan")  # formats and shells differ in their capitals
 INVISIBLE = re.compile("[\u0000-\u0008\u000e-\u001b\u007f-\u0084\u034f\u115f\u1160\ufe00-\ufe0f]")
 MOST = 20  # labels that become label words by themselves
 
@@ -30,7 +30,7 @@ def label_text(value: object) -> str:
 
 
 def plain_form(label: str) -> str:
-    """What a label is the same as in other spellings: True as true, 1.0 and +1 as 1; itself for most."""
+    """The common form of a label's spellings: true for True, 1 for 1.0 and +1; most labels themselves."""
     if label.lower() in CONSTANTS:
         return label.lower()
     found = DECIMAL.fullmatch(label)
@@ -41,7 +41,7 @@ def plain_form(label: str) -> str:
 
 
 def look(label: str) -> str:
-    """What is left of a label without capitals, invisible characters, and the ways to compose a letter."""
+    """How a label looks, whatever its capitals, invisible characters, and ways to compose a letter."""
     text = unicodedata.normalize("NFKC", label).casefold()
     return " ".join(INVISIBLE.sub("", "".join(s for s in text if unicodedata.category(s) != "Cf")).split())
 
@@ -70,7 +70,7 @@ def label_words(labels: Sequence[str], source: str, before: str, space: bool | N
     Args:
         labels: of the source, each once.
         source: what messages call it.
-        before: what the prompt ends in, if that is known.
+        before: the end of the prompt, if it is known.
         space: see spacing.gap.
     """
     known = sorted(labels)

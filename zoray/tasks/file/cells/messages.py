@@ -1,7 +1,7 @@
-"""Messages of a chat from a cell: roles, contents, and what else a message may have.
+"""Messages of a chat from a cell: roles, contents, and other keys of a message.
 
-Guarantees: no key of a message is dropped unseen. `weight` decides whether a turn is learnt, what `ignored` names is
-left out, and all others go to the model's chat template, which is asked whether it writes them (prompts.py).
+Guarantees: no key of a message is dropped silently. `weight` decides whether a turn is learnt, keys in `ignored` are
+left out, and all others go to the model's chat template, which is checked for writing them (prompts.py).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from zoray.tasks.file.rows.faults import WrongRow
 from zoray.tasks.file.rows.strict_json import parse
 
 CHAT_ROLES = ("system", "user", "assistant", "tool")
-CALLS = ("tool_calls", "function_call")  # what an assistant may write in the place of words
-DEEPEST = 100  # lists and objects of a cell within each other
+CALLS = ("tool_calls", "function_call")  # what an assistant may write instead of text
+DEEPEST = 100  # levels of nested lists and objects in a cell
 SHOWN = 80  # characters of a cell in a message
 
 
 def turns(value: Any, column: str, where: Any, ignored: Collection[str] = ()) -> tuple[list[Message], list[int]]:
     """The messages that a cell holds as a list or as JSON, and the numbers, from 0, of those with weight 0.
 
-    Space around what an assistant says is no part of it.
+    Space around an assistant's text is dropped.
 
     Raises:
-        WrongRow: there are none, or one of them is wrong, by its number.
+        WrongRow: there are no messages, or one is wrong, which is named by its number.
     """
     if isinstance(value, str):
         try:
@@ -75,16 +75,16 @@ class _Here(NamedTuple):
     number: int
 
     def wrong(self, about: str, rest: str) -> WrongRow:
-        """What is wrong with it; messages that are wrong about the same are counted together."""
+        """An error about the message; messages with errors about the same thing are counted together."""
         return WrongRow(
             self.where, f"column {self.column!r}, message {self.number}", rest, f"column {self.column!r}: {about}"
         )
 
 
 def tools(value: Any, where: Any) -> tuple[Message, ...]:
-    """What the column `tools` holds, as a message of that role; nothing if it is empty."""
+    """The value of the column `tools`, as a message of that role; nothing if it is empty."""
     if isinstance(value, str) and value.strip():
-        with suppress(ValueError, RecursionError):  # text that is no JSON is refused as no list
+        with suppress(ValueError, RecursionError):  # text that is not JSON is refused below
             value = parse(value)
     if not value or value != value:
         return ()
@@ -155,7 +155,7 @@ def _weight(weight: Any, here: _Here) -> bool:
 
 
 def _content(content: Any, here: _Here) -> Any:
-    """A content that is a list of parts, as one text: the parts stand on lines of their own, as a server puts them."""
+    """A content that is a list of parts, as one text: each part is on its own line, as servers join them."""
     if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
         return content
     texts = []
@@ -176,7 +176,7 @@ def _content(content: Any, here: _Here) -> Any:
 
 
 def _filled(value: Any) -> Any:
-    """A value without what is empty in it: tables give each row the keys of all."""
+    """A value without its empty parts: tables give every row the keys of all rows."""
     if isinstance(value, dict):
         kept = {key: _filled(inner) for key, inner in value.items()}
         return {key: inner for key, inner in kept.items() if inner is not None and inner != [] and inner != ""}
@@ -184,7 +184,7 @@ def _filled(value: Any) -> Any:
 
 
 def _called(value: Any) -> Any:
-    """Calls whose arguments are objects: OpenAI's API has them as JSON within a text, and templates write them."""
+    """Calls with objects as arguments, which templates write; OpenAI's API has them as JSON within a text."""
     if isinstance(value, list):
         return [_called(inner) for inner in value]
     if not isinstance(value, dict):

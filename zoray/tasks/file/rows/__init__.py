@@ -1,1 +1,1 @@
-"""Rows of files, one reader a kind, and the faults that any of them can have."""
+"""Rows of files, one reader per kind of file, and the faults that rows can have."""

@@ -1,4 +1,4 @@
-"""Rows that can't be used, each named by its place, and all of a kind counted in one message."""
+"""Rows that can't be used: each is named by its place, and those of a kind are counted in one message."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NAMED = 3  # further places of a kind that a message names
 
 
 class RowPlace(NamedTuple):
-    """Where an example comes from, for messages: a row, and the columns of it that its prompt is made of."""
+    """Where an example comes from, for messages: a row, and the columns that its prompt is made of."""
 
     row: Any
     columns: tuple[str, ...]
@@ -25,9 +25,9 @@ class WrongRow(ConfigError):
 
     Args:
         where: "FILE, line N".
-        what: what is wrong with it, the same words for all rows of the kind.
-        rest: what this one has, and what to do.
-        kind: in the place of `what` where that is about this row alone.
+        what: what is wrong with it, in the same words for all rows of the kind.
+        rest: what this row has, and what to do.
+        kind: replaces `what` for counting, if `what` is about this row alone.
     """
 
     def __init__(self, where: str, what: str, rest: str = "", kind: str = "") -> None:
@@ -40,7 +40,7 @@ class WrongRow(ConfigError):
 
 
 class Faults:
-    """The wrong rows of a pass: the first of each kind, how many there are, and where the next ones stand."""
+    """The wrong rows of a pass: the first of each kind, how many there are, and where the next ones are."""
 
     def __init__(self) -> None:
         self._first: dict[str, WrongRow] = {}
@@ -48,7 +48,7 @@ class Faults:
         self._counts: dict[str, int] = {}
 
     def add(self, error: WrongRow) -> None:
-        """Take note of one."""
+        """Note a wrong row."""
         self._first.setdefault(error.kind, error)
         self._counts[error.kind] = self._counts.get(error.kind, -1) + 1
         if 0 < self._counts[error.kind] <= NAMED:
@@ -66,11 +66,11 @@ class Faults:
             text += f" (and {count:,} more: {', '.join(named)}{left})"
         if others:
             rest = sum(self._counts[kind] + 1 for kind, _ in others)
-            text += f" ({rest:,} wrong otherwise, the first in {_place(others[0][1].where, first.where)})"
+            text += f" ({rest:,} wrong in other ways, the first in {_place(others[0][1].where, first.where)})"
         raise ConfigError(text)
 
 
 def _place(where: str, first: str) -> str:
-    """A place, without the file's name if that has been said."""
+    """A place, without the file's name if `first` has named it."""
     file, _, line = where.rpartition(", ")
     return line if file and file == first.rpartition(", ")[0] else where

@@ -15,7 +15,7 @@ def hub_rows(path: str) -> dict[str, ArrowRows]:
     """The splits train, dev and test that a data set has; `path` is org/name, or org/name:configuration.
 
     Raises:
-        ConfigError: it can't be had, or has no training split.
+        ConfigError: it can't be loaded, or has no training split.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError

@@ -1,6 +1,6 @@
 """Rows in Arrow's batches: those of Parquet files, and of data sets on the Hub (hub.py). A place is a row's number.
 
-Parquet packs rows in groups that may hold a million, of which none can be read alone. So files of more than WHOLE rows
+Parquet packs rows in groups of up to a million, from which no row can be read alone. So files of more than WHOLE rows
 together are copied once, as Arrow files of small batches in zoray's cache, and single rows are read from those.
 """
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pyarrow import RecordBatch
     from pyarrow.parquet import ParquetFile
 
-BATCH = 250  # rows that are read for one
-PLAIN = 1000  # rows of a data set on the Hub that are made plain values at a time
+BATCH = 250  # rows that are read to get one
+PLAIN = 1000  # rows of a data set on the Hub that are converted to plain values at a time
 
 Words = Mapping[str, Mapping[str, str]]
 
@@ -37,10 +37,10 @@ class ArrowRows:
 
     Args:
         name: what messages call them together.
-        tables: (what messages call it, its rows): `Batches`, or a `datasets.Dataset` in Arrow's format.
+        tables: (name in messages, rows): `Batches`, or a `datasets.Dataset` in Arrow's format.
         columns: their names, in order.
         words: names of labels, by label and column.
-        stamps: of the files that the tables are of; None where rows are in memory, or the Hub's.
+        stamps: of the tables' files; None where rows are in memory, or the Hub's.
     """
 
     cells = False
@@ -76,9 +76,9 @@ class ArrowRows:
 
 
 class Batches:
-    """Batches of rows in memory or in an Arrow file, asked for as those of a `datasets.Dataset`.
+    """Batches of rows in memory or in an Arrow file, with the interface of a `datasets.Dataset`.
 
-    The file is read and not mapped into memory: a mapped one counts as the process's own memory, page by page.
+    The file is read and not mapped into memory: mapped pages count as the process's own memory.
     """
 
     def __init__(self, source: list[RecordBatch] | Path) -> None:
@@ -90,7 +90,7 @@ class Batches:
         return self._ends[-1]
 
     def iter(self, _: int) -> Iterator[RecordBatch]:
-        """All of them, of as many rows as they have."""
+        """All batches, in the sizes that they have."""
         return (self._batch(at) for at in range(len(self._ends) - 1))
 
     def __getitem__(self, number: int) -> RecordBatch:
@@ -150,7 +150,7 @@ def parquet_rows(name: str, paths: Sequence[Path]) -> ArrowRows:
 
 
 def _copied(file: ParquetFile, stamps: Stamps, number: int) -> Batches:
-    """The rows of a file from its copy, which is made unless there is a whole one."""
+    """The rows of a file from its copy, which is made unless a whole one exists."""
     import pyarrow
 
     path = stamps.paths[number]
@@ -177,9 +177,9 @@ def _batches(file: ParquetFile) -> Iterator[RecordBatch]:
 
 
 def _plain_rows(batch: Any, called: str, first: int) -> Iterator[tuple[str, Row | WrongRow]]:
-    """Where each row of a batch or table stands, and its plain values or what is wrong with it.
+    """The place of each row of a batch or table, and its plain values or what is wrong with it.
 
-    Arrow holds any bytes as text, and times that Python has no word for.
+    Arrow accepts any bytes as text, and times that Python can't express.
     """
     import pyarrow
 
@@ -187,7 +187,7 @@ def _plain_rows(batch: Any, called: str, first: int) -> Iterator[tuple[str, Row 
     try:
         rows = batch.to_pylist()
     except (ValueError, ArithmeticError, pyarrow.ArrowException):
-        rows = None  # which row it is, is found one by one
+        rows = None  # the wrong row is then found one by one
     yield from zip(places, rows or (), strict=False)
     for number, where in enumerate(places if rows is None else ()):
         row, name = dict[str, Any](), ""
@@ -198,7 +198,7 @@ def _plain_rows(batch: Any, called: str, first: int) -> Iterator[tuple[str, Row 
         except UnicodeDecodeError as error:
             got = f"; got the byte {error.object[error.start]:#04x} (byte {error.start + 1} of the text)"
             what = f"column {name!r} must hold text in UTF-8"
-            yield where, WrongRow(where, what, f"{got}. Write the file anew, from text that was read right")
+            yield where, WrongRow(where, what, f"{got}. Write the file again, from text that was decoded right")
         except (ValueError, ArithmeticError, pyarrow.ArrowException) as error:
             reason = " ".join(str(error).split())[:200].rstrip(".")
             yield where, WrongRow(where, f"column {name!r} can't be read", f" ({reason}). Write it in another type")
@@ -213,5 +213,5 @@ def _class_words(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[str, 
             for column, feature in features.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
-    except (ValueError, KeyError, TypeError, AttributeError):  # another program's own
+    except (ValueError, KeyError, TypeError, AttributeError):  # written by another program
         return {}

@@ -1,7 +1,7 @@
-"""Rows of plain text: of each paragraph the first part is given, the rest is to be written.
+"""Rows of plain text: the first part of each paragraph is the prompt, the rest is the completion.
 
-What follows a piece is the text's own: a blank line behind a paragraph, the end of text behind the last, and behind a
-piece of a longer paragraph nothing that could be learnt.
+The end of a completion is the text's own: a blank line after a paragraph, the end of text after the last one, and
+nothing to learn after a piece of a paragraph that goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FEWEST = 10  # pieces
 
 
 class GoesOn(dict[str, Any]):
-    """A row whose completion is no end of anything."""
+    """A row whose completion is not the end of a paragraph."""
 
 
 class _Piece(NamedTuple):
@@ -33,7 +33,7 @@ class PlainText:
     """The pieces of texts in UTF-8, as columns prompt and completion. Paragraphs are set apart by blank lines.
 
     Line breaks within a paragraph are spaces, a blank line is two line breaks. Pieces of fewer than FEWEST_WORDS
-    words are counted (`short`), not given. A place is a piece's number.
+    words are counted (`short`), but not used. A place is a piece's number.
 
     Args:
         name: what messages call the texts together.

@@ -1,4 +1,4 @@
-"""JSON in which each key of an object comes once: of two, Python's own reader would take the last unseen."""
+"""JSON in which each key of an object comes once: Python's own reader would silently take the last of two."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Twice(ValueError):
-    """Keys that an object of JSON has more than once."""
+    """A JSON object has a key more than once."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Rows of JSONL, CSV and TSV files: one pass over all of them, and any single one again by its place.
 
 Guarantees: every line is read or refused with file, line and, where there is one, the character; only a row's place is
-kept; a file that has changed since is an error, not other rows. Not guaranteed: that a change which keeps a file's size
-and time is noticed.
+kept; a file that has changed since is an error. Not noticed: a change that keeps a file's size and time.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from zoray.tasks.file.rows.faults import WrongRow
 from zoray.tasks.file.rows.strict_json import Twice, parse_line
 
 TEXT_SUFFIXES = (".jsonl", ".csv", ".tsv")
-MARK = "\ufeff"  # spreadsheets begin a file with it
+MARK = "\ufeff"  # byte order mark, which spreadsheets put first
 HANDLES = 64  # files that are held open
-DOUBTS = 10_000  # rows that may be several of which is taken note
+DOUBTS = 10_000  # noted rows that may be several, at most
 BLANK = " \t\r\n\f\v\xa0\u200b\ufeff"  # around the name of a column
 ENDS = re.compile(rb"\r\n|\r|\n")
 SEPARATOR = re.compile(rb"(?:\xef\xbb\xbf)?sep=([,;|\t])\s*$", re.I)
@@ -38,21 +37,21 @@ Row = Mapping[str, Any]
 
 
 class Doubt(NamedTuple):
-    """A row of a table that may be several: a cell in quotes that holds what look like whole lines."""
+    """A row of a table that may be several: a quoted cell seems to hold whole lines."""
 
     where: str
-    lines: list[dict[str, str]]  # each as a row, were there no quotes
+    lines: list[dict[str, str]]  # each as a row, without the quotes
 
 
 class Rows(Protocol):
     """Rows by their places, which are whole numbers.
 
-    name: what messages call it.
-    columns: names of columns; of JSONL those of all rows so far. Of text files they are known once iteration has begun,
-    header: and so is where they stand, for messages.
+    name: what messages call them.
+    columns: names of columns; for JSONL, of all rows so far. Text files have them once iteration has begun.
+    header: the place of the columns' names, for messages; known at the same time.
     cells: whether a row's values are all text, so that a list comes as JSON in a cell.
     words: names of labels that the source itself knows, by label and column.
-    stamps: of the files that rows are read from again; None where rows are held in memory, or no files.
+    stamps: of the files that rows are read from again; None where rows are in memory, or not from files.
     """
 
     name: str
@@ -71,7 +70,7 @@ class Rows(Protocol):
         ...
 
     def row(self, place: int) -> Row:
-        """A row again."""
+        """Read a row again."""
         ...
 
     def where(self, place: int) -> str:
@@ -80,7 +79,7 @@ class Rows(Protocol):
 
 
 class Where:
-    """Where a row stands, said when it is asked for: finding a line takes a look at the file."""
+    """A row's place, found only when it is shown: to count lines, the file has to be read."""
 
     def __init__(self, rows: Rows, place: int) -> None:
         self._rows, self.place = rows, place
@@ -123,10 +122,10 @@ class TextFiles:
         paths: in order.
 
     Attributes:
-        empty: rows of a table without anything in them, which are left out.
-        long: how many rows of a table go on over several lines.
+        empty: number of empty rows of a table, which are left out.
+        long: number of rows of a table that span several lines.
         first_long: where the first of them begins.
-        doubts: rows of a table that may be several, the first of them.
+        doubts: the first rows of a table that may be several.
     """
 
     words: Mapping[str, Mapping[str, str]] = {}
@@ -199,7 +198,7 @@ class TextFiles:
                 text = _decoded(raw, where)
                 if text.strip() not in ("", MARK):
                     row = _object(text, where)
-                    if not known.keys() >= row.keys():  # also of the first
+                    if not known.keys() >= row.keys():  # also at the first row
                         known = self._more_columns(row, where)
                     yield offset, where, row
             except WrongRow as error:
@@ -207,7 +206,7 @@ class TextFiles:
             offset += len(raw)
 
     def _more_columns(self, row: Row, where: str) -> dict[str, None]:
-        """All columns so far, with those of a row that has others than the ones before it."""
+        """All columns so far, including the new ones of a row."""
         more = [name for name in row if name not in self.columns]
         check_names([*self.columns, *more], where)
         if not self.columns:
@@ -221,7 +220,7 @@ class TextFiles:
         # strict: a quote that is opened and not closed properly is an error, not half the file in one cell.
         path, first = self.stamps.paths[number], next((line for line in file if line.strip()), b"")
         delimiter = "\t" if self._suffix == ".tsv" else ";" if b";" in first and b"," not in first else ","
-        said = SEPARATOR.match(first)  # a line that tells spreadsheets
+        said = SEPARATOR.match(first)  # a line that names it for spreadsheets
         delimiter = said[1].decode() if said else delimiter
         file.seek(0)
         feed = _Feed(_lines(file, path))
@@ -266,9 +265,9 @@ class TextFiles:
                 yield offset, where, dict(zip(header, cells, strict=True))
 
     def _doubt(self, record: Sequence[str], header: Sequence[str], delimiter: str, where: str) -> WrongRow | None:
-        """Take note of a row of several lines of which each could be a row; in TSV, where that is no accident, refuse.
+        """Note a row of several lines, each of which could be a row; in TSV, where that is no accident, refuse it.
 
-        TSV is written without quotes as often as with them, and then a cell may begin with one.
+        TSV is as often written without quoting as with it, and then a cell's text may begin with a quote.
         """
         self.long += 1
         self.first_long = self.first_long or where
@@ -299,7 +298,7 @@ class TextFiles:
 
 
 class _Feed:
-    """Lines for csv.reader, which knows where the next row begins: reader takes no line before it needs it."""
+    """Lines for csv.reader that track where the next row begins: the reader takes no line before it needs it."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines, self._bytes, self._number = lines, 0, 0
@@ -335,7 +334,7 @@ def check_names(names: Sequence[str], where: str) -> None:
 
 
 def several_rows(where: str, lines: int, each: str, form: str) -> WrongRow:
-    """The error of a row that swallowed others."""
+    """The error of a row that has swallowed others."""
     return WrongRow(
         where,
         f"a cell that begins with a quote goes on over {lines} lines, {each}",
@@ -346,7 +345,7 @@ def several_rows(where: str, lines: int, each: str, form: str) -> WrongRow:
 
 
 def _undecoded(file: BinaryIO, path: Path, where: str) -> Iterator[WrongRow]:
-    """The other lines of a table that are not UTF-8, behind the one at `where`."""
+    """The other lines of a table that are not UTF-8, after the one at `where`."""
     for number, raw in enumerate(file, start=int(where.rpartition(" ")[2]) + 1):
         try:
             _decoded(raw, f"{path}, line {number}")
@@ -355,7 +354,7 @@ def _undecoded(file: BinaryIO, path: Path, where: str) -> Iterator[WrongRow]:
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[str]:
-    """Lines of a table, which may end in any of the three ways."""
+    """Lines of a table, with any of the three line ends."""
     for number, raw in enumerate(file, start=1):
         text = _decoded(raw, f"{path}, line {number}")
         if 0 <= text.find("\r") < len(text) - 2:
@@ -392,7 +391,7 @@ def _object(text: str, where: Any) -> Row:
 
 
 def _bad_quote(text: str, delimiter: str) -> str:
-    """Which quote of a row is opened and never closed, or followed by what it must not be; nothing if none is."""
+    """The place of a row's quote that is never closed, or is followed by a wrong character; empty if there is none."""
     opened, past = -1, 0
     for quote in re.finditer('"', text):
         place = quote.start()
