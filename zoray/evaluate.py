@@ -3,7 +3,7 @@
 run=DIR [step=K|best] [split=dev] [task=NAME]     a step of a run, on its own task or on another
 task=NAME model=NAME [adapter=DIR]                a bare model, with a PEFT adapter or without
 shots=K                                           the same with K solved examples before each prompt (ICL)
-predictions=FILE.jsonl                            what the model made of each example
+predictions=FILE.jsonl                            writes the model's answer to each example
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zoray.scoring.workload import load_workload
 
 
 def main(config: Any) -> int:
-    """Print metric, loss and digest; fails where nobody can read them."""
+    """Print metric, loss and digest; fails if the output can't be written."""
     if config.run is None and (config.task is None or config.model is None):
         raise ConfigError(
             "expected a run, or a model and a task: python -m zoray.evaluate run=runs/NAME (and step=K or step=best, "
@@ -58,8 +58,8 @@ def main(config: Any) -> int:
     if others:
         print("also " + ", ".join(f"{name} {value:.4f}" for name, value in others.items()))
     if outcomes.failed:
-        print(f"{outcomes.failed} of {outcomes.written} rewards could not be had; the first: {outcomes.failure}")
-    if config.predictions is not None:  # last: a disk that is full takes no number away
+        print(f"{outcomes.failed} of {outcomes.written} completions got no reward; the first: {outcomes.failure}")
+    if config.predictions is not None:  # last, so that a full disk costs no number
         write_predictions(user_path(config.predictions), replica, config.split, outcomes)
     return int(streams.lost())
 

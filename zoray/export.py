@@ -1,6 +1,6 @@
 """`python -m zoray.export run=DIR [step=K|best] [format=peft|merged] out=DIR`: any step of a run, for other programs.
 
-run/export.py says what is written, and how exact it is.
+run/export.py explains the files, and how exact they are.
 """
 
 from __future__ import annotations

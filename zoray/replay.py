@@ -1,7 +1,7 @@
 """`python -m zoray.replay run=DIR [step=K|best]`: rebuild the state from a journal and print its digest.
 
-Needs no engine, and no model either unless the run folds into its base weights: the journal's header has the shapes and
-the seed. Every digest that the run noted on its way is checked.
+Needs no engine, and no model unless the run folds into its base weights: the journal's header has the shapes and the
+seed. Every digest in the journal is checked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["main", "replay"]
 
 
 def main(config: Any) -> int:
-    """Print step and digest; fails where nobody can read them."""
+    """Print step and digest; fails if the output can't be written."""
     if config.run is None:
         raise ConfigError(
             "expected the folder of a run: python -m zoray.replay run=runs/NAME (and step=K or step=best)"

@@ -1,4 +1,4 @@
-"""`python -m zoray.serve`: answer requests, and learn from private data between. Settings: conf/serve.yaml."""
+"""`python -m zoray.serve`: answer requests, and learn from private data in between. Settings: conf/serve.yaml."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(config: Any) -> int:
     _check_port(settings.host, settings.port)
     check_model(settings)
     folder = Path(settings.folder)
-    with claim(folder, lock=".server"):  # as long as this command runs, so that of two the second is told at once
+    with claim(folder, lock=".server"):  # while this command runs, so that a second one is refused at once
         with claim(folder):  # the tuner holds it from here on
             check_live(Store(settings.folder, clear=False), settings)
         return _serve(settings, key)
@@ -34,8 +34,8 @@ def _serve(settings: Settings, key: str | None) -> int:
     up, ended, stopping = threading.Event(), threading.Event(), stops()
 
     def stop(number: int, frame: object) -> None:
-        again = ended.is_set() and number != signal.SIGHUP  # which a shell and the system may both send
-        if not up.is_set() or again:  # while it starts, or asked again: at once
+        again = ended.is_set() and number != signal.SIGHUP  # a shell and the system may both send SIGHUP
+        if not up.is_set() or again:  # while starting, or on a second signal: at once
             raise KeyboardInterrupt
         ended.set()
 
@@ -48,19 +48,19 @@ def _serve(settings: Settings, key: str | None) -> int:
 
     with started(settings) as address:
         up.set()
-        listen()  # Ray has put its own handler of SIGTERM in the place of this one
+        listen()  # Ray has replaced the handler of SIGTERM by its own
         print(f"{settings.name} at {address}/v1 (OpenAI's API), page: {address}/", flush=True)
         if key is not None:
             print("requests need the key of ZORAY_API_KEY", flush=True)
         ended.wait()
-        print("stopping; jobs go on when the server is started again", flush=True)
+        print("stopping; jobs continue when the server is restarted", flush=True)
     return 0
 
 
 def check_model(settings: Settings) -> None:
-    """Raise ConfigError unless the model is there (it is fetched or made now), and has what the space adapts.
+    """Raise ConfigError unless the model is there (it is fetched or made now) and has the matrices to adapt.
 
-    Where jobs learn by feedback its family has to be one that feedback knows.
+    If jobs learn by feedback, its family must be one that feedback supports.
     """
     from zoray.engines.feedback.residual import family_of
     from zoray.models.folder import linear_matrices
@@ -72,7 +72,7 @@ def check_model(settings: Settings) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raise ConfigError if somebody listens there already."""
+    """Raise ConfigError if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -79,5 +79,5 @@ def test_one_engine_that_is_killed_leaves_the_other_to_answer_and_to_tune(pair):
 def test_sigterm_ends_it_quietly(pair):
     assert pair.stop(signal.SIGTERM) == 0
     said = pair.log.read_text()
-    assert said.splitlines()[-1] == "stopping; jobs go on when the server is started again", said
+    assert said.splitlines()[-1] == "stopping; jobs continue when the server is restarted", said
     assert "SIGTERM" not in said
