@@ -95,7 +95,7 @@ def test_a_validation_file_is_what_is_held_out(client, gateway):
     rows = b"text,label\n" + b"".join(b"text %d,%s\n" % (i, (b"good", b"bad")[i % 2]) for i in range(30))
     one, same = (client.upload(rows).json()["id"] for _ in range(2))
     error = error_of(job(client, training_file=one, validation_file=same))
-    assert error["code"] == 400 and "all of its rows are among those held out" in error["message"]
+    assert error["code"] == 400 and "all of its rows are held out as well" in error["message"]
     assert job(client, validation_file=client.upload(b"prompt,completion\na,b\n" * 9).json()["id"]).status_code == 400
 
 

@@ -295,7 +295,7 @@ def test_wrong_parquet_is_named_by_row(write, tmp_path):
     whole = Path(write_parquet(tmp_path / "c.parquet", ROWS)).read_bytes()
     damaged = {"text": b"text", "cut": whole[: len(whole) // 2], "bits": whole[:8] + bytes(80) + whole[88:]}
     for name, content in damaged.items():
-        with pytest.raises(ConfigError, match=rf"can't read .*{name}\.parquet: .*damaged or no Parquet file\. "):
+        with pytest.raises(ConfigError, match=rf"can't read .*{name}\.parquet: .*damaged or not a Parquet file\. "):
             File(write(f"{name}.parquet", content), WORDS).load()
     with pytest.raises(ConfigError, match="No such file"):
         File(str(tmp_path / "gone.parquet")).load()

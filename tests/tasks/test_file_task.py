@@ -87,7 +87,7 @@ def test_repeated_texts_are_used_once(write):
     task = File(write("a.jsonl", ROWS + ROWS), WORDS)
     splits = task.load()
     assert len(every(splits)) == 50 and digest(splits) == PINNED_FILE
-    assert "left out, since their prompt came before: 50 rows" in task.describe()
+    assert "left out, since an earlier row has the same prompt: 50 rows" in task.describe()
 
 
 def test_labels_become_words_in_alphabetical_order(write):

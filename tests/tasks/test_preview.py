@@ -47,7 +47,7 @@ def encoder() -> Encoder:
             ["<system>Be kind.</s>", "<user>Hi</s>", "<assistant>»Yes</s>«", "or, wrong: »No</s>«"],
         ),
         (Example("Q: a\nA:", answers=(" b",)), ["Q: a", "A:» b«"]),
-        (Example("Q:", answers=(" b", " c\n")), ["Q:» b«", "or, as right: ' c\\n'"]),
+        (Example("Q:", answers=(" b", " c\n")), ["Q:» b«", "or, also right: ' c\\n'"]),
         (Example(ASKED, answers=("Yes",)), ["<system>Be kind.</s>", "<user>Hi</s>", "<assistant>»Yes</s>«"]),
         (
             Example(MORE, answers=(" Ciao\n",)),
@@ -110,7 +110,7 @@ def test_a_choice_with_its_labels(tmp_path, encoder):
         "columns: 'text' is the text, 'label' is the label",
         "prompt: '{text} It was'",
         "labels: 'negative' as ' negative' (25), 'positive' as ' positive' (25)",
-        "left out, since their prompt came before: 3 rows",
+        "left out, since an earlier row has the same prompt: 3 rows",
         "examples: 40 train, 5 dev, 5 test",
         "",
     ]

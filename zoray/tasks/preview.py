@@ -65,7 +65,7 @@ def rendered(example: Example, encoder: Encoder) -> list[str]:
         for first, last in spans:
             text, end = text + shortened(shown(whole[end:first])) + _marked(shown(whole[first:last])), last
         lines = (text + shown(whole[end:])).splitlines()
-    return lines + [f"or, as right: {shortened(text)!r}" for text in also[: OPTIONS - 1]]
+    return lines + [f"or, also right: {shortened(text)!r}" for text in also[: OPTIONS - 1]]
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:

@@ -182,7 +182,7 @@ class File(Task):
         }
         if not len(kept["train"]):
             raise ConfigError(
-                f"{self.path}: all of its rows are among those held out, and none is in both. Hold out other rows"
+                f"{self.path}: all of its rows are held out as well, and a row can't be in both. Hold out other rows"
             )
         return self._split(kept), _description(self.path, reader, rows, sum(map(len, first)), kept)
 
@@ -402,7 +402,7 @@ def _description(path: str, reader: Reader, rows: Rows, count: int, kept: Mappin
     if isinstance(rows, PlainText) and rows.short:
         lines.append(f"left out, since they have fewer than {FEWEST_WORDS} words: {rows.short:,} paragraphs")
     if count > usable:
-        lines.append(f"left out, since their prompt came before: {count - usable:,} rows")
+        lines.append(f"left out, since an earlier row has the same prompt: {count - usable:,} rows")
     return lines
 
 

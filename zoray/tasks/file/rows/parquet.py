@@ -140,7 +140,7 @@ def parquet_rows(name: str, paths: Sequence[Path]) -> ArrowRows:
                 tables.append((str(path), rows))
     except (OSError, pyarrow.ArrowException) as error:
         advice = (
-            "It is damaged or no Parquet file. Write it again, or use JSONL"
+            "It is damaged or not a Parquet file. Write it again, or use JSONL"
             if getattr(error, "errno", None) is None  # of the operating system's own errors only
             else f"Look at the file, and at the room in {cache_dir()} ($ZORAY_CACHE), where large ones are copied"
         )
