@@ -82,6 +82,8 @@ def test_what_is_too_long_loses_its_beginning(bos):
         assert len(tokens) == limit - room and tokens[bos:] == whole[len(whole) - len(tokens) + bos :]
         assert (tokens[0] == 1) == bos
     assert encoder.shortened == 2 and encoder.tokens("It was") == tokenizer("It was")["input_ids"]
+    exact = Encoder(tokenizer, len(whole), cut=True)
+    assert exact.tokens(long) == whole and exact.shortened == 0  # what just fits has lost nothing
     sequence = encoder.answer(long, " great", False)
     assert len(sequence.tokens) == limit and sequence.rows.tolist() == [limit - 1]
     uncut = Encoder(tokenizer).answer(long, " great", False)
