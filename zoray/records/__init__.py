@@ -1,7 +1,7 @@
 """What crosses files and processes: frozen records of plain values, and zoray's three errors.
 
-Imports nothing of zoray's other rooms, and none of torch, vLLM and Ray. Every process has it: driver, replicas, server,
-and the workers in an engine.
+Imports none of zoray's other rooms, nor torch, vLLM or Ray. Every process has it: driver, replicas, server, and an
+engine's workers.
 """
 
 from zoray.records.errors import ConfigError, JournalError, ReplicaLost, SettingError, is_finite, require

@@ -1,7 +1,7 @@
-"""Files written whole or not at all, and what a file system refuses, in words.
+"""Writes files whole or not at all, and puts what a file system refuses into words.
 
-Guarantees: an error names its file; what can't be written whole leaves nothing behind, and what was there before stays.
-A refusal (a full disk, a quota, a read-only file system, a folder that is a file) is an OSError as Python has it.
+Guarantees: an error names its file; a failed write leaves nothing behind, and the earlier file stays.
+A refusal (a full disk, a quota, a read-only file system, a folder that is a file) is Python's own OSError.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 LOCKED = (errno.EACCES, errno.EPERM, errno.EROFS)
 TAKEN = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 OTHERS = (errno.EIO, errno.EFBIG, errno.ENAMETOOLONG, errno.ESTALE, errno.ENXIO)
-IN_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers raise errors of their own, which say so
+IN_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers raise their own errors, with this text
 
 
 def refuses(error: BaseException) -> bool:
-    """Whether an error is a refusal of the file system, and not a defect."""
+    """Whether the file system refused, as opposed to a defect."""
     if not isinstance(error, OSError) or isinstance(error, TimeoutError | ConnectionError):
         return False
     return error.errno in FULL or (error.errno in (*LOCKED, *TAKEN, *OTHERS) and error.filename is not None)
@@ -46,7 +46,7 @@ def told(error: OSError) -> str:
 
 
 def check_place(path: Path, key: str) -> None:
-    """Raise ConfigError, before anything is computed, where nothing can be written at a path that is not there yet."""
+    """Raise ConfigError, before anything is computed, if a path that does not exist yet can't be created."""
     parent = next(str(folder) for folder in path.absolute().parents if os.path.exists(folder))
     if not os.path.isdir(parent):
         raise ConfigError(f"expected a folder for {key}={path}; {parent} is a file. Choose another place")
@@ -56,7 +56,7 @@ def check_place(path: Path, key: str) -> None:
 
 @contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """Within, refusals name a path, which those of writes do not, nor those of libraries that are written in Rust."""
+    """Let refusals within name a path; the system's errors for writes don't, nor do those of libraries in Rust."""
     try:
         yield
     except OSError as error:
@@ -71,9 +71,9 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 def replace(path: Path, data: bytes, partial: Path | None = None, sync: bool = False) -> None:
-    """Write a file as a whole in the place of the one that is there.
+    """Replace a file as a whole.
 
-    `partial`: what is written first, beside it, where several may write at the same time. `sync`: survive a power cut.
+    `partial`: the file written first, beside it, if several processes may write at once. `sync`: survive a power cut.
     """
     partial = path.with_name(f"{path.name}.partial") if partial is None else partial
     with naming(path):
@@ -91,7 +91,7 @@ def replace(path: Path, data: bytes, partial: Path | None = None, sync: bool = F
 
 
 def append(file: IO[bytes], line: bytes, path: Path) -> None:
-    """Append to an unbuffered file; what can't be written whole is taken back."""
+    """Append to an unbuffered file; a line that can't be written whole is taken back."""
     end, rest = os.fstat(file.fileno()).st_size, memoryview(line)
     with naming(path):
         try:

@@ -11,7 +11,7 @@ class ConfigError(ValueError):
 
 
 class SettingError(ConfigError):
-    """What is wrong is a setting, whatever an example says."""
+    """A setting is wrong, whatever the examples are."""
 
 
 class JournalError(ValueError):
@@ -19,7 +19,7 @@ class JournalError(ValueError):
 
 
 class ReplicaLost(RuntimeError):
-    """A replica is gone, or too few are left to go on; the run can be resumed."""
+    """A replica is lost, or too few are left to go on; the run can be resumed."""
 
 
 def require(condition: bool, expected: str, got: object, instead: str = "") -> None:
@@ -29,5 +29,5 @@ def require(condition: bool, expected: str, got: object, instead: str = "") -> N
 
 
 def is_finite(value: object) -> bool:
-    """True for a number that may enter an update; false for inf, nan, and what is no number (a config's text)."""
+    """True for a number that may enter an update; false for inf, nan, and anything else (a config's text)."""
     return isinstance(value, Real) and math.isfinite(value)

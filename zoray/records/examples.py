@@ -1,4 +1,4 @@
-"""Examples, and what they become: messages, answers, splits, and sequences of tokens that are asked about.
+"""Examples, their messages and answers, the splits of a task, and the token sequences that are scored.
 
 Shapes: T tokens of a sequence, M scored positions of a sequence.
 """
@@ -14,11 +14,11 @@ import numpy as np
 
 from zoray.records.errors import ConfigError, is_finite, require
 
-WHOLE = 20_000  # examples of a split up to which it is in memory, and tokenised at start
+WHOLE = 20_000  # examples; a split of at most this many is kept in memory and tokenised at start
 
 
 class Message(NamedTuple):
-    """A message of a chat. One of the role "tools" holds no words: its content is a JSON list of what may be called."""
+    """A message of a chat. The content of one with the role "tools" is a JSON list of the functions on offer."""
 
     role: str  # "system", "user", "assistant" or "tool"
     content: str
@@ -26,16 +26,16 @@ class Message(NamedTuple):
 
 
 class Facts(dict[str, Any]):
-    """An example's `data` that knows where its row stands."""
+    """An example's `data`, with the place of its row in `where`."""
 
     where: Any = None
 
 
 class Marked(str):
-    """A text of which it is known what in it is not the data's own.
+    """A text that knows which of its characters do not come from the data.
 
-    own: (first, end) of characters that a template or a setting has put there; control tokens in them count.
-    more: of an answer in a chat, see Message.
+    own: (first, end) of characters that come from a template or a setting; control tokens in them count.
+    more: for an answer in a chat, see Message.
     """
 
     own: tuple[tuple[int, int], ...]
@@ -48,27 +48,27 @@ class Marked(str):
 
 
 def settled(text: str) -> str:
-    """A text whose control tokens all count, as those of a setting do."""
+    """A text whose control tokens all count, as in a setting."""
     return Marked(text, ((0, len(text)),))
 
 
 @dataclass(frozen=True)
 class Example:
-    """What a model is asked, and what is right. Which of the fields an example has is its task's business.
+    """A question to the model and its right answers. The task decides which fields are set.
 
-    A continuation begins with the space or line break that parts it from the prompt.
+    A continuation begins with the space or line break that separates it from the prompt.
 
     Args:
         prompt: text; or the messages of a chat, which the model's own template renders.
-        options: continuations to choose from; of a preference (chosen, rejected).
+        options: continuations to choose from; for a preference (chosen, rejected).
         label: the index of the right option.
-        also: indices of further options that are as right; training takes `label`.
-        answers: continuations that are right where the model writes one itself; training takes the first.
-        calibration: what stands for the prompt without its input, to learn how likely an option is anyhow.
-        data: whatever a reward wants to know, as plain JSON values.
-        part: which part of a mixture it belongs to.
-        untrained: of a prompt's messages, the numbers of those of the assistant's that are not learnt.
-        goes_on: whether an answer's last word is no end, as where a long text was cut: no end of text is learnt there.
+        also: indices of other options that are equally right; training takes `label`.
+        answers: right continuations, where the model writes one itself; training takes the first.
+        calibration: a prompt without the input, which shows how likely an option is in any case.
+        data: whatever a reward needs, as plain JSON values.
+        part: the part of a mixture that the example belongs to.
+        untrained: indices of the assistant's messages in the prompt that are not learnt.
+        goes_on: whether an answer stops short, as when a long text is cut: no end of text is learnt after it.
     """
 
     prompt: str | tuple[Message, ...]
@@ -84,12 +84,12 @@ class Example:
 
     @property
     def where(self) -> Any:
-        """Where it comes from, for messages (tasks/file/rows/faults.py); None where that is not known."""
+        """Where the example comes from, for messages (tasks/file/rows/faults.py); None if unknown."""
         return getattr(self.data, "where", None)
 
     @property
     def asked(self) -> str:
-        """What messages show of it: the prompt, or the last message of a chat."""
+        """The part that messages show: the prompt, or the last message of a chat."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[-1].content
 
     def __post_init__(self) -> None:
@@ -104,13 +104,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are written.
+    """How completions are sampled.
 
     Args:
         max_tokens: longest completion.
         temperature: 0 takes the likeliest token each time.
-        top_p: sample among the likeliest tokens that have this much probability together.
-        stop: a completion ends before the first of these texts; the model's own end of text always ends it.
+        top_p: sample among the likeliest tokens whose probabilities sum to this.
+        stop: a completion ends before the first of these texts, and always at the model's end of text.
     """
 
     max_tokens: int = 50
@@ -133,7 +133,7 @@ class TokenSequence:
     """Tokens to run through the model, and which next-token log-probabilities to sum.
 
     For each j < M, log p(targets[j] | tokens[: rows[j] + 1]) is added to output outputs[j].
-    Options of one token share a sequence: all read the same last row.
+    Single-token options share a sequence: all read the same last row.
     """
 
     tokens: np.ndarray  # (T,) int32
@@ -144,21 +144,21 @@ class TokenSequence:
 
 
 class ReadAsItGoes(Sequence[Example]):
-    """A split that reads its examples when they are asked for, each by its number.
+    """A split that reads each example from its file when it is needed.
 
     labels: (n,) int64.
-    parts: (n,) int64, which part of a mixture each belongs to.
+    parts: (n,) int64, the part of a mixture that each example belongs to.
     """
 
     labels: np.ndarray
     parts: np.ndarray
 
     def at(self, number: int) -> Example:
-        """One of them."""
+        """The example of this number."""
         raise NotImplementedError
 
     def take(self, numbers: Iterable[int]) -> tuple[Example, ...]:
-        """Some of them, in this order."""
+        """The examples of these numbers, in this order."""
         return tuple(map(self.at, numbers))
 
     def __len__(self) -> int:
@@ -177,7 +177,7 @@ class ReadAsItGoes(Sequence[Example]):
 class Splits:
     """A task's examples. The same config gives the same splits on every machine.
 
-    A split is a tuple, or where a file is large a `ReadAsItGoes`.
+    A split is a tuple, or a `ReadAsItGoes` if its file is large.
     """
 
     train: Sequence[Example]

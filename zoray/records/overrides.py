@@ -1,6 +1,6 @@
-"""Settings as people type them: key=value in Hydra's grammar, in the quotes that a shell wants.
+"""Settings as typed on a command line: key=value in Hydra's grammar, quoted for the shell.
 
-Guarantees: what `setting` prints can be pasted into bash, and Hydra reads the very value that was meant.
+Guarantees: what `setting` prints can be pasted into bash, and Hydra reads exactly the intended value.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import yaml
 
 from zoray.records import ConfigError
 
-WORD = re.compile(r"[A-Za-z_./][\w./-]*", re.A)  # text that Hydra takes as such without quotes
-NO_WORDS = ("null", "true", "false", "nan", "inf")  # in capitals or not
-KEY = re.compile(r"[A-Za-z_][\w-]*|-?(0|[1-9][0-9]*)", re.A)  # of a mapping; Hydra reads no quotes there
+WORD = re.compile(r"[A-Za-z_./][\w./-]*", re.A)  # text that needs no quotes in Hydra
+NO_WORDS = ("null", "true", "false", "nan", "inf")  # in either case
+KEY = re.compile(r"[A-Za-z_][\w-]*|-?(0|[1-9][0-9]*)", re.A)  # of a mapping; Hydra does not allow quotes there
 ESCAPES = {"\n": r"\n", "\t": r"\t", "\r": r"\r"}
 BREAKS = {shown[1]: real for real, shown in ESCAPES.items()}
 WRITTEN = re.compile(r"\\(\\*)([ntr])")
 
 
 def setting(key: str, value: Any) -> str:
-    """`key=value`, to be pasted into bash: a value is text, a number, true, false, null, a list or a mapping."""
+    """`key=value`, for pasting into bash; a value is text, a number, true, false, null, a list or a mapping."""
     return shlex.quote(f"{key}={value_of(value)}")
 
 
 def value_of(value: Any) -> str:
-    """What stands behind the = in Hydra's grammar. A mapping whose keys that can't hold becomes JSON, as a text."""
+    """The part after the = in Hydra's grammar. A mapping whose keys the grammar can't hold becomes JSON text."""
     if value is None or isinstance(value, bool | int | float):
         return "null" if value is None else str(value).lower()
     if isinstance(value, str):
@@ -45,12 +45,12 @@ def value_of(value: Any) -> str:
 
 
 def mapping_of(text: str) -> dict[str, str] | None:
-    """A mapping that is written as a text, in JSON or as YAML's {key: value}, all of it as text; None for any other."""
+    """A mapping written as text, in JSON or as YAML's {key: value}, with text for values; None for any other text."""
     try:
         found = json.loads(text, strict=False)
     except (ValueError, RecursionError):
         try:
-            found = yaml.load(text, Loader=yaml.BaseLoader)  # which takes no label for a truth value
+            found = yaml.load(text, Loader=yaml.BaseLoader)  # which does not read `yes` or `no` as a truth value
         except (yaml.YAMLError, ValueError, RecursionError):
             return None
     plain = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
@@ -58,7 +58,7 @@ def mapping_of(text: str) -> dict[str, str] | None:
 
 
 def unescaped(text: str) -> str:
-    r"""What a text from a command line means: \n, \t and \r are what they are in a program, and \\n is \n itself."""
+    r"""The text that a command line means: \n, \t and \r are escapes as in a program, and \\n is \n itself."""
     return WRITTEN.sub(lambda found: found[1] + found[2] if found[1] else BREAKS[found[2]], text)
 
 
@@ -76,18 +76,18 @@ def check_whole(text: str, where: str) -> None:
 
 
 def _item(value: Any) -> str:
-    """In a list or mapping text is always quoted, as people write it."""
+    """A value inside a list or mapping, where text is always quoted."""
     return _quoted(_escaped(value)) if isinstance(value, str) else value_of(value)
 
 
 def _escaped(text: str) -> str:
-    """What `unescaped` makes this text of."""
+    """The inverse of `unescaped`."""
     text = WRITTEN.sub(lambda found: "\\" + found[0], text)
     return re.sub(r"(?<!\\)[\n\t\r]", lambda found: ESCAPES[found[0]], text)
 
 
 def _quoted(text: str) -> str:
-    """Within double quotes. OmegaConf would fill in what stands in ${...}."""
+    """The text within double quotes, with ${...} escaped, which OmegaConf would interpolate."""
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     text = re.sub(r'(\\*)"', r'\1\1\\"', text)
     ending = len(text) - len(text.rstrip("\\"))

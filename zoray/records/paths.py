@@ -1,4 +1,4 @@
-"""Paths as people write them in a setting or a file of settings, where no shell has been at work.
+"""Paths in a setting or a file of settings, which no shell has expanded.
 
 A run keeps the absolute paths of what it reads, so that it can go on from any working directory.
 """
@@ -17,38 +17,38 @@ VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{\w+\})(/|$)")
 
 
 def user_path(path: object) -> Path:
-    """The path, with a `~` or `~user` at its beginning expanded as a shell does.
+    """The path, with a leading `~` or `~user` expanded as in a shell.
 
     Raises:
-        ConfigError: no such user, or no home is known; or the path begins with a variable that the shell has left as
-            it is, and nothing is called that.
+        ConfigError: the user or the home is unknown; or the path begins with a variable that the shell did not expand,
+            and no file has that name.
     """
     given = Path(str(path))
     if VARIABLE.match(str(path)) and not Path(name := given.parts[0]).exists():
         raise ConfigError(
-            f"expected a path; got {str(path)!r}, in which the shell has not replaced {name}. Use double quotes, or in "
+            f"expected a path; got {str(path)!r}, in which the shell did not expand {name}. Use double quotes, or in "
             f"a file of settings ${{oc.env:{name.strip('${}')}}}"
         )
     try:
         return given.expanduser()
-    except RuntimeError:  # Python's own says no more
+    except RuntimeError:  # Python's message says no more
         raise ConfigError(
-            f"expected a path; got {str(path)!r}, and nobody knows the home of {given.parts[0]}. Write the whole path, "
+            f"expected a path; got {str(path)!r}; the home of {given.parts[0]} is unknown. Write the whole path, "
             "or set HOME"
         ) from None
 
 
-LOCAL = re.compile(r"[/.~].*|.*\.(csv|tsv|jsonl?|parquet|txt|md|py)")  # what no Hub's or package's name looks like
+LOCAL = re.compile(r"[/.~].*|.*\.(csv|tsv|jsonl?|parquet|txt|md|py)")  # never the name of a Hub model or a package
 
 
 def absolute_paths(settings: Any, at: Path) -> Any:
-    """Plain settings in which files and folders that are there are named by absolute paths.
+    """Plain settings with absolute paths for all files and folders that exist.
 
-    They are the values of `path` (of models and tasks), `function` (path/to/file.py:name) and `schema`, at any depth.
+    Paths are the values of `path` (of models and tasks), `function` (path/to/file.py:name) and `schema`, at any depth.
 
     Args:
         settings: mappings, lists and plain values; not changed.
-        at: the folder that relative paths are from.
+        at: the folder that relative paths start from.
     """
     if isinstance(settings, list):
         return [absolute_paths(item, at) for item in settings]
@@ -78,7 +78,7 @@ def _there(path: Path) -> bool:
 
 
 def missing_paths(settings: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value) of settings that name files or folders which are not there."""
+    """(dotted key, value) of settings that name missing files or folders."""
     for key, value in settings.items() if isinstance(settings, dict) else ():
         name = f"{where}.{key}" if where else str(key)
         place = _place(key, value)[0] if isinstance(value, str) else None
@@ -88,9 +88,9 @@ def missing_paths(settings: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 def agree_but_for_places(found: Any, value: Any, key: object = None) -> bool:
-    """Whether a journal's value is this run's, wherever files of the same names are.
+    """Whether a journal's value equals this run's, ignoring the folders of files of the same name.
 
-    What the version that wrote the journal did not know yet has its default.
+    A setting that the journal's version of zoray did not have yet counts as its default.
     """
     if isinstance(found, dict) and isinstance(value, dict):
         return all(name in value and agree_but_for_places(known, value[name], name) for name, known in found.items())

@@ -1,7 +1,7 @@
-"""A component's config is its own signature: plain settings are checked against it, before the component is built.
+"""A component's signature is its config's schema: plain settings are checked against it before the component is built.
 
 Every key must be a parameter of the class that `_target_` names, and every value of the annotated type, so that a slip
-never becomes a truthy string or a folder called "None". Ranges and names are the component's own business.
+never becomes a truthy string or a folder called "None". The component checks ranges and names itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def check_signature(settings: Any, where: str) -> None:
-    """Raise ConfigError unless every setting is a parameter of the component's signature, and of its type."""
+    """Raise ConfigError unless every setting is a parameter of the component's signature and has its type."""
     if not isinstance(settings, Mapping) or "_target_" not in settings:
         raise ConfigError(f"expected {where} to be a component's settings; got {settings!r}. Set {where}.KEY=...")
     module, _, name = str(settings["_target_"]).rpartition(".")
@@ -45,7 +45,7 @@ def check_signature(settings: Any, where: str) -> None:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a plain value is of an annotated type: a whole number is a number too; true and false are not numbers."""
+    """Whether a plain value has an annotated type; a whole number is a number too, true and false are not numbers."""
     parts = get_args(kind)
     if get_origin(kind) in (UnionType, Union):
         return any(_fits(value, part) for part in parts)
@@ -57,12 +57,12 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _typed(value: Any) -> str:
-    """What was typed for a value, if that was meant to be text: {text} is read as a mapping."""
+    """What was typed for a value, if text was meant: {text} is read as a mapping."""
     return f"{{{', '.join(map(str, value))}}}" if isinstance(value, Mapping) else str(value)
 
 
 def _words(kind: Any) -> str:
-    """An annotated type as a person would say it."""
+    """An annotated type in words."""
     if get_origin(kind) in (UnionType, Union):
         return " or ".join(dict.fromkeys(_words(part) for part in get_args(kind)))  # each once, in order
     if get_origin(kind) in (tuple, list, Sequence):
@@ -73,20 +73,20 @@ def _words(kind: Any) -> str:
 
 
 def unknown_key(key: str, part: str, parent: str, known: list[str]) -> ConfigError:
-    """The error for `part` of the dotted `key`: what its `parent` has instead."""
+    """The error for an unknown `part` of the dotted `key`; it lists what the `parent` has instead."""
     names = ", ".join(known) or "no keys"
     where = f"{parent} has {names}" if parent else f"the keys are {names}"
     return ConfigError(f"unknown config key {key!r}; {where}{did_you_mean(part, known)}")
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """The nearest known word, as a sentence to append; nothing if none is near."""
+    """The nearest known word, as a sentence to append; empty if none is near."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f". Did you mean {close[0]}?" if close else ""
 
 
 def in_quotes(value: str) -> str:
-    """Text as a value of Hydra's grammar, in which quotes and backslashes before them are escaped."""
+    """Text as a value of Hydra's grammar, with quotes and the backslashes before them escaped."""
     return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
 
 

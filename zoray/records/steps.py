@@ -1,4 +1,4 @@
-"""What a step is made of, as it crosses processes: probes, commits, tiles and scores, and what is noted of it.
+"""The records of a step that cross processes: probes, commits, tiles, scores, and the results that are logged.
 
 Every record pickles, and none holds a tensor that moves between machines.
 """
@@ -20,7 +20,7 @@ class Probe(NamedTuple):
     """
 
     step: int
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # of tuple's own index() there is no need
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # tuple's own index() is not needed
     scale: float
 
 
@@ -34,17 +34,17 @@ class Commit:
         x <- x + rate * m
 
     Without momentum there is no m: both sums are added to x, and the rate is 1. s_b are the signs of a step's feedback
-    (feedback.py) in the b-th matrix that moves, +1 or -1 for each number, packed as one bit each.
+    (feedback.py) in the b-th trained matrix, +1 or -1 for each number, packed as one bit each.
     """
 
     step: int
-    coefficients: tuple[float, ...]  # float32 values, as all others; 0.0 leaves its direction out
+    coefficients: tuple[float, ...]  # float32 values, like all others; 0.0 leaves its direction out
     decay: float = 1.0
     anchor: float = 1.0
     momentum: float | None = None
     rate: float = 1.0
     gains: tuple[float, ...] = ()  # float32 values, one for each matrix
-    signs: bytes = b""  # of the numbers in the order of the state's layout, eight a byte, the first one its highest bit
+    signs: bytes = b""  # in the order of the state's layout, eight a byte, the first in the highest bit
 
     def __post_init__(self) -> None:
         if self.momentum is None and self.rate != 1.0:
@@ -53,7 +53,7 @@ class Commit:
             raise ValueError(f"a commit has gains and signs, or neither; got {len(self.gains)} and {len(self.signs)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Four bytes a coefficient between processes, where pickle would take nine; the very same numbers arrive."""
+        """Send four bytes a coefficient, where pickle would take nine; the numbers arrive unchanged."""
         rest = (_packed(self.gains), self.signs) if self.signs else ()
         return _commit, (
             self.step,
@@ -74,7 +74,7 @@ def _packed(coefficients: tuple[float, ...]) -> bytes | tuple[float, ...]:
 
 @lru_cache(maxsize=4)
 def _unpacked(packed: bytes) -> tuple[float, ...]:
-    """Each float32 as the journal writes it, and as optimizers make it: its shortest decimal."""
+    """Each float32 as its shortest decimal, as optimizers and the journal write it."""
     return tuple(float(str(value)) for value in np.frombuffer(packed, np.float32))
 
 
@@ -85,7 +85,7 @@ def _commit(step: int, coefficients: bytes | tuple[float, ...], *rest: Any) -> C
 
 
 class Tile(NamedTuple):
-    """A unit of scoring that is assigned as a whole: some probes of a step on a slice of its examples.
+    """A unit of scoring, given to one replica as a whole: some probes of a step on a slice of its examples.
 
     `examples` are positions [start, stop) in the step's batch, or in a split when `split` is set.
     """
@@ -98,24 +98,24 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What the probes of some tiles made of their examples; see tiles.py for how losses add up.
+    """Losses and metrics of some tiles; see tiles.py for how losses add up.
 
-    Idempotent: whoever scores a tile, it counts once.
+    Idempotent: a tile counts once, whichever replica scores it.
     """
 
     losses: np.ndarray  # int64: a sum for each probe, in order of appearance; or float64: each example's, tile by tile
     score: float  # the metric, summed over all probes and examples
-    tokens: int  # of the sequences scored, over all probes; what sequences share counts for each
-    columns: Mapping[str, np.ndarray] | None = None  # of an evaluation: what is known of each example, (n,) each
+    tokens: int  # of the scored sequences, over all probes; a shared prefix counts for each sequence
+    columns: Mapping[str, np.ndarray] | None = None  # in an evaluation: values of each example, (n,) each
     written: int = 0  # completions that were judged
-    failed: int = 0  # of them those whose reward could not be had
-    failure: str = ""  # the first one's traceback
+    failed: int = 0  # those of them whose reward failed
+    failure: str = ""  # the traceback of the first
     feedback: np.ndarray | None = (
         None  # (numbers of the layout,) a whole number each, summed over tiles, see feedback.py
     )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The bare numbers, which costs a fraction of what pickling an array does."""
+        """Send the bare numbers, at a fraction of the cost of pickling an array."""
         rest = (self.columns, self.written, self.failed, self.failure)
         own = rest if self.columns or self.written or self.feedback is not None else ()
         fed = () if self.feedback is None else (self.feedback.tobytes(), self.feedback.dtype.char)
@@ -129,9 +129,9 @@ def _scores(losses: bytes, dtype: str, score: float, tokens: int, rest: tuple[An
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the driver knows of a finished step; one line of metrics.jsonl. `step` counts finished steps, from 1.
+    """The driver's summary of a finished step; one line of metrics.jsonl. `step` counts finished steps, from 1.
 
-    `score` is the objective's metric (accuracy, a reward, ...), the mean over all probes; nan where it has none.
+    `score` is the objective's metric (accuracy, a reward, ...), the mean over all probes; nan if it has none.
     """
 
     step: int
@@ -143,15 +143,15 @@ class StepResult:
     dropped: int = 0
     ties: int = 0
     buried: int = 0
-    replicas: int = 0  # that could score when it ended
-    failed: int = 0  # completions whose reward could not be had
+    replicas: int = 0  # that could score at the end of the step
+    failed: int = 0  # completions whose reward failed
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Mean loss and metric of the state after `step` steps on `count` examples of a split.
 
-    `score` is what `metric` names, and decides which state is best; nan where there is no metric but the loss.
+    `score` is the value of `metric`, and decides which state is best; nan if there is no metric but the loss.
     `others` are further numbers by name; those of a part of a mixture are called part/name.
     """
 

@@ -1,8 +1,8 @@
-"""A step's work as tiles: what is handed to a replica as a whole, and how the scores of tiles add up.
+"""A step's work as tiles, each scored by one replica as a whole, and how the scores of tiles add up.
 
-The grid follows from the config and never from who is there, so the number of replicas changes no sum. Losses are
-added up where they are scored, as whole numbers of 2^-40 nats: such a sum is exact and free of order, so a step's
-result does not depend on how its batch was cut either, and a replica answers with eight bytes a probe.
+The grid follows from the config and never from the replicas, so their number changes no sum. Replicas add up losses as
+whole numbers of 2^-40 nats: such a sum is exact in any order, so a step's result does not depend on how its batch was
+cut either, and a replica answers with eight bytes a probe.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from zoray.records import Probe, Scores, Tile
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-UNITS = 2.0**40  # of which one nat is made
-LARGEST = 2.0**13  # nats; a loss above is no more use than one that is not finite, and is counted as such
+UNITS = 2.0**40  # in one nat
+LARGEST = 2.0**13  # nats; a larger loss is as useless as one that is not finite, and counts as not finite
 MAX_TILE = 1023  # examples, so that a sum stays below 2^63 units
 NOT_FINITE = -(2**63)
-EVALUATED = 32  # examples of a tile of dev or test
-LEVELS = 127  # the sum over all tiles of a number's feedback is at most that: one byte
+EVALUATED = 32  # examples in a tile of dev or test
+LEVELS = 127  # largest sum over all tiles of a number's feedback: one byte
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All tiles of a step, or of a split at the state before it: what a step number stands for between processes.
+    """All tiles of a step, or of a split at the state before it. Messages name only the step and numbers of tiles.
 
     Each group of probes (plus and minus of a direction, or the centre) is scored on `examples` examples, in tiles of up
-    to `tile_examples`. All probes of a group stay in one tile, so that one replica scores them: what a device adds to
-    all of them cancels in their differences. With `shared=False` the groups share the examples out among them: group k
-    of K sees examples [k * n/K, (k + 1) * n/K). In a guided step the first group sees all of them, and each other group
-    one. Tiles are made when they are asked for: a replica needs only its own.
+    to `tile_examples`. All probes of a group stay in one tile, so that one replica scores them: a device's error that
+    all share cancels in their differences. With `shared=False` the examples are divided among the groups: group k of K
+    sees examples [k * n/K, (k + 1) * n/K). In a guided step the first group sees all examples, every other group one.
+    Tiles are made on demand: a replica needs only its own.
     """
 
     step: int
@@ -46,14 +46,14 @@ class Grid:
     examples: int = 0
     tile_examples: int = EVALUATED
     shared: bool = True
-    per_example: bool = False  # whether the loss of each example is asked for, not only sums
-    guided: bool = False  # whether the first group is the centre, which gives feedback as well, see feedback.py
+    per_example: bool = False  # whether the loss of each example is needed, not only sums
+    guided: bool = False  # whether the first group is the centre, which also gives feedback, see feedback.py
 
     @classmethod
     def of(cls, spec: Any, step: int, split: str = "train", count: int = 0, pooled: bool = False) -> Grid:
-        """The grid of a step of a run (a ReplicaSpec), or the unperturbed model on `count` of another split.
+        """The grid of a run's step (`spec`: a ReplicaSpec), or of the unperturbed model on `count` of another split.
 
-        `pooled`: the loss of a batch is not the mean over its examples, so that each is asked for.
+        `pooled`: a batch's loss is not the mean over its examples, so the loss of each is needed.
         """
         if split != "train":
             return cls(step, split, 1, lambda _: (Probe(step, 0, 0.0),), count, per_example=True)
@@ -64,7 +64,7 @@ class Grid:
 
     @property
     def _width(self) -> int:
-        """Examples of a group."""
+        """Examples in a group."""
         return self.examples if self.shared else self.examples // self.groups
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class Grid:
         return pieces + self.groups - 1 if self.guided else self.groups * pieces if self.groups else 0
 
     def __getitem__(self, number: int) -> Tile:
-        """A tile."""
+        """The tile of this number."""
         if not 0 <= number < len(self):
             raise IndexError(f"expected a tile from 0 to {len(self) - 1}; got {number}")
         width, pieces = self._width, -(-self._width // self.tile_examples)
@@ -87,29 +87,29 @@ class Grid:
 
     @property
     def levels(self) -> int:
-        """The largest whole number that a tile's feedback is made of, so that the sum over all tiles is a byte."""
+        """The largest whole number in a tile's feedback, so that the sum over all tiles fits a byte."""
         return max(1, LEVELS // -(-self._width // self.tile_examples))
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
-        """All of them."""
+        """All tiles."""
         return tuple(self[number] for number in range(len(self)))
 
 
 def gives_feedback(tile: Tile) -> bool:
-    """Whether a tile of a guided step is of the centre, see feedback.py."""
+    """Whether a tile of a guided step is the centre's, see feedback.py."""
     return tile.split == "train" and len(tile.probes) == 1 and not tile.probes[0].scale
 
 
 def probes_of(tiles: Sequence[Tile]) -> list[Probe]:
-    """Their probes, each once, in order of appearance."""
+    """The tiles' probes, each once, in order of appearance."""
     return list(dict.fromkeys(probe for tile in tiles for probe in tile.probes))
 
 
 def summed(tiles: Sequence[Tile], losses: np.ndarray) -> np.ndarray:
     """Sums in units over all examples of each probe of some tiles, (probes,) int64; NOT_FINITE where a loss is not.
 
-    `losses` (n,) are those of each example, tile after tile, probe after probe.
+    `losses` (n,): the loss of each example, tile after tile, probe after probe.
     """
     counts = np.array([tile.stop - tile.start for tile in tiles for _ in tile.probes], np.int64)
     if not len(counts):
@@ -122,7 +122,7 @@ def summed(tiles: Sequence[Tile], losses: np.ndarray) -> np.ndarray:
 
 
 def _added(tiles: Sequence[Tile], parts: Iterable[tuple[Probe, int]]) -> np.ndarray:
-    """The sum of each probe's parts, in the order of `probes_of`; one that is not finite spoils it."""
+    """The sum of each probe's parts, in the order of `probes_of`; NOT_FINITE if a part is."""
     totals: dict[Probe, int] = {}
     for probe, part in parts:
         total = totals.get(probe, 0)
@@ -132,7 +132,7 @@ def _added(tiles: Sequence[Tile], parts: Iterable[tuple[Probe, int]]) -> np.ndar
 
 
 def join_scores(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], Scores]], per_example: bool) -> Scores:
-    """Scores of all tiles together, from (numbers of the tiles, their scores) of each answer."""
+    """Scores of all tiles together, from (tile numbers, their scores) of each answer."""
     parts, columns = [scores for _, scores in answers], None
     if per_example:
         joined = _in_order(tiles, [(numbers, scores.losses) for numbers, scores in answers])
@@ -157,7 +157,7 @@ def join_scores(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], Sc
 
 
 def _joined_feedback(parts: Sequence[np.ndarray]) -> np.ndarray | None:
-    """The sum of the feedback of some tiles, which is exact in any order; one byte a number where that holds it."""
+    """The sum of some tiles' feedback, exact in any order; one byte a number if it fits."""
     if len(parts) < 2:
         return parts[0] if parts else None
     total = np.asarray(np.sum(parts, axis=0, dtype=np.int32))
@@ -165,7 +165,7 @@ def _joined_feedback(parts: Sequence[np.ndarray]) -> np.ndarray | None:
 
 
 def _in_order(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], np.ndarray]]) -> np.ndarray:
-    """What is known of each example, tile after tile, from (numbers of some tiles, their examples' values)."""
+    """Each example's value, tile after tile, from (tile numbers, their examples' values) of each answer."""
     of_tile: list[np.ndarray] = [np.zeros(0)] * len(tiles)
     for numbers, values in answers:
         sizes = [scored([tiles[i]]) for i in numbers]
@@ -177,7 +177,7 @@ def _in_order(tiles: Sequence[Tile], answers: Sequence[tuple[Sequence[int], np.n
 def losses_of(
     probes: Sequence[Probe], tiles: Sequence[Tile], scores: Scores, per_example: bool = False
 ) -> tuple[list[tuple[float, ...]], int]:
-    """A row for each probe, and how many examples an entry of it stands for: (rows, n).
+    """A row for each probe, and the number of examples behind each entry: (rows, n).
 
     A row holds the mean loss alone; with `per_example` the loss of each example, in the order of the grid.
     """
@@ -197,12 +197,12 @@ def losses_of(
 
 
 def scored(tiles: Sequence[Tile]) -> int:
-    """How often an example is scored, over all probes."""
+    """How many times examples are scored, over all probes."""
     return sum(len(tile.probes) * (tile.stop - tile.start) for tile in tiles)
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean of an exactly rounded sum, so that it is free of order; nan or inf where a value is not finite."""
+    """The mean by an exactly rounded sum, the same in any order; nan or inf where a value is not finite."""
     try:
         return math.fsum(values) / len(values)
     except (OverflowError, ValueError):  # an infinity, or two of both signs

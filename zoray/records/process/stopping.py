@@ -1,6 +1,6 @@
-"""What ends a run or a server between two steps: Ctrl-C, SIGTERM, and a terminal that is closed (SIGHUP).
+"""Ends a run or a server between two steps: on Ctrl-C, SIGTERM, or when its terminal is closed (SIGHUP).
 
-Whoever is started with SIGHUP ignored (nohup) goes on ignoring it.
+A process that starts with SIGHUP ignored (nohup) goes on ignoring it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def stops() -> tuple[int, ...]:
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Yields a function that is true once one of `stops` has come. A second Ctrl-C interrupts at once."""
+    """Yields a function that returns true after one of `stops`. A second Ctrl-C interrupts at once."""
     came: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -32,7 +32,7 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
 
     try:
         previous = {number: signal.signal(number, note) for number in stops()}
-    except ValueError:  # not in the main thread: somebody else owns the signals
+    except ValueError:  # not in the main thread, which owns the signals
         yield lambda: False
         return
     try:
@@ -44,9 +44,9 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def children_survive_hangup() -> Iterator[None]:
-    """Processes that are started within ignore SIGHUP, so that they live until this one has ended its step.
+    """Processes started within ignore SIGHUP, so that they live until this one has finished its step.
 
-    Afterwards this process takes SIGHUP as it takes SIGTERM.
+    Afterwards this process handles SIGHUP like SIGTERM.
     """
     try:
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

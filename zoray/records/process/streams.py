@@ -1,8 +1,8 @@
-"""Standard streams that can't end a run, and Python's UTF-8 mode: what the shell of a main decides, made harmless.
+"""Standard streams that can't end a run, and Python's UTF-8 mode: a main works whatever its shell has set up.
 
-Guarantees: what a stream's encoding lacks is written as an escape, what nobody reads any more or a full disk does not
-take is dropped, and a stream that the shell has closed leads nowhere, so that no file of a run takes its number. Files
-of text are UTF-8 by `encoding="utf-8"` where they are opened, not by this.
+Guarantees: a character that a stream's encoding lacks is written as an escape; output to a closed pipe or a full disk
+is dropped; a stream that the shell has closed leads nowhere, so that no file of a run takes its number. Text files are
+UTF-8 by `encoding="utf-8"` where they are opened, not by this.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ ERRORS = "backslashreplace"  # as Python's own stderr does
 
 
 def settle() -> None:
-    """Prepare this process and those that it will start; for the mains, before they say anything."""
+    """Prepare this process and its children; mains call this before they print anything."""
     use_utf8()
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
     sys.stdout, sys.stderr = _lenient(sys.stdout, 1), _lenient(sys.stderr, 2)
-    if sys.stdout.encoding.lower() != "utf-8":  # as for this process, so for Ray's workers and people's functions
+    if sys.stdout.encoding.lower() != "utf-8":  # for Ray's workers and users' functions too
         os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:{ERRORS}"
 
 
 def lost() -> bool:
-    """Whether a disk has not taken what was written to stdout, for mains whose results are there."""
+    """Whether a disk refused what was written to stdout; for mains that print their results."""
     sys.stdout.flush()
     return 1 in _refused
 
 
 def use_utf8() -> None:
-    """Start this command anew in Python's UTF-8 mode, where the locale has another encoding.
+    """Restart this command in Python's UTF-8 mode if the locale has another encoding.
 
-    Names of files and the command line are UTF-8 almost everywhere, whatever LC_ALL says. A command line that is not
-    comes from a shell that really has another encoding, and is left to it.
+    File names and command lines are UTF-8 almost everywhere, whatever LC_ALL says. A command line that is not UTF-8
+    comes from a shell that really has another encoding, which is then kept.
     """
     if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8":
         return
@@ -62,7 +62,7 @@ def use_utf8() -> None:
 
 
 def _lenient(stream: TextIO | None, number: int) -> TextIO:
-    """The stream, such that writing to it never fails. One that is no file of the system's, as in a test, is kept."""
+    """The stream, made so that writing to it never fails. One that is not a system file, as in a test, is kept."""
     if stream is not None:
         try:
             if stream.fileno() != number:
@@ -78,14 +78,14 @@ def _lenient(stream: TextIO | None, number: int) -> TextIO:
 
 
 class _Droppable(io.FileIO):
-    """A file that takes everything, and loses what the system does not take: a closed pipe, a terminal that is gone."""
+    """A file whose writes always succeed; what the system refuses (closed pipe, lost terminal, full disk) is lost."""
 
     lost = False
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """All of it, or of a system that says no, nothing; the first time a disk does, stderr says so."""
+        """Write the data, or drop it if the system refuses; the first time a disk does, a line on stderr says so."""
         try:
-            while (written := super().write(data)) is None:  # somebody made it non-blocking
+            while (written := super().write(data)) is None:  # the file was made non-blocking
                 select.select([], [self], [])
             return written
         except OSError as error:
