@@ -1,6 +1,6 @@
-"""What moves, and how losses move it: directions, spaces, estimators, optimizers, snapshots.
+"""Which parameters move, and how losses move them: directions, spaces, estimators, optimizers, snapshots.
 
-Pure arithmetic on numbers that are given: no engine, no network. Imports records. The driver has the estimators and
+Pure arithmetic on given numbers: no engine, no network. Imports records. The driver has the estimators and
 optimizers; replicas (in the worker, where the adapter slots are) have directions and spaces.
 """
 

@@ -1,4 +1,4 @@
-"""Address -> direction. Every random number zoray uses for a parameter is a pure function of where it belongs.
+"""Address -> direction. Every random number zoray uses for a parameter is a pure function of its address.
 
 Guarantees: the same bits from NumPy and from torch, on CPU and on every GPU, for any slice taken alone. Nothing here
 keeps a stream position, and torch's own generators are never used: CUDA `randn` depends on the number of SMs.
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 Distribution = Literal["rademacher", "gaussian"]
 BLOCK_ELEMENTS: dict[str, int] = {"rademacher": 128, "gaussian": 8}
-MANY_ELEMENTS = 1 << 18  # of a direction, from which on compiling pays
-FEW_BLOCKS = 1 << 10  # up to which NumPy is faster than torch, whose operations cost more to call
+MANY_ELEMENTS = 1 << 18  # of a direction; from here on compiling pays
+FEW_BLOCKS = 1 << 10  # up to here NumPy is faster than torch, whose operations cost more to call
 ALIGNMENT = 128  # elements: a multiple of every distribution's block, so that tensors of a Layout share no block
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
-_compiled: dict[str, Loops] = {}  # distribution -> what makes its directions on the CPU of this process
+_compiled: dict[str, Loops] = {}  # distribution -> its compiled loops in this process
 log = logging.getLogger(__name__)
 _QUANTILES_SHA256 = "1cfbba1e07e34386a57626f82aeb43e6ed54ba70a3ea6b7d964dc66a841074a8"
 
@@ -53,7 +53,7 @@ def name_hash(name: str) -> int:
 
 
 def check_distribution(distribution: str) -> None:
-    """Raise ConfigError unless `distribution` is one this module can generate."""
+    """Raise ConfigError unless this module can generate `distribution`."""
     require(distribution in get_args(Distribution), "distribution to be rademacher or gaussian", distribution)
 
 
@@ -104,15 +104,15 @@ def philox_torch(counter: Sequence[torch.Tensor | int], key: Sequence[torch.Tens
 def gaussian_quantiles() -> np.ndarray:
     """(65536,) float32: the standard normal quantile at (i + 1/2) / 65536; odd-symmetric, variance 0.99998.
 
-    Built with the platform's `math.log`, so it is checked against a pinned hash: a platform that would round one
-    entry otherwise fails here rather than drift away from the other replicas.
+    Built with the platform's `math.log`, so it is checked against a pinned hash: a platform that rounds one entry
+    differently fails here, rather than drifting away from the other replicas.
     """
     inverse = NormalDist().inv_cdf
     upper = np.array([inverse((i + 0.5) / 65536) for i in range(32768, 65536)], dtype=np.float32)
     table = np.concatenate([-upper[::-1], upper])
     found = hashlib.sha256(table.astype("<f4").tobytes()).hexdigest()
     if found != _QUANTILES_SHA256:
-        raise ConfigError(f"this platform computes other normal quantiles ({found[:12]}); use distribution=rademacher")
+        raise ConfigError(f"this platform's normal quantiles differ ({found[:12]}); use distribution=rademacher")
     return table
 
 
@@ -168,24 +168,24 @@ def _signs_on(device: torch.device) -> torch.Tensor:
 def _quantiles_on(device: torch.device) -> torch.Tensor:
     import torch
 
-    with torch.inference_mode(False):  # else torch would compile for another kind of tensors
+    with torch.inference_mode(False):  # else torch would compile again, for inference tensors
         return torch.from_numpy(gaussian_quantiles()).to(device)
 
 
 def table_of(distribution: str, device: torch.device) -> torch.Tensor | None:
-    """What a kernel needs besides an address: the quantiles of a normal distribution, if it is one."""
+    """The table that a kernel needs besides an address: the normal quantiles if `distribution` is gaussian."""
     return _quantiles_on(device) if distribution == "gaussian" else None
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether directions are made by the kernels of directions_cuda.py."""
+    """Whether the kernels of directions_cuda.py make the directions."""
     return device.type == "cuda"
 
 
 def compile_directions(distribution: str) -> bool:
-    """Let torch compile what makes a distribution's directions on the CPU, for this process; whether it could.
+    """Let torch compile the loops for a distribution's directions on the CPU; returns whether it could.
 
-    They have the same bits, which is tried on the spot, several times as fast. It takes seconds, once a process.
+    The loops are several times as fast. Their bits are checked on the spot. Compiling takes seconds, once a process.
     """
     import torch
 
@@ -197,13 +197,13 @@ def compile_directions(distribution: str) -> bool:
     kept = _compiled.pop(distribution, None)
     expected, why = layout.directions(*address), "they have other bits"
     collects = gc.isenabled()
-    gc.collect()  # now, and not while torch traces: vLLM's packed weights run operations when they are freed
+    gc.collect()  # now, not while torch traces: vLLM's packed weights run operations when they are freed
     gc.disable()
     try:
         _compiled[distribution] = kept or Loops(distribution == "gaussian")
         if torch.equal(layout.directions(*address), expected):
             return True
-    except Exception as error:  # no compiler, a broken one: what it would have sped up works without
+    except Exception as error:  # no compiler, or a broken one: directions work without it
         why = str(error).split("\n")[0]
     finally:
         if collects:
@@ -223,10 +223,10 @@ class Move(NamedTuple):
 
 
 class Layout:
-    """Where the tensors of an adapter stand in one flat float32 vector, and how to fill that vector with a direction.
+    """The places of an adapter's tensors in one flat float32 vector; fills that vector with a direction.
 
     Each tensor starts at a multiple of ALIGNMENT; the padding in between is always zero. One call generates the whole
-    adapter, so a direction costs a few kernels however many modules there are.
+    adapter, so a direction costs a few kernels for any number of modules.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str = "cpu") -> None:
@@ -255,7 +255,7 @@ class Layout:
         return torch.cat(spans or [torch.empty(0, dtype=torch.int64)]).to(self.device)
 
     def _block_counters(self, distribution: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Per block of the flat vector: its number in its tensor, and that tensor's hash in two halves; each (n,)."""
+        """Of each block of the flat vector: its index in its tensor, and the tensor's hash in two halves; each (n,)."""
         import torch
 
         if distribution not in self._counters:
@@ -266,7 +266,7 @@ class Layout:
             blocks = torch.cat([torch.arange(int(n)) for n in counts] or [torch.empty(0, dtype=torch.int64)])
             low = torch.tensor([h & _MASK for h in hashes], dtype=torch.int64).repeat_interleave(counts)
             high = torch.tensor([h >> 32 for h in hashes], dtype=torch.int64).repeat_interleave(counts)
-            with torch.inference_mode(False):  # as the quantiles
+            with torch.inference_mode(False):  # as for the quantiles
                 parts = (part.clone().to(self.device) for part in (blocks, low, high))
                 self._counters[distribution] = tuple(parts)  # type: ignore[assignment]
         return self._counters[distribution]
@@ -276,7 +276,7 @@ class Layout:
         return self.directions(seed, step, (probe,), distribution)[0]
 
     def directions(self, seed: int, step: int, probes: Sequence[int], distribution: str) -> torch.Tensor:
-        """The directions at some probe indices at once: (K, size) float32 on the layout's device."""
+        """The directions of K probe indices at once: (K, size) float32 on the layout's device."""
         import torch
 
         check_distribution(distribution)
@@ -300,9 +300,9 @@ class Layout:
         return flats
 
     def move(self, x: torch.Tensor, seed: int, moves: Sequence[Move], distribution: str) -> int:
-        """x <- decay * x + coefficient * z for the first of some moves in turn, x (size,) in place; how many.
+        """x <- decay * x + coefficient * z for the first moves in turn, x (size,) in place; returns how many it made.
 
-        As many as compiled loops make in whole passes over x; the bits are those of one after another.
+        Compiled loops make MOVES of them in each pass over x; the bits are the same as one at a time.
         """
         from zoray.methods.directions_cpu import MOVES
 
@@ -320,7 +320,7 @@ class Layout:
         return done
 
     def filler(self) -> Filler:
-        """The kernel that fills vectors of this layout, see has_kernels."""
+        """The kernel that fills vectors of this layout; only if has_kernels."""
         from zoray.methods.directions_cuda import Filler
 
         if self._filler is None:
@@ -329,12 +329,12 @@ class Layout:
         return self._filler
 
     def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
-        """The tensor `name` inside a flat vector of this layout; shares its memory."""
+        """The tensor `name` as a view into a flat vector of this layout."""
         shape, offset = self.shapes[name], self.offsets[name]
         return flat[offset : offset + math.prod(shape)].view(shape)
 
     def views(self, flats: torch.Tensor, name: str) -> torch.Tensor:
-        """The same in each of some flat vectors, (P, size) -> (P, *shape)."""
+        """The same for P flat vectors, (P, size) -> (P, *shape)."""
         shape, offset = self.shapes[name], self.offsets[name]
         return flats[:, offset : offset + math.prod(shape)].unflatten(1, shape)
 
@@ -350,9 +350,9 @@ def direction_torch(
     columns: slice = slice(None),
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The part [rows, columns] of a matrix's direction, generated alone: what a tensor-parallel shard needs.
+    """The part [rows, columns] of a matrix's direction, generated alone, as a tensor-parallel shard needs it.
 
-    Only the blocks that the part touches are computed. Equal to the slice of the whole, bit for bit.
+    Computes only the blocks that the part touches. Equals the slice of the whole, bit for bit.
     """
     import torch
 
@@ -371,7 +371,7 @@ def direction_torch(
 def uniform_torch(
     seed: int, step: int, probe: int, name: str, n: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """n numbers (i + 1/2) / 65536 of 16 random bits each, (n,) float32 in (0, 1); the bits of `name` at its address."""
+    """n numbers (i + 1/2) / 65536, (n,) float32 in (0, 1), from 16 random bits each: those of `name` at the address."""
     import torch
 
     _words(seed, step, probe)

@@ -1,9 +1,8 @@
 """Directions on the CPU in two loops that torch compiles: the bits of directions.py in a fraction of the time.
 
-In torch's operations Philox is a hundred passes over 64-bit words; in a loop a block's words stay in registers, and
-only they and the elements made of them are written. Compiling takes seconds, so it is for processes that will make many
-directions, and for directions.py to decide. Whatever the sizes, it happens once (no length is ever 1, which torch would
-compile for anew).
+As torch operations, Philox is a hundred passes over 64-bit words; in a loop a block's words stay in registers, and only
+they and their elements are written. Compiling takes seconds, so it is for processes that will make many directions;
+directions.py decides. It happens once for all sizes (no length is ever 1, for which torch would compile again).
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-BLOCKS = 1 << 20  # of 128 bits, at a time; their words take 64 MiB meanwhile
-MOVES = 16  # directions that are added in one pass
+BLOCKS = 1 << 20  # of 128 bits, at a time; their words take 64 MiB
+MOVES = 16  # directions added in one pass
 
 
 class Loops:
     """Makes directions of one distribution.
 
     Args:
-        gaussian: 8 elements of a block by table, else its 128 bits as signs.
+        gaussian: a block is 8 elements by table; else its 128 bits are signs.
     """
 
     def __init__(self, gaussian: bool) -> None:
-        # the number of threads is in the code; named here, it makes torch's disk cache tell them apart
+        # the compiled code depends on the number of threads; as an option it becomes part of torch's disk cache key
         how: dict[str, Any] = {"dynamic": True, "fullgraph": True, "options": {"cpp.threads": torch.get_num_threads()}}
         self._words = torch.compile(philox, **how)
         self._elements = torch.compile(quantiles if gaussian else signs, **how)
@@ -46,10 +45,10 @@ class Loops:
     ) -> torch.Tensor:
         """(K, n * elements of a block) float32 for K probes and n blocks, K * n > 1.
 
-        Blocks have numbers in their tensors, and hashes of these in two halves, each (n,) int64; `table` (65536,) has
+        A block has its index in its tensor, and the tensor's hash in two halves, each (n,) int64; `table` (65536,) has
         the quantiles.
         """
-        with torch.inference_mode(False), torch.no_grad():  # whoever calls, it is one kind of tensors, none a view
+        with torch.inference_mode(False), torch.no_grad():  # always the same kind of tensor, so torch compiles once
             count, total = len(probes), len(probes) * len(blocks)
             index = torch.from_numpy(np.repeat(np.array(probes, np.int64), len(blocks)))
             counters = (blocks, index, high, low)
@@ -74,9 +73,9 @@ class Loops:
         decays: Sequence[float],
         coefficients: Sequence[float],
     ) -> bool:
-        """x <- decay * x + coefficient * z for MOVES (step, probe) in turn, x (size,) in place; whether it can.
+        """x <- decay * x + coefficient * z for MOVES (step, probe) in turn, x (size,) in place; returns whether it can.
 
-        The rest as above. What is behind a tensor is moved as well.
+        Other arguments as above. The padding behind a tensor is moved as well.
         """
         if self._moved is None:
             return False
@@ -105,12 +104,12 @@ def philox(
 
 
 def signs(words: torch.Tensor, _: Any) -> torch.Tensor:
-    """A sign for each bit of some words (m, 4), + for 0, the lowest bit first: (m, 4, 32)."""
+    """A sign for each bit of words (m, 4), + for 0, the lowest bit first: (m, 4, 32)."""
     return 1.0 - 2.0 * ((words[..., None] >> torch.arange(32)) & 1).to(torch.float32)
 
 
 def quantiles(words: torch.Tensor, table: Any) -> torch.Tensor:
-    """What `table` has for both halves of some words (m, 4), the lower first: (m, 4, 2)."""
+    """The entries of `table` for both halves of words (m, 4), the lower first: (m, 4, 2)."""
     return table[(words[..., None] >> (16 * torch.arange(2))) & 0xFFFF]
 
 

@@ -1,14 +1,14 @@
-"""Directions in one Triton kernel, for CUDA, and slots filled in another: the bits of directions.py and spaces/.
+"""One Triton kernel for directions on CUDA and one that fills slots: the bits of directions.py and spaces/.
 
-In torch a direction is some sixty passes over 64-bit words; here each Philox block stays in registers, and only the
-float32 result is written, or x + scale * z in the slots' own dtype, to wherever vLLM has allocated them: no direction
-is ever in memory. Directions are multiplications and additions of integers alone and a table look-up, so there is
-nothing to round; a slot's value is rounded after every operation, as torch does. Runs on the CPU under
-TRITON_INTERPRET=1, which is how the tests check it where there is no card.
+In torch a direction is some sixty passes over 64-bit words; here each Philox block stays in registers, and the kernel
+writes only the float32 result, or x + scale * z in the slots' own dtype, straight into vLLM's slots: no direction is
+ever in memory. Directions need only integer multiplications, additions and a table look-up, so there is nothing to
+round; a slot's value is rounded after every operation, as torch does. Runs on the CPU under TRITON_INTERPRET=1, which
+is how the tests check it without a GPU.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
-# Triton compiles the kernels; to Python's typing their loops and constants mean something else.
+# Triton compiles the kernels; their loops and constants are not what Python's type checkers take them for.
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 UNIT = tl.constexpr(128)  # elements: directions.ALIGNMENT, so a unit lies in one tensor
-UNITS = 4  # a program
+UNITS = 4  # per program
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.uint16}
 
 
@@ -46,7 +46,7 @@ def _quantile(table, half):
 
 @triton.jit
 def _elements(within, low, high, seed, step, probe, table, GAUSSIAN: tl.constexpr):
-    """(units, 128) float32: the elements of some units of a direction, `within` their numbers in their tensors."""
+    """(units, 128) float32: the elements of some units of a direction; `within`: each unit's index in its tensor."""
     if GAUSSIAN:  # 16 blocks of 8 elements a unit
         block = (within[:, None] * 16 + tl.arange(0, 16)[None, :]).to(tl.uint32)
         low, high = block * 0 + low[:, None], block * 0 + high[:, None]
@@ -80,13 +80,13 @@ def _fill(
 ):  # fmt: skip
     """out[k, e] = element e of the direction at (seed, step, probe k), with `address` (seed, step, probe 0, ...).
 
-    0 in the padding behind a tensor. Addresses come as a tensor, as a number of its own Triton would compile for anew.
+    0 in the padding behind a tensor. The address is a tensor, because Triton may compile again for another number.
     """
     k = tl.program_id(1)
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     live = unit < units
     tensor = tl.load(tensor_of + unit, mask=live, other=0)
-    within = unit - tl.load(first_unit + tensor)  # number of the unit in its tensor
+    within = unit - tl.load(first_unit + tensor)  # index of the unit in its tensor
     low = tl.load(hash_low + tensor).to(tl.uint32, bitcast=True)
     high = tl.load(hash_high + tensor).to(tl.uint32, bitcast=True)
     seed = tl.load(address).to(tl.uint32, bitcast=True)
@@ -107,7 +107,7 @@ def _write(
 ):  # fmt: skip
     """slot[k] = factor * (x + scale[k] * z(k)) for each tensor of a layout, at the tensor's own place in the slots.
 
-    Of a tensor of `width` columns a window of rows and columns is written; of what is outside nothing is made.
+    Only a window of rows and columns of a tensor with `width` columns is written; nothing outside it is generated.
     """
     k = tl.program_id(1)
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
@@ -150,7 +150,7 @@ class Filler:
     Args:
         sizes: elements of each tensor, in the layout's order; each stands at a multiple of 128.
         hashes: the 64-bit hash of each tensor's name.
-        device: where.
+        device: the layout's.
     """
 
     def __init__(self, sizes: Sequence[int], hashes: Sequence[int], device: torch.device) -> None:
@@ -167,7 +167,7 @@ class Filler:
         self.device = device
 
     def __call__(self, seed: int, step: int, probes: Sequence[int], quantiles: torch.Tensor | None) -> torch.Tensor:
-        """The directions at some probe indices, (K, size) float32; `quantiles` (65536,) makes them Gaussian."""
+        """The directions of K probe indices, (K, size) float32; `quantiles` (65536,) makes them Gaussian."""
         out = torch.empty(len(probes), self.units * UNIT.value, dtype=torch.float32, device=self.device)
         words = [_signed(word) for word in (seed, step, *probes)]
         address = torch.tensor(words, dtype=torch.int32, device=self.device)
@@ -180,21 +180,21 @@ class Filler:
 
 
 class Place(NamedTuple):
-    """Where a tensor of a layout goes: the part of it that a worker has, in all of its slots."""
+    """The destination of a layout's tensor: the worker's part of it, in all slots."""
 
     slots: torch.Tensor  # (slots, rows, columns) with any strides
     width: int  # columns of the whole tensor
     rows: range  # of the whole tensor
     columns: range
-    factor: float  # what multiplies it in the end
+    factor: float  # multiplies the final value
 
 
 class SlotWriter:
-    """Writes x + scale * z of some probes into slots, for all tensors of a layout at once.
+    """Writes probes' x + scale * z into slots, for all tensors of a layout at once.
 
     Args:
-        filler: of the layout.
-        places: of each tensor of the layout, in its order.
+        filler: the layout's.
+        places: one for each tensor of the layout, in its order.
     """
 
     def __init__(self, filler: Filler, places: Sequence[Place]) -> None:
@@ -222,7 +222,7 @@ class SlotWriter:
         x: torch.Tensor | None,
         quantiles: torch.Tensor | None,
     ) -> None:
-        """Probe k of a step, times scales[k], on x (size,) or on zero, into slot first + k; see Filler for the rest."""
+        """Write x (size,), or zero, plus scales[k] * probe k of a step into slot first + k; see Filler for the rest."""
         filler = self.filler
         words = [_signed(word) for word in (seed, step, *probes)]
         address = torch.tensor(words, dtype=torch.int32, device=filler.device)

@@ -1,8 +1,8 @@
 """Weights of directions -> the commit of a step: links on the weights, learning rate, schedule, momentum, decay.
 
 Pure functions: `update(state, step, steps, weights)` gives the next state and the commit. The state is a tuple of
-numbers, journalled with the step, so a resumed run goes on with it. What is as large as the adapter (the momentum
-buffer) lives in the adapter state; the commit only says what happens to it.
+numbers, journalled with the step, so a resumed run goes on with it. The momentum buffer is as large as the adapter, so
+it lives in the adapter state; the commit only says how it changes.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SCHEDULES = ("constant", "linear", "cosine")
-LEAST_DECAY = 1e-6  # of a step: 1 - this, in float32, is still right to 3 %, and moves a float32 parameter
+LEAST_DECAY = 1e-6  # in a step: 1 - this, in float32, is still right to 3 %, and changes a float32 parameter
 State = tuple[float, ...]
 
 
 def to_float32(value: float) -> float:
-    """The nearest float32, as the shortest decimal that names it: what is journalled and what replicas multiply by."""
+    """The nearest float32 as its shortest decimal, which is journalled and which replicas multiply by."""
     with np.errstate(over="ignore"):  # infinity is the caller's to refuse
         return float(str(np.float32(value)))
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Only the sign of each weight, over their number.
+    """The sign of each weight, divided by their number.
 
     For one Rademacher direction this is ZO-signSGD (Liu et al., ICLR 2019): sign(w z) = sign(w) z.
     """
@@ -52,8 +52,8 @@ class GlobalAdaptive:
     v <- beta v + (1 - beta) g^2,  v_hat = v / (1 - beta^t),  g^2 = K sum_k weights[k]^2
 
     For one direction g is the projected gradient, as in the paper. For K it is the root mean square of the K projected
-    gradients (a weight is one over K), where the paper takes their mean: that cancels by chance, and always does where
-    an estimator has the population's mean as baseline. A step without any weight leaves v as it is.
+    gradients (a weight is one over K). The paper takes their mean, which can cancel by chance and always does if an
+    estimator's baseline is the population's mean. A step with no nonzero weight leaves v unchanged.
 
     Args:
         beta: decay of the running mean of g^2.
@@ -72,7 +72,7 @@ class GlobalAdaptive:
         return (0.0, 1.0)
 
     def update(self, state: State, weights: Sequence[float]) -> tuple[State, tuple[float, ...]]:
-        """(v, beta^t) -> the next; weights over the root of v_hat."""
+        """(v, beta^t) -> the next; weights divided by the root of v_hat."""
         if not any(weights):
             return state, tuple(weights)
         v, power = state
@@ -90,13 +90,13 @@ class Sgd:
     """ZO-SGD: coefficients[k] = -lr(step) * weights[k], rounded to float32.
 
     With momentum beta the replicas keep m <- beta m + (1 - beta) sum_k weights[k] z_k and step by -lr(step) m (LoZO-M,
-    arXiv 2410.07698). Decays are decoupled (AdamW): they act on the parameters, by lr(step) times the rate given.
+    arXiv 2410.07698). Decays are decoupled (AdamW): they act on the parameters, by lr(step) times their rate.
 
     Args:
         lr: peak learning rate.
         schedule: "constant", or "linear" / "cosine" decay from `lr` after the warm-up to zero just after the last step.
         warmup: steps of linear warm-up from lr / warmup to lr.
-        clip: longest vector of weights (Euclidean norm over the directions); null for no limit.
+        clip: largest Euclidean norm of the weights over the directions; null for no limit.
         momentum: beta in [0, 1); 0 for none.
         weight_decay: rate of decay towards zero.
         anchor: rate of decay towards the base model (against forgetting, arXiv 2605.30148).
@@ -157,7 +157,7 @@ class Sgd:
     ) -> tuple[State, Commit]:
         """The commit of a step, from the weights of its estimate, and the state for the next step.
 
-        `gains` of the `signs` of each matrix are weights as well, of which neither `link` nor `clip` knows.
+        `gains` are weights too, one for the `signs` of each matrix; `link` and `clip` don't act on them.
 
         Raises:
             FloatingPointError: a coefficient overflows float32.

@@ -1,7 +1,7 @@
-"""A state's numbers as a file, so that a replica that comes late need not replay the journal from its start.
+"""A state's numbers as a file, so that a late replica need not replay the journal from its start.
 
-The journal stays the source of truth: a snapshot is used only where the journal holds the same digest at the same step,
-and the replica that has read it shows that digest; else it replays. One file a run, the latest.
+The journal stays the source of truth: a snapshot is used only if the journal holds its digest at its step, and the
+replica that reads it must show that digest; else it replays. A run keeps one file, the latest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def pack(state: State, limit: int) -> bytes | None:
 
 
 def unpack(state: State, data: bytes, step: int) -> None:
-    """Put a state, at any step, to what `pack` has made of one before `step`."""
+    """Set a state, at any step, to the state before `step` that `pack` has written."""
     from safetensors.torch import load
 
     state.restore(step, load(data))
@@ -53,7 +53,7 @@ def write(path: Path, data: bytes) -> Snapshot:
 
 
 def read(path: Path) -> Snapshot | None:
-    """What the file at a path says it is; None if there is none that can be read."""
+    """The snapshot in a file, by its own metadata; None if there is no readable file."""
     from safetensors import SafetensorError, safe_open
 
     try:

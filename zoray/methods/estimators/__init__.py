@@ -3,10 +3,10 @@
 `ask(step)` says what to score, `tell(probes, losses)` turns the losses into an `Estimate`: the gradient of the loss is
 estimated as sum_k weights[k] * z(step, k). The optimizer turns weights into the coefficients of a commit.
 
-`losses[i]` is probe i's row: its mean loss over its examples, or where the estimator is `per_example` the loss of each.
+`losses[i]` is probe i's row: its mean loss over its examples, or for a `per_example` estimator the loss of each.
 A direction with a probe whose mean loss is not finite is dropped and counted, and the others are used as if it had not
-been asked; above a share of dropped directions the step fails. Directions that carry no information are counted too:
-`ties` scored exactly the same, `buried` differ by no more than the engine's score noise, so that their sign is chance.
+been asked for; if too many are dropped, the step fails. Directions that carry no information are counted too: `ties`
+have exactly equal scores, `buried` differ by no more than the engine's score noise, so their sign is chance.
 """
 
 from zoray.methods.estimators.base import Estimate, Estimator, InGroups

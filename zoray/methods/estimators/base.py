@@ -1,4 +1,4 @@
-"""What every estimator is, and what they share: which directions to drop, and which say nothing."""
+"""The protocol of estimators, and what they share: which directions to drop, and which say nothing."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step's losses say of the gradient: one weight per direction index, and what went wrong."""
+    """The gradient that a step's losses imply: one weight per direction index, and counts of what went wrong."""
 
     weights: tuple[float, ...]
-    loss: float  # of the centre, or else the mean over the finite probes: estimates the loss at the current state
+    loss: float  # at the centre, or else the mean over the finite probes: estimates the loss at the current state
     dropped: int = 0  # directions left out because a loss was not finite
-    ties: int = 0  # directions whose probes scored exactly the same, so that they carry no information
-    buried: int = 0  # directions whose probes differ by no more than the score noise; ties are not among them
+    ties: int = 0  # directions whose probes scored exactly the same, so they carry no information
+    buried: int = 0  # directions whose probes differ by no more than the score noise, not counting ties
 
 
 class InGroups(Protocol):
-    """Which probes there are; a replica asks for those of its own tiles only."""
+    """An estimator's groups of probes; a replica asks only for those of its own tiles."""
 
-    guided: ClassVar[bool] = False  # whether the centre's forward pass gives feedback as well, see feedback.py
+    guided: ClassVar[bool] = False  # whether the centre's forward pass also gives feedback, see feedback.py
 
     @property
     def shared(self) -> bool:
-        """Whether every direction sees the whole batch; else they share it out among them."""
+        """Whether every direction sees the whole batch; else the batch is divided among them."""
         return True
 
     @property
     def per_example(self) -> bool:
-        """Whether `tell` needs the loss of each example; else a probe's mean is all that travels."""
+        """Whether `tell` needs the loss of each example; else replicas send only a probe's mean."""
         return False
 
     @property
     def groups(self) -> int:
-        """Groups of probes a step: those of a direction, and a centre by itself."""
+        """Groups of probes a step: a direction's probes are one, a centre is one by itself."""
         ...
 
     def group(self, step: int, number: int) -> tuple[Probe, ...]:
-        """Probes that are scored together, on the same examples."""
+        """A group's probes, which are scored together on the same examples."""
         ...
 
     def ask(self, step: int) -> tuple[Probe, ...]:
-        """What to score: all groups in order."""
+        """All probes of a step, group after group."""
         return tuple(probe for number in range(self.groups) for probe in self.group(step, number))
 
 
@@ -67,8 +67,8 @@ class Estimator(InGroups, Protocol):
         """Losses of `probes`, in the order of `ask` -> Estimate.
 
         Args:
-            probes: what was scored.
-            losses: per probe its mean loss, (1,); or the loss of each of its examples.
+            probes: the scored probes.
+            losses: for each probe its mean loss, (1,); or the loss of each of its examples.
             noise: standard deviation of an entry of `losses` at the same state, from batch-mates and packing.
 
         Raises:
@@ -78,7 +78,7 @@ class Estimator(InGroups, Protocol):
 
 
 def count_dropped(kept: Sequence[bool], losses: Sequence[float], allowed: float, step: int) -> int:
-    """How many directions are dropped; FloatingPointError above the allowed share."""
+    """The number of dropped directions; FloatingPointError above the allowed share."""
     dropped = len(kept) - sum(kept)
     if dropped > allowed * len(kept) + 1e-9:  # 0.29 * 100 is a little less than 29
         raise FloatingPointError(
@@ -89,7 +89,7 @@ def count_dropped(kept: Sequence[bool], losses: Sequence[float], allowed: float,
 
 
 def count_silent(gaps: Sequence[float], noise: float, entries: int) -> tuple[int, int]:
-    """(ties, buried) among differences of two rows' means, `entries` of independent score noise each."""
+    """(ties, buried) among differences of two rows' means; a row has `entries` with independent score noise."""
     floor = noise * math.sqrt(2 / entries)
     return sum(gap == 0 for gap in gaps), sum(0 < abs(gap) <= floor for gap in gaps)
 

@@ -1,4 +1,4 @@
-"""Evolution strategies: a population whose shaped losses weigh its directions (ES, EGGROLL, RLOO)."""
+"""Evolution strategies: a population's shaped losses weight its directions (ES, EGGROLL, RLOO)."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ CENTRINGS = ("batch", "prompt")
 
 @dataclass(frozen=True)
 class Evolution(InGroups):
-    """Evolution strategies: a population's shaped losses weigh its directions (Salimans et al., arXiv 1703.03864).
+    """Evolution strategies: a population's shaped losses weight its directions (Salimans et al., arXiv 1703.03864).
 
-    weights[k] = sum over the members at +-z_k of (sign * s) / N, N members, s their shaped losses:
+    weights[k] = sum over the members at +-z_k of (sign * s) / N, for N members with shaped losses s:
 
     shaping "none"          s = (L - mean L) / sigma: the score-function estimate of the gradient, with the population's
                             mean as baseline; without mirroring N - 1 takes N's place, which makes it unbiased
     shaping "zscore"        s = (L - mean L) / std L    (ES at scale, arXiv 2509.24372)
     shaping "centred_rank"  s = rank / (N - 1) - 1/2, ties sharing their mean rank    (Salimans et al., section 2.1)
 
-    Shaped losses have no unit, so the step is `optimizer.lr` in units of the parameters, and the 1 / sigma of the
-    estimate is left to it, as published code does (ES at scale: lr = sigma / 2).
+    Shaped losses have no unit, so `optimizer.lr` is in units of the parameters and includes the 1 / sigma of the
+    estimate, as in published code (ES at scale: lr = sigma / 2).
 
-    Centring "batch" shapes each member's mean over the batch. "prompt" (EGGROLL, arXiv 2511.16652) takes the mean over
-    the population away example by example, so that hard prompts weigh no more than easy ones; z-scores are then divided
+    Centring "batch" shapes each member's mean over the batch. "prompt" (EGGROLL, arXiv 2511.16652) subtracts the
+    population's mean from each example, so that hard prompts weigh no more than easy ones; z-scores are then divided
     by one standard deviation over members and examples, ranks are taken within each example; the mean over examples
     follows.
 
     Args:
-        population: N, scored members a step; even when antithetic.
+        population: N, members scored in a step; even if antithetic.
         sigma: size of the perturbation.
         antithetic: members come as mirrored pairs x + sigma z, x - sigma z.
         shaping: "none", "zscore" or "centred_rank".
@@ -79,7 +79,7 @@ class Evolution(InGroups):
 
     @property
     def per_example(self) -> bool:
-        """Centring by prompt needs the loss of each."""
+        """Centring by prompt needs the loss of each example."""
         return self.centring == "prompt"
 
     @property
@@ -93,7 +93,7 @@ class Evolution(InGroups):
         return self.directions
 
     def group(self, step: int, number: int) -> tuple[Probe, ...]:
-        """A member of the population, or one and its mirror image."""
+        """A member of the population, with its mirror image if antithetic."""
         member = Probe(step, number, self.sigma)
         return (member, Probe(step, number, -self.sigma)) if self.antithetic else (member,)
 
@@ -138,7 +138,7 @@ class Evolution(InGroups):
 
 
 def _centred_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks mapped to [-1/2, 1/2]; equal values share their mean rank."""
+    """Ranks scaled to [-1/2, 1/2]; equal values share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     first = np.cumsum(counts) - counts
     ranks = (first + (counts - 1) / 2)[inverse]

@@ -1,14 +1,14 @@
-"""Residual feedback: what a forward pass knows of the gradient, as an estimator of a step.
+"""Residual feedback: the gradient that a forward pass reveals, as an estimator of a step.
 
-The gradient of the loss at the residual stream before the final norm is exact and costs the norm and the LM head only.
-The stream carries it down nearly unchanged, so that for a matrix that writes to the stream dL/dW is about the sum over
-the rows that are asked for of delta x^T: delta that gradient, x the matrix's input, which the forward pass has anyway.
-No backward pass, no stored activations but those rows. It is a guide, and biased: exact at the last layer, good in the
-upper half of a model, noise in its lower third (docs/feedback.md has the cosines). ZO probes along the guide itself,
-whose losses are unbiased, say how far to trust it in each matrix.
+The gradient of the loss at the residual stream before the final norm is exact and costs only the norm and the LM head.
+The stream carries it down nearly unchanged, so for a matrix that writes to the stream dL/dW is about the sum of
+delta x^T over the scored rows: delta is that gradient, x the matrix's input, which the forward pass has anyway. There
+is no backward pass, and only the scored rows' activations are stored. This guide is biased: exact at the last layer,
+good in the upper half of a model, noise in its lower third (docs/feedback.md has the cosines). ZO probes along the
+guide, whose losses are unbiased, say how far to trust it in each matrix.
 
-What is journalled is one bit a number: the sign of the step's sum. Replicas add +gain or -gain, so the state is rebuilt
-to the bit from the journal alone, on any device; with momentum beta, x moves by lr times the mean of recent signs.
+The journal keeps one bit a number: the sign of the step's sum. Replicas add +gain or -gain, so the journal alone
+rebuilds the state to the bit, on any device; with momentum beta, x moves by lr times the mean of recent signs.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ if TYPE_CHECKING:
 
     from zoray.methods.estimators.base import Losses
 
-WINDOW = 200.0  # probes along the guide that its worth is the mean of
-DOUBT = 40.0  # probes that count for as much as the belief that all of the guide is good
-REACH = 4.0  # root mean squares of a tensor's feedback that its largest whole number stands for
+WINDOW = 200.0  # probes along the guide that a slope is averaged over
+DOUBT = 40.0  # probes with as much weight as the prior that all of the guide is good
+REACH = 4.0  # the largest whole number, in root mean squares of a tensor's feedback
 
 
 @dataclass(frozen=True)
 class Feedback(InGroups):
     """One forward pass at the current state, whose residual feedback is the step's direction.
 
-    gradient ~ sign(sum over the batch of (delta M_l) x^T)    elementwise, for each matrix that moves
+    gradient ~ sign(sum over the batch of (delta M_l) x^T)    elementwise, for each trained matrix
 
-    M_l is how the stream goes on from layer l to its end, a linear map fitted to the base model before the first step
-    (engines/feedback/lens.py); without it, the identity.
+    M_l maps the stream at layer l to its end; a linear map fitted to the base model before the first step
+    (engines/feedback/lens.py), or the identity.
 
-    With `pairs`, each step also scores plus and minus of that many directions along the guide itself: its momentum,
-    each group of matrices forth or back by chance. Their losses are unbiased; averaged over the steps they are the
-    slope of the loss along each group's guide, and groups whose guide leads nowhere are moved less:
+    With `pairs`, each step also scores plus and minus of that many directions along the guide: its momentum, with a
+    random sign for each group of matrices. Their losses are unbiased; averaged over the steps they give the slope of
+    the loss along each group's guide, and groups whose guide leads nowhere are moved less:
 
     slope_g <- mean over probes of pattern_g * (L(x + eps z) - L(x - eps z)) / (2 eps)
     trust_g = clip(slope_g / mean of the positive slopes, 0, 1), drawn towards 1 while there are few probes
 
     Args:
         lens: rank of the maps M_l - 1; 0 for none.
-        pairs: of probes along the guide, of one example each, that judge it; 0 trusts it everywhere.
-        eps: their size, in the momentum's own units (signs).
-        samples: completions of each prompt that a reward's policy gradient is taken over.
+        pairs: pairs of probes along the guide, of one example each, that judge it; 0 trusts the guide everywhere.
+        eps: size of these probes, in the momentum's own units (signs).
+        samples: completions of each prompt, over which a reward's policy gradient is taken.
     """
 
     guided: ClassVar[bool] = True
@@ -84,10 +84,10 @@ class Feedback(InGroups):
         return Probe(step, index, self.eps), Probe(step, index, -self.eps)
 
     def tell(self, probes: Sequence[Probe], losses: Losses, noise: float = 0.0) -> Estimate:
-        """The loss of the centre; its feedback comes beside it, and `judge` says what that is worth.
+        """The loss of the centre; its feedback travels separately, and `judge` rates it.
 
         Raises:
-            FloatingPointError: it is not finite.
+            FloatingPointError: the loss is not finite.
         """
         loss = mean(losses[0])
         if not is_finite(loss):
@@ -95,7 +95,7 @@ class Feedback(InGroups):
         return Estimate((), loss)
 
     def judge(self, trust: tuple[float, ...], probes: Sequence[Probe], losses: Losses) -> tuple[float, ...]:
-        """What is known of the guide's worth: (probes so far, the slope of each group); () before the first."""
+        """The guide's rating so far: (probes so far, the slope of each group); () before the first."""
         count, slopes = (trust[0], list(trust[1:])) if trust else (0.0, [0.0] * GROUPS)
         means = [mean(row) for row in losses[1:]]
         for probe, plus, minus in zip(probes[1::2], means[::2], means[1::2], strict=True):
@@ -109,7 +109,7 @@ class Feedback(InGroups):
 
 
 def trusted(trust: tuple[float, ...]) -> tuple[float, ...]:
-    """How far each group's guide is trusted, 0 to 1, (GROUPS,)."""
+    """The trust in each group's guide, 0 to 1, (GROUPS,)."""
     if not trust:
         return (1.0,) * GROUPS
     count, slopes = trust[0], trust[1:]
@@ -120,7 +120,7 @@ def trusted(trust: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def gains(trust: tuple[float, ...], matrices: int) -> tuple[float, ...]:
-    """The same for each of the matrices that move."""
+    """The same for each trained matrix."""
     of_group = trusted(trust)
     return tuple(of_group[group_of(number, matrices)] for number in range(matrices))
 
@@ -128,8 +128,8 @@ def gains(trust: tuple[float, ...], matrices: int) -> tuple[float, ...]:
 def quantised(feedback: Mapping[str, np.ndarray], levels: int, weight: float) -> np.ndarray:
     """Feedback as whole numbers from -levels to levels, (N,) int8, tensor after tensor.
 
-    Each tensor is measured by its own root mean square, so that neither a model's scales nor a device's last bits
-    matter; `weight`, from 0 to 1, is what these examples count for beside those of other tiles.
+    Each tensor is divided by its own root mean square, so that neither a model's scales nor a device's last bits
+    matter; `weight`, from 0 to 1, is the weight of these examples relative to other tiles.
     """
     parts = [np.zeros(0, np.int8)]
     for values in feedback.values():

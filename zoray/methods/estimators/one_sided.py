@@ -1,4 +1,4 @@
-"""Differences of perturbed losses to the one centre they share (FZOO)."""
+"""Differences between perturbed losses and their shared centre (FZOO)."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OneSided(InGroups):
-    """Differences of N perturbed losses to the one centre they share (FZOO, arXiv 2506.09034).
+    """Differences between N perturbed losses and their shared centre (FZOO, arXiv 2506.09034).
 
     weights[k] = (l_k - l_0) / (N sigma),   sigma^2 = sum_k (l_k - mean_j l_j)^2 / (N - 1)
 
     This is the paper's g / sigma with g = sum_k (l_k - l_0) u_k / (eps N), times eps: near x sigma is about
-    eps |grad L|, so the step is that of normalised SGD whatever eps is, and `optimizer.lr` is its size, as in the
-    official trainer. With `scale=none` it is the plain forward difference g. FZOO draws Rademacher directions.
+    eps |grad L|, so the step is a normalised SGD step for any eps, and `optimizer.lr` is its size, as in the official
+    trainer. `scale=none` gives the plain forward difference g. FZOO draws Rademacher directions.
 
     Args:
         probes: N, perturbed losses a step; N + 1 are scored.
@@ -75,9 +75,9 @@ class OneSided(InGroups):
         dropped = count_dropped(kept, [centre, *means], self.max_dropped, probes[0].step)
         used = [loss for loss, ok in zip(means, kept, strict=True) if ok]
         scale = self.eps
-        if self.scale == "std":  # of differences, so that equal losses have none, whatever their mean rounds to
+        if self.scale == "std":  # of differences, so that equal losses give 0, whatever their mean rounds to
             scale = float(np.std(np.subtract(used, used[0]), ddof=1)) if len(used) > 1 else 0.0
-        if scale == 0:  # all the same, or a single one: no slope to be seen, and nothing to divide by
+        if scale == 0:  # all equal, or a single one: no slope, and nothing to divide by
             scale = math.inf
         weights = tuple(
             (loss - centre) / (len(used) * scale) if ok else 0.0 for loss, ok in zip(means, kept, strict=True)

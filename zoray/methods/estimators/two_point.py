@@ -36,7 +36,7 @@ class TwoPoint(InGroups):
     Args:
         pairs: K, plus/minus pairs a step.
         eps: size of the perturbation.
-        shared: every pair sees the whole batch; false: a K-th of it each.
+        shared: every pair sees the whole batch; false: each sees a K-th of it.
         max_dropped: share of pairs that may be dropped before the step fails.
     """
 

@@ -1,8 +1,8 @@
-"""What every space is, and what the spaces share: targets, digests, cached directions, the update of a flat vector.
+"""The protocols of spaces and states, and what spaces share: targets, digests, cached directions, flat updates.
 
 A space is a frozen config. `open` gives its state: the numbers of one replica at a journal index. A state turns a probe
 into low-rank factors for a slot and takes commits; it knows nothing of losses, engines or other replicas. The same
-commits on the same start give the same bits on any device: everything is elementwise float32, multiply and add apart.
+commits on the same start give the same bits on any device: all is elementwise float32, multiply and add in two steps.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 ALL = "all-linear"
 RESIDUAL = "residual"
-WRITERS = ("o_proj", "out_proj", "down_proj", "fc2")  # what families call the matrices that write to the stream
-B_PARTS = ("lora_B", "lozo_U", "lowrank_U")  # what spaces call a factor of shape (out, rank)
+WRITERS = ("o_proj", "out_proj", "down_proj", "fc2")  # families' names for the matrices that write to the stream
+B_PARTS = ("lora_B", "lozo_U", "lowrank_U")  # spaces' names for a factor of shape (out, rank)
 MAX_RANK = 512  # the largest LoRA rank that vLLM has slots for
 CACHED_ELEMENTS = 1 << 28  # of a step's directions kept between scoring and commit: 1 GiB
-AT_ONCE = 1 << 24  # elements of directions made in one go; a few times as much is needed meanwhile
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embedding")  # what families call the input's
+AT_ONCE = 1 << 24  # elements of directions made in one go; working memory is a few times as much
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embedding")  # families' names for the input's
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: odd, so i * _GOLDEN differs for every i
-_DIGEST_CHUNK = 1 << 24  # elements hashed at a time: a few int64 copies of them exist meanwhile
+_DIGEST_CHUNK = 1 << 24  # elements hashed at a time, with a few int64 copies of them
 
 
 class Moving(NamedTuple):
-    """Factors that are others for each probe: x + scale * z for every tensor of a layout.
+    """Factors that differ from probe to probe: x + scale * z for every tensor of a layout.
 
-    A tensor is called `<matrix>.<part>`, and is a B (out, rank) where `is_b` says so, else an A (rank, in).
+    A tensor is called `<matrix>.<part>`, and is a B (out, rank) if `is_b` says so, else an A (rank, in).
     """
 
     z: Directions
-    x: torch.Tensor | None = None  # (size,) float32; none is zero
-    scaled: bool = True  # else it is z alone
+    x: torch.Tensor | None = None  # (size,) float32; None is zero
+    scaled: bool = True  # else the factor is z alone
 
 
 class State(Protocol):
@@ -56,7 +56,7 @@ class State(Protocol):
         ...
 
     def moving(self) -> tuple[Moving, ...]:
-        """The factors of many probes at once; what is not among them is the same for all."""
+        """The factors of many probes at once; any other factor is the same for all probes."""
         ...
 
     def a_key(self, probe: Probe) -> Hashable:
@@ -68,7 +68,7 @@ class State(Protocol):
         ...
 
     def settle(self) -> None:
-        """Compute what waits until somebody looks, see Moved."""
+        """Compute the updates that wait until the state is read, see Moved."""
         ...
 
     def digest(self) -> str:
@@ -80,11 +80,11 @@ class State(Protocol):
         ...
 
     def numbers(self) -> dict[str, torch.Tensor]:
-        """All that a step can change, by name; not copies."""
+        """All tensors that a step can change, by name; not copies."""
         ...
 
     def restore(self, step: int, numbers: Mapping[str, torch.Tensor]) -> None:
-        """Be the state, before `step`, whose `numbers` these are; of the same space, matrices and seed."""
+        """Become the state before `step` with these `numbers`; of the same space, matrices and seed."""
         ...
 
 
@@ -103,7 +103,7 @@ class Space(Protocol):
 
     @property
     def distribution(self) -> str:
-        """Of directions."""
+        """The distribution of directions."""
         ...
 
     @property
@@ -113,17 +113,17 @@ class Space(Protocol):
 
     @property
     def keep_base(self) -> bool:
-        """Whether it keeps a copy of base weights that it writes into."""
+        """Whether the space keeps a copy of the base weights that it writes into."""
         ...
 
     @property
     def takes_signs(self) -> bool:
-        """Whether the signs of feedback can move its numbers."""
+        """Whether the signs of feedback can move a state of this space."""
         ...
 
     @property
     def takes_momentum(self) -> bool:
-        """Whether it can have momentum."""
+        """Whether a state of this space can have momentum."""
         ...
 
     @property
@@ -136,15 +136,15 @@ class Space(Protocol):
         ...
 
     def trained(self, matrices: Mapping[str, tuple[int, int]]) -> int:
-        """How many numbers move."""
+        """The number of trained numbers."""
         ...
 
     def drawn(self, matrices: Mapping[str, tuple[int, int]]) -> int:
-        """How many random numbers a direction has."""
+        """The number of random numbers in a direction."""
         ...
 
     def kept(self, matrices: Mapping[str, tuple[int, int]], momentum: bool) -> int:
-        """How many float32 numbers a state keeps, beside slots, directions and a copy of the base."""
+        """The number of float32 numbers in a state, beside slots, directions and a copy of the base."""
         ...
 
     def open(
@@ -154,12 +154,12 @@ class Space(Protocol):
         device: torch.device | str = "cpu",
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> State:
-        """The state at journal index 0. `weights`: the base's, which a folding space writes in place."""
+        """The state at journal index 0. `weights`: the base weights, which a folding space writes in place."""
         ...
 
 
 def check_space(rank: Any, targets: Any, distribution: str) -> str | tuple[str, ...]:
-    """Check what all spaces have; returns the targets as a tuple where they are a list."""
+    """Check the settings that all spaces have; returns a list of targets as a tuple."""
     ok = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= MAX_RANK
     require(ok, f"space.rank to be a whole number from 1 to {MAX_RANK} (vLLM's largest LoRA rank)", rank)
     check_distribution(distribution)
@@ -171,9 +171,9 @@ def check_space(rank: Any, targets: Any, distribution: str) -> str | tuple[str, 
 def select(matrices: Mapping[str, tuple[int, int]], targets: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
     """The target matrices out of a model's matrices, {canonical name: (out, in)}, in the model's order.
 
-    A target is the last part or parts of a name (`q_proj`, `self_attn.q_proj`), with * ? [] as in file names, or
-    all-linear, which may stand beside the LM head's and the embedding's names; or residual, those that write to the
-    residual stream, as residual:0.5 only in the layers from that share of them on.
+    A target is the last part or parts of a name (`q_proj`, `self_attn.q_proj`), with * ? [] as in file names; or
+    all-linear, possibly beside the names of the LM head and the embedding; or residual, the matrices that write to the
+    residual stream: all of them, or as residual:0.5 those in the upper half of the layers.
     """
     wanted = tuple(
         name for target in ((targets,) if isinstance(targets, str) else targets) for name in _residual(matrices, target)
@@ -190,7 +190,7 @@ def select(matrices: Mapping[str, tuple[int, int]], targets: str | tuple[str, ..
 
 
 def _residual(matrices: Mapping[str, tuple[int, int]], target: str) -> tuple[str, ...]:
-    """A target as it is; that of what writes to the residual stream as the names of those matrices."""
+    """The target itself, or for `residual` the names of the matrices that write to the residual stream."""
     if target.partition(":")[0] != RESIDUAL:
         return (target,)
     try:
@@ -215,7 +215,7 @@ def layer_number(name: str) -> int | None:
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a matrix is a model's input embedding: its input is a token, so `in` is the vocabulary."""
+    """Whether a matrix is the input embedding, whose input is a token, so `in` is the vocabulary."""
     return name.rpartition(".")[2] in EMBEDDINGS
 
 
@@ -229,7 +229,7 @@ def _matches(name: str, target: str) -> bool:
 
 
 class Directions:
-    """z at (seed, step, index) as a flat vector of a layout; those of the latest step are kept until the next one."""
+    """z at (seed, step, index) as a flat vector of a layout; the latest step's vectors are kept until the next step."""
 
     def __init__(self, layout: Layout, seed: int, distribution: str) -> None:
         self.layout, self.seed, self.distribution = layout, seed, distribution
@@ -248,7 +248,7 @@ class Directions:
         return z
 
     def prepare(self, probes: Iterable[Probe]) -> None:
-        """Make those of some probes of a step at once, as far as they will be kept."""
+        """Make the directions of a step's probes at once, if all of them will be kept."""
         addresses = {(probe.step, probe.index) for probe in probes if probe.scale != 0}
         if len({step for step, _ in addresses}) != 1:
             return
@@ -266,7 +266,7 @@ class Directions:
             self._fresh.update(zip([(step, index) for index in some], flats, strict=True))
 
     def part(self, step: int, index: int, name: str) -> torch.Tensor:
-        """One tensor of z; made alone where all of z would not be kept."""
+        """One tensor of z; made alone if the whole z would not be kept."""
         kept = sum(of == step for of, _ in self._fresh)
         if (step, index) in self._fresh or (kept + 1) * self.layout.size <= CACHED_ELEMENTS:
             return self.layout.view(self(step, index), name)
@@ -280,9 +280,9 @@ class Directions:
 
 
 class Moved:
-    """A flat vector, zero at first, and the commits that it has taken but not been moved by yet.
+    """A flat vector, zero at first, and the commits that it has taken but not yet applied.
 
-    They wait until somebody looks, so that a journal that is played back moves it many steps at a time.
+    Commits wait until the vector is read, so that replaying a journal applies many steps in one pass.
     """
 
     def __init__(self, flat: torch.Tensor, direction: Directions) -> None:
@@ -290,7 +290,7 @@ class Moved:
         self._waiting: list[Move] = []
 
     def take(self, commit: Commit) -> bool:
-        """Take a commit, if it is one that can wait."""
+        """Take a commit if it can wait; returns whether it can."""
         chosen = [(k, c) for k, c in enumerate(commit.coefficients) if c != 0.0]
         if commit.momentum is not None or commit.anchor != 1.0 or commit.signs or not chosen:
             return False
@@ -301,12 +301,12 @@ class Moved:
 
     @property
     def flat(self) -> torch.Tensor:
-        """The vector, (size,), after all that it has taken."""
+        """The vector, (size,), after all commits taken."""
         self.settle()
         return self._flat
 
     def settle(self) -> None:
-        """Move it by what waits."""
+        """Apply the commits that wait."""
         moves, self._waiting = self._waiting, []
         layout, x = self.direction.layout, self._flat
         done = layout.move(x, self.direction.seed, moves, self.direction.distribution)
@@ -317,7 +317,7 @@ class Moved:
 
 
 def fill(moving: Moving, probes: Sequence[Probe], out: torch.Tensor, name: str | None = None) -> None:
-    """What moves, for each of P probes, into `out` (P, size); or one named tensor of it (P, rows, columns)."""
+    """Write the moving factors of P probes into `out` (P, size); or one named tensor of them, (P, rows, columns)."""
     import torch
 
     z, x = moving.z, moving.x
@@ -338,7 +338,7 @@ def perturbed(x: torch.Tensor, direction: Directions, probe: Probe) -> torch.Ten
 
 
 def expect(commit: Commit, step: int) -> None:
-    """JournalError unless the commit is that of `step`: commits come in order, each once."""
+    """Raise JournalError unless the commit is that of `step`: commits come in order, each once."""
     if commit.step != step:
         raise JournalError(f"expected the commit of step {step}, got step {commit.step}")
 
@@ -353,8 +353,8 @@ def advance(
 ) -> torch.Tensor | None:
     """Apply a commit (records.Commit has the formula) to a flat vector in place; returns the momentum buffer.
 
-    `initial` gives the vector before the first step; None if that was zero. `guide`: gains times signs, where the
-    commit has any.
+    `initial` gives the vector before the first step; None if it was zero. `guide`: gains times signs, if the commit
+    has any.
     """
     import torch
 
@@ -390,8 +390,8 @@ def as_arrays(tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]]) -> dict
 def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """16 hex digits over the bits of named tensors; equal digests mean bit-identical replicas.
 
-    The sum over all elements of (bits) * (odd multiplier of tensor and position), modulo 2**64: free of order, so any
-    device and any sharding gives the same; a change of any single element changes it.
+    The sum over all elements of (bits) * (odd multiplier of tensor and position), modulo 2**64. It does not depend on
+    order, so any device and any sharding gives the same; a change of any single element changes it.
     """
     return f"{sum(digest_part(name, tensor) for name, tensor in tensors) & 0xFFFFFFFFFFFFFFFF:016x}"
 

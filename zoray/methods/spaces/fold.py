@@ -1,8 +1,8 @@
 """Folding: add a low-rank update into base weights, with the same bits on every device.
 
 W <- round(decay * W + B @ A), the product and the sum in float32, one rounding to the dtype of W. A matrix product adds
-in an order that depends on device and threads, so the product is made of rank-one terms in a fixed order; where both
-factors hold only -1 and 1 (Rademacher) every order gives the same whole numbers and a plain product will do.
+in an order that depends on device and threads, so rank-one terms are added in a fixed order; if both factors hold only
+-1 and 1 (Rademacher), every order gives the same whole numbers and a plain product will do.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 Factors = Mapping[str, "tuple[torch.Tensor, torch.Tensor]"]  # name -> B (out, r), A (r, in)
 ROUNDINGS = ("nearest", "stochastic")
 FOLDABLE = ("float32", "float16", "bfloat16", "float64")
-CACHE_ELEMENTS = 1 << 17  # of a block of rows: 512 KiB of float32
+CACHE_ELEMENTS = 1 << 17  # in a block of rows: 512 KiB of float32
 _FIXED_POINT = 1 << 21  # of normal quantiles (|z| < 4.4): products of 2**16 pairs of them still fit 63 bits
 
 
 def check_rounding(rounding: str) -> None:
-    """Raise ConfigError for a rounding that there is not."""
+    """Raise ConfigError for an unknown rounding."""
     require(rounding in ROUNDINGS, f"space.fold_rounding to be one of {', '.join(ROUNDINGS)}", rounding)
 
 
@@ -37,7 +37,7 @@ def check_weights(
     """The base weights that a space folds into, checked.
 
     Raises:
-        ConfigError: there are none, or some are quantised or of another shape.
+        ConfigError: there are no weights, or some are quantised or have another shape.
     """
     if weights is None:
         raise ConfigError(f"space={space} folds into the base weights; this caller has none to give")
@@ -56,7 +56,7 @@ def check_weights(
 def decayed(weight: torch.Tensor, owed: Sequence[tuple[float, float]], base: torch.Tensor | None) -> torch.Tensor:
     """w <- base + anchor * (decay * w - base) for each (decay, anchor), starting from the weight.
 
-    A new tensor in float32 (float64 for a weight of that). Steps of one kind only are taken in one go.
+    A new tensor in float32 (float64 for a float64 weight). Steps that only decay, or only anchor, are joined in one.
     """
     import torch
 
@@ -74,7 +74,7 @@ def decayed(weight: torch.Tensor, owed: Sequence[tuple[float, float]], base: tor
 
 
 def product(b: torch.Tensor, a: torch.Tensor, distribution: str | None = None) -> torch.Tensor:
-    """B @ A, (out, r) x (r, in) float32, the same bits everywhere. `distribution`: of both factors, if they are raw."""
+    """B @ A, (out, r) x (r, in) float32, the same bits everywhere. `distribution`: of both factors, if both are raw."""
     if distribution == "rademacher":
         return b @ a  # sums of at most 512 times +-1: exact in any order
     total = b[:, :1] * a[:1]
@@ -88,9 +88,9 @@ def add_products(
     terms: Sequence[tuple[torch.Tensor, torch.Tensor, float]],
     distribution: str | None = None,
 ) -> None:
-    """exact += product(b, a) * factor for each (b, a, factor), in that order and in place; the bits of doing just that.
+    """exact += product(b, a) * factor for each (b, a, factor), in that order and in place, with exactly those bits.
 
-    On a CPU in blocks of rows that stay in its cache, since each term is a pass over the matrix.
+    On a CPU, works in blocks of rows that stay in the cache, since each term is a pass over the matrix.
     """
     import torch
 
@@ -112,7 +112,7 @@ def add_products(
 
 
 def overlap(a_old: torch.Tensor, a_new: torch.Tensor) -> torch.Tensor:
-    """V_old^T V_new / n, (r, r) float32, from factors stored as (r, n); exact integer sums, so free of order."""
+    """V_old^T V_new / n, (r, r) float32, from factors stored as (r, n); exact integer sums, so any order will do."""
     import torch
 
     old, new = ((a.double() * _FIXED_POINT).round().to(torch.int64) for a in (a_old, a_new))
@@ -124,7 +124,7 @@ def write_rounded(weight: torch.Tensor, exact: torch.Tensor, rounding: str, seed
     """weight <- exact, (out, in) float32, rounded once to the weight's dtype.
 
     Stochastic rounding goes to one of the two neighbours with a probability that makes the mean exact (to 2**-16 of
-    their distance); its bits have the address (seed, step, 0, `<name>.round`). A wider weight takes `exact` as it is.
+    their distance); its bits have the address (seed, step, 0, `<name>.round`). A wider weight takes `exact` unchanged.
     """
     import torch
 
@@ -139,7 +139,7 @@ def write_rounded(weight: torch.Tensor, exact: torch.Tensor, rounding: str, seed
 
 
 def _neighbour(near: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """The 16-bit float next to `near` on the side of `exact`; itself where they are equal."""
+    """The 16-bit float next to `near` on the side of `exact`; `near` itself where they are equal."""
     import torch
 
     bits = near.view(torch.int16).to(torch.int32)

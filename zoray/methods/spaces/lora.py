@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
     from zoray.records import Commit, Probe
 
-_INIT_STEP = 0xFFFFFFFF  # the address step of initial values; `steps` stays below it
+_INIT_STEP = 0xFFFFFFFF  # the step in the address of initial values; `steps` stays below it
 
 
 @dataclass(frozen=True)
 class Lora:
     """Low-rank adapters on linear layers (Hu et al., arXiv 2106.09685); MeZO-LoRA when `train` is AB.
 
-    A starts as normal values from its init address, of variance 1 / (3 * in_features) as PEFT's default has (an
-    embedding's 1 / (3 * hidden), since only one of its inputs is not zero); B as zero.
+    A starts as normal values from its init address, of variance 1 / (3 * in_features) as in PEFT's default (an
+    embedding's 1 / (3 * hidden), since only one of its inputs is not zero); B starts as zero.
     The base weights are never written, so any quantised base works. Perturbations act on A and B themselves; the factor
     alpha / rank is applied once, when an adapter is written to a slot or exported.
 
@@ -46,7 +46,7 @@ class Lora:
         rank: 1..512; slots are rounded up to the next rank that vLLM takes.
         alpha: LoRA's scale numerator.
         targets: "all-linear", or the last parts of module names, e.g. [q_proj, v_proj]; * ? [] as in file names, e.g.
-            ["layers.1?.*.v_proj"]. The LM head and the input embedding only where named: [all-linear, lm_head].
+            ["layers.1?.*.v_proj"]. The LM head and the input embedding must be named: [all-linear, lm_head].
         train: "B" moves B only, "AB" both.
         distribution: of the directions, "rademacher" or "gaussian".
     """
@@ -73,19 +73,19 @@ class Lora:
         return self.alpha / self.rank
 
     def select(self, matrices: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-        """The matrices that have an adapter, {canonical name: (out, in)}."""
+        """The matrices with an adapter, {canonical name: (out, in)}."""
         return select(matrices, self.targets)
 
     def trained(self, matrices: Mapping[str, tuple[int, int]]) -> int:
-        """How many numbers move."""
+        """The number of trained numbers."""
         return sum(self.rank * (out + into * (self.train == "AB")) for out, into in self.select(matrices).values())
 
     def drawn(self, matrices: Mapping[str, tuple[int, int]]) -> int:
-        """How many random numbers a direction has: one for each that moves."""
+        """The number of random numbers in a direction: one for each trained number."""
         return self.trained(matrices)
 
     def kept(self, matrices: Mapping[str, tuple[int, int]], momentum: bool) -> int:
-        """A, B, and the momentum of what moves."""
+        """A, B, and the momentum of the trained ones."""
         adapter = sum(self.rank * (out + into) for out, into in self.select(matrices).values())
         return adapter + self.trained(matrices) * momentum
 
@@ -101,7 +101,7 @@ class Lora:
 
 
 class LoraState:
-    """The adapter of one replica: float32 A and B, and how many steps they have seen."""
+    """The adapter of one replica: float32 A and B, and their number of steps."""
 
     def __init__(self, space: Lora, matrices: Mapping[str, tuple[int, int]], seed: int, device: torch.device | str):
         import torch
@@ -134,7 +134,7 @@ class LoraState:
             self._a_layout.view(flat, name).copy_(self._a_initial.view(normal, name) * (1 / math.sqrt(3 * width)))
 
     def initial(self) -> torch.Tensor:
-        """`flat` as it was before the first step; made when it is first asked for."""
+        """`flat` before the first step; made on first use."""
         import torch
 
         if self._initial is None:
@@ -145,7 +145,7 @@ class LoraState:
 
     @property
     def numel(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained numbers."""
         return self.layout.numel
 
     def perturbed(self, probe: Probe) -> torch.Tensor:
@@ -163,11 +163,11 @@ class LoraState:
         return self.tensors(self.perturbed(probe))
 
     def moving(self) -> tuple[Moving, ...]:
-        """What is trained."""
+        """The trained tensors."""
         return (Moving(self.direction, self.flat),)
 
     def a_key(self, probe: Probe) -> Hashable:
-        """A never moves when only B is trained."""
+        """A never moves if only B is trained."""
         return 0 if self.space.train == "B" else (self.step, probe)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -187,17 +187,17 @@ class LoraState:
         return {"flat": self.flat, **({} if self.momentum is None else {"momentum": self.momentum})}
 
     def restore(self, step: int, numbers: Mapping[str, torch.Tensor]) -> None:
-        """Be the state, before `step`, whose `numbers` these are."""
+        """Become the state before `step` with these `numbers`."""
         self.flat.copy_(numbers["flat"])
         self.momentum = numbers["momentum"].to(self.flat.device) if "momentum" in numbers else None
         self.step = step
 
     def settle(self) -> None:
-        """Compute what waits until somebody looks."""
+        """Compute the updates that wait until the state is read."""
         self._moved.settle()
 
     def digest(self) -> str:
-        """Over the trained tensors, and the momentum where there is one."""
+        """Over the trained tensors, and the momentum if there is one."""
         parts = [(name, self.layout.view(self.flat, name)) for name in self.layout.shapes]
         if self.momentum is not None:
             parts += [(f"{name}.momentum", self.layout.view(self.momentum, name)) for name in self.layout.shapes]

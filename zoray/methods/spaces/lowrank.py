@@ -34,7 +34,7 @@ class LowRank:
         targets: "all-linear", or the last parts of module names.
         distribution: of U and V. "rademacher" folds a high rank much faster: its products are exact in any order.
         fold_rounding: "nearest" or "stochastic", for 16-bit base weights; small steps vanish when rounded to nearest.
-        keep_base: keep a copy of the base weights, which optimizer.anchor needs.
+        keep_base: keep a copy of the base weights; optimizer.anchor needs it.
     """
 
     folds: ClassVar[bool] = True
@@ -61,11 +61,11 @@ class LowRank:
         return select(matrices, self.targets)
 
     def trained(self, matrices: Mapping[str, tuple[int, int]]) -> int:
-        """How many numbers move: whole matrices."""
+        """The number of trained numbers: whole matrices."""
         return sum(out * into for out, into in self.select(matrices).values())
 
     def drawn(self, matrices: Mapping[str, tuple[int, int]]) -> int:
-        """How many random numbers a direction has: U and V."""
+        """The number of random numbers in a direction: U and V."""
         return sum(self.rank * (out + into) for out, into in self.select(matrices).values())
 
     def kept(self, matrices: Mapping[str, tuple[int, int]], momentum: bool) -> int:
@@ -86,7 +86,7 @@ class LowRank:
 class LowRankState:
     """The base weights of one replica.
 
-    `on_fold` sees the factors of each step before they are folded, or only their rank where that is over MAX_RANK.
+    `on_fold` sees the factors of each step before they are folded, or only their rank if it exceeds MAX_RANK.
     """
 
     def __init__(
@@ -120,11 +120,11 @@ class LowRankState:
             yield name, a, b * probe.scale
 
     def moving(self) -> tuple[Moving, ...]:
-        """U and V; the scale is U's."""
+        """U and V; the scale multiplies U."""
         return Moving(self._draw_u), Moving(self._draw_v, scaled=False)
 
     def a_key(self, probe: Probe) -> Hashable:
-        """V is of the direction's address."""
+        """V belongs to the direction's address."""
         return (probe.step, probe.index)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -162,11 +162,11 @@ class LowRankState:
         return {}
 
     def _factor(self, coefficient: float) -> float:
-        """coefficient / sqrt(rank) as the float32 that every device multiplies by."""
+        """coefficient / sqrt(rank) as float32, the same on every device."""
         return float(np.float32(coefficient * self.space.scaling))
 
     def _pair(self, k: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """U (out, rank) and V^T (rank, in) of one matrix: all of them at once can be larger than the model."""
+        """U (out, rank) and V^T (rank, in) of one matrix, since those of all matrices can be larger than the model."""
         return (
             self._draw_u.part(self.step, k, f"{name}.lowrank_U"),
             self._draw_v.part(self.step, k, f"{name}.lowrank_V"),
@@ -189,7 +189,7 @@ class LowRankState:
         return {f"{name}.weight": self.weights[name] for name in self.matrices}
 
     def restore(self, step: int, numbers: Mapping[str, torch.Tensor]) -> None:
-        """Be the state, before `step`, whose `numbers` these are."""
+        """Become the state before `step` with these `numbers`."""
         for name in self.matrices:
             self.weights[name].copy_(numbers[f"{name}.weight"])
         self.step = step

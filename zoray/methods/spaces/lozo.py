@@ -1,9 +1,9 @@
 """The lozo space: full matrices move along U V^T, with V kept for an interval and the sum folded into the base.
 
 Chen et al., "Enhancing Zeroth-Order Fine-Tuning for Language Models with Low-Rank Structures" (LoZO, arXiv 2410.07698),
-Algorithm 1, and LoZO-M, Algorithm 2. Unlike the official script, the direction that is applied is always the one that
-was probed, also on the steps that redraw V; and the factor 1 / rank of equation (6) is left to the learning rate, as
-the official script and the published learning rates have it.
+Algorithm 1, and LoZO-M, Algorithm 2. Unlike in the official script, a commit always applies the probed direction, also
+on the steps that redraw V. As in the official script and the published learning rates, the factor 1 / rank of equation
+(6) is left to the learning rate.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class Lozo:
     """W_eff = W + B V^T with B = 0 at first; a direction is U V^T, U fresh for every probe, V for every interval.
 
-    After the last step of an interval B V^T is folded into W (float32 product, one rounding), B starts again at zero,
+    After the last step of an interval, B V^T is folded into W (float32 product, one rounding), B starts again at zero,
     and V is redrawn. With optimizer.momentum the buffer N lives in the subspace and is carried over by
     N <- N V_old^T V_new / n (LoZO-M). Weight decay acts on B at once and on W at the fold.
 
@@ -48,9 +48,9 @@ class Lozo:
         rank: of U and V, 1..512; published: 1, 2, 4.
         interval: steps between redraws; published: 50, 100.
         targets: "all-linear", or the last parts of module names.
-        distribution: of U and V; the paper's is "gaussian".
+        distribution: of U and V; "gaussian" in the paper.
         fold_rounding: "nearest" or "stochastic", for 16-bit base weights.
-        keep_base: keep a copy of the base weights, which optimizer.anchor needs.
+        keep_base: keep a copy of the base weights; optimizer.anchor needs it.
     """
 
     folds: ClassVar[bool] = True
@@ -76,11 +76,11 @@ class Lozo:
         return select(matrices, self.targets)
 
     def trained(self, matrices: Mapping[str, tuple[int, int]]) -> int:
-        """How many numbers move: whole matrices, over several intervals."""
+        """The number of trained numbers: whole matrices, over several intervals."""
         return sum(out * into for out, into in self.select(matrices).values())
 
     def drawn(self, matrices: Mapping[str, tuple[int, int]]) -> int:
-        """How many random numbers a direction has: U."""
+        """The number of random numbers in a direction: U."""
         return sum(self.rank * out for out, _ in self.select(matrices).values())
 
     def kept(self, matrices: Mapping[str, tuple[int, int]], momentum: bool) -> int:
@@ -152,7 +152,7 @@ class LozoState:
         return self.tensors(self.perturbed(probe))
 
     def moving(self) -> tuple[Moving, ...]:
-        """What is trained."""
+        """The trained tensor, B."""
         return (Moving(self.direction, self.flat),)
 
     def a_key(self, probe: Probe) -> Hashable:
@@ -160,7 +160,7 @@ class LozoState:
         return self.step // self.space.interval
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """{`<matrix>.lora_A`: V^T, `<matrix>.lora_B`: B}: what has not been folded yet."""
+        """{`<matrix>.lora_A`: V^T, `<matrix>.lora_B`: B} of the change that is not folded yet."""
         return as_arrays(self.tensors(self.flat))
 
     def apply(self, commit: Commit) -> None:
@@ -193,11 +193,11 @@ class LozoState:
         self._weights_digest = None
 
     def pending(self) -> fold.Factors:
-        """B and V^T of what has not been folded yet."""
+        """B and V^T of the change that is not folded yet."""
         return {name: (b, a) for name, a, b in self.tensors(self.flat)}
 
     def numbers(self) -> dict[str, torch.Tensor]:
-        """B and its momentum, the base weights, and the decays that they wait for."""
+        """B and its momentum, the base weights, and the decays that are still to act on them."""
         import torch
 
         owed = torch.tensor(self._owed, dtype=torch.float64).reshape(-1, 2)
@@ -206,7 +206,7 @@ class LozoState:
         return {"flat": self.flat, **momentum, "owed": owed, **weights}
 
     def restore(self, step: int, numbers: Mapping[str, torch.Tensor]) -> None:
-        """Be the state, before `step`, whose `numbers` these are."""
+        """Become the state before `step` with these `numbers`."""
         self.flat.copy_(numbers["flat"])
         self.momentum = numbers["momentum"].to(self.flat.device) if "momentum" in numbers else None
         self._owed = [(float(decay), float(anchor)) for decay, anchor in numbers["owed"].tolist()]
@@ -216,7 +216,7 @@ class LozoState:
         self.step = step
 
     def settle(self) -> None:
-        """Compute what waits until somebody looks."""
+        """Compute the updates that wait until the state is read."""
         self._moved.settle()
 
     def digest(self) -> str:

@@ -1,7 +1,7 @@
 """The signs of a step's feedback: one bit for each number of a layout, and a factor for each matrix.
 
-Guarantees: what replicas add to their state is +gain or -gain, exact in float32 on any device, whatever the feedback
-was computed on. Shapes: N numbers of a layout, tensor after tensor, without padding; M matrices.
+Guarantees: replicas add +gain or -gain to their state, exact in float32 on any device, whichever device computed the
+feedback. Shapes: N numbers of a layout, tensor after tensor, without padding; M matrices.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from zoray.methods.directions import Layout
     from zoray.records import Probe
 
-ALONG = 1 << 30  # indices of probes from here on are along the guide: the momentum, each group of matrices + or -
-GROUPS = 8  # of matrices, each a run of layers, whose feedback is trusted alike
+ALONG = 1 << 30  # probes with an index from here on go along the guide: the momentum, each group of matrices + or -
+GROUPS = 8  # groups of matrices, each a run of layers, with one trust for their feedback
 _PATTERN = name_hash("zoray.feedback.pattern")
 
 
 def packed(feedback: np.ndarray, step: int) -> bytes:
-    """The signs of whole numbers (N,), a bit each. A zero, which has none, is + and - in turn over the steps.
+    """The signs of whole numbers (N,), a bit each. A zero counts as + and - in alternate steps.
 
-    So what has no feedback (A, while B is still zero) stays where it is.
+    So numbers without feedback (A, while B is still zero) stay where they are.
     """
     odd = (np.arange(len(feedback)) + step) % 2 == 1
     return np.packbits((feedback > 0) | ((feedback == 0) & odd)).tobytes()
@@ -41,7 +41,7 @@ def guide(layout: Layout, signs: bytes, gains: Sequence[float]) -> torch.Tensor:
     """gains[b] * s for every number of every tensor of matrix b, and zero in the padding: (size,) float32.
 
     Raises:
-        JournalError: the signs or gains are those of another layout.
+        JournalError: the signs or gains belong to another layout.
     """
     import torch
 
@@ -64,7 +64,7 @@ def guide(layout: Layout, signs: bytes, gains: Sequence[float]) -> torch.Tensor:
 
 
 def numbers_of(names: Iterable[str]) -> dict[str, int]:
-    """The number of the matrix that each tensor `<matrix>.<part>` belongs to; in order of their first tensor."""
+    """Each tensor `<matrix>.<part>` -> the index of its matrix, counted in order of their first tensors."""
     numbers: dict[str, int] = {}
     return {name: numbers.setdefault(name.rpartition(".")[0], len(numbers)) for name in names}
 
@@ -76,14 +76,14 @@ def pattern(step: int, index: int) -> np.ndarray:
 
 
 def group_of(matrix: int, matrices: int) -> int:
-    """The group of a matrix, by its number among those that move."""
+    """The group of a matrix, by its index among the trained matrices."""
     return matrix * GROUPS // max(1, matrices)
 
 
 class AlongGuide(Directions):
-    """Directions of a state whose probes from ALONG on go along its momentum, group by group forth or back.
+    """Directions of a state whose probes from ALONG on go along its momentum, each group forwards or backwards.
 
-    `momentum`: the state's, (size,); None before its first step, when such a direction is zero.
+    `momentum`: the state's, (size,); None before the first step, when such a direction is zero.
     """
 
     def __init__(
