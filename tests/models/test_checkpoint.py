@@ -37,11 +37,11 @@ BROKEN = {
     "only a trainer's state": ({"model.safetensors": None, "training_args.bin": "x"}, "neither"),
     "a shard is missing": (
         {"model.safetensors": None, "model.safetensors.index.json": index("a.safetensors", SHARD), "a.safetensors": ""},
-        "of the 2 files of weights that model.safetensors.index.json names, model-00002-of-00003.safetensors is not",
+        "of the 2 weight files that model.safetensors.index.json names, model-00002-of-00003.safetensors is missing",
     ),
     "so are two of .bin": (
         {"model.safetensors": None, "pytorch_model.bin.index.json": index("a.bin", "b.bin", "c.bin"), "a.bin": "x"},
-        "b.bin and 1 more are not there",
+        "b.bin and 1 more are missing",
     ),
     "a damaged index": ({"model.safetensors": None, "model.safetensors.index.json": "{}"}, "index.json is damaged"),
     "an adapter": (
@@ -98,7 +98,7 @@ def test_a_tokenizer_that_does_not_load_is_one_line(folder, files):
 
 def test_what_is_no_safetensors_file_is_refused_before_a_replica_starts(folder):
     (folder / "model.safetensors").write_text("<html>not found</html>")
-    with pytest.raises(ConfigError, match=r"model\.safetensors is no safetensors file"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is not a safetensors file"):
         weights_hash(Model(str(folder)).resolve())
 
 
@@ -107,5 +107,5 @@ def test_a_package_without_its_gguf_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is a Git LFS pointer"):
         check_gguf(tmp_path / "m.gguf", "model.path=package:a/m.gguf")
     (tmp_path / "m.gguf").write_text("something else")
-    with pytest.raises(ConfigError, match="is no GGUF file"):
+    with pytest.raises(ConfigError, match="is not a GGUF file"):
         check_gguf(tmp_path / "m.gguf", "model.path=package:a/m.gguf")

@@ -186,7 +186,7 @@ CHAT = (Message("user", "a"), Message("assistant", "great"), Message("user", "b"
 
 def test_turns_that_are_rendered_otherwise_later_are_left_out_or_refused():
     encoder = Encoder(made(THINK))
-    with pytest.raises(ConfigError, match=r"turn 2 of a chat otherwise .* Set task\.turns=last"):
+    with pytest.raises(ConfigError, match=r"turn 2 of a chat differently .* Set task\.turns=last"):
         AnswerNLL().encode(Example(CHAT, answers=("dull",)), encoder)
     (sequence,) = AnswerNLL().encode(Example(CHAT, answers=("dull",), untrained=(1,)), encoder)
     assert encoder.tokenizer.decode(sequence.targets.tolist()) == "<think>dull</s>"

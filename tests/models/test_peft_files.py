@@ -299,20 +299,24 @@ DAMAGE: list[tuple[str, Any, str]] = [
     (
         "half",
         lambda t: [t.pop(name) for name in list(t) if "layers.1" in name],
-        "none for model.layers.1.self_attn.q_proj, model.layers.1.self_attn.v_proj. Copy it anew",
+        "none for model.layers.1.self_attn.q_proj, model.layers.1.self_attn.v_proj. Copy it again",
     ),
     ("empty", lambda t: t.clear(), "expected the factors of a LoRA adapter in"),
     (
         "deeper",
         lambda t: t.update({name.replace("layers.1", "layers.2"): value.clone() for name, value in list(t.items())}),
-        "has adapters for model.layers.2.self_attn.q_proj, model.layers.2.self_attn.v_proj, which the model lacks",
+        "has adapters for model.layers.2.self_attn.q_proj, model.layers.2.self_attn.v_proj, but the model has no such",
     ),
     (
         "magnitude",
         lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(64)}),
-        "q_proj.lora_magnitude_vector as",
+        "also has .*q_proj.lora_magnitude_vector",
     ),
-    ("named", lambda t: t.update({f"{Q}.lora_A.default.weight": torch.ones(4, 64)}), "lora_A.default.weight as well"),
+    (
+        "named",
+        lambda t: t.update({f"{Q}.lora_A.default.weight": torch.ones(4, 64)}),
+        "also has .*lora_A.default.weight",
+    ),
 ]
 
 
@@ -328,13 +332,13 @@ def test_tensors_that_do_not_fit(tiny_models, tmp_path, change, says):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (lambda data: data[: len(data) // 2], "can't read the adapter's weights .*may not be whole"),
+        (lambda data: data[: len(data) // 2], "can't read the adapter's weights .*may be incomplete"),
         (lambda data: data[:5], "can't read the adapter's weights"),
         (lambda data: b"", "can't read the adapter's weights"),
         (lambda data: b"<html>not found</html>", "can't read the adapter's weights"),
         (
             lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n",
-            "got a Git LFS pointer, which only says where they are. Fetch them: git -C .* lfs pull",
+            "got a Git LFS pointer, which only stands for them. Fetch them: git -C .* lfs pull",
         ),
     ],
     ids=["half", "five bytes", "empty", "html", "lfs"],
@@ -349,7 +353,7 @@ def test_files_that_are_not_whole(tiny_models, tmp_path, name, content, says):
 def test_no_weights_and_no_adapter(tiny_models, tmp_path):
     adapter = made(tiny_models["llama"], tmp_path / "a")
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"adapter_model.safetensors or adapter_model.bin in .*; there is neither"):
+    with pytest.raises(ConfigError, match=r"adapter_model.safetensors or adapter_model.bin in .*; it has neither"):
         peft_space(adapter)
     for text in ("[]", "3", '{"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}', "\ud83d{", ""):
         (adapter / "adapter_config.json").write_bytes(text.encode(errors="surrogatepass"))

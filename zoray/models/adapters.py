@@ -1,4 +1,4 @@
-"""What a run's state becomes for other programs: a PEFT adapter folder, or a merged Hugging Face checkpoint."""
+"""A run's state as files for other programs: a PEFT adapter folder, or a merged Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from zoray.methods.spaces.fold import Factors
 
-EXACT_SVD = 2048  # smaller side of a matrix up to which the full SVD is taken
+EXACT_SVD = 2048  # largest shorter side of a matrix for the full SVD
 
 
 def write_peft(
@@ -36,15 +36,15 @@ def write_peft(
     base_model: str,
     targets: str | Sequence[str] = "all-linear",
 ) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`; an earlier export there is replaced as a whole.
+    """Write `adapter_config.json` and `adapter_model.safetensors`, replacing an earlier export as a whole.
 
     Args:
         folder: the adapter's folder.
         adapter: {`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)}, not scaled: PEFT applies alpha / rank.
         rank: LoRA rank.
         alpha: LoRA scale numerator.
-        base_model: what `adapter_config.json` names as the base.
-        targets: the space's targets; anything but plain module names is written out as full names.
+        base_model: the base named in `adapter_config.json`.
+        targets: the space's targets; anything but plain module names is written as full names.
     """
     from safetensors.numpy import save_file
 
@@ -70,7 +70,7 @@ def write_peft(
 
 
 def _peft_key(name: str) -> str:
-    """`<matrix>.lora_A` as PEFT names it in a file."""
+    """PEFT's name for `<matrix>.lora_A` in a file."""
     matrix, _, part = name.rpartition(".")
     if is_embedding(matrix):
         return f"{PREFIX}{matrix}.{part.replace('lora_', 'lora_embedding_')}"
@@ -78,12 +78,12 @@ def _peft_key(name: str) -> str:
 
 
 def peft_space(folder: Path) -> Any:
-    """The space (spaces.Lora) that a PEFT adapter of a folder is a state of; its matrices are those of the tensors.
+    """The space (spaces.Lora) of a folder's PEFT adapter; its matrices are those of the tensors.
 
-    Where matrices have ranks or scales of their own it has the largest rank and a scale of 1, and B takes the scales.
+    If matrices have different ranks or scales, the space has the largest rank and a scale of 1, and B takes the scales.
 
     Raises:
-        ConfigError: there is no LoRA adapter, or one with parts that zoray does not have.
+        ConfigError: there is no LoRA adapter, or it has parts that zoray does not support.
     """
     adapter = read_config(folder)
     matrices = matrices_of(tensor_names(folder))
@@ -116,18 +116,18 @@ def read_factors(
 
     Args:
         folder: the adapter's folder.
-        space: what `peft_space` says, or one of its rank and alpha.
+        space: the result of `peft_space`, or a space of the same rank and alpha.
         matrices: {canonical name: (out, in)} of the model.
-        base: the model's folder, to compare with where the file brings weights of the base along.
+        base: the model's folder, for comparison if the file also has base weights.
 
     Raises:
-        ConfigError: it is of another model, or not whole, or has base weights of its own.
+        ConfigError: the adapter belongs to another model, is incomplete, or has changed base weights.
     """
     adapter, tensors = read_config(folder), read_tensors(folder)
     made = matrices_of(tensors)
     if foreign := [name for name in made if name not in matrices]:
         raise ConfigError(
-            f"{folder} has adapters for {some(foreign)}, which the model lacks as linear layers. Take its own model"
+            f"{folder} has adapters for {some(foreign)}, but the model has no such linear layers. Take its own model"
         )
     found = {}
     for name in (one for one in matrices if one in made):
@@ -143,15 +143,15 @@ def read_factors(
             found[f"{name}.{part}"] = _widened(tensor, part, space.rank, b_scale)
     if lacking := [name for name in matrices if adapter.targets(name) and name not in made]:
         raise ConfigError(
-            f"expected factors for all that target_modules names in {folder}; it has none for {some(lacking)}. Copy "
-            "it anew, or take its own model"
+            f"expected factors for every module of target_modules in {folder}; it has none for {some(lacking)}. Copy "
+            "it again, or take its own model"
         )
     _check_rest(folder, tensors, base)
     return found
 
 
 def _widened(tensor: torch.Tensor, part: str, rank: int, b_scale: float) -> torch.Tensor:
-    """A factor in float32 with zeros up to a rank; B times a factor."""
+    """A factor in float32, padded with zeros to `rank`; B is multiplied by `b_scale`."""
     import torch
 
     tensor = tensor.float() * (b_scale if part == "lora_B" and abs(b_scale - 1) > 1e-12 else 1.0)
@@ -160,33 +160,33 @@ def _widened(tensor: torch.Tensor, part: str, rank: int, b_scale: float) -> torc
 
 
 def _check_rest(folder: Path, tensors: Mapping[str, torch.Tensor], base: Path | None) -> None:
-    """Raise ConfigError unless what is no factor is a weight of the base as it is there (PEFT copies embeddings)."""
+    """Raise ConfigError unless every other tensor is an unchanged base weight (PEFT copies embeddings)."""
     import torch
 
     names = {key: key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in tensors}
     own = load_parameters(base, list(names.values())) if base is not None and names else {}
     if odd := [key for key, name in names.items() if name not in own]:
-        raise ConfigError(f"expected a LoRA adapter's factors alone in {folder}; it has {some(odd)} as well")
+        raise ConfigError(f"expected only a LoRA adapter's factors in {folder}; it also has {some(odd)}")
     for key, name in names.items():
         mine, theirs = own[name].float(), tensors[key].float()
         if not torch.equal(mine, theirs):
             far = f"by up to {(mine - theirs).abs().max():.3g}" if mine.shape == theirs.shape else "in shape"
             raise ConfigError(
-                f"expected the base model's own {name} in {folder}; it differs {far}, as that of a vocabulary which "
-                "was made larger, or of another dtype. Merge the adapter into its base with PEFT and take that as the "
+                f"expected the base model's own {name} in {folder}; it differs {far}, as after enlarging the "
+                "vocabulary, or in another dtype. Merge the adapter into its base with PEFT and take that as the "
                 "model, or save it with save_embedding_layers=False if it was not trained"
             )
 
 
 class Stack:
-    """The folds of a run as one adapter: [B_1 B_2 ...] [A_1; A_2; ...], while its rank is at most vLLM's largest."""
+    """The folds of a run as one adapter, [B_1 B_2 ...] [A_1; A_2; ...], while its rank is at most vLLM's largest."""
 
     def __init__(self) -> None:
         self.rank = 0
         self._parts: list[Factors] = []
 
     def __call__(self, factors: Factors | int) -> None:
-        """Take the factors of a fold, or a rank that can't fit; a stack that has grown too high forgets them."""
+        """Take the factors of a fold, or a rank that can't fit; a stack beyond the largest rank drops all factors."""
         self.rank += factors if isinstance(factors, int) else next(iter(factors.values()))[0].shape[1]
         if self.fits and not isinstance(factors, int):
             self._parts.append({name: (b.clone(), a.clone()) for name, (b, a) in factors.items()})
@@ -195,11 +195,11 @@ class Stack:
 
     @property
     def fits(self) -> bool:
-        """Whether the exact stack is still within the largest rank."""
+        """Whether the exact stack's rank is still within vLLM's largest."""
         return self.rank <= MAX_RANK
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """{`<matrix>.lora_A`, `<matrix>.lora_B`}, for a scale of 1."""
+        """{`<matrix>.lora_A`, `<matrix>.lora_B`} for a scale of 1."""
         import torch
 
         arrays = {}
@@ -210,7 +210,7 @@ class Stack:
 
 
 def truncate(change: Mapping[str, torch.Tensor], rank: int) -> dict[str, np.ndarray]:
-    """The best adapter of a rank for a change of weights {name: (out, in)}, by SVD; singular values split evenly."""
+    """The best adapter of `rank` for a change of weights {name: (out, in)}, by SVD; singular values split evenly."""
     import torch
 
     arrays = {}
@@ -257,7 +257,7 @@ def write_merged(folder: Path, source: Path, weights: Mapping[str, torch.Tensor]
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A fresh folder to write to, that takes the place of `folder` when all went well."""
+    """A fresh folder to write to; it replaces `folder` if all goes well."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -1,8 +1,8 @@
-"""Control tokens in text: those of a template count, those in what people have written are text.
+"""Control tokens in text: a template's tokens count, the same characters in a user's text stay text.
 
-A tokenizer reads `</s>` anywhere as the end of text. Here a text of the user's first gets a mark within each such place
-(`hide`), goes through templates with it, and is tokenised so that marked places are letters and all others control
-tokens. What has no such place, which is nearly every text, goes to the tokenizer as it is.
+A tokenizer reads `</s>` anywhere as the end of text. So `hide` puts a mark inside each control token of a user's text;
+the text goes through templates with its marks, and is tokenised so that marked tokens are letters and all others
+control tokens. A text without control tokens, which is nearly every text, goes to the tokenizer unchanged.
 Guarantees: no id reaches a model that has no embedding for it.
 """
 
@@ -18,7 +18,7 @@ from zoray.records import ConfigError, Marked
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-BREAK = "\ufdd0"  # of Unicode's noncharacters: in no text, and doubled where it is
+BREAK = "\ufdd0"  # a Unicode noncharacter, which texts don't have; doubled if one does
 MARKS = re.compile(f"{BREAK}({BREAK}?)")
 
 Span = tuple[int, int]
@@ -28,9 +28,9 @@ class Control:
     """The control tokens of a tokenizer.
 
     Args:
-        tokenizer: of transformers.
-        embeddings: how many tokens the model knows; None where that is not known.
-        name: of the model, for messages.
+        tokenizer: from transformers.
+        embeddings: number of tokens that the model has embeddings for; None if unknown.
+        name: the model's name in messages.
     """
 
     def __init__(self, tokenizer: Any, embeddings: int | None = None, name: str = "the model") -> None:
@@ -39,7 +39,7 @@ class Control:
         self._tokens = {token.content: (number, token) for number, token in added.items() if token.special}
         longest = sorted((text for text in self._tokens if len(text) > 1), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest)) or "(?!)")
-        self.hidden: Counter[str] = Counter()  # control tokens that were found in texts and taken for text
+        self.hidden: Counter[str] = Counter()  # control tokens found in texts and read as text
         whole, bare = self._plain("a", True), self._plain("a", False)
         starts = [k for k in range(len(whole)) if whole[k : k + len(bare)] == bare]
         first = starts[0] if starts else 0
@@ -47,11 +47,11 @@ class Control:
 
     @property
     def appended(self) -> int:
-        """How many tokens the tokenizer puts behind every text."""
+        """The number of tokens that the tokenizer appends to every text."""
         return len(self._behind)
 
     def hide(self, text: str, only: Collection[str] | None = None) -> str:
-        """A text with a mark in each control token in it, but for those that are a template's own; or in `only`."""
+        """The text with a mark in each of its control tokens that is not a template's own; or only those in `only`."""
         if BREAK in text:
             text = text.replace(BREAK, 2 * BREAK)
         if not self._pattern.search(text):
@@ -74,13 +74,13 @@ class Control:
         return set(self._pattern.findall(text))
 
     def rendered(self, render: Callable[[Callable[[str], str]], str], texts: Iterable[str]) -> str:
-        """What a template makes of texts, with marks in their control tokens.
+        """Texts rendered by a template, with marks in their control tokens.
 
-        What it looks for in a text itself (the end of a thought, say) stays what it is.
+        A token that the template itself looks for in a text (such as the end of a thought) keeps its meaning.
 
         Args:
-            render: the template's text, given what each of the texts is to go through.
-            texts: all of them.
+            render: gives the template's text, with a function applied to each of the texts.
+            texts: all texts that the template gets.
         """
 
         def apart(tokens: Collection[str]) -> str:
@@ -95,12 +95,12 @@ class Control:
         """Tokens of a text that may have marks.
 
         Args:
-            text: as `hide` gives it, or a template made of such.
-            special: with what the tokenizer puts before every text.
-            ended: likewise with what it puts behind, which is an end of text.
+            text: from `hide`, or rendered from such texts.
+            special: with the tokens that the tokenizer puts before every text.
+            ended: also with those it appends, an end of text.
 
         Raises:
-            ConfigError: the model has no embedding for one of them.
+            ConfigError: the model has no embedding for one of the tokens.
         """
         if BREAK not in text:
             found = self._plain(text, special)
@@ -113,7 +113,7 @@ class Control:
         return found
 
     def placed(self, text: str) -> tuple[list[int], list[Span]]:
-        """Tokens of a text that may have marks, and the characters of `shown(text)` that each stands for."""
+        """Tokens of a text that may have marks, and each token's characters in `shown(text)`."""
         if BREAK not in text:
             found, places = self._offsets(text, False)
         else:
@@ -136,7 +136,7 @@ class Control:
         )
 
     def _pieces(self, text: str) -> Iterator[tuple[list[int], list[Span]]]:
-        """Tokens and places of what stands between control tokens, and of these."""
+        """Tokens and places of the text between control tokens, and of the control tokens, in order."""
         place, at, eaten = 0, 0, ""
         for found in [*self._pattern.finditer(text), None]:
             piece = shown(text[at : found.start() if found else len(text)])
@@ -153,7 +153,7 @@ class Control:
                 place, at, eaten = place + len(found[0]), found.end(), "rstrip" if token.rstrip else ""
 
     def _letters(self, text: str, behind: bool) -> tuple[list[int], list[Span]]:
-        """A text without control tokens; `behind` one, where some tokenizers put no space before the first word."""
+        """A text without control tokens; `behind`: it follows one, where some tokenizers put no space first."""
         if behind and self._spaced:
             lead, (longer, spans) = self._offsets("\n", True)[0], self._offsets(f"\n{text}", True)
             if longer[: len(lead)] == lead:
@@ -162,7 +162,7 @@ class Control:
 
     @cached_property
     def _spaced(self) -> bool:
-        """Whether a text of its own begins with a space that it does not have behind a control token."""
+        """Whether the tokenizer puts a space before a text alone, but not before one behind a control token."""
         token, (number, _) = next(iter(self._tokens.items()))
         return self._plain(f"{token}a", False) != [number, *self._plain("a", False)]
 
@@ -170,7 +170,7 @@ class Control:
         return self._tokenizer(text, add_special_tokens=special)["input_ids"]
 
     def _offsets(self, text: str, letters: bool) -> tuple[list[int], list[Span]]:
-        """Tokens with their places in the text as they are before a tokenizer trims spaces from them."""
+        """Tokens with their places in the text, before a tokenizer trims spaces from the places."""
         if not getattr(self._tokenizer, "is_fast", True):
             return self._borders(text, letters)
         backend = self._tokenizer.backend_tokenizer
@@ -183,7 +183,7 @@ class Control:
         return found["input_ids"], found["offset_mapping"]
 
     def _borders(self, text: str, letters: bool) -> tuple[list[int], list[Span]]:
-        """The same for a tokenizer that tells no places: a token ends where its predecessors' text does."""
+        """The same for a tokenizer without offsets: a token ends where the decoded text up to it ends."""
         more = {"split_special_tokens": True} if letters else {}
         numbers = self._tokenizer(text, add_special_tokens=False, **more)["input_ids"]
         ends = [len(self._tokenizer.decode(numbers[: k + 1])) for k in range(len(numbers))]
@@ -191,5 +191,5 @@ class Control:
 
 
 def shown(text: str) -> str:
-    """A text without marks: what people and models read."""
+    """A text without marks, as people and models read it."""
     return MARKS.sub(r"\1", text) if BREAK in text else text

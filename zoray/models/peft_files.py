@@ -1,7 +1,7 @@
-"""What a folder of PEFT's says a LoRA adapter is: its configuration and its tensors, read without PEFT.
+"""A LoRA adapter in PEFT's format: its configuration and its tensors, read without PEFT.
 
-Guarantees: what is read is what PEFT would load, B @ A times a scale on the matrices that the tensors name. A key of
-the configuration that could mean more is refused by name, one of a later PEFT as well.
+Guarantees: the adapter is the same as PEFT would load, B @ A times a scale on the matrices that the tensors name. A
+configuration key that could mean more is refused by name, including keys of later versions of PEFT.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."  # of names in a file
+PREFIX = "base_model.model."  # of tensor names in a file
 FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?[AB](?:\.weight)?")
 USED = {  # what `Adapter` reads
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
-WITHOUT_EFFECT = {  # on what an adapter computes once it is made
+WITHOUT_EFFECT = {  # on the outputs of a finished adapter
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
     *("megatron_core", "qalora_group_size"),  # without megatron_config and use_qalora
-    "fan_in_fan_out",  # PEFT itself sets it right for the kind of layer
+    "fan_in_fan_out",  # PEFT corrects it for the kind of layer
     "merge_weights",  # of PEFT 0.2
 }
 KEEPING = ("gaussian", "eva", "orthogonal", "mica")  # values of init_lora_weights that leave the base weights alone
@@ -49,7 +49,7 @@ CONVERT = (
     "or merge it: model.merge_and_unload().save_pretrained(FOLDER) and model.path=FOLDER"
 )
 
-READ_ERRORS = (  # of a file that is not whole, or not what its name says
+READ_ERRORS = (  # for a file that is incomplete or not of the named format
     *(SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError),
     *(ValueError, KeyError, IndexError, AttributeError, TypeError),
 )
@@ -57,11 +57,11 @@ READ_ERRORS = (  # of a file that is not whole, or not what its name says
 
 @dataclass(frozen=True)
 class Adapter:
-    """A plain LoRA adapter, as its configuration says.
+    """A plain LoRA adapter by its configuration.
 
     Args:
-        folder: where it is.
-        config: the keys of `adapter_config.json`; PEFT's defaults hold for those that are missing.
+        folder: the adapter's folder.
+        config: the keys of `adapter_config.json`; PEFT's defaults hold for missing keys.
     """
 
     folder: Path
@@ -69,12 +69,12 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """Of matrices that rank_pattern does not name."""
+        """The rank of matrices that rank_pattern does not name."""
         return self.config.get("r", 8)
 
     @property
     def alpha(self) -> float:
-        """Of matrices that alpha_pattern does not name."""
+        """The alpha of matrices that alpha_pattern does not name."""
         return float(self.config.get("lora_alpha", 8))
 
     @property
@@ -87,12 +87,12 @@ class Adapter:
         return int(_by_pattern(self.config.get("rank_pattern"), matrix, self.rank))
 
     def scaling_of(self, matrix: str) -> float:
-        """The factor of B @ A."""
+        """The factor of B @ A for a matrix."""
         rank, alpha = self.rank_of(matrix), float(_by_pattern(self.config.get("alpha_pattern"), matrix, self.alpha))
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def targets(self, matrix: str) -> bool:
-        """Whether PEFT gives a matrix an adapter (its check_target_module_exists); no for what is not said."""
+        """Whether PEFT gives a matrix an adapter (as check_target_module_exists does); false if nothing says so."""
         wanted, excluded = self.config.get("target_modules"), self.config.get("exclude_modules")
         if wanted in (None, "all-linear") or (excluded and _named(excluded, matrix)):
             return False
@@ -114,7 +114,7 @@ def _named(wanted: str | list[str], matrix: str) -> bool:
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, matrix: str, default: Any) -> Any:
-    """The value of the first key that is a matrix's last parts, as a regular expression."""
+    """The value of the first key that matches a matrix's last parts as a regular expression."""
     found = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", matrix))
     return next(found, default)
 
@@ -123,7 +123,7 @@ def read_config(folder: Path) -> Adapter:
     """The adapter of a folder, without its tensors.
 
     Raises:
-        ConfigError: there is none, or its configuration asks for more than B @ A on frozen base weights.
+        ConfigError: there is no adapter, or its configuration asks for more than B @ A on frozen base weights.
     """
     path = folder / CONFIG
     try:
@@ -132,7 +132,7 @@ def read_config(folder: Path) -> Adapter:
         raise ConfigError(f"expected a PEFT adapter's folder ({CONFIG}); got {folder}: {error}") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise ConfigError(f"expected a plain LoRA adapter of PEFT's; {path} has peft_type={json.dumps(kind)}. {REMEDY}")
+        raise ConfigError(f"expected a plain LoRA adapter from PEFT; {path} has peft_type={json.dumps(kind)}. {REMEDY}")
     _check_keys(path, config)
     adapter = Adapter(folder, config)
     _check_values(path, adapter)
@@ -143,7 +143,7 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in KEEPING:
         raise ConfigError(
-            f"expected an adapter of the base model as it is; {path} has init_lora_weights={json.dumps(init)}, with "
+            f"expected an adapter of the unchanged base model; {path} has init_lora_weights={json.dumps(init)}, with "
             f"which PEFT changes the base weights before it trains. {CONVERT}"
         )
     more = {key for key, value in config.items() if value and key not in USED | WITHOUT_EFFECT}
@@ -154,7 +154,7 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
 
 
 def _check_values(path: Path, adapter: Adapter) -> None:
-    """ConfigError unless the values that are used are of their kinds, and patterns are regular expressions."""
+    """Raise ConfigError unless the values in use have the right types, and patterns are regular expressions."""
     config = adapter.config
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     whole = [adapter.config.get("r", 8), *(ranks.values() if isinstance(ranks, dict) else [None])]
@@ -188,12 +188,12 @@ def _listed(value: object, kind: type) -> bool:
 
 
 def matrices_of(names: Iterable[str]) -> list[str]:
-    """The matrices that tensors of these names are factors of, each once."""
+    """The matrices whose factors have these names, each once."""
     return list(dict.fromkeys(match[1] for name in names if (match := FACTOR.fullmatch(name))))
 
 
 def tensor_names(folder: Path) -> list[str]:
-    """The names in an adapter's file; of `.safetensors`, no tensor is read."""
+    """The names in an adapter's file; reads no tensors from `.safetensors`."""
     from safetensors import safe_open
 
     path = _tensor_file(folder)
@@ -210,7 +210,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of an adapter's file by their names there.
 
     Raises:
-        ConfigError: there is no file, or not a whole one, or one with NaN or infinity.
+        ConfigError: the file is missing or incomplete, or has NaN or infinity.
     """
     import torch
     from safetensors.torch import load_file
@@ -224,18 +224,18 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise ConfigError(f"expected tensors by name in {path}; got {type(tensors).__name__} of other things")
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
-        raise ConfigError(f"expected numbers in {path}; {some(bad)} have NaN or infinity among theirs")
+        raise ConfigError(f"expected finite numbers in {path}; {some(bad)} have NaN or infinity")
     return tensors
 
 
 def _tensor_file(folder: Path) -> Path:
-    """The file of an adapter's tensors: `.safetensors` where there are both, as PEFT does."""
+    """The file of an adapter's tensors: `.safetensors` if there are both, as in PEFT."""
     path = next((file for name in (TENSORS, PICKLED) if (file := folder / name).is_file()), None)
     if path is None:
-        raise ConfigError(f"expected {TENSORS} or {PICKLED} in the adapter's folder {folder}; there is neither")
+        raise ConfigError(f"expected {TENSORS} or {PICKLED} in the adapter's folder {folder}; it has neither")
     if is_pointer(path):
         raise ConfigError(
-            f"expected an adapter's weights in {path}; got a Git LFS pointer, which only says where they are. "
+            f"expected an adapter's weights in {path}; got a Git LFS pointer, which only stands for them. "
             f"Fetch them: git -C {shlex.quote(str(folder))} lfs pull"
         )
     return path
@@ -243,9 +243,9 @@ def _tensor_file(folder: Path) -> Path:
 
 def _damaged(path: Path, error: Exception) -> ConfigError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ConfigError(f"can't read the adapter's weights {path}, which may not be whole: {reason}. Copy it anew")
+    return ConfigError(f"can't read the adapter's weights {path}, which may be incomplete: {reason}. Copy it again")
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names of several, and how many more there are."""
+    """The first three names, and the number of others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

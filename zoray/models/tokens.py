@@ -1,8 +1,8 @@
-"""From a prompt and what follows it to tokens: plain text as it is, the messages of a chat by the model's own template.
+"""Turns prompts and continuations into tokens: plain text directly, a chat's messages by the model's own template.
 
-Guarantees: prompt and continuation are tokenised together, as the model would read them; where a tokenizer merges
-across their border, what both have in common is the prompt. What is too long for the limit loses its beginning, as in
-MeZO's own code, or is refused by who asks (scoring/workload.py).
+Guarantees: prompt and continuation are tokenised together, as the model would read them; if a tokenizer merges across
+their border, their common tokens are the prompt. A sequence over the limit loses its beginning, as in MeZO's own code,
+or is refused by the caller (scoring/workload.py).
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 
     Prompt = str | tuple[Message, ...]
 
-AMBIENT = re.compile(r"\|\s*random\b|\blipsum\b")  # what Jinja has that is not a function of the chat
+AMBIENT = re.compile(r"\|\s*random\b|\blipsum\b")  # Jinja's sources of anything but the chat
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
     *("July", "August", "September", "October", "November", "December"),
 )
-PROBE = "zoray"  # an answer that stands for any
+PROBE = "zoray"  # a sample answer, to see how the template renders one
 
 
 class Encoder:
     """A tokenizer with a limit.
 
     Args:
-        tokenizer: of transformers; a chat needs one with a chat template.
+        tokenizer: from transformers; a chat needs one with a chat template.
         limit: the longest sequence that may reach the model, in tokens; None for no limit.
-        cut: longer ones lose their beginning; otherwise they come as they are.
-        embeddings: how many tokens the model knows; None where that is not known.
-        name: of the model, for messages.
-        date: YYYY-MM-DD, what a chat template writes as today's; None for today's, by UTC.
+        cut: longer sequences lose their beginning; else they stay as they are.
+        embeddings: number of tokens that the model has embeddings for; None if unknown.
+        name: the model's name in messages.
+        date: YYYY-MM-DD, today's date for chat templates; None for the real one, in UTC.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class Encoder:
         self.tokenizer, self.limit, self.cut = tokenizer, limit, cut
         self.control = Control(tokenizer, embeddings, name)
         self._now = clock_of(checked_date(date, "date"))
-        self.shortened = 0  # sequences that have lost their beginning
-        self.literal, self._first_literal = 0, ""  # examples with control tokens in their text, and the first of them
+        self.shortened = 0  # sequences that lost their beginning
+        self.literal, self._first_literal = 0, ""  # examples with control tokens in their text, and where the first is
 
     def note_literal(self, example: Example) -> None:
-        """Count an example in whose text control tokens stand."""
+        """Count an example with control tokens in its text."""
         self.literal += 1
         if self.literal == 1:
-            place = f"; the first in {example.where.row}" if example.where else ""  # in whichever of its columns
+            place = f"; the first in {example.where.row}" if example.where else ""  # in any of its columns
             plain = ". task.control_tokens=true makes them control tokens" if isinstance(example.prompt, str) else ""
             self._first_literal = f"{place}{plain}"
 
     def notes(self) -> list[str]:
-        """What is to be said of the texts that have been seen."""
+        """Remarks on the texts so far, for the log."""
         if not self.literal:
             return []
         names = ", ".join(map(repr, sorted(self.control.hidden)[:5]))
@@ -78,29 +78,29 @@ class Encoder:
         return [f"{self.literal:,} {several} control tokens ({names}) as text, and are read so{self._first_literal}"]
 
     def text(self, prompt: Prompt) -> str:
-        """The prompt as the model reads it, up to where it goes on itself."""
+        """The prompt as the model reads it, up to where the model continues."""
         return shown(self._begun(prompt))
 
     def tokens(self, prompt: Prompt, room: int = 0) -> list[int]:
-        """A prompt's tokens, with `room` below the limit for what the model is to write."""
+        """A prompt's tokens, with `room` below the limit for the model's completion."""
         if not isinstance(prompt, str):
             self.check_keys(prompt)
         return self._fit(self._ids(self._begun(prompt), prompt), room)[0]
 
     def continuation(self, prompt: Prompt, text: str) -> str:
-        """What follows the prompt: the text itself; in a chat with the end of turn that its template has."""
+        """The text as it follows the prompt; in a chat, with the template's end of turn."""
         return shown(self._following(prompt, text))
 
     def continued(
         self, prompt: Prompt, texts: Sequence[str], start: bool = False, ended: bool = True
     ) -> tuple[int, list[list[int]]]:
-        """Tokens of the prompt with each of some texts behind it, and how many tokens all have in common with it.
+        """Tokens of the prompt followed by each text, and the number of tokens that all share with the prompt.
 
-        With `start`, a prompt of no tokens is the mark of a beginning, or else the model's end of text. `ended`: with
-        what the tokenizer puts behind every text, if it puts anything there.
+        With `start`, an empty prompt becomes the beginning-of-text token, or else the model's end of text. `ended`:
+        with the tokens that the tokenizer appends to every text, if any.
 
         Raises:
-            ConfigError: a text adds no token, or there is nothing before it.
+            ConfigError: a text adds no token, or no token comes before it.
         """
         if not isinstance(prompt, str):
             for text in texts:
@@ -112,7 +112,7 @@ class Encoder:
             bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
             mark = eos if bos is None else bos
             begun, whole = [mark], [[mark, *tokens] for tokens in whole]
-        # A tokenizer may merge across the border: keep what all have in common.
+        # A tokenizer may merge across the border: keep the common tokens.
         shared = min(_common_prefix(begun, tokens) for tokens in whole)
         for text, tokens in zip(texts, whole, strict=True):
             if len(tokens) == shared:
@@ -122,7 +122,7 @@ class Encoder:
         return shared, whole
 
     def answer(self, prompt: Prompt, text: str, eos: bool | None) -> TokenSequence:
-        """A prompt with an answer whose tokens are asked for.
+        """A prompt with an answer whose tokens are scored.
 
         `eos`: whether the model's end of text follows a plain answer; None: unless the answer ends in a line break.
         """
@@ -135,13 +135,13 @@ class Encoder:
         return self.sequence(tokens, range(shared, len(tokens)))
 
     def sequence(self, tokens: Sequence[int], targets: Iterable[int]) -> TokenSequence:
-        """Tokens of which those at the positions `targets` (ascending, from 1) are asked for, summed in one output."""
+        """Tokens, of which those at the positions `targets` (ascending, from 1) are scored, summed in one output."""
         fitted, lost = self._fit(list(tokens), -1)
         places = np.array([place - lost for place in targets if place - lost >= 1], np.int64)
         return TokenSequence(
             tokens=np.array(
                 fitted[: places[-1]], np.int32
-            ),  # what follows the last row is no use, nor is the last target
+            ),  # nothing after the last row is needed, nor is the last target
             rows=(places - 1).astype(np.int32),
             targets=np.array(fitted, np.int32)[places],
             outputs=np.zeros(len(places), np.int32),
@@ -151,10 +151,9 @@ class Encoder:
     def assistant_spans(
         self, messages: tuple[Message, ...], untrained: Collection[int] = ()
     ) -> tuple[str, list[tuple[int, int]]]:
-        """A whole chat as text, and where in it each assistant's turn begins and ends, its end of turn included.
+        """A whole chat as text, and the (begin, end) of each assistant's turn in it, including the end of turn.
 
-        `untrained`: the numbers of messages that are left out. Control tokens in what people say have a mark within,
-        see control.py.
+        `untrained`: indices of messages to leave out. Control tokens in the messages are marked, see control.py.
         """
         self.check_keys(messages)
         whole, spans = self._render(messages), []
@@ -164,22 +163,22 @@ class Encoder:
                 turn = self._following(messages[:i], Marked(message.content, more=message.more))
                 if not whole.startswith(before + turn):
                     raise ConfigError(
-                        f"the model's chat template renders turn {i + 1} of a chat otherwise once more follows "
-                        f"({shown(turn)[:60]!r}...), as those of models do that drop earlier thoughts: its loss can't "
-                        "be taken there. Set task.turns=last, which trains the last answer alone"
+                        f"the model's chat template renders turn {i + 1} of a chat differently when more turns follow "
+                        f"({shown(turn)[:60]!r}...), like templates that drop earlier thoughts: that turn can't be "
+                        "trained. Set task.turns=last, which trains only the last answer"
                     )
                 spans.append((len(before), len(before) + len(turn)))
         return whole, spans
 
     def tokens_in(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-        """Tokens of a rendered chat, and the positions of those that begin within one of the spans of characters."""
+        """Tokens of a rendered chat, and the positions of tokens that begin within one of the spans of characters."""
         tokens, places = self.control.placed(text)
         bounds = [(len(shown(text[:first])), len(shown(text[:last]))) for first, last in spans]
         inside = [k for k, (start, _) in enumerate(places) if any(first <= start < last for first, last in bounds)]
         return tokens, inside
 
     def stop_ids(self, stops: Sequence[str]) -> frozenset[int]:
-        """Tokens that end a completion: the model's own ends, and all whose text holds one of `stops`."""
+        """Tokens that end a completion: the model's own end tokens, and all whose text holds one of `stops`."""
         ends = {self.tokenizer.eos_token_id} - {None}
         self.control.check(sorted(ends))
         ends |= self._ends_of_turns()
@@ -194,25 +193,25 @@ class Encoder:
             return set()
         try:
             said = self._render((Message("user", "a"), Message("assistant", "b"))).rstrip("\n")
-        except ConfigError:  # it wants another order of roles, which a task of chats will show
+        except ConfigError:  # the template wants another order of roles; a task of chats will report it
             return set()
         return set(self.control.ids(said, False)[-1:]) & set(self.tokenizer.all_special_ids)
 
     def written(self, tokens: Sequence[int], stops: Sequence[str]) -> tuple[str, bool]:
-        """A completion as text, up to the first of `stops`, and whether one of them is in it."""
+        """A completion as text, up to the first of `stops`, and whether it contains one."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         cuts = [place for stop in stops if (place := text.find(stop)) >= 0]
         return (text[: min(cuts)], True) if cuts else (text, False)
 
     def _begun(self, prompt: Prompt) -> str:
-        """A prompt as the model reads it, with marks (control.py), up to where it goes on itself."""
+        """A prompt as the model reads it, with marks (control.py), up to where the model continues."""
         if isinstance(prompt, str):
             return self.control.hide(prompt)
         before = self._render(prompt, add_generation_prompt=True)
         return opening(before, self.tokenizer.eos_token, lambda: self._render((*prompt, Message("assistant", PROBE))))
 
     def _following(self, prompt: Prompt, text: str) -> str:
-        """What follows the prompt, with marks, see `continuation`."""
+        """`continuation` with marks."""
         if isinstance(prompt, str):
             return self.control.hide(text)
         before, whole = self._begun(prompt), self._render(answered(prompt, text))
@@ -224,7 +223,7 @@ class Encoder:
         return whole[len(before) :].rstrip("\n")
 
     def _with_end(self, text: str) -> str:
-        """An answer at whose end the model's own end of text stands, as some files have it, ends there."""
+        """Let the model's own end of text at the end of an answer, as some files have it, count as such."""
         end = self.tokenizer.eos_token
         if not end or not text.endswith(end) or isinstance(text, Marked) or text.count(end) > 1:
             return text
@@ -233,11 +232,11 @@ class Encoder:
         return Marked(text, ((len(text) - len(end), len(text)),))
 
     def _ids(self, text: str, prompt: Prompt, ended: bool = False) -> list[int]:
-        """A chat template writes special tokens itself."""
+        """Tokens of a text; adds special tokens unless a chat template has written them."""
         return self.control.ids(text, isinstance(prompt, str), ended)
 
     def _fit(self, tokens: list[int], room: int) -> tuple[list[int], int]:
-        """Tokens within the limit, and how many are lost; the first one stays if it is the mark of a beginning."""
+        """Tokens within the limit, and the number of lost ones; a beginning-of-text token at the start stays."""
         most = None if self.limit is None else self.limit - room
         if not self.cut or most is None or len(tokens) <= most:
             return tokens, 0
@@ -254,7 +253,7 @@ class Encoder:
             )
         if AMBIENT.search(str(self.tokenizer.chat_template)):
             raise SettingError(
-                "expected a chat template that writes the same for the same chat; the model's draws at random. Take "
+                "expected a chat template without randomness; the model's template draws at random. Take "
                 "text prompts, or another model"
             )
         if not any(message.role != "tools" for message in messages):
@@ -265,7 +264,7 @@ class Encoder:
         return self.control.rendered(lambda change: self._rendered(messages, change, options), texts)
 
     def _rendered(self, messages: Sequence[Message], change: Callable[[str], str], options: dict[str, Any]) -> str:
-        """By the template, after a change of each text."""
+        """The messages rendered by the template, after `change` of each text."""
         chat = [
             {"role": m.role, "content": change(m.content), **(every_text(json.loads(m.more), change) if m.more else {})}
             for m in messages
@@ -276,14 +275,14 @@ class Encoder:
                 options = {**options, "tools": every_text(json.loads(message.content), change)}
         try:
             return self.tokenizer.apply_chat_template(chat, tokenize=False, strftime_now=self._now, **options)
-        except (ValueError, TypeError, TemplateError) as error:  # many refuse some order of roles
+        except (ValueError, TypeError, TemplateError) as error:  # many templates refuse some order of roles
             roles = ", ".join(message.role for message in messages[:8])
             raise ConfigError(
                 f"the model's chat template does not take messages of {roles}: {error}. Change them"
             ) from error
 
     def check_keys(self, messages: tuple[Message, ...]) -> None:
-        """Raise ConfigError if the chat template leaves out a key of a message, the tools, or what a tool says."""
+        """Raise ConfigError if the chat template leaves out a message's key, the tools, or a tool's message."""
         if not any(message.more or message.role in ("tools", "tool") for message in messages):
             return
         keys: dict[str, list[int]] = {}
@@ -304,15 +303,15 @@ class Encoder:
                 raise ConfigError("the model's chat template does not write messages of the role tool. Remove them")
 
     def _writes(self, messages: tuple[Message, ...], place: int, key: str) -> bool:
-        """Whether the template's text has a part in it that is due to a key of a message, or ("") to that message.
+        """Whether the template's text depends on a key of a message, or ("") on that message.
 
-        A message is looked at as the last one too: templates drop thoughts of earlier turns, and mean to.
+        The message is also tried as the last one: templates drop thoughts of earlier turns on purpose.
         """
         for end in {place + 1, len(messages)}:
             some = messages[:end]
             try:
                 with_it, without = self._render(some), self._render(_without(some, place, key))
-            except ConfigError:  # it wants more than there is so far; a chat that it refuses is refused as a whole
+            except ConfigError:  # the template needs later messages; a chat that it refuses is refused as a whole
                 continue
             if with_it != without:
                 return True
@@ -329,7 +328,7 @@ def _without(messages: tuple[Message, ...], place: int, key: str) -> tuple[Messa
 
 
 def every_text(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with every text in it changed."""
+    """A JSON value with `change` applied to every text in it."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -338,14 +337,14 @@ def every_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def opening(before: str, end: str | None, whole: Callable[[], str]) -> str:
-    """A chat up to where the model goes on, which is not behind an end of text if the template has it otherwise.
+    """A chat up to where the model continues, without an end of text that a rendered answer would not have there.
 
-    Some templates know no prompt for an answer: what one begins with is only there where there is one.
+    Some templates have no generation prompt: the beginning of an answer appears only together with an answer.
 
     Args:
-        before: the chat as the template renders it for an answer to come.
+        before: the chat as the template renders it before an answer.
         end: the model's end of text.
-        whole: renders it with PROBE as the answer.
+        whole: renders the chat with PROBE as the answer.
     """
     if not end or not before.rstrip().endswith(end):
         return before
@@ -357,7 +356,7 @@ def opening(before: str, end: str | None, whole: Callable[[], str]) -> str:
 
 
 def checked_date(date: object, name: str) -> str:
-    """A date as YYYY-MM-DD; today's, by UTC, where it is None."""
+    """A date as YYYY-MM-DD; for None, today's in UTC."""
     if date is None:
         return datetime.now(UTC).date().isoformat()
     try:
@@ -367,7 +366,7 @@ def checked_date(date: object, name: str) -> str:
 
 
 def clock_of(date: str) -> Callable[[str], str]:
-    """What chat templates call as strftime_now: at that day's beginning, and in English in any locale."""
+    """The function strftime_now for chat templates: at the start of that day, in English in any locale."""
     day = datetime.fromisoformat(date)
     weekday, month = WEEKDAYS[day.weekday()], MONTHS[day.month - 1]
     names = {"%A": weekday, "%a": weekday[:3], "%B": month, "%b": month[:3], "%h": month[:3], "%p": "AM"}
@@ -376,7 +375,7 @@ def clock_of(date: str) -> Callable[[str], str]:
 
 
 def answered(prompt: tuple[Message, ...], text: str) -> tuple[Message, ...]:
-    """A chat with its answer."""
+    """A chat followed by its answer."""
     return (*prompt, Message("assistant", text.strip(), text.more if isinstance(text, Marked) else ""))
 
 
