@@ -1,7 +1,7 @@
 """A model with adapter slots that scores sequences: `vllm`, the serving engine, and `hf`, the slow exact reference.
 
 An engine knows token sequences and slots, no task and no pool. Imports records, methods and models; only this room
-imports vLLM. An engine lives in its replica's process; of a server's, the core is a process of its own.
+imports vLLM. An engine lives in its replica's process; a server's engine has its core in another process.
 """
 
 from zoray import faces

@@ -1,4 +1,4 @@
-"""What every engine is.
+"""The protocol of engines.
 
 An engine holds a frozen model and one adapter state. It writes probes into adapter slots, runs sequences under them,
 and returns sums of log-probabilities. It knows nothing of losses, tasks, steps or other replicas.
@@ -25,35 +25,35 @@ class EngineConfig(Protocol):
 
     @property
     def slots(self) -> int | None:
-        """How many adapter slots there are; 0 for an engine without, None for as many as a step has probes."""
+        """The number of adapter slots; 0 for an engine without slots, None for one per probe of a step."""
         ...
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens of a forward; None for as many as a sequence has."""
+        """Tokens of one forward; None for as many as a sequence has."""
         ...
 
     @property
     def kv_cache_gib(self) -> float:
-        """Memory of its KV cache, 0 without one."""
+        """Memory for the KV cache, 0 without one."""
         ...
 
     @property
     def tensor_parallel(self) -> int:
-        """Over how many devices the model is shared out."""
+        """The number of devices that share the model."""
         ...
 
     @property
     def deterministic(self) -> bool:
-        """Whether each tile is scored alone, so that its bits do not depend on others."""
+        """Whether each tile is scored alone, so that its bits do not depend on other tiles."""
         ...
 
     def for_probes(self, probes: int, guided: bool = False) -> EngineConfig:
-        """With all that a step of so many probes takes, `guided` by feedback or not."""
+        """The settings for a step of this many probes, `guided` by feedback or not."""
         ...
 
     def check(self, space: Space) -> None:
-        """Raise ConfigError if this engine can't have such a space."""
+        """Raise ConfigError if this engine can't have this space."""
         ...
 
     def length_limit(self, model_limit: int) -> int:
@@ -63,7 +63,7 @@ class EngineConfig(Protocol):
     def start(
         self, folder: Path | str, dtype: str, matrices: Mapping[str, tuple[int, int]], space: Space, seed: int
     ) -> Engine:
-        """Load the model and open the adapter state. {canonical name: (out, in)} are the model's linear layers.
+        """Load the model and open the adapter state. `matrices`: the linear layers, {canonical name: (out, in)}.
 
         Raises:
             ConfigError: the engine can't run this model with these settings.
@@ -88,13 +88,13 @@ class Engine(Protocol):
     def feedback(
         self, plan: Plan, gradient: Callable[[np.ndarray], np.ndarray]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """As `score_plan`, and the residual feedback (methods.Feedback) of the trained numbers at the plan's probe.
+        """Like `score_plan`, with the residual feedback (methods.Feedback) of the trained numbers at the plan's probe.
 
         Returns the sums, and {`<matrix>.<part>`: array} of every trained tensor, float32, in the order of the state's
         layout.
 
         Args:
-            plan: sequences under one probe of scale 0, or of the bare model, which give sums only.
+            plan: sequences under one probe of scale 0; those of the bare model give sums only.
             gradient: all sums of the plan -> d loss / d sum of each, (outputs,).
 
         Raises:
@@ -103,14 +103,14 @@ class Engine(Protocol):
         ...
 
     def fit_lens(self, table: SequenceTable, rank: int) -> None:
-        """Fit the maps (lens.py) that `feedback` goes through from here on, to the bare model on all of a table's rows.
+        """Fit the maps (lens.py) that `feedback` uses from here on, to the bare model on all rows of a table.
 
-        rank 0 takes none: the stream is taken to carry the gradient down as it is.
+        With rank 0 there are no maps: the stream is assumed to carry the gradient down unchanged.
         """
         ...
 
     def at_once(self) -> tuple[int, int, int]:
-        """Of one forward pass for `feedback`: most tokens, most asked rows; and tokens of a KV block."""
+        """Limits of one forward pass for `feedback`: tokens and scored rows; and the tokens of a KV block."""
         ...
 
     def generate(
@@ -124,13 +124,13 @@ class Engine(Protocol):
     ) -> Iterator[tuple[int, list[int]]]:
         """Write a completion after each prompt (n,) under its probe (n,), in one continuous batch.
 
-        Yields (number of the prompt, tokens of its completion) as they are finished, in any order. A completion ends
+        Yields (index of the prompt, tokens of its completion) as completions finish, in any order. A completion ends
         with the first token of `stops`, which it includes, or at the longest length. Equal seeds draw equal numbers.
         """
         ...
 
     def settle(self) -> None:
-        """Compute now what `apply` may leave until the state is looked at."""
+        """Compute now the updates that `apply` may put off until the state is read."""
         ...
 
     def reset(self) -> None:
@@ -138,7 +138,7 @@ class Engine(Protocol):
         ...
 
     def step(self) -> int:
-        """The journal index of the state: how many steps it has applied."""
+        """The journal index of the state: the number of steps it has applied."""
         ...
 
     def digest(self) -> str:
@@ -146,11 +146,11 @@ class Engine(Protocol):
         ...
 
     def snapshot(self, limit: int) -> bytes | None:
-        """The state as snapshots.pack makes it; None if it takes more than `limit` bytes."""
+        """The state, packed by snapshots.pack; None if it takes more than `limit` bytes."""
         ...
 
     def restore(self, data: bytes, step: int) -> None:
-        """Take the state, before `step`, that a snapshot holds."""
+        """Take the state before `step` from a snapshot."""
         ...
 
     def adapter(self) -> dict[str, np.ndarray]:
@@ -159,14 +159,14 @@ class Engine(Protocol):
 
 
 class Pairs:
-    """For engines: scoring of (probe, sequence) pairs, through a plan made of them."""
+    """Mixin for engines: scores (probe, sequence) pairs by making a plan of them."""
 
     if TYPE_CHECKING:
 
         def score_plan(self, plan: Plan) -> np.ndarray: ...
 
     def score(self, work: Sequence[tuple[Probe | None, TokenSequence]]) -> list[np.ndarray]:
-        """For each (probe, sequence) its sums of log-probabilities, (n_outputs,) float64; None is the bare model."""
+        """Sums of log-probabilities for each (probe, sequence), (n_outputs,) float64; None is the bare model."""
         plan = Plan.of(work)
         return split_outputs(self.score_plan(plan), plan.table.n_outputs)
 

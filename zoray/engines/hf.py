@@ -1,6 +1,6 @@
 """The reference engine: transformers, one sequence at a time, no batching, no cache. Slow and exact.
 
-Same protocol and same adapter state as the vLLM engine, so any difference between the two is a difference in scoring.
+Protocol and adapter state are those of the vLLM engine, so any difference between the two is a difference in scoring.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Hf:
     """Score with transformers.
 
     Args:
-        device: where the model runs, "cpu" or "cuda".
+        device: the model's device, "cpu" or "cuda".
         max_length: longest sequence; null for the model's own limit.
-        deterministic: always true here: each sequence has a forward pass of its own.
+        deterministic: always true: each sequence has its own forward pass.
     """
 
     slots: ClassVar[int] = 0
@@ -55,11 +55,11 @@ class Hf:
         require(self.max_length is None or self.max_length >= 8, "engine.max_length >= 8 or null", self.max_length)
 
     def for_probes(self, probes: int, guided: bool = False) -> Hf:
-        """Itself: it has no slots, and feedback by hooks."""
+        """The same settings: there are no slots, and hooks give feedback."""
         return self
 
     def check(self, space: Space) -> None:
-        """It takes any space."""
+        """Any space will do."""
 
     def length_limit(self, model_limit: int) -> int:
         """The longest sequence that this engine will score."""
@@ -88,7 +88,7 @@ class HfEngine(Pairs):
         self.model, self.space = model, space
         self._open = partial(space.open, matrices, seed, model.device)
         self._folder = folder
-        folded = space.select(matrices) if space.folds else {}  # else not looked at: a quantised layer has no `weight`
+        folded = space.select(matrices) if space.folds else {}  # else not read: a quantised layer has no `weight`
         self.weights = {name: model.get_submodule(name).weight.data for name in folded}
         self.state = self._open(self.weights)
         self.dtype = str(model.dtype).removeprefix("torch.")
@@ -104,7 +104,7 @@ class HfEngine(Pairs):
         def add_adapter(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
             if name not in self._active:
                 return output
-            wide = torch.promote_types(output.dtype, torch.float32)  # as the adapter, or wider
+            wide = torch.promote_types(output.dtype, torch.float32)  # the adapter's, or wider
             a, b = self._active[name]
             low = a.to(wide).t()[inputs[0]] if is_embedding(name) else inputs[0].to(wide) @ a.to(wide).t()
             change = self.space.scaling * (low @ b.to(wide).t())
@@ -131,7 +131,7 @@ class HfEngine(Pairs):
     def feedback(
         self, plan: Plan, gradient: Callable[[np.ndarray], np.ndarray]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Sums and residual feedback, see base.py; the final norm, the head and norms behind matrices by autograd."""
+        """Sums and residual feedback, see base.py; final norm, head and norms behind matrices use autograd."""
         import torch
 
         if any(probe.scale for probe in plan.probes) or len(plan.probes) > 1:
@@ -174,11 +174,11 @@ class HfEngine(Pairs):
         self._maps = {name: Map(one.u.clone(), one.v.clone()) for name, one in maps.items()}
 
     def at_once(self) -> tuple[int, int, int]:
-        """Any number: each sequence has a forward pass of its own."""
+        """No limits: each sequence has its own forward pass."""
         return 1 << 62, 1 << 62, 1
 
     def _deltas(self, family: Family, one: TokenSequence, slopes: np.ndarray) -> Iterator[tuple[str, Any, Any]]:
-        """For each matrix: its name, the gradient at its output (R, out) and its input (R, in), at the asked rows."""
+        """For each matrix: its name, the gradient at its output (R, out) and its input (R, in), at the scored rows."""
         import torch
 
         device, seen, hooks = self.model.device, dict[str, Any](), []
@@ -229,7 +229,7 @@ class HfEngine(Pairs):
         seeds: Sequence[int],
         stops: frozenset[int],
     ) -> Iterator[tuple[int, list[int]]]:
-        """Completions one after another, see base.py; what is sampled differs from vLLM's, which draws otherwise."""
+        """Completions one after another, see base.py; samples differ from vLLM's, which draws differently."""
         import torch
 
         options: dict[str, Any] = {"do_sample": False}
@@ -253,7 +253,7 @@ class HfEngine(Pairs):
                 yield i, written[0, tokens.shape[1] :].tolist()
 
     def settle(self) -> None:
-        """Compute now what `apply` has left."""
+        """Compute now the updates that `apply` has put off."""
         self.state.settle()
 
     def reset(self) -> None:
@@ -271,11 +271,11 @@ class HfEngine(Pairs):
         return self.state.digest()
 
     def snapshot(self, limit: int) -> bytes | None:
-        """The state as snapshots.pack makes it; None if it takes more than `limit` bytes."""
+        """The state, packed by snapshots.pack; None if it takes more than `limit` bytes."""
         return pack(self.state, limit)
 
     def restore(self, data: bytes, step: int) -> None:
-        """Take the state, before `step`, that a snapshot holds."""
+        """Take the state before `step` from a snapshot."""
         unpack(self.state, data, step)
 
     def adapter(self) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
-"""What an engine is asked to score, and how that is cut into forward passes: all of it as flat arrays.
+"""Plans of what an engine scores, cut into forward passes, all as flat arrays.
 
-No loop over sequences: the host work of a step is a few NumPy calls, whether it scores ten sequences or a thousand.
+No loop over sequences: the host work of a step is a few NumPy calls, for ten sequences or a thousand.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ LOGITS_ELEMENTS = 1 << 25  # rows x vocabulary of one LM-head chunk: 128 MiB of 
 
 @dataclass(frozen=True, eq=False)
 class SequenceTable:
-    """Token sequences one after another, so that any choice of them can be put together without a loop.
+    """Token sequences one after another, so that any selection can be packed without a loop.
 
     S sequences; T tokens, M targets and O outputs over all of them. See records.TokenSequence for a single one.
     """
 
     tokens: np.ndarray  # (T,) int64
-    lengths: np.ndarray  # (S,) int64, tokens of each
+    lengths: np.ndarray  # (S,) int64, tokens of each sequence
     rows: np.ndarray  # (M,) int64, positions in their own sequence
     targets: np.ndarray  # (M,) int64
     outputs: np.ndarray  # (M,) int64, numbered from 0 in each sequence
@@ -44,7 +44,7 @@ class SequenceTable:
 
     @classmethod
     def of(cls, sequences: Sequence[TokenSequence]) -> SequenceTable:
-        """The table of some sequences, in their order."""
+        """The table of these sequences, in this order."""
 
         def flat(name: str) -> np.ndarray:
             parts = [getattr(sequence, name) for sequence in sequences]
@@ -64,7 +64,7 @@ class SequenceTable:
         )
 
     def prefixes(self, block_size: int, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the blocks that chosen sequences have in common with others, see prefixes.number_prefixes."""
+        """Numbers of the blocks that chosen sequences share with others, see prefixes.number_prefixes."""
         if block_size not in self._prefixes:
             first_row, asked = np.zeros(len(self), np.int64), self.n_targets > 0
             first_row[asked] = self.rows[self.first_target[:-1][asked]]  # rows ascend
@@ -86,7 +86,7 @@ class SequenceTable:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """n sequences of a table, each under one of the probes. Outputs are numbered in this order."""
+    """n sequences of a table, each under one probe. Outputs are numbered in this order."""
 
     table: SequenceTable
     probes: tuple[Probe, ...]
@@ -103,11 +103,11 @@ class Plan:
 
     @property
     def first_output(self) -> np.ndarray:
-        """Where the outputs of each begin, and where those of the last end, (n + 1,)."""
+        """The index of each sequence's first output, and the end of the last, (n + 1,)."""
         return starts_of(self.table.n_outputs[self.chosen])
 
     def by_slots(self, slots: int) -> Iterator[tuple[tuple[Probe, ...], np.ndarray, np.ndarray]]:
-        """Cut so that no part has more probes than slots: (the probes in slot order, members (k,), slot of each (k,)).
+        """Parts with no more probes than slots: (the probes in slot order, members (k,), slot of each (k,)).
 
         The bare model needs no slot; its members come with the first part.
         """
@@ -128,7 +128,7 @@ class Plan:
 def by_slots(
     probes: tuple[Probe, ...], probe_of: np.ndarray, slots: int
 ) -> Iterator[tuple[tuple[Probe, ...], np.ndarray, np.ndarray]]:
-    """Cut n members, each under one of `probes` (-1: the bare model), so that no part has more probes than slots."""
+    """Cut n members, each under one of `probes` (-1: the bare model), into parts with no more probes than slots."""
     for first in range(0, max(len(probes), 1), slots):
         some = probes[first : first + slots]
         members = np.flatnonzero((probe_of >= (first or -1)) & (probe_of < first + len(some)))
@@ -140,7 +140,7 @@ def by_slots(
 class Pack:
     """Sequences of one forward pass, one after another, ordered by slot. T tokens, S sequences, H rows, M targets.
 
-    A sequence stands here without its first `context` tokens, which are those of an earlier one of the same slot.
+    A pack leaves out a sequence's first `context` tokens, which an earlier sequence of the same slot has computed.
     """
 
     tokens: np.ndarray  # (T,) int64
@@ -156,12 +156,12 @@ class Pack:
 
     @property
     def whole(self) -> np.ndarray:
-        """Tokens that each sequence attends to in the end, its context among them, (S,) int32."""
+        """Tokens that each sequence attends to in the end, including its context, (S,) int32."""
         return self.lengths + self.context
 
 
 def unshared_blocks(lengths: np.ndarray, block_size: int) -> np.ndarray:
-    """KV-cache blocks (S, most) of S sequences when none shares a block, as Pack.blocks."""
+    """KV-cache blocks (S, most) of S sequences if none shares a block, as in Pack.blocks."""
     nothing = np.zeros(len(lengths), np.int64)
     return lay_out(lengths, nothing, nothing, nothing[:0], block_size)[1]
 
@@ -177,12 +177,12 @@ def pack(
 ) -> Iterator[Pack]:
     """Cut chosen sequences (n,) of a table, with a slot each (n,), into packs of bounded tokens and KV blocks.
 
-    Outputs are numbered in the order of `chosen`, whatever the order in the packs. Slots stay together, so that each
-    slot is one segment of a pack. With `share`, blocks of tokens that sequences of a slot begin with are in a pack
-    once; budgets are kept as if they were not shared.
+    Outputs are numbered in the order of `chosen`, for any order in the packs. Slots stay together, so that each slot is
+    one segment of a pack. With `share`, a pack holds common first blocks of a slot's sequences once; budgets are kept
+    as if blocks were not shared.
 
     Raises:
-        ConfigError: one sequence alone is over the budget.
+        ConfigError: a single sequence exceeds the budget.
     """
     budget = max_tokens if max_blocks is None else min(max_tokens, max_blocks * block_size)
     first_output = starts_of(table.n_outputs[chosen])
@@ -235,7 +235,7 @@ def _join(
 
 
 def slots_of_tokens(segments: Sequence[tuple[int, int, int]], tokens: int) -> np.ndarray:
-    """The slot of each token, (tokens,) int32; -1 for those of no adapter and, if there are more, for the padding."""
+    """The slot of each token, (tokens,) int32; -1 for tokens without an adapter and for padding."""
     of_token = np.full(tokens, -1, np.int32)
     for slot, start, stop in segments:
         of_token[start:stop] = slot

@@ -1,9 +1,9 @@
-"""Blocks of tokens that several sequences begin with, so that a forward pass computes their keys and values once.
+"""Finds blocks of tokens that several sequences begin with, so that a forward pass computes keys and values once.
 
-The options of an example share its prompt; examples share a template, a system prompt or few-shot examples. What can
-be shared is a whole block of the KV cache: sequences under the same adapter whose tokens agree from the start to the
-end of a block have the same keys and values there, and attention finds them wherever the block table points. A block
-that holds an asked row is computed by each sequence itself.
+The options of an example share its prompt; examples share a template, a system prompt or few-shot examples. Only whole
+blocks of the KV cache can be shared: sequences under the same adapter whose tokens agree from the start to the end of a
+block have the same keys and values there, and attention finds them through the block table. Each sequence computes the
+blocks with its own scored rows itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def starts_of(counts: np.ndarray) -> np.ndarray:
-    """Where each of some runs begins, and where the last one ends, (n + 1,) int64."""
+    """The start of each run, and the end of the last, (n + 1,) int64."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
@@ -25,15 +25,15 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def number_prefixes(
     tokens: np.ndarray, first_token: np.ndarray, first_row: np.ndarray, block_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How many blocks each of S sequences has in common with another, and their numbers: (S,), (sum of it,).
+    """The count of blocks that each of S sequences shares with another, and their numbers: (S,), (sum of counts,).
 
     Equal numbers mean equal tokens from the start of the sequence to the end of the block. A loop over sequences, once
     for a dataset.
 
     Args:
         tokens: of all sequences, one after another.
-        first_token: (S + 1,) where each begins, and where the last ends.
-        first_row: (S,) the first position that is asked for; its block and those behind it are not shared.
+        first_token: (S + 1,) the start of each, and the end of the last.
+        first_row: (S,) the first scored position; its block and later ones are not shared.
         block_size: tokens of a block.
     """
     numbers: dict[tuple[int, bytes], int] = {}
@@ -54,16 +54,16 @@ def number_prefixes(
 def lay_out(
     lengths: np.ndarray, slots: np.ndarray, counts: np.ndarray, numbers: np.ndarray, block_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """KV-cache blocks of a pack's S sequences: how many leading ones are another's (S,), and all of them (S, most).
+    """KV-cache blocks of a pack's S sequences: the number of leading blocks that are shared (S,), and all (S, most).
 
     Args:
-        lengths: (S,) tokens of each, with what is shared.
+        lengths: (S,) tokens of each, including shared ones.
         slots: (S,) the adapter of each.
-        counts: (S,) blocks of each that have a number, see number_prefixes.
-        numbers: (sum of counts,) those numbers.
+        counts: (S,) numbered blocks of each, see number_prefixes.
+        numbers: (sum of counts,) their numbers.
         block_size: tokens of a block.
 
-    Blocks are numbered from 1; 0 stands behind the last block of a sequence. The first sequence with a prefix owns it.
+    Blocks are numbered from 1; 0 pads a sequence's row behind its last block. The first sequence with a prefix owns it.
     """
     of_sequence, depth = np.repeat(np.arange(len(lengths)), counts), ranges(np.zeros(len(counts), np.int64), counts)
     keys = (slots[of_sequence] + 1) * (numbers.max(initial=0) + 1) + numbers

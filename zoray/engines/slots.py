@@ -1,8 +1,8 @@
-"""What adapter slots hold: the factors of probes, written in place on the device, all matrices at once.
+"""Fills adapter slots: writes the factors of probes in place on the device, all matrices at once.
 
-On CUDA one kernel makes the directions, adds the state and writes the slots (directions_cuda.py); elsewhere they are
-made in a buffer and copied from there, or tensor by tensor where it would be too large. A that is the same for all
-probes is written where a slot does not hold it yet.
+On CUDA one kernel makes the directions, adds the state and writes the slots (directions_cuda.py); elsewhere factors are
+made in a buffer and copied, or made tensor by tensor if the buffer would be too large. An A that is the same for all
+probes is written only to slots that do not hold it yet.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from zoray.records import Probe
 
 
-STAGED_ELEMENTS = 1 << 26  # of a buffer for what goes into slots: 256 MiB
+STAGED_ELEMENTS = 1 << 26  # of the buffer that slots are copied from: 256 MiB
 KERNELS = "zoray_lora_kernels"  # in vLLM's additional_config: dense or punica
-FEEDBACK = "zoray_feedback"  # the same: names of the matrices that residual feedback is of; without it, none
-BLOCKS = "zoray_blocks"  # the same: KV blocks that scoring has to itself, numbered from 1; without it, all of them
-PROBES = "zoray_probe_slots"  # the same: slots for probes, the first ones; without it, all of them
-SLOWDOWN = "zoray_max_slowdown"  # the same: by what factor scoring may stretch a step of requests
-SCORING = "tune-score-"  # what the names of requests begin with that score (vllm/piggyback.py)
-DENSE_COLUMNS = 128  # slots * rank up to which CUDA takes dense products (lora_cuda.py); to be measured on a card
+FEEDBACK = "zoray_feedback"  # also there: names of the matrices with residual feedback; none by default
+BLOCKS = "zoray_blocks"  # also there: number of KV blocks reserved for scoring, from block 1 on; all by default
+PROBES = "zoray_probe_slots"  # also there: number of slots for probes, from the first on; all by default
+SLOWDOWN = "zoray_max_slowdown"  # also there: maximum factor by which scoring slows a step of requests
+SCORING = "tune-score-"  # prefix of the names of requests that score (vllm/piggyback.py)
+DENSE_COLUMNS = 128  # largest slots * rank with dense products on CUDA (lora_cuda.py); not yet measured on a GPU
 
 
 class Site(NamedTuple):
-    """All slots of one matrix in one worker, views into vLLM's tensors, and which part of the matrix they hold."""
+    """All slots of one matrix in one worker, as views into vLLM's tensors, and the part of the matrix they hold."""
 
     a: torch.Tensor  # (slots, 1, max rank, columns)
     b: torch.Tensor  # (slots, 1, rows, max rank)
@@ -48,18 +48,18 @@ class Slots:
     """The slots of one worker.
 
     Args:
-        space: whose factors go in.
+        space: the space of the factors.
         sites: {canonical matrix name: its slots}.
     """
 
     def __init__(self, space: Space, sites: Mapping[str, Site]) -> None:
         self.space, self.sites = space, sites
-        self._a_in: dict[int, Hashable] = {}  # slot -> what `State.a_key` said of the A in it
+        self._a_in: dict[int, Hashable] = {}  # slot -> `State.a_key` of the A in it
         self._writers: dict[Layout, SlotWriter] = {}
         self._staged: dict[tuple[Layout, int, int], Staged] = {}
 
     def forget(self, *slots: int) -> None:
-        """Somebody else has written some slots, or all if none is named; then the state may be another one as well."""
+        """Note that these slots were overwritten, or all if none is named; then the state may be another one too."""
         for slot in slots or list(self._a_in):
             self._a_in.pop(slot, None)
         if not slots:
@@ -67,18 +67,18 @@ class Slots:
             self._staged.clear()
 
     def one_a(self, slots: Iterable[int]) -> bool:
-        """Whether some slots hold the same A."""
+        """Whether these slots hold the same A."""
         return len({self._a_in.get(slot, (None, slot)) for slot in slots}) == 1
 
     def write(self, state: State, probes: Sequence[Probe], first: int = 0) -> None:
-        """Put the factors of P probes into the slots from `first` on. The scaling enters B here and only here."""
+        """Write the factors of P probes into the slots from `first` on. B is scaled here and only here."""
         import torch
 
-        with torch.inference_mode():  # buffers and views that stay are of the mode that they were made in
+        with torch.inference_mode():  # cached buffers and views keep the mode that they were made in
             self._write(state, probes, first)
 
     def put(self, slot: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Put an adapter into a slot: {`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)}, not scaled."""
+        """Write an adapter to a slot: {`<matrix>.lora_A`: (rank, in), `<matrix>.lora_B`: (out, rank)}, not scaled."""
         import torch
 
         self._a_in.pop(slot, None)
@@ -111,7 +111,7 @@ class Slots:
         self._a_in.update(keys)
 
     def _one_by_one(self, part: Moving, probes: Sequence[Probe], first: int, a_is_there: bool) -> None:
-        """Tensor by tensor, where all at once would take too much memory."""
+        """Write tensor by tensor, if all at once would take too much memory."""
         import torch
 
         rank, slots, layout = self.space.rank, slice(first, first + len(probes)), part.z.layout
@@ -127,7 +127,7 @@ class Slots:
                 site.a[slots, 0, :rank].copy_(values[..., _slice(site.columns)])
 
     def _by_stage(self, part: Moving, probes: Sequence[Probe], first: int) -> None:
-        """All matrices at once: made in a buffer that stays, from which views that stay are copied."""
+        """Write all matrices at once: make them in a cached buffer, and copy from cached views of it."""
         import torch
 
         key = (part.z.layout, first, len(probes))
@@ -184,7 +184,7 @@ class Slots:
 
 
 class Staged(NamedTuple):
-    """A buffer for what moves in some slots, and what is copied from it to where."""
+    """A buffer for the moving factors of some slots, with the views to copy from and their places in the slots."""
 
     flats: torch.Tensor  # (slots, size)
     b: list[torch.Tensor]  # views of all B in it

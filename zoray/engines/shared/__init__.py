@@ -1,1 +1,1 @@
-"""One vLLM engine that answers people and tunes: who gets which step, and for how long."""
+"""One vLLM engine that answers requests and tunes: which of them gets each step, and for how long."""

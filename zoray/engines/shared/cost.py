@@ -1,4 +1,4 @@
-"""What tuning costs the requests beside it: the time a piece of work will take, and how much of it there may be."""
+"""The cost of tuning to requests: how long a piece of work will take, and how much time tuning may take in all."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SHARE = 0.08  # of the time of requests that tuning may take
-RARE = 150  # steps: one gap between tokens in so many does not move their 99th percentile
-LONGEST = 0.2  # seconds that tuning may hold requests up at once
-REMEMBERED = 32  # pieces that an estimate is made from
+SHARE = 0.08  # of the requests' time that tuning may take
+RARE = 150  # steps: one long gap between tokens in this many does not move their 99th percentile
+LONGEST = 0.2  # seconds that tuning may delay requests at once
+REMEMBERED = 32  # pieces behind an estimate
 
 
 class Credit:
-    """Seconds that tuning may take: a share of the requests' time, never more than two of the longest in a row."""
+    """Seconds that tuning may take: a share of the requests' time, never more than two longest delays in a row."""
 
     def __init__(self) -> None:
         self.left = 0.0
 
     def earn(self, seconds: float) -> None:
-        """Requests have been under way for so long."""
+        """Note the seconds for which requests have been under way."""
         self.left = min(self.left + SHARE * seconds, LONGEST)
 
     def spend(self, seconds: float) -> None:
-        """Tuning has taken so long."""
+        """Note the seconds that tuning has taken."""
         self.left = max(self.left - seconds, -LONGEST)
 
 
 class Cost:
-    """Seconds of a piece of work by its size, from those that have been done: fixed + each * size.
+    """Seconds of a piece of work by its size, estimated from earlier pieces: fixed + each * size.
 
-    Pieces are remembered apart by whether they were done without traffic (`idle`): those are all large, and say little
-    of small ones.
+    Pieces done without traffic (`idle`) are remembered separately: all of them are large, and say little about small
+    ones.
     """
 
     def __init__(self, idle: int = 8) -> None:
@@ -45,7 +45,7 @@ class Cost:
 
     @property
     def known(self) -> bool:
-        """Whether a piece has been done."""
+        """Whether any piece has been done."""
         return self._line is not None
 
     @property
@@ -54,7 +54,7 @@ class Cost:
         return max(size for size, _, _ in self._pieces)
 
     def took(self, size: float, seconds: float, idle: bool = False) -> None:
-        """A piece has been done."""
+        """Note a finished piece."""
         self._pieces.append((size, seconds, idle))
         alike = [piece for piece in self._pieces if piece[2] == idle]
         if len(alike) > self._most[idle]:
@@ -62,7 +62,7 @@ class Cost:
         self._line = line(self._pieces)
 
     def size(self, seconds: float) -> float:
-        """The largest piece that is expected to take so long: negative if none is, infinite if size does not matter."""
+        """The largest piece expected to take this long: negative if none is, infinite if size does not matter."""
         assert self._line is not None
         fixed, each = self._line
         if each <= 0:
@@ -70,7 +70,7 @@ class Cost:
         return (seconds - fixed) / each
 
     def doubt(self) -> None:
-        """Forget the dearest piece: it may have been of a bad moment."""
+        """Forget the slowest piece: it may come from a bad moment."""
         if self._pieces:
             self._pieces.remove(max(self._pieces, key=lambda piece: piece[1] / max(piece[0], 1e-9)))
             self._line = line(self._pieces) if self._pieces else None

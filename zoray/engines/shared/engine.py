@@ -1,10 +1,10 @@
-"""One vLLM engine that answers requests and tunes: vLLM's AsyncLLM, whose core is a process of its own.
+"""One vLLM engine that answers requests and tunes: vLLM's AsyncLLM, whose core is a separate process.
 
-Requests go to `client`, as in vLLM's own server. Tuning uses `SharedEngine`, an engine as any other. While requests
-are under way its sequences are scored in their steps (vllm/piggyback.py), as many tokens at a time as the budget
-allows; else in slices, as long as the throttle does. Adapter slots are of two kinds: the first ones are of probes, the
-others of versions that answer requests. Both kinds act in the same forward, and the KV blocks that slices use are put
-aside (scheduler.py), so that nothing of a request is touched.
+Requests go to `client`, as in vLLM's own server. Tuning uses `SharedEngine`, an engine like any other. While requests
+are under way, their steps score its sequences too (vllm/piggyback.py), as many tokens at a time as the budget allows;
+else sequences are scored in slices, as long as the throttle allows. The first adapter slots hold probes, the others
+hold versions that answer requests. Both kinds act in the same forward, and slices use reserved KV blocks
+(scheduler.py), so that no request is touched.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 LEAST_TOKENS = 64  # of a slice; a single sequence may be longer
 BLOCK = 32  # tokens of a KV block
-TUNING = "tune-"  # what the names of requests of tuning begin with, SCORING among them
-JOINED_TOKENS = 256  # that are given to the steps of requests at a time; a single sequence may be longer
+TUNING = "tune-"  # prefix of the names of tuning's requests, also of SCORING
+JOINED_TOKENS = 256  # handed to the steps of requests at a time; a single sequence may be longer
 
 
 def start_client(
@@ -48,31 +48,31 @@ def start_client(
     versions: int,
     max_slowdown: float,
 ) -> Any:
-    """vLLM's AsyncLLM for requests and tuning. `versions`: slots beside those of probes.
+    """vLLM's AsyncLLM for requests and tuning. `versions`: number of slots beside those of probes.
 
     Raises:
-        ConfigError: the space folds into the base weights, which other requests need as they are; or vLLM refuses.
+        ConfigError: the space folds into the base weights, which other requests need unchanged; or vLLM refuses.
     """
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     if space.folds:
         raise ConfigError(
-            "expected space=lora for a served model: requests to other versions need the base weights as they are"
+            "expected space=lora for a served model: requests to other versions need the base weights unchanged"
         )
     config.check(space)
     in_this_process()
     check_lora_support(folder)
-    own = -(-config.max_tokens // BLOCK) * 2  # sequences end in blocks of their own
+    own = -(-config.max_tokens // BLOCK) * 2  # each sequence ends in its own block
     arguments = config.llm_arguments(folder, dtype) | {
         "served_model_name": name,
         "skip_tokenizer_init": False,
         "block_size": BLOCK,
-        "enable_prefix_caching": True,  # of a chat, its earlier turns; blocks are those of one version
+        "enable_prefix_caching": True,  # for a chat's earlier turns; a block belongs to one version
         "scheduler_cls": "zoray.engines.shared.scheduler.SharingScheduler",
         "async_scheduling": False,
         "enable_log_requests": False,
-        "scheduling_policy": "priority",  # tuning's own requests wait behind the others
+        "scheduling_policy": "priority",  # tuning's own requests wait behind all others
     }
     lora = config.lora_arguments(matrices, space)
     lora["max_loras"] = config.resident + versions
@@ -84,13 +84,13 @@ def start_client(
 
 
 class Link:
-    """Calls of the core's worker from a thread, through the client's loop; in the place of vllm.LLM."""
+    """Calls the core's worker from a thread, through the client's loop; stands in for vllm.LLM."""
 
     def __init__(self, client: Any, loop: asyncio.AbstractEventLoop) -> None:
         self.client, self.loop = client, loop
 
     def collective_rpc(self, method: str, args: tuple = ()) -> list[Any]:
-        """What each rank's worker returns."""
+        """The result of each rank's worker."""
         message = pickle.dumps((method, args), pickle.HIGHEST_PROTOCOL)
         call = self.client.collective_rpc("zoray_call", args=(message,))
         found = []
@@ -103,7 +103,7 @@ class Link:
 
 
 class SharedEngine(VllmEngine):
-    """Engine protocol (base.py) on a client that answers requests meanwhile. Not to be called on the client's loop."""
+    """Engine protocol (base.py) on a client that also answers requests. Never call it on the client's loop."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class SharedEngine(VllmEngine):
         self._keeps, self._fitted = self._joins and self._call("zoray_keeps"), False
 
     def warm(self) -> None:
-        """Take what is slow the first time, and learn what slices cost, before anybody asks."""
+        """Run once everything that is slow the first time, and learn the cost of slices, before requests come."""
         tokens = np.arange(1, LEAST_TOKENS + 1, dtype=np.int64)
         one = TokenSequence(tokens, np.arange(len(tokens) - 1), tokens[1:], np.zeros(len(tokens) - 1, np.int64), 1)
         for count in (self.probe_slots, 1, 2, 3):
@@ -133,11 +133,11 @@ class SharedEngine(VllmEngine):
                 self.throttle.forget()
 
     def put(self, slot: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Let a slot of versions hold an adapter, as `adapter()` gives it. No request may be using it."""
+        """Write an adapter, as given by `adapter()`, to a version's slot. No request may be using the slot."""
         self._call("zoray_put", slot, dict(arrays))
 
     def score_plan(self, plan: Plan) -> np.ndarray:
-        """As every engine's, in slices; blocks while requests have the engine."""
+        """See Engine.score_plan. In slices; blocks while requests have the engine."""
 
         def part(probes: tuple[Probe, ...], members: np.ndarray, slot_of: np.ndarray) -> np.ndarray:
             self._write(probes)
@@ -152,12 +152,12 @@ class SharedEngine(VllmEngine):
         slots: np.ndarray,
         stopping: Callable[[], bool] = lambda: False,
     ) -> np.ndarray:
-        """Sums of log-probabilities of chosen sequences (n,) of a table, each under what its slot (n,) holds.
+        """Sums of log-probabilities of chosen sequences (n,) of a table, each under the adapter in its slot (n,).
 
-        In slices between the steps of requests, or in these steps where there are any.
+        Scores in the steps of requests if there are any, else in slices between them.
 
         Raises:
-            Closed: it was `stopping`, between two slices.
+            Closed: `stopping` became true between two slices.
         """
         order = np.argsort(slots, kind="stable")
         first = np.concatenate([[0], np.cumsum(table.n_outputs[chosen])]).astype(np.int64)
@@ -190,7 +190,7 @@ class SharedEngine(VllmEngine):
     def feedback(
         self, plan: Plan, gradient: Callable[[np.ndarray], np.ndarray]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """As every engine's: as a slice where one of its size may run now, else in the steps of requests."""
+        """See Engine.feedback. As a slice if one of this size may run now, else in the steps of requests."""
         tokens = float(plan.table.lengths[plan.chosen].sum())
         self._write(plan.probes)
         if not self._keeps or self.throttle.free("feedback", tokens):
@@ -205,26 +205,26 @@ class SharedEngine(VllmEngine):
         return _whole(values), found
 
     def at_once(self) -> tuple[int, int, int]:
-        """Few at a time while somebody may ask, see Engine.at_once."""
+        """Few at a time while requests may come, see Engine.at_once."""
         tokens, rows, block = super().at_once()
         return (tokens if self.throttle.idle else min(tokens, JOINED_TOKENS)), rows, block
 
     def fit_lens(self, table: SequenceTable, rank: int) -> None:
-        """Fit the maps, which takes seconds, while nobody is expected; else they stay those of before."""
+        """Fit the maps, which takes seconds, if no request is expected; else keep the earlier maps."""
         if self.throttle.idle or not self._fitted:
             super().fit_lens(table, rank)
             self._fitted = True
 
     def _join(self, table: SequenceTable, slots: Sequence[int]) -> np.ndarray:
-        """As score_slots, all of a table, each sequence a request behind all others (vllm/piggyback.py)."""
+        """Like score_slots for a whole table, each sequence a request behind all others (vllm/piggyback.py)."""
         return _whole(self._call("zoray_take", self._run(table, slots)))
 
     def _run(self, table: SequenceTable, slots: Sequence[int], feedback: bool = False) -> list[str]:
-        """Let all sequences of a table run in the steps of requests, each under its slot; by what names."""
+        """Run all sequences of a table in the steps of requests, each under its slot; returns their requests' names."""
         from vllm import SamplingParams
 
         names = [f"{SCORING}{uuid.uuid4().hex}" for _ in slots]
-        last = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)  # a prompt's end is a token's begin
+        last = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)  # vLLM must generate at least one
         self._call("zoray_expect", names, table, slots, feedback)
         try:
             self._together([(table[k].tokens.tolist(), slots[k], last, names[k]) for k in range(len(names))])
@@ -242,7 +242,7 @@ class SharedEngine(VllmEngine):
         seeds: Sequence[int],
         stops: frozenset[int],
     ) -> Iterator[tuple[int, list[int]]]:
-        """Completions in the same continuous batch as the requests', some at a time, see base.py."""
+        """Completions in the same continuous batch as requests, some at a time, see base.py."""
         for some, members, slot_of in by_slots(probes, probe_of, self.probe_slots):
             self._write(some)
             numbers = members.tolist()
@@ -258,7 +258,7 @@ class SharedEngine(VllmEngine):
         seeds: Sequence[int],
         stops: frozenset[int],
     ) -> Iterator[tuple[int, list[int]]]:
-        """Completions of prompts (n,), each under what its slot (n,) holds, -1 for the bare model."""
+        """Completions of prompts (n,), each under the adapter in its slot (n,), -1 for the bare model."""
         begin = 0
         while begin < len(prompts):
             count = max(1, int(self.throttle.wait("completions", 1, len(prompts))))
@@ -272,10 +272,10 @@ class SharedEngine(VllmEngine):
             begin += count
 
     def _together(self, asked: Sequence[tuple[Sequence[int], int, Any, str]]) -> list[list[int]]:
-        """What vLLM writes after prompts, each of (tokens, slot or -1, SamplingParams, its request's name)."""
+        """vLLM's completions of prompts, each prompt (tokens, slot or -1, SamplingParams, its request's name)."""
 
         async def one(tokens: Sequence[int], slot: int, parameters: Any, name: str) -> list[int]:
-            # What a slot holds changes, and cached prefixes go by the adapter's name and by the salt.
+            # A slot's adapter changes, and vLLM finds cached prefixes by the adapter's name and by the salt.
             adapter = slot_request(name, slot) if slot >= 0 else None
             prompt = {"prompt_token_ids": list(tokens), "cache_salt": name}
             async for answer in self._link.client.generate(prompt, parameters, name, lora_request=adapter, priority=1):
@@ -298,14 +298,14 @@ class SharedEngine(VllmEngine):
 
 
 def slot_request(name: str, slot: int) -> Any:
-    """What lets vLLM answer a request under what a slot holds. Cached prefixes go by the name."""
+    """A LoRARequest that makes vLLM use the adapter in a slot. vLLM finds cached prefixes by its name."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(name, slot + 1, "/none")
 
 
 def report(client: Any, throttle: Throttle) -> None:
-    """Let the requests to a client report to a throttle when they begin, when tokens come, and when they end."""
+    """Make a client's requests report to a throttle: their begin, their tokens, and their end."""
     generate = client.generate
 
     async def watched(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
@@ -319,7 +319,7 @@ def report(client: Any, throttle: Throttle) -> None:
         try:
             async for answer in generate(*arguments, **options):
                 now, tokens = time.monotonic(), sum(len(output.token_ids) for output in answer.outputs)
-                for which in range(min(tokens, 64)):  # one, or all where only the last answer is wanted
+                for which in range(min(tokens, 64)):  # one, or all if only the final output is requested
                     note = throttle.first_token if not seen and which == 0 else throttle.token
                     note((now - last) / tokens)
                 last, seen = now, seen + tokens
@@ -331,7 +331,7 @@ def report(client: Any, throttle: Throttle) -> None:
 
 
 def _whole(sums: np.ndarray) -> np.ndarray:
-    """Sums of sequences that have run as requests; RuntimeError unless all have come to their end."""
+    """Sums of sequences that ran as requests; RuntimeError unless all of them finished."""
     if not np.isfinite(sums).all():
         raise RuntimeError("vLLM has ended a scored sequence before its end")
     return sums

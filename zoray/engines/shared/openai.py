@@ -1,7 +1,7 @@
 """vLLM's own OpenAI layer over a client: chat and text completions, streamed or whole, with its errors.
 
-It answers whatever vLLM can be asked, its own extensions too (chat templates in a request, and others): bodies have to
-have passed serving/http/chat_requests.py, which knows OpenAI's fields and leaves all others out.
+It answers everything that vLLM accepts, including vLLM's extensions (such as chat templates in a request): bodies must
+have passed serving/http/chat_requests.py, which keeps OpenAI's fields and leaves out all others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class EngineGone(Exception):
-    """vLLM's core has ended: the request has no answer, and can be asked again."""
+    """vLLM's core has ended: the request has no answer, and can be repeated."""
 
 
 class OpenAI:
@@ -29,9 +29,9 @@ class OpenAI:
 
     @classmethod
     async def open(cls, client: Any, error: ErrorBody) -> OpenAI:
-        """The layer over an AsyncLLM, whose base model is called as its `served_model_name`.
+        """The layer over an AsyncLLM; the base model is called by its `served_model_name`.
 
-        `error`: what an error looks like to those who asked, from (HTTP status, message, parameter at fault).
+        `error`: makes the body of an error response from (HTTP status, message, parameter at fault).
         """
         from starlette.datastructures import State
         from vllm.entrypoints.openai.api_server import init_app_state
@@ -42,7 +42,7 @@ class OpenAI:
 
         embeddings, name = client.model_config.get_vocab_size(), client.model_config.served_model_name
         tokenizer = client.get_tokenizer()
-        tokenizer = await tokenizer if isawaitable(tokenizer) else tokenizer  # in older versions
+        tokenizer = await tokenizer if isawaitable(tokenizer) else tokenizer  # in older versions of vLLM
         guard(tokenizer, load_tokenizer(client.model_config.model), embeddings, name)
         arguments = server_arguments()
         arguments.model = client.model_config.model
@@ -52,7 +52,7 @@ class OpenAI:
         return cls(client, state, error)
 
     def let(self, name: str, slot: int | None) -> None:
-        """Answer requests for `name` under what a slot of the engine's holds from now on; None: no longer."""
+        """From now on answer requests for `name` under the adapter in a slot of the engine; None: stop that."""
         from zoray.engines.shared.engine import slot_request
 
         known = self._state.openai_serving_models.lora_requests
@@ -64,12 +64,12 @@ class OpenAI:
     async def answer(
         self, kind: str, body: Mapping[str, Any], salt: str | None = None
     ) -> AsyncIterator[tuple[int, bool, bytes]]:
-        """(HTTP status, whether it is a stream of events, data) of a request; several only where it is a stream.
+        """Yields (HTTP status, whether it is an event of a stream, data) for a request; several only for a stream.
 
         Args:
             kind: "chat" or "completions".
             body: the request, as JSON values within bounds (serving/http/chat_requests.py).
-            salt: prefixes are shared only among requests with the same one: names of adapters may come again.
+            salt: requests share prefixes only if their salts are equal: names of adapters may be reused.
         """
         from pydantic import ValidationError
 
@@ -83,14 +83,14 @@ class OpenAI:
             where = ".".join(str(part) for part in first["loc"])
             yield 400, False, self._error(400, f"{where}: {first['msg']}" if where else first["msg"], where or None)
             return
-        except Exception as error:  # vLLM's own server has handlers around it; who asks may not have vLLM
+        except Exception as error:  # vLLM's server has handlers for these; the caller may not have vLLM
             found = chat.create_error_response(error)
         if hasattr(found, "__aiter__"):
             async for event in found:
                 yield 200, True, event.encode()
         elif (error := getattr(found, "error", None)) is not None:
-            status = 400 if error.code == 501 else error.code  # what this model can't do was asked for wrongly
-            if self.client.errored:  # its core has died: another engine, or this one soon, can answer
+            status = 400 if error.code == 501 else error.code  # the client asked for what this model can't do
+            if self.client.errored:  # the core has died: another engine, or this one soon, can answer
                 raise EngineGone(error.message)
             yield status, False, self._error(status, error.message, error.param)
         else:
@@ -98,7 +98,7 @@ class OpenAI:
 
 
 def _check_tokens(prompt: Any, embeddings: int) -> None:
-    """Raise ConfigError if a prompt that is given as tokens has one that the model has no embedding for."""
+    """Raise ConfigError if a prompt given as tokens has one without an embedding in the model."""
     for part in prompt if isinstance(prompt, list) else ():
         for token in part if isinstance(part, list) else [part]:
             if isinstance(token, int) and token >= embeddings:

@@ -1,11 +1,11 @@
 """vLLM's scheduler, with room for zoray between the steps of requests and in them.
 
-Between two steps zoray scores in KV blocks of its own, which are put aside here. In a step it scores as requests whose
-names begin with `SCORING`, of which a step takes along as many tokens as its budget allows: none while a request has
-not got its first token yet, so that prompts are read as fast as ever; and none right after one has ended, since
-programs ask the next question then, which would have to wait for the step. `scheduler_cls` is vLLM's own place for
-this. Steps are not scheduled ahead of the device (no async scheduling): what is scored between two of them uses the
-runner's buffers. A core whose server was killed ends as well.
+Between two steps zoray scores in KV blocks that are reserved here. In a step it scores as requests whose names begin
+with `SCORING`; a step takes as many of their tokens as its budget allows: none while a request waits for its first
+token, so that prompts are read as fast as without tuning; and none right after a request has ended, since programs then
+ask the next question, which would have to wait for the step. `scheduler_cls` is vLLM's own setting for this. Steps are
+not scheduled ahead of the device (no async scheduling): scoring between two steps uses the runner's buffers. If the
+server is killed, the core ends as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ QUIET = 2  # steps after a request has ended
 
 
 class SharingScheduler(Scheduler):
-    """Requests get no block of the first `zoray_blocks`; scoring gets the tokens that a step of requests has left."""
+    """Requests get none of the first `zoray_blocks` blocks; scoring gets the tokens that requests leave in a step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -33,7 +33,7 @@ class SharingScheduler(Scheduler):
         self._budget = StepBudget(settings[SLOWDOWN], self.max_num_scheduled_tokens)
         self._decoding, self._stuck, self._began = False, False, 0.0
         self._asking: set[str] = set()  # requests, as of the last step
-        self._quiet = 0  # steps that are to take nothing along
+        self._quiet = 0  # steps to come that take no scoring along
         own: int = settings[BLOCKS]
         pool = self.kv_cache_manager.block_pool
         if own >= pool.get_num_free_blocks():
@@ -46,7 +46,7 @@ class SharingScheduler(Scheduler):
             raise RuntimeError(f"this vLLM hands out KV blocks in another order: {taken[:5]}...")
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's, with scoring behind all requests, as far as there are tokens for it."""
+        """Like vLLM's, with scoring behind all requests, as far as the step has tokens for it."""
         self._began = time.monotonic()
         queued = [r for r in self.waiting if _scores(r.request_id)] if any(map(_scores, self.requests)) else []
         scoring = [r for r in self.running if _scores(r.request_id)]
@@ -76,16 +76,16 @@ class SharingScheduler(Scheduler):
                 self.waiting.add_request(request)
 
     def _tokens(self, others: list[Any], waits: bool) -> int:
-        """Of scoring, in the next step."""
-        if self._stuck:  # a request waits for blocks or for a place, and scoring has some: let that come to its end
+        """Tokens of scoring in the next step."""
+        if self._stuck:  # a request waits for blocks or a place that scoring holds: let scoring finish
             return MOST_ALONE
         if not others:
             return 0 if waits else self._budget.alone()
-        quiet = self._quiet and not self._budget.starved  # of many requests one ends all the time
+        quiet = self._quiet and not self._budget.starved  # among many requests, one ends all the time
         return self._budget.tokens() if self._decoding and not quiet else 0
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; how long the step has taken is noted."""
+        """Like vLLM's; also notes the step's duration."""
         found = super().update_from_output(scheduler_output, *args, **kwargs)
         if self._decoding:
             counts = scheduler_output.num_scheduled_tokens.items()
@@ -99,7 +99,7 @@ def _scores(name: str) -> bool:
 
 
 def _left(request: Any) -> int:
-    """Tokens of a request that have no KV yet: 1 where it only goes on writing."""
+    """Tokens of a request without KV yet: 1 if it is only generating."""
     return request.num_tokens_with_spec - request.num_computed_tokens
 
 

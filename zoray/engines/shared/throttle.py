@@ -1,13 +1,13 @@
-"""When tuning may take an engine that answers people as well, and for how long at a time.
+"""Decides when tuning may use an engine that also answers requests, and for how long at a time.
 
-Scoring and requests take turns: what is scored between two steps of the requests is a slice, and the longest delay that
-a slice can cause is its own length. Guarantees: with `max_slowdown` s, a slice that begins between requests, while
-there is traffic, takes at most (s - 1) of the usual time to a first token. One that begins while requests are under way
-takes at most (s - 1) of their usual step, but for one in `RARE` steps that may take as long as one between requests,
-and all of them together take at most `SHARE` of that time. All this as far as the cost of a slice, estimated from
-those before it, is right. Without traffic nothing is held back, and slices are as large as is best for them: small ones
-cost up to half of the speed. Where the smallest slice takes too long there is no tuning during traffic, but for a try
-now and then: the estimate may be of a bad moment.
+Scoring and requests take turns: scoring between two steps of requests is a slice, and a slice delays a request by at
+most its own length. Guarantees: with `max_slowdown` s, a slice that begins between requests, while there is traffic,
+takes at most (s - 1) of the usual time to first token. A slice that begins while requests are under way takes at most
+(s - 1) of their usual step, except one in `RARE` steps that may take as long as a slice between requests; all slices
+together take at most `SHARE` of that time. All of this holds as far as the cost of a slice, estimated from earlier
+ones, is right. Without traffic no slice is held back, and slices are as large as suits them: small slices cost up to
+half of the speed. If even the smallest slice takes too long, there is no tuning during traffic, except for a try now
+and then: the estimate may come from a bad moment.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from zoray.records import require
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TRAFFIC_SECONDS = 20.0  # after the last request, until nobody is expected
-DOUBT_SECONDS = 30.0  # that a slice is held back for its cost, until the highest cost seen is forgotten
+TRAFFIC_SECONDS = 20.0  # after the last request, until no request is expected
+DOUBT_SECONDS = 30.0  # for which a slice is held back for its cost, before the highest cost seen is forgotten
 
 
 class Closed(Exception):
-    """The engine is about to end, or nobody waits for what it scores any more."""
+    """The engine is about to end, or its scores are no longer needed."""
 
 
 class Throttle:
-    """Turns of one engine. Requests report from the server's loop, slices come from the thread that tunes."""
+    """Turns of one engine. Requests report from the server's loop, slices come from the tuning thread."""
 
     def __init__(self, max_slowdown: float = 1.5, clock: Callable[[], float] = time.monotonic) -> None:
         require(max_slowdown >= 1.0, "max_slowdown of at least 1", max_slowdown)
@@ -46,30 +46,30 @@ class Throttle:
         self._first: deque[float] = deque(maxlen=REMEMBERED)  # seconds to first tokens
         self._steps: deque[float] = deque(maxlen=4 * REMEMBERED)  # seconds between tokens of a request
         self._costs: defaultdict[str, Cost] = defaultdict(Cost)  # of slices, by their kind
-        self._since_long = 0  # tokens of requests since the last slice that took longer than a step allows
-        self._ran: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # slices, from when to when
+        self._since_long = 0  # tokens of requests since a slice last took longer than a step allows
+        self._ran: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)  # (begin, end) of slices
         self._closed = False
         self.waited = 0.0  # seconds that slices have been held back
 
-    # What the server reports.
+    # Called by the server.
 
     def began(self) -> None:
-        """A request has come."""
+        """Note that a request has come."""
         with self._changed:
             self._settle()
             self._under_way += 1
 
     def first_token(self, seconds: float) -> None:
-        """Its first token has come, so long after it."""
+        """Note its first token, this long after the request."""
         self._first.append(self._undisturbed(seconds))
 
     def token(self, seconds: float) -> None:
-        """A further one, so long after the one before."""
+        """Note a further token, this long after the one before."""
         self._steps.append(self._undisturbed(seconds))
         self._since_long += 1
 
     def ended(self) -> None:
-        """It has got its last token, or has gone."""
+        """Note that a request has its last token, or was cancelled."""
         with self._changed:
             self._settle()
             self._under_way -= 1
@@ -81,18 +81,18 @@ class Throttle:
         """Requests that are being answered."""
         return self._under_way
 
-    # What the tuning thread asks.
+    # Called by the tuning thread.
 
     def wait(self, kind: str, least: float, most: float = math.inf, join: bool = False) -> float:
-        """Hold back a slice until it may run; how much of its work, `least` at least, it may do then.
+        """Hold back a slice until it may run; returns how much work, `least` or more, it may do then.
 
-        0 says that requests are under way whose steps can take the work along, where it can `join` them.
+        Returns 0 if the work can `join` requests that are under way, whose steps will take it along.
 
         Args:
-            kind: of work, whose speed is known from earlier slices of it.
+            kind: of work; its speed is known from earlier slices of this kind.
             least: the smallest slice, in the units of the work.
-            most: the largest one, which is taken where nobody is expected.
-            join: whether the work can be done in the steps of requests.
+            most: the largest slice, for times when no request is expected.
+            join: whether the steps of requests can do the work.
 
         Raises:
             Closed: the engine ends.
@@ -116,19 +116,19 @@ class Throttle:
                 self._changed.wait(min(for_how_long, 0.25))
 
     def free(self, kind: str, size: float) -> bool:
-        """Whether a slice of that size may run at once."""
+        """Whether a slice of this size may run at once."""
         with self._changed:
             seconds, _ = self._allowed()
             return math.isinf(seconds) or (not self._under_way and self._size(kind, seconds, size) is not None)
 
     @property
     def idle(self) -> bool:
-        """Whether nobody is expected."""
+        """Whether no request is expected."""
         with self._changed:
             return math.isinf(self._allowed()[0])
 
     def took(self, kind: str, size: float, seconds: float) -> None:
-        """A slice has run."""
+        """Note a finished slice."""
         with self._changed:
             now = self._clock()
             self._ran.append((now - seconds, now))
@@ -140,18 +140,18 @@ class Throttle:
                     self._since_long = 0
 
     def forget(self) -> None:
-        """Forget what slices have cost: the first ones of an engine are slow."""
+        """Forget the costs of slices so far: an engine's first slices are slow."""
         with self._changed:
             self._costs.clear()
 
     def close(self) -> None:
-        """Let nobody wait any longer."""
+        """Make every `wait` raise Closed, including those under way."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def _allowed(self) -> tuple[float, float]:
-        """(seconds that a slice may take now, seconds after which that may be more)."""
+        """(seconds that a slice may take now, seconds until it may take more)."""
         self._settle()
         if self._under_way:
             rare = self._since_long >= RARE * self._under_way and self._credit.left > 0
@@ -168,22 +168,22 @@ class Throttle:
         return min((self.max_slowdown - 1) * median(self._first), LONGEST) if self._first else 0.0
 
     def _settle(self) -> None:
-        """Credit for the time in which requests have been under way."""
+        """Add credit for the time that requests have been under way."""
         now = self._clock()
         if self._under_way:
             self._credit.earn(now - self._credited)
         self._credited = now
 
     def _size(self, kind: str, seconds: float, least: float) -> float | None:
-        """The most work that is expected to take so long; None if not even the least is."""
+        """The most work expected to fit in these seconds; None if not even `least` does."""
         cost = self._costs[kind]
-        if not cost.known:  # somebody has to be the first
+        if not cost.known:  # a first slice has to be tried
             return least if seconds > 0 and not self._under_way else None
         size = cost.size(seconds)
         return None if size < least else least if math.isinf(size) else size
 
     def _undisturbed(self, seconds: float) -> float:
-        """What has just ended, so long after it began, without the slices in it: they would be allowed ever more."""
+        """A duration that has just ended, minus the slices in it: with them, slices would be allowed ever more time."""
         began = (now := self._clock()) - seconds
         with self._changed:
             return seconds - sum(max(0.0, min(end, now) - max(start, began)) for start, end in self._ran)

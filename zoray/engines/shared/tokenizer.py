@@ -1,7 +1,7 @@
-"""The tokenizer of a server's requests: it reads them as training reads rows (control.py, prompts.py).
+"""The tokenizer of a server's requests: it reads them as training reads rows (control.py, tokens.py).
 
-What people write in a chat is text, and never a control token of the template's; no prompt ends in an end of text; no
-token is beyond the model's embeddings.
+Messages in a chat are text, never control tokens of the template; no prompt ends in an end of text; no token is beyond
+the model's embeddings.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from zoray.models.tokens import PROBE, every_text, opening
 
 
 def guard(tokenizer: Any, inner: Any, embeddings: int, name: str) -> None:
-    """Change a tokenizer that vLLM has, in place, whoever holds it.
+    """Change a tokenizer of vLLM's in place, so that all its holders get the change.
 
     Args:
-        tokenizer: vLLM's, whose calls may come from several threads.
-        inner: another of the same folder, for texts that vLLM's is not asked about.
-        embeddings: how many tokens the model knows.
-        name: of the model, for messages.
+        tokenizer: vLLM's; calls may come from several threads.
+        inner: another tokenizer from the same folder, for texts that vLLM's does not get.
+        embeddings: number of tokens that the model has embeddings for.
+        name: the model's name in messages.
     """
     from transformers import BatchEncoding
 
@@ -75,5 +75,5 @@ def guard(tokenizer: Any, inner: Any, embeddings: int, name: str) -> None:
 
 
 def at(key: str, change: Any) -> Any:
-    """What a message's values go through: a role is the API's own word."""
+    """Apply `change` to a message's values, except a role, which is the API's own word."""
     return (lambda text: text) if key in ("role", "type") else change
