@@ -1,1 +1,1 @@
-"""What residual feedback needs of an engine: what a pass keeps, the stream's gradient, and the maps of layers."""
+"""Residual feedback in an engine: the rows that a pass keeps, the stream's gradient, and the maps of layers."""

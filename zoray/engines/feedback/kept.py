@@ -1,9 +1,9 @@
-"""What a forward pass keeps of itself for residual feedback, at the rows that are asked for, and nothing else.
+"""Keeps tensors of a forward pass for residual feedback, at the requested rows only.
 
-Two kinds. `Rows` is for layers that Python calls: they hand their tensors over, and the asked rows of them are taken.
-`StaticRows` is for a model that torch compiles and a CUDA graph holds, in which no Python is called: every forward
-copies the rows of a table into buffers, both allocated once, before the model is compiled. That is the only copy, and
-its size is bounded (`most_rows`); it is made whether anybody asks or not, of row 0 where nobody does. Shapes: R rows.
+`KeptRows` is for layers that Python calls: they hand over their tensors, and it takes the requested rows. `StaticRows`
+is for a model that torch compiles and a CUDA graph holds, in which no Python is called: every forward copies the rows
+of a table into buffers, both allocated once, before the model is compiled. That is the only copy, and its size is
+bounded (`most_rows`); every forward makes it, of row 0 if no rows are requested. Shapes: R rows.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
-ROW_BYTES = 1 << 26  # of a forward's rows that are kept, at least
-WHOLE_TOKENS = 1024  # of a step that is kept as a whole: those with scored tokens in them are small
+ROW_BYTES = 1 << 26  # at least, for the kept rows of a forward
+WHOLE_TOKENS = 1024  # in a step that is kept as a whole: steps with scored tokens are small
 ROW_SHARE = 0.04  # of the bytes of the model's weights
 
 
 class Kept(NamedTuple):
-    """What feedback needs of some rows; matrices by what their layers call themselves."""
+    """The tensors that feedback needs at some rows; the keys of matrices are chosen by their layers."""
 
     inputs: Mapping[Hashable, torch.Tensor]  # (R, in)
-    outputs: Mapping[Hashable, torch.Tensor]  # (R, out) of those with a norm behind them
+    outputs: Mapping[Hashable, torch.Tensor]  # (R, out) of matrices with a norm behind them
     stream: torch.Tensor  # (R, hidden) before the final norm, float32
-    hidden: torch.Tensor  # (R, hidden) behind it
+    hidden: torch.Tensor  # (R, hidden) after the final norm
 
 
 def joined(parts: Sequence[Kept]) -> Kept:
-    """All rows of some parts."""
+    """The rows of all parts."""
     inputs, outputs = (
         {layer: torch.cat([getattr(part, field)[layer] for part in parts]) for layer in getattr(parts[0], field)}
         for field in ("inputs", "outputs")
@@ -41,26 +41,26 @@ def joined(parts: Sequence[Kept]) -> Kept:
 
 
 class KeptRows:
-    """Of the asked rows: each matrix's input, of some its output, and the stream before the final norm.
+    """Each matrix's input, some matrices' output, and the stream before the final norm, at the requested rows.
 
     Args:
-        layers: what a matrix's layer calls itself -> whether its output is wanted as well.
+        layers: key of a matrix's layer -> whether to keep its output as well.
     """
 
     def __init__(self, layers: Mapping[Hashable, bool]) -> None:
         self.layers = dict(layers)
-        self.at: torch.Tensor | None = None  # (R,) tokens of the forward; None takes nothing
-        self.whole = False  # or, where that is not known before, all of them; `of` asks afterwards
+        self.at: torch.Tensor | None = None  # (R,) tokens of the forward; None keeps nothing
+        self.whole = False  # or keep all tokens, if the rows are not known before; `of` selects them afterwards
         self.inputs: dict[Hashable, torch.Tensor] = {}  # (R, in)
         self.outputs: dict[Hashable, torch.Tensor] = {}  # (R, out)
         self.stream: torch.Tensor | None = None  # (R, hidden) float32
 
     def ask(self, at: torch.Tensor) -> None:
-        """Of the next forward, these tokens (R,)."""
+        """Request these tokens (R,) of the next forward."""
         self.at = at
 
     def fits(self, rows: int) -> bool:
-        """Whether so many can be asked of a forward that has been compiled or captured."""
+        """Whether a compiled or captured forward can keep this many rows."""
         return True
 
     def keep(self, layer: Hashable, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -72,7 +72,7 @@ class KeptRows:
             self.outputs[layer] = y.clone() if self.at is None else y.index_select(0, self.at)
 
     def keep_stream(self, x: torch.Tensor, rest: torch.Tensor | None = None) -> None:
-        """Called before the final norm, with hidden states and what has been left to be added to them."""
+        """Called before the final norm, with hidden states and the residual still to be added to them."""
         if self._takes(x):
             self.stream = taken(self.at, x, rest)
 
@@ -80,7 +80,7 @@ class KeptRows:
         return self.at is not None or (self.whole and len(x) <= WHOLE_TOKENS)
 
     def of(self, at: torch.Tensor, hidden: torch.Tensor) -> Kept:
-        """Of the last forward, kept as a `whole`, these tokens (R,); `hidden` are its hidden states."""
+        """These tokens (R,) of the last forward, which was kept as a `whole`; `hidden`: its hidden states."""
         assert self.stream is not None and len(self.stream) == len(hidden)
         inputs, outputs = (
             {layer: part.index_select(0, at) for layer, part in parts.items()} for parts in (self.inputs, self.outputs)
@@ -88,21 +88,21 @@ class KeptRows:
         return Kept(inputs, outputs, self.stream.index_select(0, at), hidden.index_select(0, at))
 
     def clear(self) -> None:
-        """Ask for nothing, and forget what was kept."""
+        """Request nothing, and forget the kept rows."""
         self.at = self.stream = None
         self.inputs.clear()
         self.outputs.clear()
 
 
 class StaticRows(KeptRows):
-    """The same from buffers. More rows than these have are taken by Python, of a forward that runs without graphs.
+    """The same from buffers. If they are too small, Python takes the rows, from a forward that runs without graphs.
 
     Args:
-        widths: name of a matrix -> (in, out), or (in, 0) where its output is not wanted.
+        widths: name of a matrix -> (in, out), or (in, 0) if its output is not needed.
         hidden: H.
-        most: rows.
-        dtype: of the model.
-        device: of the model.
+        most: rows in a buffer.
+        dtype: the model's.
+        device: the model's.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class StaticRows(KeptRows):
         self.stream_buffer = torch.zeros(most, hidden, dtype=torch.float32, device=device)
 
     def ask(self, at: torch.Tensor) -> None:
-        """See KeptRows.ask. What is read of the buffers is what the next forward puts there."""
+        """See KeptRows.ask. The next forward fills the buffers."""
         count = len(at)
         if not self.fits(count):
             super().ask(at)
@@ -132,7 +132,7 @@ class StaticRows(KeptRows):
         return rows <= self.most
 
     def keep(self, layer: Any, x: torch.Tensor, y: torch.Tensor) -> None:
-        """See KeptRows.keep; torch.compile sees the copies alone."""
+        """See KeptRows.keep; torch.compile sees only the copies."""
         if self.at is not None:
             super().keep(layer, x, y)
             return
@@ -141,20 +141,20 @@ class StaticRows(KeptRows):
             self.output_buffers[layer].copy_(y.index_select(0, self.table))
 
     def keep_stream(self, x: torch.Tensor, rest: torch.Tensor | None = None) -> None:
-        """See KeptRows.keep_stream; likewise."""
+        """See KeptRows.keep_stream; torch.compile sees only the copy."""
         if self.at is not None:
             super().keep_stream(x, rest)
             return
         self.stream_buffer.copy_(taken(self.table, x, rest))
 
     def clear(self) -> None:
-        """Ask for row 0, which every forward has: later ones may be shorter than what was asked for."""
+        """Request row 0, which every forward has: later forwards may be too short for the rows requested before."""
         super().clear()
         self.table.zero_()
 
 
 class Keeping:
-    """In the place of a LoRA layer's wrapper: what that does, then the rows are kept."""
+    """Replaces a LoRA layer's wrapper: does the same, then keeps the rows."""
 
     def __init__(self, wrapper: Any, rows: KeptRows, name: str) -> None:
         self.wrapper, self.rows, self.name = wrapper, rows, name
@@ -167,11 +167,11 @@ class Keeping:
 
 
 def keep_stream(norm: Any, rows: KeptRows) -> None:
-    """Let a final norm hand over what it is given.
+    """Let a final norm hand over its input.
 
     Through its class, since compiled code does not call an instance's own `forward`, and finds a hook by a number that
-    is another one in the next process. What is left to be added is added before: vLLM's own kernel does both in place,
-    and its passes over a compiled graph do not look for others that read what it overwrites.
+    changes with the process. The residual is added before: vLLM's own kernel adds and normalises in place, and its
+    passes over a compiled graph do not look for other readers of what it overwrites.
     """
     kind = type(norm)
 
@@ -186,7 +186,7 @@ def keep_stream(norm: Any, rows: KeptRows) -> None:
 
 
 def taken(at: torch.Tensor | None, x: torch.Tensor, rest: torch.Tensor | None) -> torch.Tensor:
-    """Rows (all for None) of hidden states and of what is left to be added to them, as float32; never x itself."""
+    """Rows (all for None) of hidden states plus the residual still to be added, as float32; never x itself."""
     some = x.to(torch.float32, copy=True) if at is None else x.index_select(0, at).float()
     if rest is None:
         return some
@@ -194,7 +194,7 @@ def taken(at: torch.Tensor | None, x: torch.Tensor, rest: torch.Tensor | None) -
 
 
 def most_rows(model: Any, widths: Mapping[str, tuple[int, int]], hidden: int, dtype: torch.dtype) -> int:
-    """How many rows may be kept of a forward: by the bytes of each, see StaticRows, and of the model's weights."""
+    """The most rows to keep of a forward, from the bytes of a row, see StaticRows, and of the model's weights."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     row = sum(into + out for into, out in widths.values()) * dtype.itemsize + 4 * hidden
     return max(1, int(max(ROW_BYTES, ROW_SHARE * weights)) // row)

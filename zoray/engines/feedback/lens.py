@@ -1,9 +1,9 @@
-"""How the residual stream goes on from a layer, as a linear map that is fitted to the base model's own streams.
+"""Linear maps from the residual stream at a layer to its end, fitted to the base model's own streams.
 
 For each matrix that writes to the stream: h_end ~ h (I + U V) + c, where h is the stream right after it and h_end that
 before the final norm, by ridge regression over the tokens of a few training examples (the translators of the tuned
 lens, Belrose et al., arXiv 2303.08112, fitted in closed form). For normally distributed h this is the mean Jacobian of
-all that lies between (Stein's lemma), so its transpose brings the gradient at the end down to the layer: no backward
+everything in between (Stein's lemma), so its transpose carries the gradient from the end down to the layer: no backward
 pass, one small product a matrix. Shapes: n rows, H hidden, q rank of a map.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 RIDGE = 1e-2  # of the mean variance of a stream's elements
-SUMS_BYTES = 1 << 28  # of the products that are summed at a time
+SUMS_BYTES = 1 << 28  # of products summed at a time
 
 
 class Map(NamedTuple):
@@ -30,10 +30,10 @@ class Map(NamedTuple):
     v: torch.Tensor  # (q, H)
 
     def back(self, gradient: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """The gradient (n, H) at the map's input from that at its output.
+        """The gradient (n, H) at the map's input, from the gradient at its output.
 
-        `positions` (n,) of the rows in their sequences: the first few, whose streams are unlike all others and which no
-        map is fitted to, have it as it is.
+        `positions` (n,) of the rows in their sequences: at the first few, whose streams are unlike all others and are
+        left out of the fit, the gradient stays unchanged.
         """
         mapped = torch.addmm(gradient, gradient @ self.v.t(), self.u.t())
         return mapped if positions is None else torch.where(positions[:, None] < SKIPPED, gradient, mapped)
@@ -45,19 +45,19 @@ class Products:
 
     count: int = 0
     x: Any = 0.0  # (H,)
-    y: Any = 0.0  # (H,) of what the stream gains to its end
+    y: Any = 0.0  # (H,) of what the stream gains up to its end
     xx: Any = 0.0  # (H, H)
     xy: Any = 0.0  # (H, H)
 
     def add(self, x: torch.Tensor, end: torch.Tensor) -> None:
-        """Rows of the stream (n, H) and of its end (n, H)."""
+        """Add rows of the stream (n, H) and of its end (n, H)."""
         gain = end - x
         self.count += len(x)
         self.x, self.y = self.x + x.sum(0), self.y + gain.sum(0)
         self.xx, self.xy = self.xx + x.t() @ x, self.xy + x.t() @ gain
 
     def fit(self, rank: int) -> Map:
-        """The best map of a rank of those that the regression gives; from one row at least."""
+        """The regression's best map of this rank; needs at least one row."""
         n = self.count
         mean_x, mean_y = self.x / n, self.y / n
         cov = self.xx / n - torch.outer(mean_x, mean_x)
@@ -69,15 +69,15 @@ class Products:
 
 
 def at_once(hidden: int) -> int:
-    """How many streams are fitted at a time: their products are the most memory that a fit takes."""
+    """The number of streams to fit at a time: their products take most of a fit's memory."""
     return max(1, SUMS_BYTES // (3 * 4 * hidden * hidden))
 
 
 class Streams:
-    """Hooks that note the stream right after each of some matrices, and its end, at some rows of a forward pass.
+    """Hooks that record the stream right after each of some matrices, and at its end, at some rows of a forward pass.
 
     Args:
-        model: of transformers or vLLM.
+        model: from transformers or vLLM.
         readers: matrix -> the norm that reads the stream right after it.
         end: the final norm.
     """
@@ -90,7 +90,7 @@ class Streams:
 
     def _keep(self, name: str) -> Any:
         def keep(_: Any, inputs: tuple[Any, ...]) -> None:
-            if self.rows is not None:  # hidden states, and with vLLM what is left to be added to them
+            if self.rows is not None:  # hidden states, and with vLLM the residual still to be added to them
                 parts = [part.flatten(0, -2)[self.rows].float() for part in inputs[:2] if part is not None]
                 self.found[name] = parts[0] + parts[1] if len(parts) > 1 else parts[0]
 
@@ -104,14 +104,14 @@ class Streams:
 def fit(
     readers: Mapping[str, str], end: str, passes: Sequence[Any], run: Any, model: Any, hidden: int, rank: int
 ) -> dict[str, Map]:
-    """The map of every matrix in `readers`; none without rows, where all texts are too short.
+    """The map of every matrix in `readers`; no maps if all texts are too short to give rows.
 
     Args:
         readers: matrix -> the norm that reads the stream right after it.
         end: the final norm.
-        passes: forward passes, what `run` takes.
-        run: runs one of them with a `Streams`, whose rows it sets.
-        model: whose streams these are.
+        passes: forward passes, for `run`.
+        run: runs one pass with a `Streams`, whose rows it sets.
+        model: the model with these streams.
         hidden: H.
         rank: of the maps.
     """

@@ -1,8 +1,8 @@
-"""The residual stream of a model: which matrices write to it, what stands between, and the gradient at its end.
+"""The residual stream of a model: which matrices write to it, which norms come between, and the gradient at its end.
 
 Guarantees: for a family in FAMILIES the feedback of a matrix in the last block is its exact gradient (tests compare it
-with autograd); a model of another family is refused by name, before it loads. Shapes: R rows that are asked for, M
-targets, H hidden, V vocabulary.
+with autograd); a model of another family is refused by name, before it loads. Shapes: R scored rows, M targets, H
+hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 SKIPPED = 4  # first tokens of a sequence, whose streams are hundreds of times as large as others (attention sinks)
-ROWS = 64  # of logits that are worked on at a time
+ROWS = 64  # of logits processed at a time
 
 
 class Family(NamedTuple):
-    """Where a family's final norm is, and its matrices that write to the stream.
+    """A model family's final norm, and its matrices that write to the stream.
 
-    `writers`: the last part of a matrix's name -> the norm of its layer that its output goes through first, or None.
+    `writers`: the last part of a matrix's name -> the norm of its layer that its output passes first, or None.
     `readers`: the norms of a layer that read the stream before its attention, and before its MLP.
     """
 
@@ -52,10 +52,10 @@ FAMILIES = {  # by config.json's model_type
 
 
 def family_of(folder: Path | str, matrices: Iterable[str] = ()) -> Family:
-    """The family of a model's folder, some of whose matrices are to have feedback; reads no weights.
+    """The family of a model's folder, checked for feedback on `matrices`; reads no weights.
 
     Raises:
-        ConfigError: the family is not known, or one of the matrices does not write to the stream.
+        ConfigError: the family is unknown, or one of the matrices does not write to the stream.
     """
     from transformers import AutoConfig
 
@@ -63,7 +63,7 @@ def family_of(folder: Path | str, matrices: Iterable[str] = ()) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ConfigError(
-            f"expected a model of one of these families for estimator=feedback, which has to know its residual stream: "
+            f"expected a model of one of these families for estimator=feedback, which must know its residual stream: "
             f"{', '.join(FAMILIES)}; {folder} is of {config.model_type}. Take estimator=rloo, or another model"
         )
     if config.model_type == "opt" and not (
@@ -71,7 +71,7 @@ def family_of(folder: Path | str, matrices: Iterable[str] = ()) -> Family:
     ):
         raise ConfigError(
             f"expected an OPT model with norms before its blocks and no projections for estimator=feedback; {folder} "
-            "has them otherwise (as OPT-350m). Take estimator=rloo"
+            "differs (like OPT-350m). Take estimator=rloo"
         )
     others = sorted({name.rpartition(".")[2] for name in matrices} - family.writers.keys())
     if others:
@@ -83,14 +83,14 @@ def family_of(folder: Path | str, matrices: Iterable[str] = ()) -> Family:
 
 
 def norm_behind(family: Family, name: str) -> str | None:
-    """The module that a matrix's output goes through before it is added to the stream, if any."""
+    """The norm that a matrix's output passes before it is added to the stream, if any."""
     prefix, layer, leaf = _layer(name)
     behind = family.writers[leaf]
     return None if behind is None else f"{prefix}.{layer}.{behind}"
 
 
 def reader_of(family: Family, name: str, layers: int) -> str:
-    """The norm that reads the stream right after a matrix has written to it, in a model of so many layers."""
+    """The norm that reads the stream right after a matrix has written to it, in a model of `layers` layers."""
     prefix, layer, leaf = _layer(name)
     before_attention, before_mlp = family.readers
     if leaf == next(iter(family.writers)):  # the attention's
@@ -106,7 +106,7 @@ def _layer(name: str) -> tuple[str, int, str]:
 
 
 class Norm(NamedTuple):
-    """A norm as numbers. Of its kinds: root mean square, or (`centred`) mean and variance."""
+    """A norm as numbers, of one of two kinds: root mean square, or (`centred`) mean and variance."""
 
     weight: torch.Tensor  # (H,) float32
     epsilon: float
@@ -114,14 +114,14 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, module: Any) -> Norm:
-        """From a module of transformers' or vLLM's; Gemma's weights are less one."""
+        """From a module of transformers or vLLM; Gemma stores weights minus one."""
         kind = type(module).__name__
         centred = "LayerNorm" in kind and "RMS" not in kind
         epsilon = next(getattr(module, key) for key in ("variance_epsilon", "eps") if hasattr(module, key))
         return cls(module.weight.detach().float() + ("Gemma" in kind), float(epsilon), centred)
 
     def back(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient (R, H) at the input x (R, H) of the norm, from that at its output."""
+        """The gradient (R, H) at the input x (R, H) of the norm, from the gradient at its output."""
         x, gradient = x.float(), gradient * self.weight
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
@@ -132,7 +132,7 @@ class Norm(NamedTuple):
 
 
 class Head(NamedTuple):
-    """An LM head: logits = scale * cap(hidden W^T), with cap(z) = soft_cap * tanh(z / soft_cap) where there is one."""
+    """An LM head: logits = scale * cap(hidden W^T), with cap(z) = soft_cap * tanh(z / soft_cap) if it has one."""
 
     weight: torch.Tensor  # (V, H)
     scale: float = 1.0
@@ -157,9 +157,9 @@ class Head(NamedTuple):
     ) -> torch.Tensor:
         """The gradient (R, H) of sum_m slopes[m] * log p(targets[m] | hidden[row_of[m]]), hidden (R, H).
 
-        The softmax of a row is computed only where its slopes do not cancel, as those of options of one token do.
-        `chunk`: rows whose logits are computed at a time, unless what becomes of them is given: `logps` (R, V), the
-        log-softmax of a head without cap, which is overwritten.
+        The softmax of a row is computed only if its slopes do not cancel, as those of single-token options do.
+        `chunk`: rows whose logits are computed at a time. `logps` (R, V): their log-softmax, if known, for a head
+        without cap; it is overwritten.
         """
         import torch
 
@@ -192,7 +192,7 @@ class Head(NamedTuple):
 
 
 def log_softmax_(logits: torch.Tensor) -> torch.Tensor:
-    """The log-softmax of logits (R, V), in place; some rows at a time, so that nothing of their size is needed."""
+    """The log-softmax of logits (R, V), in place and by groups of rows, to need no second tensor of this size."""
     import torch
 
     for part in logits.split(ROWS):
@@ -203,6 +203,6 @@ def log_softmax_(logits: torch.Tensor) -> torch.Tensor:
 def outer(
     delta: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of A (rank, in) and B (out, rank) from that of the output, (R, out), and the input x (R, in)."""
+    """Gradients of A (rank, in) and B (out, rank), from the gradient at the output (R, out) and the input x (R, in)."""
     x = x.float()
     return (scaling * (delta @ b)).t() @ x, delta.t() @ (scaling * (x @ a.t()))

@@ -1,1 +1,1 @@
-"""vLLM's layers with adapters beside them: products, gated MLPs and norms, on the CPU and on CUDA."""
+"""vLLM's layers and their adapters: products, gated MLPs and norms, on the CPU and on CUDA."""

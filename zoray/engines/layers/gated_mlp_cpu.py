@@ -1,9 +1,9 @@
 """The gated MLP on the CPU: the adapters of gate and up, the activation and the product in one pass over memory.
 
-silu(x Wg^T + low Bg^T) * (x Wu^T + low Bu^T): as operations of their own these write the widest tensor of a layer once
-more for the adapters and read it twice for the activation, all at the speed of memory. Here the products with B wait
-until the activation comes, and torch.compile makes one loop of everything. The layer is used as it is on an unmodified
-wheel. Where there is no compiler, or an MLP does more between its products, everything stays as it was.
+silu(x Wg^T + low Bg^T) * (x Wu^T + low Bu^T): as separate operations these write the widest tensor of a layer once more
+for the adapters and read it twice for the activation, all at the speed of memory. Here the products with B wait for the
+activation, and torch.compile makes one loop of everything. The wheel and its layer stay unmodified. Without a compiler,
+or if an MLP does more between its products, nothing changes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def plain(y: torch.Tensor) -> torch.Tensor:
 def adapted(
     y: torch.Tensor, low_gate: torch.Tensor, low_up: torch.Tensor, b_gate: torch.Tensor, b_up: torch.Tensor
 ) -> torch.Tensor:
-    """The same of y + low B^T under S adapters: y (S, L, 2 * width), low (S, L, rank), B^T (S, rank, width)."""
+    """The same for y + low B^T under S adapters: y (S, L, 2 * width), low (S, L, rank), B^T (S, rank, width)."""
     width = y.shape[-1] // 2
     gate, up = y[..., :width], y[..., width:]
     for k in range(low_gate.shape[-1]):
@@ -43,20 +43,20 @@ def adapted(
 
 @lru_cache(maxsize=1)
 def compiled() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]] | None:
-    """`plain` and `adapted` for any shape of two and more; None where torch can't compile. Seconds, once a process."""
-    options: dict[str, Any] = {"cpp.threads": torch.get_num_threads()}  # which makes the disk cache tell them apart
+    """`plain` and `adapted` for any sizes from two on; None if torch can't compile. Takes seconds, once a process."""
+    options: dict[str, Any] = {"cpp.threads": torch.get_num_threads()}  # part of the disk cache's key
     alone = torch.compile(plain, dynamic=True, options=options)
     try:
         with torch.inference_mode():
             alone(torch.zeros(35, 128))
-    except Exception as error:  # no compiler, a broken one: what it would have sped up works without
+    except Exception as error:  # no compiler, or a broken one: activations work without it
         log.warning("activations stay uncompiled: %s", str(error).split("\n")[0])
         return None
     return alone, torch.compile(adapted, dynamic=True, options=options)
 
 
 class GatedActivation:
-    """What an MLP calls between its two products, in place of vLLM's own."""
+    """Replaces vLLM's own activation between an MLP's two products."""
 
     def __init__(self, wrapper: SegmentedLora, before: Callable[[torch.Tensor], torch.Tensor]) -> None:
         functions = compiled()
@@ -66,23 +66,23 @@ class GatedActivation:
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
         held = self.wrapper.take(y)
         if held is None:
-            few = len(y) == 1 or y.numel() < FUSED_ELEMENTS  # one row would be compiled for anew
+            few = len(y) == 1 or y.numel() < FUSED_ELEMENTS  # torch would compile again for one row
             return self.before(y) if few else self.plain(y)
         count = held.b[0].shape[0]
         return self.adapted(y.unflatten(0, (count, -1)), *held.low, *held.b).flatten(0, 1)
 
 
 def fuse(model: Any, wrapper: SegmentedLora, rank: int) -> list[Any]:
-    """Let the MLPs of a model of vLLM take the adapters of gate and up in their activation; which ones did.
+    """Let the MLPs of a vLLM model apply the adapters of gate and up in their activation; returns those MLPs.
 
-    `rank` of the adapters: a loop over it is unrolled, so that only small ones gain.
+    `rank`: of the adapters; the loop over it is unrolled, so only small ranks gain.
     """
     mlps = [module for module in model.modules() if _is_gated(module)]
     if not mlps or rank > FUSED_RANK or compiled() is None:
         return []
     for mlp in mlps:
         linear = mlp.gate_up_proj
-        if joined_b(linear.lora_b_stacked) is None:  # else its B^T has rows in memory already
+        if joined_b(linear.lora_b_stacked) is None:  # else its B^T already lies by rows in memory
             slots = [b[:, 0].transpose(1, 2).contiguous() for b in linear.lora_b_stacked]  # (slots, rank, width)
             linear.lora_b_stacked = tuple(b.transpose(1, 2).unsqueeze(1) for b in slots)
         mlp.act_fn._forward_method = GatedActivation(wrapper, mlp.act_fn._forward_method)
@@ -91,10 +91,10 @@ def fuse(model: Any, wrapper: SegmentedLora, rank: int) -> list[Any]:
 
 
 def settle(mlps: list[Any], wrapper: SegmentedLora, slots: int) -> dict[str, float]:
-    """What the proof of fused MLPs has measured; if it fails they are as before, and slower: a warning says why."""
+    """The error measured by the proof of fused MLPs; if it fails, they are restored, with a warning, and slower."""
     try:
         return {"activation_error": prove_fused(mlps, wrapper, slots)}
-    except Exception as error:  # whatever it is, the run can do without
+    except Exception as error:  # the run can do without, whatever the error
         log.warning("activations stay as they are in vLLM: %s", str(error).split("\n")[0])
         wrapper.gated = frozenset()
         for mlp in mlps:
@@ -104,10 +104,10 @@ def settle(mlps: list[Any], wrapper: SegmentedLora, slots: int) -> dict[str, flo
 
 @torch.inference_mode()
 def prove_fused(mlps: list[Any], wrapper: SegmentedLora, slots: int) -> float:
-    """The largest relative error of fused MLPs under the adapters of some slots, the first and the last ones.
+    """The largest relative error of fused MLPs under the adapters of the first and the last slots.
 
-    It compiles as well, so that no step does. Shapes of the first call decide how the loop is shared out among threads:
-    three adapters (all, where there are fewer) of many tokens.
+    It also compiles, so that no step does. The shapes of the first call decide how threads divide the loop: three
+    adapters (or all, if fewer) of many tokens.
 
     Raises:
         ValueError: an MLP of this vLLM does something else between its two products.

@@ -2,10 +2,10 @@
 
 The stock CPU wrapper indexes `lora_a_weights[lora_indices]`, which copies a full A and B for every token. Tokens of one
 adapter always stand together (the packed scorer orders them by slot; the scheduler keeps a request's tokens together),
-so runs of equal adapters can share a GEMM; runs of equal length, as probes of one batch have, share a batched one; and
-runs of a token or two, as completions have, take all slots in one product, in which those of others are zeroed. The
+so runs of equal adapters share a GEMM; runs of equal length, as from probes of one batch, share a batched GEMM; and
+runs of a token or two, as in completions, multiply by all slots in one product, with other slots' columns zeroed. The
 matrices that a layer has fused (q, k and v; gate and up) lie in one tensor, so that x A^T is a single GEMM for all of
-them, and for all slots where these hold the same A. Guarantees: an adapter whose B is zero leaves the output's bits
+them, and also for all slots if these hold the same A. Guarantees: an adapter whose B is zero leaves the output's bits
 untouched.
 """
 
@@ -24,45 +24,45 @@ from zoray.engines.layers.vllm_layers import join_a, join_b
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-FUSED_ELEMENTS = 1 << 18  # of a layer's output from which on they are left to the activation
+FUSED_ELEMENTS = 1 << 18  # of a layer's output; from here on the activation applies the adapters
 PLAIN = ("ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear", "RowParallelLinear")
 FUSED_RANK = 8  # the largest rank whose products with B an activation takes over
-SHORT_RUN = 16  # mean tokens of a run up to which all slots are multiplied at once
-JOINED_ELEMENTS = 1 << 15  # of a slot's B, with the zeros between matrices, up to which one product beats several
+SHORT_RUN = 16  # tokens of a run on average; up to here all slots are multiplied at once
+JOINED_ELEMENTS = 1 << 15  # of a slot's B with the zeros between matrices; up to here one product beats several
 
 
 @dataclass(frozen=True)
 class Held:
     """Products with B that wait for the activation: their layer's output, and x A^T and B^T of its two matrices."""
 
-    output: int  # address of its data
+    output: int  # address of the output's data
     low: tuple[torch.Tensor, torch.Tensor]  # (S, L, rank)
     b: tuple[torch.Tensor, torch.Tensor]  # (S, rank, width)
 
 
 class Views(NamedTuple):
-    """A layer's tensors as the products over some slots take them."""
+    """Views of a layer's tensors for products over some slots."""
 
-    stacked_b: tuple[torch.Tensor, ...]  # whose they are
-    a: torch.Tensor  # A^T of all its matrices: (in, columns) where the slots share it, else (S, in, columns)
+    stacked_b: tuple[torch.Tensor, ...]  # the layer's, to recognise it
+    a: torch.Tensor  # A^T of all its matrices: (in, columns) if the slots share it, else (S, in, columns)
     b: tuple[tuple[slice | None, slice | None, torch.Tensor], ...]  # (of low, of the output, B^T (S, used, out))
     rank: int  # columns of a matrix
 
 
 class SegmentedLora(PunicaWrapperCPU):
-    """Drop-in for the wrapper that all LoRA layers of a CPU worker share."""
+    """Drop-in for the wrapper shared by all LoRA layers of a CPU worker."""
 
     segments: tuple[tuple[int, int, int], ...] = ()  # (slot, first token, last token + 1)
     row_segments: tuple[tuple[int, int, int], ...] = ()  # the same for the rows that reach the LM head
-    used_rank: int | None = None  # ranks above it are zero in every slot, and skipped in B
+    used_rank: int | None = None  # higher ranks are zero in every slot, and are skipped in B
     embeds = True  # whether an embedding has adapters
-    one_a = False  # whether all slots that tokens are mapped to hold the same A
+    one_a = False  # whether all slots in use hold the same A
     gated: frozenset[int] = frozenset()  # ids of the B whose products an activation adds (gated_mlp_cpu.py)
     _deferring = _however_small = False
     _held: Held | None = None
-    _slots: tuple[int, int, bool] = (0, 0, False)  # (first, how many, whether with one A) that `_views` are for
-    _equal: tuple[int, int, int] | None = None  # (first slot, slots, tokens of each) where segments are alike
-    _masks: tuple[int, torch.Tensor] | None = None  # (first slot, (tokens, slots) of 0 and 1) where runs are short
+    _slots: tuple[int, int, bool] = (0, 0, False)  # (first, count, whether with one A) of the slots in `_views`
+    _equal: tuple[int, int, int] | None = None  # (first slot, slots, tokens of each) if segments are alike
+    _masks: tuple[int, torch.Tensor] | None = None  # (first slot, (tokens, slots) of 0 and 1) if runs are short
 
     def map_tokens(
         self,
@@ -71,7 +71,7 @@ class SegmentedLora(PunicaWrapperCPU):
         row_slots: Sequence[int] = (),
         padded: int | None = None,
     ) -> None:
-        """Which tokens belong to which slot, -1 for none, and the slots of the rows that reach the LM head.
+        """Set the slot of each token, -1 for none, and the slots of the rows that reach the LM head.
 
         An embedding looks A up at slot * vocabulary + token. Padding, if any, belongs to no slot.
         """
@@ -83,7 +83,7 @@ class SegmentedLora(PunicaWrapperCPU):
 
     @property
     def capacity(self) -> int:
-        """How many tokens can be mapped."""
+        """The number of tokens that can be mapped."""
         return len(self._embeddings_indices)
 
     def update_metadata(
@@ -110,7 +110,7 @@ class SegmentedLora(PunicaWrapperCPU):
         """y[t] += scale * x[t] A^T B^T for the adapter of each token t, in place; y (T, out), x (T, in)."""
         if not self.segments:
             return
-        begin, stop = self.segments[0][1], self.segments[-1][2]  # tokens of no adapter come before
+        begin, stop = self.segments[0][1], self.segments[-1][2]  # tokens without an adapter come before
         whole = stop - begin == len(y)
         if not whole:
             x, y = x[begin:stop], y[begin:stop]
@@ -123,7 +123,7 @@ class SegmentedLora(PunicaWrapperCPU):
         first, count, length = self._equal
         views = self._views_of(lora_a_stacked, lora_b_stacked, first, count)
         low = (x @ views.a).view(count, length, -1) if self.one_a else torch.bmm(x.view(count, length, -1), views.a)
-        # all rows, in several runs of several tokens: one of either would be compiled for anew
+        # all rows, in several runs of several tokens: torch would compile again for one run, or for one token
         waits = self._deferring and id(lora_b_stacked) in self.gated and whole and scale == 1.0
         if waits and min(count, length) > 1 and (y.numel() >= FUSED_ELEMENTS or self._however_small):
             self._hold(y, low, views)
@@ -164,7 +164,7 @@ class SegmentedLora(PunicaWrapperCPU):
         scale: float,
         sizes: tuple[int, ...],
     ) -> None:
-        """The same for many short runs, as of requests that each write a token: all slots at once, others' zeroed."""
+        """The same for many short runs, as of requests that decode: all slots at once, with other slots zeroed."""
         assert self._masks is not None
         first, mask = self._masks  # (T, S)
         some, a = slice(first, first + mask.shape[1]), joined(stacked_a)
@@ -184,7 +184,7 @@ class SegmentedLora(PunicaWrapperCPU):
     def _views_of(
         self, stacked_a: tuple[torch.Tensor, ...], stacked_b: tuple[torch.Tensor, ...], first: int, count: int
     ) -> Views:
-        """A layer's tensors as the products take them; kept while the same slots are in use."""
+        """The views of a layer's tensors; kept while the same slots are in use."""
         if self._slots != (slots := (first, count, self.one_a)):
             self._slots, self._views = slots, {}
         views = self._views.get(id(stacked_b))
@@ -202,15 +202,15 @@ class SegmentedLora(PunicaWrapperCPU):
                 parts.append((None if one and used.shape[1] == rank else low, None if one else high, used))
                 offset += b.shape[2]
             views = Views(stacked_b, kept, tuple(parts), rank)
-            if a.data_ptr() == stacked_a[0].data_ptr():  # else a copy, which would not see what is written later
+            if a.data_ptr() == stacked_a[0].data_ptr():  # else it is a copy, which would miss later writes
                 self._views[id(stacked_b)] = views
         return views
 
     @contextmanager
     def deferring(self, however_small: bool = False) -> Iterator[None]:
-        """Within it, layers that are `gated` leave their products with B to the activation that follows.
+        """Within it, `gated` layers leave their products with B to the activation that follows.
 
-        That is from FUSED_ELEMENTS on: to call what torch has compiled takes 0.1 ms.
+        From FUSED_ELEMENTS on only, since a call of compiled code takes 0.1 ms.
         """
         self._deferring, self._held, self._however_small = True, None, however_small
         try:
@@ -220,7 +220,7 @@ class SegmentedLora(PunicaWrapperCPU):
             self._deferring, self._held = False, None
 
     def take(self, y: torch.Tensor) -> Held | None:
-        """What has been left to the activation of y, if anything."""
+        """The products left to the activation of y, if any."""
         held, self._held = self._held, None
         if held is not None and held.output != y.data_ptr():
             raise RuntimeError("expected the activation right after its layer; this vLLM has something in between")
@@ -279,7 +279,7 @@ class SegmentedLora(PunicaWrapperCPU):
 
 
 def join(modules: Iterable[Any]) -> None:
-    """Let the A of matrices that a layer has fused lie in one tensor; and their B, beside zeros, where it is small."""
+    """Put the A of a layer's fused matrices into one tensor; and their B, with zeros between, if it is small."""
     for module in modules:
         stacked = getattr(module, "lora_a_stacked", None)
         if isinstance(stacked, tuple) and len(stacked) > 1 and len({a.shape for a in stacked}) == 1:
@@ -290,9 +290,9 @@ def join(modules: Iterable[Any]) -> None:
 
 
 def shorten(module: Any) -> None:
-    """Let a linear layer call its product and its adapters directly, past what only GPUs and many ranks need.
+    """Let a linear layer call its product and its adapters directly, without the steps for GPUs and several ranks.
 
-    A layer that is not a plain one (quantised, shared out, with an output for whoever adds the bias) stays as it is.
+    A layer that is not plain (quantised, tensor-parallel, or returning its bias for later) stays unchanged.
     """
     base: Any = getattr(module, "base_layer", None)
     whole = module.forward
@@ -314,7 +314,7 @@ def shorten(module: Any) -> None:
 
 
 def joined(stacked: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """All A of a layer as one tensor, (slots, matrices * rank, in); no copy where `join` has seen the layer."""
+    """All A of a layer as one tensor, (slots, matrices * rank, in); no copy if `join` has changed the layer."""
     if len(stacked) == 1:
         return stacked[0][:, 0]
     whole, (_, _, rank, _) = stacked[0]._base, stacked[0].shape
@@ -324,14 +324,14 @@ def joined(stacked: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 def joined_b(stacked: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-    """All B^T of a layer as one tensor, (slots, matrices * rank, out) with zeros between, if it is laid out so."""
+    """All B^T of a layer as one tensor, (slots, matrices * rank, out) with zeros between, if stored that way."""
     whole, columns = stacked[0]._base, len(stacked) * stacked[0].shape[3]
     fits = len(stacked) > 1 and whole is not None and whole.shape[1:] == (columns, sum(b.shape[2] for b in stacked))
     return whole if fits else None
 
 
 def _runs(slots: torch.Tensor) -> tuple[tuple[int, int, int], ...]:
-    """(slot, start, end) of each run of equal slots, without those of -1."""
+    """(slot, start, end) of each run of equal slots, without runs of -1."""
     values, counts = torch.unique_consecutive(slots, return_counts=True)
     ends = counts.cumsum(0).tolist()
     return tuple(

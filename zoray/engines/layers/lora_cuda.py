@@ -1,11 +1,11 @@
-"""LoRA on CUDA: few dense products over all slots where these are narrow, else vLLM's kernels.
+"""LoRA on CUDA: a few dense products over all slots if these are narrow, else vLLM's kernels.
 
-x A^T is taken for the A of all slots at once, what belongs to other slots than a token's own is set to zero, and one
-product with the B of all slots adds the rest: two GEMMs and a multiplication a layer, whatever the slots' tokens, with
-shapes that a CUDA graph can hold. Their cost grows with slots * rank, and beyond DENSE_COLUMNS vLLM's Punica kernels
-stay. These read which token has which slot from tensors that vLLM fills by sorting on the device and waiting for the
-result; here the host, which has the order already, fills them. Written against vLLM 0.26 and 0.32; it has not run on a
-card yet: the products are tested on the CPU, inside vLLM, and the tables against vLLM's own.
+x A^T is computed for the A of all slots at once, the columns of slots other than a token's own are set to zero, and one
+product with the B of all slots adds the rest: two GEMMs and a multiplication a layer, however tokens are divided among
+slots, with shapes that a CUDA graph can hold. The cost grows with slots * rank, and beyond DENSE_COLUMNS vLLM's Punica
+kernels stay. They read each token's slot from tensors that vLLM fills by sorting on the device and waiting for the
+result; here the host, which already has the order, fills them. Written against vLLM 0.26 and 0.32, and not yet run on a
+GPU: the products are tested on the CPU, inside vLLM, and the tables against vLLM's own.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 class DenseLayer:
-    """What a linear layer has in place of a wrapper: its own products, as GEMMs over all slots.
+    """Replaces a linear layer's wrapper: the layer's own products, as GEMMs over all slots.
 
-    It holds the whole tensors, since a compiled model can't find them through the views that vLLM's layers have.
+    It holds the whole tensors, since a compiled model can't reach them through the views in vLLM's layers.
 
     Args:
         mask: (tokens + 1, slots), 1 where a token belongs to a slot.
-        a: (slots, columns, in), the A of all matrices that the layer has fused one below the other.
+        a: (slots, columns, in), the A of the layer's fused matrices, one below the other.
         b: (slots, columns, out), their B^T.
     """
 
@@ -70,29 +70,29 @@ class DenseLayer:
 
 
 class Mask:
-    """Which token belongs to which slot; allocated once, since a captured graph reads it where it is."""
+    """Which token belongs to which slot; allocated once, since a captured graph keeps its address."""
 
     def __init__(self, tokens: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        # a row more than a forward can have: a trace must not take the number of rows for that of tokens
+        # a row more than a forward can have: a trace must not mistake the number of rows for that of tokens
         self.values = torch.zeros(tokens + 1, slots, dtype=dtype, device=device)
         self._numbers = torch.arange(slots, dtype=torch.int32, device=device)
 
     def set(self, of_token: np.ndarray) -> None:
-        """The slot of each token, -1 for none."""
+        """Set the slot of each token, -1 for none."""
         slots = torch.from_numpy(of_token.astype(np.int32)).to(self.values.device, non_blocking=True)
         self.values[: len(of_token)].copy_(slots[:, None] == self._numbers)
 
 
-class CudaLora(PunicaWrapperGPU):  # type: ignore[misc]  # final to its authors' type checker only
+class CudaLora(PunicaWrapperGPU):  # type: ignore[misc]  # final only for vLLM's own type checker
     """vLLM's own kernels, with their tables filled by the host."""
 
     linear_only = True  # no adapter of an embedding or a head
-    kept: StaticRows | None = None  # where feedback's rows go, in an engine that was started for it
+    kept: StaticRows | None = None  # for feedback's rows, in an engine started for feedback
 
     def map_tokens(
         self, segments: Sequence[tuple[int, int, int]], vocabulary: int, row_slots: Sequence[int], padded: int
     ) -> None:
-        """Which of `padded` tokens belong to which slot, and the slots of the rows that reach the LM head."""
+        """Set the slots of `padded` tokens, and the slots of the rows that reach the LM head."""
         of_token = slots_of_tokens(segments, padded)
         if self.linear_only:
             self.map_linear(of_token)
@@ -100,18 +100,18 @@ class CudaLora(PunicaWrapperGPU):  # type: ignore[misc]  # final to its authors'
             self._map_as_vllm(of_token, row_slots or [slot for slot, _, _ in segments], vocabulary)
 
     def map_linear(self, of_token: np.ndarray) -> None:
-        """Which token (T,) belongs to which slot, for linear layers."""
+        """Set the slot of each token (T,) for linear layers."""
         fill_tables(self.token_mapping_meta, of_token)
 
     def _map_as_vllm(self, of_token: np.ndarray, of_row: Sequence[int], vocabulary: int) -> None:
-        """By vLLM's own way, for layers that read more than the two tables; it waits for the device."""
+        """Map in vLLM's own way, for layers that read more than the two tables; it waits for the device."""
         tokens, rows = tuple((of_token + 1).tolist()), tuple(slot + 1 for slot in of_row)  # 0 means no adapter
         mapping = LoRAMapping(tokens, rows, is_prefill=True)
         self.update_metadata(mapping, list(range(1, self.max_loras + 1)), self.max_loras + 1, vocabulary)
 
 
 class DenseCudaLora(CudaLora):
-    """The same where linear layers have dense products, and only an embedding and a head use vLLM's kernels."""
+    """The same with dense products in linear layers; only an embedding and a head use vLLM's kernels."""
 
     mask: Mask
 
@@ -126,7 +126,7 @@ class DenseCudaLora(CudaLora):
 
 
 def fill_tables(meta: Any, of_token: np.ndarray) -> None:
-    """What LoRAKernelMeta.prepare_tensors makes of the slot of each token (T,), without asking the device anything."""
+    """Fill the tables of LoRAKernelMeta.prepare_tensors from the slot of each token (T,), without the device."""
     numbers, counts = np.unique(of_token, return_counts=True)
     none = bool(numbers[-1] < 0)
     size = len(meta.active_lora_ids)
@@ -151,10 +151,10 @@ def _copy(there: torch.Tensor, values: np.ndarray) -> None:
 
 @lru_cache(maxsize=1)
 def register() -> None:
-    """Let LoRA managers that are made from now on in this process use these wrappers; once is enough.
+    """Let LoRA managers made from now on in this process use these wrappers; once is enough.
 
-    That is before vLLM compiles the model and captures graphs. Which kernels is for the engine's config to say; a model
-    that has been loaded by somebody else stays as it is.
+    Call it before vLLM compiles the model and captures graphs. The engine's config chooses the kernels; a model loaded
+    by other code stays unchanged.
     """
     original = LoRAModelManager._create_lora_modules
 
@@ -171,7 +171,7 @@ def register() -> None:
 
 
 def prepare(manager: Any, dense: bool) -> None:
-    """Give a manager and its layers what is in this file.
+    """Install this file's wrappers and layers in a LoRA manager.
 
     Raises:
         ConfigError: vLLM's kernels are needed, and have no float32.
@@ -198,9 +198,9 @@ def prepare(manager: Any, dense: bool) -> None:
 
 
 def keep_rows(manager: Any, names: Sequence[str], folder: str, dtype: torch.dtype) -> StaticRows:
-    """Let the layers of some matrices, and the final norm, keep what feedback needs; other layers stay as they are.
+    """Let the layers of these matrices, and the final norm, keep rows for feedback; other layers stay unchanged.
 
-    Before the model is compiled, and after `prepare`. `dtype`: of the model in `folder`.
+    Call it after `prepare` and before the model is compiled. `dtype`: of the model in `folder`.
     """
     family, wanted, widths, layers = family_of(folder, names), set(names), dict[str, tuple[int, int]](), {}
     for module_name, module in manager.modules.items():
@@ -221,12 +221,12 @@ def keep_rows(manager: Any, names: Sequence[str], folder: str, dtype: torch.dtyp
 
 
 def forget_addresses(modules: Sequence[Any]) -> None:
-    """Drop what vLLM's kernels remember of earlier slots at the addresses of these modules' slots.
+    """Drop what vLLM's kernels have cached for earlier slots at the addresses of these modules' slots.
 
-    They keep strides and sizes by address for the life of a process, in which an engine may follow another one. What
-    they remember of other addresses stays: graphs that another engine has captured read it.
+    The kernels cache strides and sizes by address for the life of a process, in which one engine may follow another.
+    Entries for other addresses stay: another engine's captured graphs read them.
     """
-    kernels = sys.modules.get("vllm.lora.ops.triton_ops.utils")  # imported where there are any
+    kernels = sys.modules.get("vllm.lora.ops.triton_ops.utils")  # imported if there are kernels
     if kernels is None:
         return
     here = {tensor.data_ptr() for module in modules for pair in slots_of(module) for tensor in pair}

@@ -1,7 +1,7 @@
-"""RMSNorm on the CPU by the kernels that vLLM's CPU wheel brings, which its dispatch leaves to plain torch operations.
+"""RMSNorm on the CPU by kernels in vLLM's CPU wheel, in place of the plain torch operations that vLLM dispatches to.
 
-Six passes over the hidden states become one, twice a layer. Each norm is compared with vLLM's own first, and stays as
-it is where they differ, or where the wheel has no such kernels.
+Six passes over the hidden states become one, twice a layer. Each norm is first compared with vLLM's own, and stays
+unchanged if they differ, or if the wheel has no such kernels.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-VECTOR = 16  # numbers that the kernels take at a time; a row is a multiple of it
+VECTOR = 16  # numbers that a kernel takes at a time; a row's length is a multiple
 
 
 class CpuNorm:
-    """What a norm of vLLM's calls in place of its own operations.
+    """Replaces the operations of one of vLLM's norms.
 
     Args:
         weight: (hidden,).
         epsilon: added to the mean square.
-        before: its own operations, for inputs that the kernels do not take.
+        before: the norm's own operations, for inputs that the kernels do not take.
     """
 
     def __init__(self, weight: torch.Tensor, epsilon: float, before: Callable[..., Any]) -> None:
@@ -30,7 +30,7 @@ class CpuNorm:
         self.plain, self.fused = torch.ops._C.rms_norm.default, torch.ops._C.fused_add_rms_norm.default
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        """The norm of x, or, in place, of x + residual and that sum."""
+        """The norm of x; or the norm of x + residual and that sum, in place."""
         if not self._takes(x):
             return self.before(x) if residual is None else self.before(x, residual)
         if residual is None:
@@ -48,7 +48,7 @@ class CpuNorm:
 
 @torch.inference_mode()
 def take(model: Any) -> int:
-    """Let the norms of a model of vLLM's use the compiled kernels; how many do."""
+    """Let the norms of a vLLM model use the compiled kernels; returns how many do."""
     if not hasattr(torch.ops._C, "rms_norm") or not hasattr(torch.ops._C, "fused_add_rms_norm"):
         return 0
     taken = 0

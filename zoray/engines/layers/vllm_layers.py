@@ -1,7 +1,7 @@
-"""What vLLM's LoRA layers look like: which module holds a matrix, its slots, and its base weight.
+"""The structure of vLLM's LoRA layers: which module holds a matrix, its slots, and its base weight.
 
 vLLM fuses matrices (q, k, v; gate, up) into one module with a pair of stacked tensors for each. Two modules differ from
-the linear ones: an embedding stores A with a row per token, and the LM head's adapter sits in the logits processor.
+linear ones: an embedding stores A with a row per token, and the LM head's adapter sits in the logits processor.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def slots_of(module: Any) -> list[Pair]:
 
 
 def join_a(module: Any) -> torch.Tensor:
-    """Let the A of a linear layer's matrices, empty yet, be views of one tensor, (slots, matrices * rank, in)."""
+    """Make the A of a linear layer's matrices, still empty, views of one tensor, (slots, matrices * rank, in)."""
     stacked = module.lora_a_stacked
     slots, _, rank, width = stacked[0].shape
     a = stacked[0].new_zeros(slots, len(stacked) * rank, width)
@@ -53,9 +53,9 @@ def join_a(module: Any) -> torch.Tensor:
 
 
 def join_b(module: Any) -> torch.Tensor:
-    """The same for their B^T, (slots, matrices * rank, out), with zeros where a column is not a matrix's own.
+    """The same for their B^T, (slots, matrices * rank, out), with zeros in columns of other matrices.
 
-    So one product serves all of them. Before any graph is captured: the slots move.
+    So one product serves all of them. Call it before any graph is captured, since the slots move.
     """
     stacked = module.lora_b_stacked
     slots, _, _, rank = stacked[0].shape
@@ -73,7 +73,7 @@ def names_in(manager: Any, module_name: str) -> list[str]:
 
 
 def find_slots(manager: Any, matrices: Mapping[str, tuple[int, int]]) -> dict[str, Site]:
-    """Where each matrix of {canonical name: (out, in)} has its slots in this worker.
+    """The slots of each matrix of {canonical name: (out, in)} in this worker.
 
     Raises:
         ConfigError: a matrix has no slots, or slots of another shape.
@@ -105,9 +105,9 @@ def find_slots(manager: Any, matrices: Mapping[str, tuple[int, int]]) -> dict[st
 
 
 def windows(module: Any, shapes: Sequence[tuple[int, int]]) -> list[tuple[range, range]]:
-    """Which (rows of B, columns of A) of a module's matrices this worker has: a part of them under tensor parallelism.
+    """This worker's (rows of B, columns of A) of a module's matrices: a part of them under tensor parallelism.
 
-    vLLM itself says so: it is given the numbers of rows and columns to slice as it slices an adapter that it loads.
+    vLLM itself decides: it slices the indices of rows and columns as it slices an adapter that it loads.
     """
     if getattr(module, "tp_size", 1) == 1:
         return [(range(out), range(into)) for out, into in shapes]
@@ -123,17 +123,17 @@ def windows(module: Any, shapes: Sequence[tuple[int, int]]) -> list[tuple[range,
 
 
 def _range(numbers: torch.Tensor) -> range:
-    """Numbers that follow one another, as a range."""
+    """Consecutive numbers as a range."""
     found = numbers.flatten().tolist()
     if found != list(range(found[0], found[0] + len(found))):
-        raise ConfigError("vLLM shares the rows of a matrix out in several pieces; take engine.tensor_parallel=1")
+        raise ConfigError("vLLM splits a worker's rows of a matrix into several pieces; take engine.tensor_parallel=1")
     return range(found[0], found[0] + len(found))
 
 
 def find_weights(manager: Any, matrices: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """Canonical matrix name -> its rows of the fused base weight, (out, in), as a view that can be written.
+    """Canonical matrix name -> its rows of the fused base weight, (out, in), as a writable view.
 
-    A weight that vLLM has packed or quantised has no such view; the space then says what to do.
+    A weight that vLLM has packed or quantised has no such view; the space's error then says what to do.
     """
     weights: dict[str, torch.Tensor] = {}
     for module_name, module in manager.modules.items():
