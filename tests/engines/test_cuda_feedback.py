@@ -179,7 +179,7 @@ def test_only_matrices_with_an_adapter_pay(tiny_models, monkeypatch):
     [
         ("input", r"kept of the input of model.layers.\d.*_proj differs .*eager=true, or estimator=rloo"),
         ("stream", "kept of the stream differs"),
-        ("head", "along the feedback of model.layers.1.mlp.down_proj the scores rise otherwise"),
+        ("head", "along the feedback of model.layers.1.mlp.down_proj the scores do not rise"),
     ],
 )
 def test_an_engine_whose_feedback_is_broken_is_refused(broken, says, cuda, tiny_models, monkeypatch):

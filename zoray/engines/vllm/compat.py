@@ -1,7 +1,7 @@
-"""Where vLLM 0.26 (the CUDA lock) and 0.32 (the CPU lock) differ in what zoray calls, and nothing else.
+"""The differences between vLLM 0.26 (the CUDA lock) and 0.32 (the CPU lock) in the parts that zoray calls.
 
-Everywhere else in engines/ the two are alike as far as zoray reaches. A version that is neither is tried as the newer
-one; what zoray relies on is proven on the loaded model (selftest.py), whatever the version says.
+The rest of engines/ works the same with both. Any other version is treated like the newer one; selftest.py checks on
+the loaded model what zoray relies on, for every version.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
 def attention_metadata(group: Any, common: CommonAttentionMetadata) -> Any:
-    """A group of layers' own form of the attention metadata.
+    """The attention metadata in the form of a group of layers.
 
     0.32 maps block tables to the kernel's blocks in a helper; 0.26 has only the builder behind it.
     """
@@ -26,13 +26,13 @@ def attention_metadata(group: Any, common: CommonAttentionMetadata) -> Any:
 def known_fields(
     lengths: np.ndarray, context: np.ndarray, positions: np.ndarray, device: torch.device
 ) -> dict[str, Any]:
-    """What CommonAttentionMetadata takes beyond what it has in every version.
+    """The fields of CommonAttentionMetadata that not every version has.
 
     Args:
         lengths: (S,) int32, tokens of each sequence in this forward.
         context: (S,) int32, tokens before them.
         positions: (T,) int64.
-        device: of the model.
+        device: the model's.
     """
     whole = torch.from_numpy(lengths + context)
     fields: dict[str, Any] = {
@@ -46,7 +46,7 @@ def known_fields(
 
 
 def server_arguments() -> Any:
-    """The arguments of vLLM's own server, as they are by default; their parser has moved."""
+    """The default arguments of vLLM's own server; their parser has moved between versions."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     try:

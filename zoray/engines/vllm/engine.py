@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from zoray.methods.spaces.base import Space
     from zoray.records import Commit, Probe, Sampling
 
-SLOTS = 16  # where their number is not set, at most
-SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates slots for
+SLOTS = 16  # at most, if their number is not set
+SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM allocates slots for
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,21 @@ class Vllm:
     """Score with vLLM, on CPU or CUDA, on the wheel as it is.
 
     Args:
-        slots: adapters that are resident together; null is as many as a step has probes, at most 16. A step with more
-            is scored in several passes.
+        slots: adapters resident at the same time; null: one per probe of a step, at most 16. A step with more probes is
+            scored in several passes.
         max_tokens: tokens of one forward; larger plans are split.
         max_length: longest sequence; null for the model's own limit, at most `max_tokens`.
-        scoring: "direct", the packed forward; or "request", vLLM's own request path, far slower: a check of the other.
+        scoring: "direct", the packed forward; or "request", vLLM's own request path, far slower, to check "direct".
         kv_cache_gib: memory for the KV cache. Scoring needs max_tokens of it, serving more.
-        deterministic: score every tile in a forward of its own, so that a score's last bits do not depend on which
-            other tiles a replica happens to hold; slower.
-        eager: no CUDA graphs and no torch.compile, which take their time at start; a CPU never has them.
+        deterministic: score every tile in its own forward, so that a score's last bits do not depend on a replica's
+            other tiles; slower.
+        eager: no CUDA graphs and no torch.compile, which take time at start; a CPU never has them.
         lora_kernels: on CUDA. "dense": a few products over all slots, which grow with slots * rank; "punica": vLLM's;
             "auto": dense up to 128 columns.
-        tensor_parallel: over how many GPUs (or processes of a CPU) the model is shared out; with space=lora only.
-        load_format: "auto", or "dummy" for random weights in place of the model's: for benchmarks without any.
-        feedback: let every forward keep what estimator=feedback needs of it, and prove at start that it is right. A run
-            with that estimator sets it by itself; on a CPU it only adds the proof.
+        tensor_parallel: number of GPUs (or CPU processes) that share the model; with space=lora only.
+        load_format: "auto", or "dummy" for random weights, for benchmarks without the model's weights.
+        feedback: let every forward keep the rows that estimator=feedback needs, and check them at start. A run with
+            that estimator sets it itself; on a CPU it only adds the check.
     """
 
     slots: int | None = None
@@ -85,11 +85,11 @@ class Vllm:
 
     @property
     def resident(self) -> int:
-        """How many slots there are."""
+        """The number of slots."""
         return self.slots or SLOTS
 
     def for_probes(self, probes: int, guided: bool = False) -> Vllm:
-        """With slots for a step of so many probes, unless their number is set: what is not used costs time on CUDA.
+        """With slots for a step of this many probes, unless their number is set: unused slots cost time on CUDA.
 
         `guided`: with feedback.
         """
@@ -97,12 +97,12 @@ class Vllm:
         return replace(found, feedback=True) if guided else found
 
     def dense(self, rank: int) -> bool:
-        """Whether CUDA takes dense products for adapters of a rank."""
+        """Whether CUDA uses dense products for adapters of this rank."""
         columns = self.resident * slot_rank(rank)
         return self.lora_kernels == "dense" or (self.lora_kernels == "auto" and columns <= DENSE_COLUMNS)
 
     def check(self, space: Space) -> None:
-        """Raise ConfigError if this engine can't have such a space."""
+        """Raise ConfigError if this engine can't have this space."""
         if self.tensor_parallel > 1 and space.folds:
             raise ConfigError(
                 "expected engine.tensor_parallel=1 with a space that folds into the base weights; take space=lora"
@@ -115,7 +115,7 @@ class Vllm:
     def start(
         self, folder: Path | str, dtype: str, matrices: Mapping[str, tuple[int, int]], space: Space, seed: int
     ) -> VllmEngine:
-        """Load the model and open the adapter state. {canonical name: (out, in)} are the model's linear layers.
+        """Load the model and open the adapter state. `matrices`: the linear layers, {canonical name: (out, in)}.
 
         Raises:
             ConfigError: vLLM cannot run this model, or has no LoRA for it.
@@ -130,7 +130,7 @@ class Vllm:
         return VllmEngine(llm, space, matrices, seed, folder, self.scoring)
 
     def start_bare(self, folder: Path | str, dtype: str) -> BareVllm:
-        """Load the model to score without adapters.
+        """Load the model for scoring without adapters.
 
         Raises:
             ConfigError: vLLM cannot run this model.
@@ -143,14 +143,14 @@ class Vllm:
 
         if dtype == "float64":
             raise ConfigError("expected model.dtype of at most 32 bits; vLLM has no float64. Take engine=hf for that")
-        if self.tensor_parallel > 1 and _on_cpu():  # each process its share of the cores
+        if self.tensor_parallel > 1 and _on_cpu():  # each process gets its share of the cores
             os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.tensor_parallel))
-        gc.unfreeze()  # vLLM has frozen what it made
-        gc.collect()  # an engine that nobody uses any more takes vLLM's process groups with it when it is collected
-        gc.freeze()  # vLLM collects seven times while it starts; what is here already need not be looked through again
+        gc.unfreeze()  # vLLM has frozen its objects
+        gc.collect()  # collecting an unused engine ends vLLM's process groups, so it must happen before the next starts
+        gc.freeze()  # vLLM collects seven times while it starts; these objects need not be searched again
         try:
             return LLM(**self.llm_arguments(folder, dtype), **adapters)
-        except ValueError as error:  # a head that is too large for its LoRA, a target that it can't wrap, ...
+        except ValueError as error:  # a head too large for its LoRA, a target that it can't wrap, ...
             raise ConfigError(f"vLLM does not load {folder} with these settings: {error}") from error
 
     def lora_arguments(self, matrices: Mapping[str, tuple[int, int]], space: Space) -> dict[str, Any]:
@@ -179,22 +179,22 @@ class Vllm:
             max_num_seqs=min(max(256, 4 * self.resident), self.max_tokens),  # the self-test has 3 rows a slot
             enforce_eager=eager,
             tensor_parallel_size=self.tensor_parallel,
-            # Within a Ray actor vLLM would take Ray for its ranks, on a GPU each in an actor of its own.
+            # Within a Ray actor vLLM would use Ray for its ranks, each on a GPU in its own actor.
             **({"distributed_executor_backend": "mp"} if self.tensor_parallel > 1 else {}),
             **({} if eager else {"compilation_config": compilation(self.max_tokens)}),
-            **({} if _on_cpu() else {"gpu_memory_utilization": 0.05}),  # else all of it has to be free at start
+            **({} if _on_cpu() else {"gpu_memory_utilization": 0.05}),  # else vLLM wants nearly all of it free
             enable_prefix_caching=False,
             kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30),
             worker_extension_cls="zoray.engines.vllm.worker.ZorayWorker",
             disable_log_stats=True,
             skip_tokenizer_init=True,  # sequences come as tokens
-            block_size=32 if _on_cpu() else None,  # CPU's own 128 is mostly padding
+            block_size=32 if _on_cpu() else None,  # the CPU default of 128 is mostly padding
         )
 
     def _compiled_for(self, rank: int, names: Sequence[str] = ()) -> dict[str, Any]:
-        """What decides how layers look to torch.compile: vLLM keeps compiled models on disk, by their config.
+        """Config entries for all that changes compiled layers: vLLM caches compiled models on disk by their config.
 
-        `names`: of the matrices that have adapters.
+        `names`: of the matrices with adapters.
         """
         folder = Path(__file__).parents[1]
         sources = b"".join((folder / name).read_bytes() for name in ("layers/lora_cuda.py", "feedback/kept.py"))
@@ -213,7 +213,7 @@ class Worker(Pairs):
 
 
 class BareVllm(Worker):
-    """The bare model alone, without adapters, by the same packed forward."""
+    """The bare model, without adapters, with the same packed forward."""
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
@@ -293,7 +293,7 @@ class VllmEngine(Worker):
         seeds: Sequence[int],
         stops: frozenset[int],
     ) -> Iterator[tuple[int, list[int]]]:
-        """Completions by vLLM's own request path, see base.py; more probes than slots come in several batches."""
+        """Completions by vLLM's own request path, see base.py; more probes than slots take several batches."""
         from vllm.lora.request import LoRARequest
 
         from zoray.engines.vllm.requests import write
@@ -309,7 +309,7 @@ class VllmEngine(Worker):
                 yield int(members[number]), tokens
 
     def settle(self) -> None:
-        """Compute now what `apply` has left."""
+        """Compute now the updates that `apply` has put off."""
         self._call("zoray_settle")
 
     def reset(self) -> None:
@@ -325,11 +325,11 @@ class VllmEngine(Worker):
         return self._call("zoray_digest")
 
     def snapshot(self, limit: int) -> bytes | None:
-        """The state as snapshots.pack makes it; None if it takes more than `limit` bytes."""
+        """The state, packed by snapshots.pack; None if it takes more than `limit` bytes."""
         return self._call("zoray_snapshot", limit)
 
     def restore(self, data: bytes, step: int) -> None:
-        """Take the state, before `step`, that a snapshot holds."""
+        """Take the state before `step` from a snapshot."""
         self._call("zoray_restore", data, step)
 
     def adapter(self) -> dict[str, np.ndarray]:
@@ -338,27 +338,27 @@ class VllmEngine(Worker):
 
 
 def slot_rank(rank: int) -> int:
-    """The rank that vLLM allocates slots for where adapters have `rank`."""
+    """The rank of the slots that vLLM allocates for adapters of `rank`."""
     return min(size for size in SLOT_RANKS if size >= rank)
 
 
 def in_this_process() -> None:
-    """One process and one model runner for vLLM, whatever its version: the packed scorer calls the worker directly."""
+    """One process and one model runner for vLLM in any version, since the packed scorer calls the worker directly."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the pool binds the process itself
-    # A replica lies within one node, but torch's gloo listens on the address that the host's name stands for.
+    # A replica lies within one node, but torch's gloo listens on the address of the host's name.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 
 
 @contextmanager
 def plain_cpu_weights() -> Iterator[None]:
-    """While a model loads: keep its linear weights as they are on CPU, where vLLM would pack them into oneDNN handles.
+    """While a model loads, keep its linear weights plain on a CPU, where vLLM would pack them into oneDNN handles.
 
-    Folding writes base weights in place, which a packed copy would not see.
+    Folding writes base weights in place, which a packed copy would miss.
     """
     from vllm.model_executor.layers import utils
 
@@ -380,7 +380,7 @@ def plain_cpu_weights() -> Iterator[None]:
 
 
 def check_lora_support(folder: Path | str) -> None:
-    """Raise ConfigError when vLLM has no implementation of the model, or one without LoRA; loads no weights."""
+    """Raise ConfigError if vLLM has no implementation of the model, or one without LoRA; loads no weights."""
     from transformers import AutoConfig
     from vllm.model_executor.models import ModelRegistry
 

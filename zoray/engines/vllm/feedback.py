@@ -1,9 +1,9 @@
-"""Residual feedback inside a vLLM worker: what a packed forward keeps at asked rows, and the gradient made of it.
+"""Residual feedback inside a vLLM worker: rows kept from a packed forward, and the gradient computed from them.
 
-The rows' inputs of the adapted matrices, and the stream before the final norm, are kept while the forward runs
-(kept.py), and nothing else of it. Then the exact gradient at the stream, from the final norm and the LM head, and from
-both the feedback of every matrix (residual.py). Everything that reaches into vLLM's internals is in engines/vllm*.py,
-cpu_*.py and cuda_*.py.
+While the forward runs, kept.py keeps the adapted matrices' inputs and the stream before the final norm, at scored rows
+only. Then the final norm and the LM head give the exact gradient at the stream, and both together the feedback of every
+matrix (residual.py). All code that reaches into vLLM's internals is in engines/vllm/, engines/layers/ and
+engines/shared/.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
     from zoray.engines.packing import Pack, Plan, SequenceTable
 
-LENS_TOKENS = 512  # of a forward pass whose streams are kept for a moment
+LENS_TOKENS = 512  # in a forward pass for a fit, whose streams are held in memory
 
 
 class ForwardFeedback:
-    """The residual feedback of a worker's adapter state. Built when it is first asked for.
+    """The residual feedback of a worker's adapter state. Built on first use.
 
     Args:
         scorer: the worker's PackedScorer.
 
     Raises:
-        ConfigError: this model, or these matrices, have none here.
+        ConfigError: feedback does not support this model or these matrices.
     """
 
     def __init__(self, scorer: Any) -> None:
@@ -67,8 +67,8 @@ class ForwardFeedback:
             self.most_rows = most_rows(model, widths, len(self._norm.weight), config.model_config.dtype)
         else:
             raise ConfigError(
-                "expected an engine that was started for estimator=feedback, whose compiled model keeps what that "
-                "needs; this one was not. Set engine.feedback=true"
+                "expected an engine that was started for estimator=feedback, so that its compiled model keeps rows; "
+                "this one was not. Set engine.feedback=true"
             )
 
     @property
@@ -79,7 +79,7 @@ class ForwardFeedback:
 
     @torch.inference_mode()
     def fit_lens(self, table: SequenceTable, rank: int) -> None:
-        """See Engine.fit_lens. Without CUDA graphs and compiled code, in which hooks are not called."""
+        """See Engine.fit_lens. Runs without CUDA graphs and compiled code, which don't call hooks."""
         scorer = self._scorer
         if not rank:
             self._maps = {}
@@ -116,7 +116,7 @@ class ForwardFeedback:
             self.rows.clear()
 
     def packed(self, plan: Plan) -> Pack:
-        """A plan's one forward pass."""
+        """A plan as a single forward pass."""
         scorer = self._scorer
         packs = list(
             pack(plan.table, plan.chosen, plan.probe_of, scorer.max_tokens, scorer.blocks, scorer.block_size, False)
@@ -138,7 +138,7 @@ class ForwardFeedback:
         sums = torch.zeros(int(plan.first_output[-1]), dtype=torch.float64, device=device)
         asked = hidden.index_select(0, at)
         row_of, targets = (torch.from_numpy(part).to(device) for part in (packed.target_rows, packed.targets))
-        every = None  # computed once, where all rows' are no more than the head takes at a time
+        every = None  # computed once, if the head takes all rows at a time
         if len(at) <= self._chunk and self._head.soft_cap is None:
             every = log_softmax_(scorer.runner.model.compute_logits(asked).float())
             logps = every[row_of, targets]
@@ -147,7 +147,7 @@ class ForwardFeedback:
         sums.index_add_(0, outputs, logps.double())
         values = sums.cpu().numpy()
         slopes = np.asarray(gradient(values), np.float64)
-        own = np.repeat(plan.probe_of >= 0, plan.table.n_outputs[plan.chosen])  # the bare model has no adapter to move
+        own = np.repeat(plan.probe_of >= 0, plan.table.n_outputs[plan.chosen])  # the bare model has no adapter to train
         weights = torch.from_numpy(np.where(own, slopes, 0.0).astype(np.float32)).to(device)[outputs]
         assert self.rows.stream is not None
         kept = Kept(self.rows.inputs, self.rows.outputs, self.rows.stream, asked)
@@ -180,17 +180,17 @@ class ForwardFeedback:
 
 
 def head_of(model: Any, vocabulary: int) -> Head:
-    """The LM head of a model of vLLM's.
+    """The LM head of a vLLM model.
 
     Raises:
-        ConfigError: its weight is not plain numbers.
+        ConfigError: the head's weight is not plain numbers.
     """
     module = getattr(model, "lm_head", None)
     weight = getattr(module if module is not None else model.get_input_embeddings(), "weight", None)
     if weight is None or not weight.is_floating_point():
         raise ConfigError(
             "expected an LM head with plain weights for estimator=feedback; this model's is quantised. Take "
-            "estimator=rloo, or a model whose head is not"
+            "estimator=rloo, or a model with a plain head"
         )
     processor = model.logits_processor
     processor = getattr(processor, "base_layer", processor)

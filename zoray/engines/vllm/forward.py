@@ -1,7 +1,7 @@
 """Packed forwards of a vLLM model: many sequences in one pass, hidden states at answer positions only.
 
 No request, scheduler, sampler or detokenizer: tokens and attention metadata go straight to the worker's model runner.
-Everything that reaches into vLLM's internals is in engines/vllm*.py, cpu_*.py and cuda_*.py.
+All code that reaches into vLLM's internals is in engines/vllm/, engines/layers/ and engines/shared/.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
-SHARING = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)  # caches whose blocks stay as written
+SHARING = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)  # caches that keep blocks as written
 
 
 class Forward:
-    """Scores sequences with a worker's model as it is, without adapters; worker.py adds these.
+    """Scores sequences with a worker's bare model; worker.py adds adapters.
 
-    Uses the worker's KV cache as scratch: no request may be in flight in this engine, unless some of it is put aside
-    (shared/scheduler.py).
+    Uses the worker's KV cache as scratch: no request may be under way in this engine, unless some blocks are reserved
+    for scoring (shared/scheduler.py).
 
     Args:
         runner: the worker's model runner.
         vllm_config: the engine's.
-        slots: of adapters.
+        slots: number of adapter slots.
     """
 
     head_moves = False  # whether the LM head has adapters
@@ -50,7 +50,7 @@ class Forward:
         self.block_size: int = max(group.kv_cache_spec.block_size for group in groups)
         blocks = runner.kv_cache_config.num_blocks - 1  # block 0 is vLLM's null block
         self.blocks: int = (vllm_config.additional_config or {}).get(BLOCKS, blocks)  # the others are for requests
-        self.share = all(  # a block of tokens is one block of every group's cache, which attention reads as a whole
+        self.share = all(  # every group's cache has the same blocks, and attention reads a block as a whole
             group.kv_cache_spec.block_size == self.block_size and isinstance(group.kv_cache_spec, SHARING)
             for group in groups
         )
@@ -59,7 +59,7 @@ class Forward:
             cpu_norms.take(runner.model)
             for module in runner.model.modules():
                 if hasattr(module, "use_direct_call"):
-                    module.use_direct_call = True  # an operator of torch's is for compiled models
+                    module.use_direct_call = True  # torch's custom operator is for compiled models
 
     def score(self, plan: Plan) -> np.ndarray:
         """Sums of log-probabilities of all outputs of a plan, in its order, float64."""
@@ -99,7 +99,7 @@ class Forward:
             )
 
     def log_probabilities(self, hidden: torch.Tensor, packed: Pack) -> torch.Tensor:
-        """(M,) float32: only the asked rows reach the LM head, in chunks of bounded size."""
+        """(M,) float32: only scored rows reach the LM head, in chunks of bounded size."""
         rows, row_of, targets = (
             torch.from_numpy(part).to(self.device) for part in (packed.rows, packed.target_rows, packed.targets)
         )
@@ -113,7 +113,7 @@ class Forward:
             if self.head_moves:
                 self.map_slots(packed.segments, row_slots[start : start + chunk])
             logits = self.runner.model.compute_logits(hidden[rows[start : start + chunk]])
-            if logits is None:  # they are gathered on the first rank, and asked for there
+            if logits is None:  # vLLM gathers them on the first rank, which returns the scores
                 return torch.zeros(len(targets), device=self.device)
             logits = logits.float()
             first, end = np.searchsorted(packed.target_rows, (start, start + chunk))  # ascending, as the rows are
@@ -124,13 +124,13 @@ class Forward:
     def map_slots(
         self, segments: tuple[tuple[int, int, int], ...], row_slots: Sequence[int] = (), padded: int | None = None
     ) -> None:
-        """Nothing has slots."""
+        """Nothing to do without slots."""
 
     def _around_layers(self) -> AbstractContextManager[object]:
         return nullcontext()
 
     def _attention_metadata(self, packed: Pack, padded: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Per-layer attention metadata for S sequences in KV blocks of their own, but for a context that they share."""
+        """Per-layer attention metadata for S sequences, each in its own KV blocks except for a shared context."""
         lengths, whole = packed.lengths, packed.whole
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         metadata: dict[str, Any] = {}

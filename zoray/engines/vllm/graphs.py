@@ -3,8 +3,8 @@
 vLLM compiles a model piece by piece between its attention layers and captures each piece once for every size
 (cudagraph_mode PIECEWISE); replayed, a layer costs the host two launches instead of some twenty. A graph reads its
 inputs where they were when it was captured, so tokens, positions and cache slots are written into the runner's buffers.
-Padding is behind the last token: it has no adapter, no cache slot, and no sequence, so that nobody reads what comes of
-it. Without graphs (on a CPU, with engine.eager=true, for more tokens than the largest size) nothing is padded.
+Padding comes after the last token: it has no adapter, cache slot or sequence, and its results are never read. Without
+graphs (on a CPU, with engine.eager=true, for more tokens than the largest size) nothing is padded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SMALLEST, PER_OCTAVE = 64, 8  # sizes of graphs: at most an eighth is padding, a
 
 
 def sizes(most: int) -> list[int]:
-    """Token counts to capture, ascending, up to `most`, which is the last."""
+    """Token counts to capture, ascending, up to and including `most`."""
     found, size = [], SMALLEST
     while size < most:
         found += [size + step * size // PER_OCTAVE for step in range(PER_OCTAVE)]
@@ -33,7 +33,7 @@ def sizes(most: int) -> list[int]:
 
 
 def compilation(max_tokens: int) -> dict[str, Any]:
-    """vLLM's compilation_config for an engine with graphs: with adapters, which tokens of no slot do without."""
+    """vLLM's compilation_config for graphs, captured with adapters only; tokens without a slot use the same graphs."""
     return {
         "cudagraph_mode": "PIECEWISE",
         "cudagraph_capture_sizes": sizes(max_tokens),
@@ -42,14 +42,14 @@ def compilation(max_tokens: int) -> dict[str, Any]:
 
 
 class Graphs:
-    """Which captured size a forward takes, and the buffers that its inputs have to be in."""
+    """The captured size for a forward, and the buffers for its inputs."""
 
     def __init__(self, runner: Any, slots: int) -> None:
         self.runner, self.slots = runner, slots
-        self.plain = not hasattr(runner, "cudagraph_dispatcher")  # neither graphs nor what torch has compiled
+        self.plain = not hasattr(runner, "cudagraph_dispatcher")  # no graphs and no compiled code
 
     def choose(self, tokens: int) -> tuple[CUDAGraphMode, BatchDescriptor]:
-        """For a forward of so many tokens: (mode, descriptor); the descriptor's num_tokens has the padding in it."""
+        """(mode, descriptor) for a forward of this many tokens; the descriptor's num_tokens includes padding."""
         if self.plain:
             return CUDAGraphMode.NONE, BatchDescriptor(tokens)
         return self.runner.cudagraph_dispatcher.dispatch(
@@ -58,7 +58,7 @@ class Graphs:
 
     @contextmanager
     def plainly(self) -> Iterator[None]:
-        """Within it, forwards use neither graphs nor compiled code, in which no Python is called."""
+        """Within it, forwards use neither graphs nor compiled code, which call no Python."""
         plain, self.plain = self.plain, True
         try:
             yield
@@ -71,7 +71,7 @@ class Graphs:
         return _fill(ids, tokens, padded, 0), _fill(self.runner.positions, positions, padded, 0)
 
     def slot_mapping(self, group: int, slots: np.ndarray, padded: int) -> torch.Tensor:
-        """Cache slots (T,) of a KV-cache group in the runner's buffer; -1, which is written nowhere, up to `padded`."""
+        """Cache slots (T,) of a KV-cache group in the runner's buffer; -1, meaning no write, up to `padded`."""
         return _fill(self.runner.input_batch.block_table[group].slot_mapping.gpu, slots, padded, -1)
 
 

@@ -1,9 +1,9 @@
-"""Scoring inside the steps of requests: a scored sequence is a request, and its asked rows are read as its step ends.
+"""Scoring inside the steps of requests: a scored sequence is a request, and its rows are read at the end of a step.
 
-vLLM's own log-probabilities of a prompt are of each row over the whole vocabulary, and of tokens of the prompt only.
-Here, as in packed scoring, only asked rows reach the LM head, and any token may be asked for. The model runner hands
-the hidden states of each step to `_get_prompt_logprobs_dict`, on every rank; that is where they are read.
-Everything that reaches into vLLM's internals is in engines/vllm*.py, cpu_*.py and cuda_*.py.
+vLLM's own prompt log-probabilities compute every row over the whole vocabulary, and only give the prompt's tokens.
+Here, as in packed scoring, only scored rows reach the LM head, and any token may be a target. The model runner hands
+the hidden states of each step to `_get_prompt_logprobs_dict`, on every rank; there they are read.
+All code that reaches into vLLM's internals is in engines/vllm/, engines/layers/ and engines/shared/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from zoray.engines.vllm.forward import Forward
 
 HOOK = "_get_prompt_logprobs_dict"
-NAME = len(SCORING) + 32  # characters of a name; vLLM adds some of its own
+NAME = len(SCORING) + 32  # characters of a name, to which vLLM appends more
 
 
 @dataclass(eq=False)
@@ -36,20 +36,20 @@ class Scored:
     rows: np.ndarray  # (M,) int64, ascending positions
     targets: np.ndarray  # (M,) int64
     outputs: np.ndarray  # (M,) int64
-    found: np.ndarray  # (M,) float64 log-probabilities; nan where its row has not run yet
+    found: np.ndarray  # (M,) float64 log-probabilities; nan until the row has run
     n_outputs: int
-    kept: list[tuple[slice, Kept]] | None = None  # for feedback: what has been kept of which of its rows
+    kept: list[tuple[slice, Kept]] | None = None  # for feedback: slices of its rows and their kept tensors
 
 
 class Piggyback:
-    """The scored sequences of one worker that are requests."""
+    """The sequences that one worker scores as requests."""
 
     def __init__(self, forward: Forward) -> None:
         self._forward: Any = forward
         self._scored: dict[str, Scored] = {}
 
     def attach(self) -> bool:
-        """Read along from now on; False where this vLLM's model runner has no place for it."""
+        """Read every step from now on; False if this vLLM's model runner has no hook for it."""
         runner = self._forward.runner
         given = getattr(runner, HOOK, None)
         if given is None:
@@ -64,9 +64,9 @@ class Piggyback:
         return True
 
     def expect(self, names: Sequence[str], table: SequenceTable, slots: Sequence[int], feedback: bool = False) -> None:
-        """Sequences of a table, all of them, come as requests of these names, each under its slot.
+        """Expect all sequences of a table as requests of these names, each under its slot.
 
-        With `feedback`, what that needs of their rows is kept until it is taken.
+        With `feedback`, keep the tensors of their rows until they are taken.
         """
         if feedback:
             self._forward.feedback.rows.whole = True
@@ -77,9 +77,9 @@ class Piggyback:
             self._scored[name] = Scored(slot, rows, targets, outputs, np.full(len(rows), np.nan), one.n_outputs, kept)
 
     def take(self, names: Sequence[str]) -> np.ndarray:
-        """Sums of log-probabilities of all outputs of these sequences, in their order, float64; they are forgotten.
+        """Sums of log-probabilities of all outputs of these sequences, in their order, float64; forgets the sequences.
 
-        nan where a sequence has not run to its end.
+        nan if a sequence has not run to its end.
         """
         sums, some = [], [self._scored.pop(name) for name in names]
         if any(one.kept is not None for one in some):
@@ -92,7 +92,7 @@ class Piggyback:
 
     @torch.inference_mode()
     def take_feedback(self, names: Sequence[str], gradient: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """As Engine.feedback, of these sequences in their order; they are forgotten."""
+        """Like Engine.feedback, for these sequences in their order; forgets the sequences."""
         feedback = self._forward.feedback
         some = [self._scored[name] for name in names]
         values = self.take(names)
@@ -100,7 +100,7 @@ class Piggyback:
         parts: list[Kept] = []
         row_of, targets, weights, positions, begin = [], [], [], [], 0
         for k, one in enumerate(some):
-            if one.slot < 0:  # the bare model has no adapter to move
+            if one.slot < 0:  # the bare model has no adapter to train
                 continue
             for which, kept in one.kept or []:
                 rows = one.rows[which]
@@ -118,7 +118,7 @@ class Piggyback:
 
     @torch.inference_mode()
     def _read(self, hidden: torch.Tensor, counts: dict[str, int]) -> None:
-        """What a step of so many tokens of each request has computed of asked rows."""
+        """Read the scored rows of a step, given its number of tokens of each request."""
         runner, parts = self._forward.runner, []
         for number, count in counts.items():
             one = self._scored.get(number[:NAME])
@@ -145,7 +145,7 @@ class Piggyback:
 
 
 def _asked(parts: Sequence[tuple[int, Scored, slice]], tokens: int) -> Pack:
-    """The rows of one step as those of a pack, whose segments are from asked row to asked row."""
+    """The rows of one step as a pack, whose segments end at scored rows."""
     places = np.concatenate([one.rows[which] + shift for shift, one, which in parts])
     new = np.diff(places, prepend=-1) > 0
     rows, none = places[new], np.zeros(0, np.int64)

@@ -1,7 +1,7 @@
 """Scoring through vLLM's own request path: a request per sequence, through scheduler, sampler and output processing.
 
-The check of the packed path, and what a served engine uses between its other requests. It costs host work for every
-sequence, which is why it is not the default.
+It checks the packed path, and is not the default, because every sequence costs host work. Completions are written here
+too.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def score_slots(llm: Any, plan: Plan, members: np.ndarray, slots: np.ndarray, ad
 def write(
     llm: Any, prompts: Sequence[tuple[Sequence[int], int, Any]], sampling: Sampling, stops: frozenset[int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Completions of (tokens, seed, LoRARequest or None), as they are finished: (number, tokens).
+    """Yields (index, tokens) for completions of (tokens, seed, LoRARequest or None), as they finish.
 
-    The requests wait together, so that vLLM's scheduler batches long and short ones continuously.
+    All requests are queued together, so that vLLM's scheduler batches long and short ones continuously.
     """
     from vllm import SamplingParams
 
@@ -77,7 +77,7 @@ def write(
                     waiting.discard(output.request_id)
                     yield int(output.request_id.rpartition("-")[2]), list(output.outputs[0].token_ids)
     finally:
-        if waiting:  # whoever asked has gone away, or a step has failed
+        if waiting:  # the caller has stopped, or a step has failed
             engine.abort_request(sorted(waiting))
 
 

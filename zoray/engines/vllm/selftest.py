@@ -1,8 +1,8 @@
-"""What zoray relies on in a vLLM build, checked on the loaded model before the first step.
+"""Checks on the loaded model, before the first step, what zoray relies on in a vLLM build.
 
 Guarantees: a slot whose B is zero changes no bit of any LoRA layer's output; every layer computes W x + s B A x with
-the adapter of each token's slot; and, for a folding space, a base weight written in place is the one that acts. With
-feedback: what a forward keeps is what its layers are given, and of the last matrix it makes the gradient of the scores.
+the adapter of each token's slot; and, for a folding space, a layer uses base weights that are written in place. With
+feedback: a forward keeps its layers' real inputs, and the last matrix's feedback is the gradient of the scores.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from zoray.engines.packing import Plan, SequenceTable
 from zoray.records import ConfigError, Probe, TokenSequence
 
 TOKENS = 3  # of each slot
-LOUD = 16.0  # scale of the test's probes in 16 bits, beside which the bare outputs' rounding is small
-LEAST_RISE = 200  # times the rounding of scores, for their slope to tell anything
-GRAPH_TOKENS = 37  # of each of two sequences, which is no size of a graph
+LOUD = 16.0  # scale of the test's probes in 16 bits, large compared with the rounding of bare outputs
+LEAST_RISE = 200  # times the rounding of scores, for their slope to mean anything
+GRAPH_TOKENS = 37  # of each of two sequences, so that no graph has their size
 log = logging.getLogger(__name__)
 Scorer = Any  # the PackedScorer of worker.py, which imports this file
 
@@ -33,10 +33,10 @@ def prove_live(scorer: Scorer) -> dict[str, float]:
     """Check every LoRA layer against plain matrix products, with another known adapter in every slot.
 
     Returns:
-        The largest relative error of an adapter, and where the space folds of a fold.
+        The largest relative error of an adapter and, if the space folds, of a fold.
 
     Raises:
-        ConfigError: this vLLM does not do what zoray relies on.
+        ConfigError: a check fails in this vLLM.
     """
     modules, slots = scorer.manager.modules, scorer.slots
     dtype = scorer.vllm_config.model_config.dtype
@@ -74,17 +74,17 @@ def prove_live(scorer: Scorer) -> dict[str, float]:
 
 @torch.inference_mode()
 def prove_compiled(scorer: Scorer) -> dict[str, float]:
-    """Compare a forward through what torch has compiled and a CUDA graph, which is padded, with one through neither.
+    """Compare a padded forward through compiled code and a CUDA graph with one through neither.
 
-    Nothing where there is neither. Where they differ the engine goes on without, and slower: a warning says so.
+    Empty if there is neither. If they differ, the engine goes on without them, with a warning, and slower.
     """
     config, graphs = scorer.vllm_config.model_config, scorer.graphs
-    length = min(GRAPH_TOKENS, config.max_model_len - 1, scorer.max_tokens // 2 - 1)  # twice of it is no graph's size
+    length = min(GRAPH_TOKENS, config.max_model_len - 1, scorer.max_tokens // 2 - 1)  # no graph has twice this size
     if config.enforce_eager and graphs.choose(2 * length)[1].num_tokens == 2 * length:
         return {}
     rows, one = np.array([length // 2, length - 1], np.int32), np.ones(2, np.int32)
     sequences = [TokenSequence(np.arange(k, k + length, dtype=np.int32), rows, one, one * 0, 1) for k in range(2)]
-    work = (SequenceTable.of(sequences), np.arange(2), np.array([0, scorer.slots - 1]))  # with what prove_live left
+    work = (SequenceTable.of(sequences), np.arange(2), np.array([0, scorer.slots - 1]))  # prove_live left adapters
     found, graphs.plain = scorer.score_slots(*work), True
     expected, graphs.plain = scorer.score_slots(*work), False
     error = float(np.abs(found / expected - 1).max())
@@ -97,13 +97,13 @@ def prove_compiled(scorer: Scorer) -> dict[str, float]:
 
 @torch.inference_mode()
 def prove_feedback(scorer: Scorer) -> dict[str, float]:
-    """Check residual feedback at journal index 0, through compiled code and a CUDA graph where there are any.
+    """Check residual feedback at journal index 0, through compiled code and a CUDA graph if there are any.
 
-    What is kept, against what hooks see of a forward through neither. Then, where a matrix is the last one to write to
-    the stream, so that its feedback is its exact gradient, against a central difference of the scores along it.
+    First, kept tensors are compared with those that hooks see in a forward through neither. Then, if a matrix is the
+    last to write to the stream, so that its feedback is exact, with a central difference of the scores along it.
 
     Returns:
-        The largest relative error of what is kept, and that of the slope along the feedback.
+        The largest relative error of kept tensors, and the error of the slope along the feedback.
 
     Raises:
         ConfigError: one of them is too large.
@@ -113,7 +113,7 @@ def prove_feedback(scorer: Scorer) -> dict[str, float]:
     plan = _plan_of_some(scorer)
     slopes, kept = np.sin(1.0 + np.arange(int(plan.first_output[-1]))), dict[str, torch.Tensor]()
 
-    def gradient(_: np.ndarray) -> np.ndarray:  # when it is asked for, the rows are there
+    def gradient(_: np.ndarray) -> np.ndarray:  # called when the rows are there
         rows = feedback.rows
         kept.update({f"the input of {name}": rows.inputs[name].clone() for name in scorer.matrices})
         kept.update({f"the output of {name}": rows.outputs[name].clone() for name in feedback.behind})
@@ -128,8 +128,8 @@ def prove_feedback(scorer: Scorer) -> dict[str, float]:
     advice = "this vLLM build does not let zoray keep what feedback needs. Take engine.eager=true, or estimator=rloo"
     if not errors[where] <= tolerance:
         raise ConfigError(
-            f"feedback self-test failed: what is kept of {where} differs from what a forward without compiled code and "
-            f"graphs has by {errors[where]:.2e} relative, at most {tolerance:g} expected; {advice}"
+            f"feedback self-test failed: what is kept of {where} differs from a forward without compiled code and "
+            f"graphs by {errors[where]:.2e} relative, at most {tolerance:g} expected; {advice}"
         )
     last = next((name for name, reader in feedback.readers.items() if reader == feedback.family.norm), None)
     if last is None:
@@ -144,14 +144,14 @@ def prove_feedback(scorer: Scorer) -> dict[str, float]:
     tolerance = 0.05 if exact else 0.3
     if not error <= tolerance:
         raise ConfigError(
-            f"feedback self-test failed: along the feedback of {last} the scores rise otherwise than it says "
+            f"feedback self-test failed: along the feedback of {last} the scores do not rise as predicted "
             f"({error:.2e} relative, at most {tolerance:g}); {advice}"
         )
     return {"kept_error": errors[where], "feedback_error": error}
 
 
 def _plan_of_some(scorer: Scorer) -> Plan:
-    """Two sequences under the state's centre, of a length that is no graph's size, with four targets each."""
+    """Two sequences under the state's centre, with four targets each and a length that no graph has."""
     config = scorer.vllm_config.model_config
     length = min(GRAPH_TOKENS, config.max_model_len - 1, scorer.max_tokens // 2 - 1)
     rows, vocabulary = np.linspace(length // 4, length - 1, 4).astype(np.int32), config.get_vocab_size()
@@ -173,7 +173,7 @@ def _plan_of_some(scorer: Scorer) -> Plan:
 
 
 def _seen_by_hooks(scorer: Scorer, plan: Plan) -> dict[str, torch.Tensor]:
-    """What a plain forward gives to matrices and the final norm, at a plan's rows; of some matrices what they make."""
+    """Inputs of matrices and the final norm in a plain forward, at a plan's rows, and outputs of some matrices."""
     feedback, found, hooks = scorer.feedback, dict[str, torch.Tensor](), []
     packed = feedback.packed(plan)
     at = torch.from_numpy(packed.rows).to(scorer.device)
@@ -214,24 +214,24 @@ def _slope(
 ) -> float | None:
     """d sum(slopes * scores) / d t for B + t * along of a matrix, as a central difference.
 
-    None where the rise is lost in rounding: the scores of made-up weights (load_format=dummy) hardly depend on them.
+    None if the rise is lost in rounding: scores hardly depend on random weights (load_format=dummy).
 
     Args:
-        scorer: whose scores.
+        scorer: gives the scores.
         plan: of one probe.
         slopes: of the scores.
         name: of the matrix.
         along: (out, rank).
         x: (R, in), inputs of the matrix at the plan's rows.
-        base: (R, out), what its outputs are a part of.
-        exact: whether numbers have 32 bits; with 16 the step is larger, for rounding to be small beside it.
+        base: (R, out), the sum that its outputs are added to.
+        exact: whether numbers have 32 bits; with 16 the step is larger, so that rounding is relatively small.
         rounding: of the sum of scores in float32.
     """
     state = scorer.state.arrays()
     a, b = (torch.from_numpy(state[f"{name}.lora_{part}"]).to(scorer.device) for part in "AB")
     moved = scorer.space.scaling * (x.float() @ a.t()) @ along.t()
     reach = float((moved.norm(dim=1) / base.float().norm(dim=1).clamp(min=1e-12)).max())
-    most, far = (0.05, 0.01) if exact else (3.0, 0.1)  # of what the scores rise by, and of the base that is moved
+    most, far = (0.05, 0.01) if exact else (3.0, 0.1)  # limits of the scores' rise, and of the change of the base
     size = min(most / max(float(along.square().sum()), 1e-30), far / max(reach, 1e-30))
     if size * float(along.square().sum()) < LEAST_RISE * rounding:
         return None
@@ -244,7 +244,7 @@ def _slope(
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of two tensors, relative; infinite where something is not a number."""
+    """The relative distance of two tensors; infinite if an element is not a number."""
     error = float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12))
     return math.inf if math.isnan(error) else error
 
@@ -278,17 +278,17 @@ def _prove_foldable(scorer: Scorer, bare: dict[str, torch.Tensor], tolerance: fl
     where = max(errors, key=errors.__getitem__)
     if errors[where] > tolerance:
         raise ConfigError(
-            f"folding self-test failed: writing the base weight of {where} changes its output otherwise than "
+            f"folding self-test failed: writing the base weight of {where} does not change its output as "
             f"expected ({errors[where]:.2e} relative, at most {tolerance:g}); take space=lora on this backend"
         )
     return {"fold_error": errors[where]}
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor, bare: torch.Tensor) -> float:
-    """The largest difference over the largest expected value; infinite where something is not a number.
+    """The largest difference over the largest expected value; infinite if an element is not a number.
 
-    What is found is the difference of two outputs in the model's dtype, so that a grain of the bare one on either side
-    is nobody's error: some layers have outputs hundreds of times as large as an adapter's.
+    `found` is the difference of two outputs in the model's dtype, so a rounding unit of the bare output on either side
+    does not count: some layers have outputs hundreds of times as large as an adapter's.
     """
     grain = 2 * torch.finfo(bare.dtype).eps * bare.float().abs()
     error = float(((found - expected).abs() - grain).clamp(min=0).max() / expected.abs().max().clamp(min=1e-6))
@@ -296,13 +296,13 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor, bare: torch.Ten
 
 
 def _map(scorer: Scorer, segments: tuple[tuple[int, int, int], ...]) -> None:
-    """Where the head has an adapter, every token of the test is one of its rows as well."""
+    """Map tokens to slots; if the head has an adapter, every token of the test is also one of its rows."""
     rows = [slot for slot, start, stop in segments for _ in range(start, stop)] if scorer.head_moves else ()
     scorer.map_slots(segments, rows)
 
 
 def _input(scorer: Scorer, module: Any) -> torch.Tensor:
-    """Three rows for each slot: token ids for an embedding, else (3 * slots, in) numbers of no pattern."""
+    """Three rows for each slot: token ids for an embedding, else (3 * slots, in) numbers without a pattern."""
     width, rows = slots_of(module)[0][0].shape[3], TOKENS * scorer.slots
     if takes_tokens(module):
         return torch.arange(rows, device=scorer.device) * 7919 % width
@@ -319,19 +319,19 @@ def _as_rows(x: torch.Tensor, module: Any) -> torch.Tensor:
 
 def _output(scorer: Scorer, module_name: str, x: torch.Tensor) -> torch.Tensor:
     module = scorer.manager.modules[module_name]
-    if gives_logits(module):  # the head's own weight is still in the model, under the name of its adapter
+    if gives_logits(module):  # the head's own weight stays in the model, under the name of its adapter
         return module._get_logits(x, scorer.runner.model.get_submodule(module_name))
     result = module(x)
     return result[0] if isinstance(result, tuple) else result
 
 
 def _expected(scorer: Scorer, module_name: str, adapter: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
-    """(alpha / rank) x A^T B^T of a fused module's matrices side by side; zero for those that are not trained."""
+    """(alpha / rank) x A^T B^T of a fused module's matrices side by side; zero for untrained matrices."""
     module, parts = scorer.manager.modules[module_name], []
     for child, (_, b_slots) in zip(names_in(scorer.manager, module_name), slots_of(module), strict=True):
         if child in adapter:
             (a, b), rows = adapter[child], scorer.contents.sites[child].rows
-            whole = x.repeat(1, a.shape[1] // x.shape[1])  # every rank puts in the same numbers; their outputs add up
+            whole = x.repeat(1, a.shape[1] // x.shape[1])  # every rank has the same inputs; their outputs add up
             parts.append(scorer.space.scaling * (whole @ a.t()) @ b[rows.start : rows.stop].t())
         else:
             parts.append(torch.zeros(len(x), b_slots.shape[2], device=scorer.device))

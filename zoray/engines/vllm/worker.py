@@ -1,7 +1,7 @@
 """zoray inside a vLLM worker: adapter slots written in place, and packed scoring without the request path.
 
-Mixed into vLLM's worker class by `worker_extension_cls`, on an unmodified wheel. Everything that reaches into vLLM's
-internals is in engines/vllm*.py, cpu_*.py and cuda_*.py. Tried on 0.32 (CPU); written against 0.26's sources as well.
+Mixed into vLLM's worker class by `worker_extension_cls`, on an unmodified wheel. All code that reaches into vLLM's
+internals is in engines/vllm/, engines/layers/ and engines/shared/. Runs on 0.32 (CPU); also written against 0.26.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zoray.methods.snapshots import pack, unpack
 from zoray.models.folder import restore
 from zoray.records import ConfigError
 
-if current_platform.is_cuda():  # when vLLM looks up its workers' extension, which is before it wraps a model's layers
+if current_platform.is_cuda():  # at import, when vLLM loads its workers' extension, before it wraps a model's layers
     from zoray.engines.layers import lora_cuda as cuda_lora
 
     cuda_lora.register()
@@ -53,15 +53,15 @@ class ZorayWorker:
     def zoray_open(
         self, space: Space, matrices: Mapping[str, tuple[int, int]], seed: int
     ) -> tuple[dict[str, float], str]:
-        """Create the adapter state beside the slots; prove that the slots are live.
+        """Create the adapter state beside the slots; check that the slots are live.
 
-        Returns what the test measured, and the dtype of the base weights.
+        Returns the errors that the check measured, and the dtype of the base weights.
         """
         self._zoray: Any = PackedScorer(self.model_runner, self.vllm_config, space, matrices, seed)
         return self._zoray.self_test, str(self.vllm_config.model_config.dtype).removeprefix("torch.")
 
     def zoray_open_bare(self) -> str:
-        """Score without adapters; returns the dtype of the weights."""
+        """Prepare scoring without adapters; returns the dtype of the weights."""
         self._zoray = Forward(self.model_runner, self.vllm_config)
         return str(self.vllm_config.model_config.dtype).removeprefix("torch.")
 
@@ -95,7 +95,7 @@ class ZorayWorker:
         self._zoray.write_all(probes)
 
     def zoray_write_some(self, probes: Sequence[Probe], first: int) -> float:
-        """Seconds that it took, without those until a step of requests had ended."""
+        """Write probes into slots; returns the seconds it took, not counting the wait for a step of requests."""
         began = time.monotonic()
         self._zoray.write_all(probes, first)
         return time.monotonic() - began
@@ -107,7 +107,7 @@ class ZorayWorker:
         return self._zoray.joined.attach()
 
     def zoray_keeps(self) -> bool:
-        return self._zoray.device.type == "cpu"  # where no CUDA graph runs the steps of requests
+        return self._zoray.device.type == "cpu"  # there no CUDA graph runs the steps of requests
 
     def zoray_expect(
         self, names: Sequence[str], table: SequenceTable, slots: Sequence[int], feedback: bool = False
@@ -124,7 +124,7 @@ class ZorayWorker:
         self._zoray.contents.put(slot, arrays)
 
     def zoray_call(self, message: bytes) -> bytes:
-        """Any of these methods from another process: (name, arguments) in, (error, result) out, pickled.
+        """Call any of these methods from another process: (name, arguments) in, (error, result) out, pickled.
 
         Both ends are zoray's, over the sockets between an engine and its own core.
         """
@@ -182,7 +182,7 @@ class PackedScorer(Forward):
 
     @cached_property
     def feedback(self) -> ForwardFeedback:
-        """What makes residual feedback, see Engine.feedback."""
+        """Computes residual feedback, see Engine.feedback."""
         return ForwardFeedback(self)
 
     def reset(self, folder: str) -> None:
@@ -193,7 +193,7 @@ class PackedScorer(Forward):
         self.contents.forget()
 
     def _lora_wrapper(self) -> Any:
-        """The wrapper that maps tokens to slots; on CPU replaced by the segmented one in every LoRA layer."""
+        """The wrapper that maps tokens to slots; on a CPU the segmented one replaces it in every LoRA layer."""
         modules = list(self.manager.modules.values())
         if self.device.type != "cpu":
             return next(iter(self.manager.punica_wrapper_mapping.values()))
@@ -208,11 +208,11 @@ class PackedScorer(Forward):
         return wrapper
 
     def write_all(self, probes: Sequence[Probe], first: int = 0) -> None:
-        """Put probes into the slots from `first` on."""
+        """Write probes into the slots from `first` on."""
         self.contents.write(self.state, probes, first)
 
     def register_slots(self) -> int:
-        """For the request path: make adapter id k + 1 mean slot k, without any file; how many slots there are."""
+        """For the request path: map adapter id k + 1 to slot k, without any file; returns the number of slots."""
         loaded = self.runner.lora_manager.list_adapters()
         for slot in range(self.slots):
             if slot + 1 not in loaded:
@@ -221,7 +221,7 @@ class PackedScorer(Forward):
                 self.manager.activate_adapter(slot + 1)
                 self.contents.forget(slot)
         if self.manager.lora_index_to_id != list(range(1, self.slots + 1)):
-            raise ConfigError(f"vLLM has put adapters elsewhere: {self.manager.lora_index_to_id}")
+            raise ConfigError(f"vLLM has put adapters into other slots: {self.manager.lora_index_to_id}")
         return self.slots
 
     @torch.inference_mode()
@@ -237,9 +237,9 @@ class PackedScorer(Forward):
     def map_slots(
         self, segments: tuple[tuple[int, int, int], ...], row_slots: Sequence[int] = (), padded: int | None = None
     ) -> None:
-        """Tell the LoRA layers the slot of each token, and the head that of each of its rows; -1 is the bare model."""
+        """Give the LoRA layers the slot of each token, and the head the slot of each row; -1 is the bare model."""
         vocabulary = self.vllm_config.model_config.get_vocab_size()
-        self.manager._last_mapping = None  # of vLLM's request path, which would else take it for what is set
+        self.manager._last_mapping = None  # else vLLM's request path would assume that its own mapping is still set
         self.wrapper.map_tokens(segments, vocabulary, row_slots, padded or segments[-1][2])
         if self.device.type == "cpu":
             self.wrapper.one_a = self.contents.one_a(slot for slot, _, _ in segments if slot >= 0)
