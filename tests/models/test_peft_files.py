@@ -310,13 +310,9 @@ DAMAGE: list[tuple[str, Any, str]] = [
     (
         "magnitude",
         lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(64)}),
-        "also has .*q_proj.lora_magnitude_vector",
+        "has .*q_proj.lora_magnitude_vector",
     ),
-    (
-        "named",
-        lambda t: t.update({f"{Q}.lora_A.default.weight": torch.ones(4, 64)}),
-        "also has .*lora_A.default.weight",
-    ),
+    ("named", lambda t: t.update({f"{Q}.lora_A.default.weight": torch.ones(4, 64)}), "also has .*default.weight"),
 ]
 
 

@@ -129,7 +129,7 @@ class Control:
         if self._embeddings is None or not numbers or (most := max(numbers)) < self._embeddings:
             return
         raise ConfigError(
-            f"the tokenizer and the weights of {self._name} do not fit: token "
+            f"the tokenizer and the weights of {self._name} do not match: token "
             f"{self._tokenizer.convert_ids_to_tokens(int(most))!r} has id {most}, and the model has "
             f"{self._embeddings} embeddings (ids 0 to {self._embeddings - 1}). Take the tokenizer that the model was "
             "trained with, or give the model more embeddings (resize_token_embeddings of transformers)"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-POINTER = b"version https://git-lfs.github.com/spec/"  # replaces a large file in a clone without Git LFS
+POINTER = b"version https://git-lfs.github.com/spec/"  # stands in for a large file without Git LFS
 SMALL = 1 << 12  # bytes; pointers have some 130
 INDEXES = {
     "model.safetensors.index.json": "model.safetensors",

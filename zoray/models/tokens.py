@@ -75,7 +75,7 @@ class Encoder:
             return []
         names = ", ".join(map(repr, sorted(self.control.hidden)[:5]))
         several = "examples have" if self.literal > 1 else "example has"
-        return [f"{self.literal:,} {several} control tokens ({names}) as text, and are read so{self._first_literal}"]
+        return [f"{self.literal:,} {several} control tokens ({names}) as text, read as such{self._first_literal}"]
 
     def text(self, prompt: Prompt) -> str:
         """The prompt as the model reads it, up to where the model continues."""

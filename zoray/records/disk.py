@@ -40,8 +40,8 @@ def reason(error: OSError) -> str:
 
 def told(error: OSError) -> str:
     """A refusal as a message: the file, why, and what to do."""
-    advice = {FULL: "Make room there", LOCKED: "Let it be written to", TAKEN: "Move away what is in its place"}
-    what = next((text for kinds, text in advice.items() if error.errno in kinds), "Look at the disk")
+    advice = {FULL: "Make room there", LOCKED: "Make it writable", TAKEN: "Move whatever is in its place"}
+    what = next((text for kinds, text in advice.items() if error.errno in kinds), "Check the disk")
     return f"can't write {error.filename or 'a file'}: {reason(error)}. {what}"
 
 
@@ -51,7 +51,7 @@ def check_place(path: Path, key: str) -> None:
     if not os.path.isdir(parent):
         raise ConfigError(f"expected a folder for {key}={path}; {parent} is a file. Choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"expected a folder that can be written to for {key}={path}; {parent} can't. Choose another")
+        raise ConfigError(f"expected a writable folder for {key}={path}; {parent} is not writable. Choose another")
 
 
 @contextmanager
