@@ -222,7 +222,7 @@ def test_a_replica_with_another_key_is_told_so(listener):
 
 def test_a_driver_that_is_not_there(listener):
     listener.close()
-    with pytest.raises(ConfigError, match=r"expected the driver at .*[Rr]efused.*has to be open"):
+    with pytest.raises(ConfigError, match=r"expected the driver at .*[Rr]efused.*must be open"):
         connect(listener.address, b"key")
 
 

@@ -172,7 +172,7 @@ def test_a_replica_without_room_joins_when_a_node_does(cluster, tmp_path, tiny_m
 
     try:
         until(lambda: steps_in(path) > 5)
-        assert "room for 1 replicas of 2 now; the others join when the cluster has grown" in log.read_text()
+        assert "room for 1 of 2 replicas now; the others join when the cluster has grown" in log.read_text()
         cluster.add_node(num_cpus=1)
         until(lambda: "replica-1 has joined at step" in log.read_text())
         joined = steps_in(path)

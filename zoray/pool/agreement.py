@@ -1,7 +1,7 @@
-"""Which replicas to doubt: those whose state, or whose score of a tile that all have scored, is not the others'.
+"""Which replicas to doubt: those whose state, or whose score of a tile that all have scored, differs from the others'.
 
-A state's digest is exact, so one that differs is wrong. A score is compared to within what rounding and packing make of
-it on the same weights; what is further away comes from a damaged model, kernel or device.
+A state's digest is exact, so one that differs is wrong. A score may differ by what rounding and packing do to it on the
+same weights; a larger difference comes from a damaged model, kernel or device.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LEAST = 1e-5  # nats
 
 
 def differing_digests(digests: Mapping[str, str]) -> set[str]:
-    """Names whose digest is not that of the majority; both where two differ, since either may be wrong.
+    """Names whose digest differs from the majority's; both where two differ, since either may be wrong.
 
     Raises:
-        JournalError: three or more, and no digest is that of more than half of them.
+        JournalError: there are three or more, and no digest is shared by more than half of them.
     """
     if not digests:
         return set()
@@ -34,20 +34,20 @@ def differing_digests(digests: Mapping[str, str]) -> set[str]:
     if len(digests) == 2:
         return set(digests)
     raise JournalError(
-        f"most replicas disagree about the state: {_listed(digests)}. That is no single damaged replica: software or "
+        f"most replicas disagree about the state: {_listed(digests)}. More than one replica is affected: software or "
         "devices differ between them, or memory is failing. The journal is sound: `python -m zoray.replay` rebuilds "
-        "the state and gives the right digest; take out the replicas that have another one, and resume the run"
+        "the state and gives the right digest; remove the replicas with another digest, and resume the run"
     )
 
 
 def differing_scores(scores: Mapping[str, float], noise: float) -> set[str]:
-    """Names whose score of the same tile at the same state is not that of the majority.
+    """Names whose score of the same tile at the same state differs from the majority's.
 
-    `noise`: standard deviation of an example's loss for no reason of its own. Scores that are not finite agree with one
+    `noise`: standard deviation of an example's loss on the same weights. Scores that are not finite agree with one
     another: where most are, the state itself is to blame. Of two that differ, the one that is not finite; else both.
 
     Raises:
-        JournalError: three or more, and no score is that of more than half of them.
+        JournalError: there are three or more, and no score is shared by more than half of them.
     """
     if len(scores) < 2:
         return set()
@@ -64,7 +64,7 @@ def differing_scores(scores: Mapping[str, float], noise: float) -> set[str]:
         return lost or set(scores)
     raise JournalError(
         f"most replicas disagree about the loss of the same examples at the same state: {_listed(scores)} (expected "
-        f"them within {within:.1e}). That is no single damaged replica: compare the nodes' devices and drivers; the "
+        f"them within {within:.1e}). More than one replica is affected: compare the nodes' devices and drivers; the "
         "journal is sound, and the run can be resumed"
     )
 

@@ -1,8 +1,8 @@
-"""The replicas of a run as the driver sees them: who connects, loads, catches up, works, is late, hangs, or is gone.
+"""The replicas of a run as the driver sees them: connecting, loading, catching up, scoring, late, hanging, or lost.
 
-One thread, woken by sockets. A member has at most one call under way; what it answers goes to the function that came
-with the call. Guarantees: a member is ready only when its weights and its state at journal index 0 are the others', it
-has applied the commits so far, and its state has had the digest that is known; whoever fails goes the same way again.
+One thread, woken by sockets. A member has at most one call under way; its answer goes to the function that came with
+the call. Guarantees: a member is ready only when its weights and its state at journal index 0 match the others', it has
+applied all commits so far, and its state has had the known digest; a member that fails starts again from the beginning.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHUNK = 256  # commits of a message to a member that catches up; the others go on with their steps meanwhile
+CHUNK = 256  # commits per message to a member that catches up, while the others go on stepping
 NEAR = 16  # commits behind: few enough to come with the next tiles
-FAILURES = 3  # of a member in a row, without a share scored between them, until it is given up
-PATIENCE = 10.0  # what takes so many times as long as it may, or as it usually does, is taken for dead
-WATCH_SECONDS = 1.0  # between looks at what Ray says of those who are not there
+FAILURES = 3  # failures of a member in a row, with no share scored in between, before it is given up
+PATIENCE = 10.0  # a call that takes this many times its limit, or its usual time, counts as hung
+WATCH_SECONDS = 1.0  # between looks at what Ray says about members that are not connected
 
 
 class Host(Protocol):
@@ -63,31 +63,31 @@ class Host(Protocol):
 
 @dataclass(eq=False)
 class Call:
-    """What a member has been asked and has not answered yet. Times are of time.monotonic()."""
+    """A request to a member that has not been answered yet. Times are of time.monotonic()."""
 
     number: int
     method: str
     then: Callable[[Member, Any], None]
     began: float
     deadline: float  # when it is late
-    hangs: float  # when it is taken for dead
+    hangs: float  # when it counts as hung
 
 
 class Known(NamedTuple):
-    """A state's digest, by which a replay has to come."""
+    """The digest that a replay must reach at a step."""
 
-    step: int  # before which the state is
+    step: int  # the digest is that of the state before this step
     digest: str
-    said_by: frozenset[str] = frozenset()  # names of members; empty: the journal notes it
+    said_by: frozenset[str] = frozenset()  # names of members; empty: from the journal
 
 
 class Phase(Enum):
-    """Of a member."""
+    """What a member is doing."""
 
     JOINING = "loads, and catches up for the first time"
     READY = "can score"
-    LATE = "can score, and has not answered in time"
-    STALE = "is to be rebuilt, when its call is answered"
+    LATE = "can score, but has not answered in time"
+    STALE = "will be rebuilt once its call is answered"
     REBUILT = "catches up again, from journal index 0"
 
 
@@ -100,12 +100,12 @@ class Member:
     address: str  # of its node
     node_id: str  # Ray's
     pid: int
-    place: int = 0  # among the members of its node: which cores are its own
-    sent: int = 0  # commits that it has been sent
+    place: int = 0  # among the members of its node; decides which cores it gets
+    sent: int = 0  # commits sent to it so far
     phase: Phase = Phase.JOINING
     call: Call | None = None
-    speed: float = 0.0  # examples scored a second; 0 is not known
-    extra: float | None = None  # seconds that a digest and the tile that all score take
+    speed: float = 0.0  # examples scored a second; 0 if unknown
+    extra: float | None = None  # seconds for a digest and the tile that all members score
     asked: int = 0
     scored: int = 0  # examples
 
@@ -116,16 +116,16 @@ class Member:
 
     @property
     def late(self) -> bool:
-        """Whether its call takes longer than it should."""
+        """Whether its call is taking longer than expected."""
         return self.phase is Phase.LATE
 
     @property
     def node(self) -> str:
-        """For people."""
+        """Its node, for messages."""
         return f"{self.address} ({self.node_id[:8]})"
 
     def took(self, examples: int, vital: bool, seconds: float) -> None:
-        """Learn from a call how fast it is; `vital` is whether it was asked for a digest too."""
+        """Learn the member's speed from a call; `vital`: whether the call asked for a digest too."""
         if examples and not (vital and self.speed):
             speed = examples / max(seconds, 1e-9)
             self.speed = 0.7 * self.speed + 0.3 * speed if self.speed else speed
@@ -136,24 +136,24 @@ class Member:
 
 @dataclass
 class Members:
-    """All replicas of a run. `names` are those wished for; the other settings are the run's."""
+    """All replicas of a run. `names`: the replicas requested; the other settings are the run's."""
 
     names: list[str]
     host: Host
     spec: ReplicaSpec
     cluster: Cluster
-    cores: int | None = None  # of each, bound to it; None binds none
+    cores: int | None = None  # how many each member is bound to; None binds none
     say: Callable[[str], None] = log.info
-    pack: Callable[[Any, int], bytes] = pickle.dumps  # of the spec, which may hold a script's own classes
+    pack: Callable[[Any, int], bytes] = pickle.dumps  # for the spec, which may hold a script's own classes
     on_lost: Callable[[Member], None] = lambda member: None
     on_late: Callable[[Member], None] = lambda member: None
-    on_doubt: Callable[[Member], None] = lambda member: None  # nothing that it has said counts
+    on_doubt: Callable[[Member], None] = lambda member: None  # its answers no longer count
     commits: list[Commit] = field(default_factory=list)
     known: Known | None = None
-    snapshot: Snapshot | None = None  # from where to replay
+    snapshot: Snapshot | None = None  # where a replay starts
     connected: dict[str, Member] = field(default_factory=dict)
-    info: ReplicaInfo | None = None  # of the first one
-    lost: list[str] = field(default_factory=list)  # name and reason, each time
+    info: ReplicaInfo | None = None  # from the first member that has loaded
+    lost: list[str] = field(default_factory=list)  # name and reason of each loss
     scored: Counter[str] = field(default_factory=Counter)  # examples, by node
     given_up: dict[str, str] = field(default_factory=dict)  # name -> why
 
@@ -161,21 +161,21 @@ class Members:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.host.listener, selectors.EVENT_READ, None)
         self._failures: Counter[str] = Counter()
-        self._has_raised = False  # a replica, in the evaluation at hand
-        self._replayed: Counter[str] = Counter()  # digests of replays that are not what the journal notes
-        self._condemned: dict[tuple[str, int], Connection | None] = {}  # processes to be ended, and what they come with
+        self._has_raised = False  # whether a replica has raised in the current evaluation
+        self._replayed: Counter[str] = Counter()  # digests of replays that differ from the journal's
+        self._condemned: dict[tuple[str, int], Connection | None] = {}  # processes about to end, and their connections
         self._next_deadline = math.inf
         self._next_watch = 0.0
-        self.running = False  # once the run goes on, a member's trouble is no longer the run's
+        self.running = False  # once the run has started, a member's failure no longer ends it
 
     @property
     def ready(self) -> list[Member]:
-        """Those that can score, in the order of their names."""
+        """Members that can score, in the order of `names`."""
         return [member for name in self.names if (member := self.connected.get(name)) and member.ready]
 
     @property
     def idle(self) -> list[Member]:
-        """Those that can score now."""
+        """Members that can score and have no call under way."""
         return [member for member in self.ready if member.call is None]
 
     def ask(
@@ -186,7 +186,7 @@ class Members:
         then: Callable[[Member, Any], None],
         seconds: float = math.inf,
     ) -> None:
-        """Call a method of the actor; `then(member, result)` runs in `pump`. It is late after `seconds`."""
+        """Call a method of the actor; `then(member, result)` runs in `pump`. The call is late after `seconds`."""
         pack = self.pack if method == "load" else pickle.dumps
         member.asked += 1
         began = time.monotonic()
@@ -198,16 +198,16 @@ class Members:
         message = pack((member.asked, method, arguments), pickle.HIGHEST_PROTOCOL)
         try:
             member.connection.send_bytes(message)
-        except OSError:  # gone, as the next read will say; or stopped, with half a message
+        except OSError:  # lost, as the next read will show; or stopped, with half a message
             member.call.hangs = self._next_deadline = began + channel.STUCK_SECONDS
             member.call.deadline = min(member.call.deadline, member.call.hangs)
 
     def pump(self, seconds: float) -> None:
-        """Wait for events, at most so long, and deal with those that have come.
+        """Wait at most `seconds` for events, and handle those that have come.
 
         Raises:
             ConfigError, ReplicaLost: the first replica does not start, or none is left that could come back.
-            Exception: what a replica's own code has raised, see `_raised`.
+            Exception: raised by a replica's own code, see `_raised`.
         """
         now = time.monotonic()
         until = min(now + seconds, self._next_deadline, self._next_watch if self._absent() else math.inf)
@@ -226,14 +226,14 @@ class Members:
     def rebuild(self, member: Member) -> None:
         """Take a member's state back to journal index 0, base weights included, and let it catch up again."""
         if member.call is not None:
-            if member.call.method != "load":  # which ends at index 0 anyway
+            if member.call.method != "load":  # a load ends at index 0 anyway
                 member.phase = Phase.STALE
             return
         member.phase, member.sent = Phase.REBUILT, 0
         self.ask(member, "reset", then=lambda member, _: self._advance(member))
 
     def lose(self, member: Member, why: str, restart: bool = False) -> None:
-        """Strike a member off. `restart`: its process may be there still, and is ended."""
+        """Remove a member. `restart`: its process may still exist, and is ended."""
         self._selector.unregister(member.connection)
         member.connection.close()
         del self.connected[member.name]
@@ -246,13 +246,13 @@ class Members:
         if self._failures[member.name] >= FAILURES:
             self.give_up(member.name, f"{why}, {FAILURES} times without scoring anything in between")
         else:
-            self.say(f"lost {member.name} ({why}); {left}, and it is started anew")
+            self.say(f"lost {member.name} ({why}); {left}, and it is restarted")
             if restart:
                 self._condemned[member.node_id, member.pid] = None
                 self.host.restart(member.node_id, member.pid)
 
     def give_up(self, name: str, why: str) -> None:
-        """Do without a replica from now on."""
+        """Continue without a replica from now on."""
         self.given_up[name] = why
         self.say(f"{name} is given up: {why}")
         self.host.let_go(name)
@@ -260,20 +260,20 @@ class Members:
             raise ReplicaLost(f"all replicas are lost; the last one, {name}: {why}. The run can be resumed")
 
     def has_scored(self, member: Member, examples: int) -> None:
-        """A member works: its failures so far are forgiven."""
+        """Count examples that a member has scored, and forget its earlier failures."""
         self._failures.pop(member.name, None)
         member.scored += examples
         self.scored[member.node] += examples
 
     def loading(self) -> bool:
-        """Whether a member is on its way that has room: it starts, loads or catches up."""
+        """Whether a member that has room is starting, loading or catching up."""
         waiting = self._absent()
         return any(not member.ready for member in self.connected.values()) or bool(
             set(waiting) - (self.host.without_room() if waiting else set())
         )
 
     def close(self) -> None:
-        """End all of them."""
+        """End all members."""
         for member in self.connected.values():
             member.connection.close()
         self.connected.clear()
@@ -291,11 +291,11 @@ class Members:
             if name in self.given_up or name not in self.names:
                 connection.close()
                 continue
-            if (node_id, pid) in self._condemned:  # its end is on the way; let it wait for that
+            if (node_id, pid) in self._condemned:  # about to be ended; it waits until then
                 self._condemned[node_id, pid] = connection
                 continue
-            if name in self.connected:  # it has noticed before this end that the old connection is broken
-                self.lose(self.connected[name], "connected anew")
+            if name in self.connected:  # it noticed before the driver that the old connection is broken
+                self.lose(self.connected[name], "connected again")
             taken = {member.place for member in self.connected.values() if member.node_id == node_id}
             place = next(i for i in range(len(taken) + 1) if i not in taken)
             member = self.connected[name] = Member(name, connection, address, node_id, pid, place)
@@ -326,12 +326,12 @@ class Members:
             call.then(member, value)
 
     def _raised(self, member: Member, call: Call, error: Exception) -> None:
-        """A replica's own code has failed. Another one may fare better, where it is the device that has; once."""
+        """Handle an error in a replica's own code. If it was the device's fault, another replica may succeed; once."""
         others = [other for other in self.ready if other is not member]
         if self.info is None or (call.method != "load" and (not others or self._has_raised)):
             raise error
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if isinstance(error, ConfigError):  # it would say so each time
+        if isinstance(error, ConfigError):  # it would fail the same way each time
             self.lose(member, text)
             self.give_up(member.name, text)
             return
@@ -339,7 +339,7 @@ class Members:
         self.lose(member, text, restart=True)
 
     def evaluated(self) -> None:
-        """An evaluation is complete: what one replica has failed at, others have not."""
+        """An evaluation is complete: others succeeded where one replica failed."""
         self._has_raised = False
 
     def _loaded(self, member: Member, info: ReplicaInfo) -> None:
@@ -378,7 +378,7 @@ class Members:
         self.rebuild(member)
 
     def _advance(self, member: Member, digest: str | None = None, expected: Known | None = None) -> None:
-        """Let a member apply what it has not seen, some at a time, until it is close enough to join."""
+        """Let a member apply the commits it has not seen, in chunks, until it is close enough to join."""
         if expected is not None and digest != expected.digest and not self._believed(member, str(digest), expected):
             return
         end = len(self.commits)
@@ -395,19 +395,19 @@ class Members:
         self.ask(member, "catch_up", some, expected is not None, then=partial(self._advance, expected=expected))
 
     def _believed(self, member: Member, digest: str, expected: Known) -> bool:
-        """Whether a replay may go on that has come to another state than what is known.
+        """Whether a replay whose digest differs from the known one may go on.
 
-        It may where a single replica has said that: either may be wrong, and a replay of the journal is the better
-        witness, so that one is rebuilt as well. What several have said stands, and so does what the journal notes.
+        It may if the known digest came from a single replica: either may be wrong, and a replay of the journal is the
+        better witness, so that replica is rebuilt as well. A digest from several replicas or from the journal stands.
 
         Raises:
-            JournalError: a second replay has come to the same state, which is not what the journal notes.
+            JournalError: a second replay has reached the same digest, which is not the journal's.
         """
         found = f"replay of {member.sent} steps gives {member.name} the state {digest}"
         if len(expected.said_by) == 1:
             if self.known is expected:
                 self.known = None
-                self.say(f"{found}; {expected.digest} was that of {', '.join(expected.said_by)} alone. It is rebuilt")
+                self.say(f"{found}; {expected.digest} was that of {', '.join(expected.said_by)} alone; it is rebuilt")
                 for other in self.ready:
                     self.on_doubt(other)
                     self.rebuild(other)
@@ -416,11 +416,11 @@ class Members:
             self._replayed[digest] += 1
             if self._replayed[digest] > 1:
                 raise JournalError(
-                    f"{found}, and another replay as well; the journal notes {expected.digest}. Either this zoray or "
-                    "its libraries are not those that made the run, or the replica that noted it was damaged: "
+                    f"{found}, and so did another replay; the journal has {expected.digest}. Either zoray or its "
+                    "libraries have changed since the run was made, or the replica that gave the digest was damaged: "
                     "`python -m zoray.replay` names the first step that differs"
                 )
-        self.lose(member, f"{found}; that of the others was {expected.digest}", restart=True)
+        self.lose(member, f"{found}; the others' was {expected.digest}", restart=True)
         return False
 
     def _look_at_deadlines(self, now: float) -> None:
@@ -438,9 +438,9 @@ class Members:
             self._next_deadline = min(self._next_deadline, call.hangs if member.late else call.deadline)
 
     def _watch(self) -> None:
-        """What Ray says of those who are not connected."""
+        """Ask Ray about members that are not connected."""
         for name, (error, final) in self.host.ended(self._absent()).items():
-            if error is None:  # it has lost the connection, and has not found the way back
+            if error is None:  # it lost the connection and did not reconnect
                 self.host.serve(name)
                 continue
             if not self.running and self.info is None:

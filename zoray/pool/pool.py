@@ -1,10 +1,10 @@
-"""The replicas of a run: tiles out and scores in, and what happens when one is late, lost, new, or wrong.
+"""The replicas of a run: tiles out and scores in, and what happens when a replica is late, lost, new, or wrong.
 
-Guarantees: every tile of a call is counted exactly once, whoever scored it, so who is there changes a step's time and
-never which tiles make it up. Commits ride on the next `evaluate`. A lost replica's tiles go to the others at once, a
-late one's after its deadline; whoever comes, for the first time or again, replays the commits and joins between steps.
-A replica whose state or scores are not the others' is found, none of what it has said in that step counts, and it is
-rebuilt.
+Guarantees: every tile of a call counts exactly once, whichever replica scored it, so the set of replicas changes how
+long a step takes and never which tiles make it up. Commits ride on the next `evaluate`. A lost replica's tiles go to
+the others at once, a late one's after its deadline; a replica that connects, first or again, replays the commits and
+joins between steps. A replica whose state or scores differ from the majority is detected and rebuilt, and none of its
+answers in that step count.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REMIND_SECONDS = 60.0
-STRIKES = 3  # times that a replica may differ from a majority: it is not bad luck
-FORGIVEN = 1.1  # factor of a speed each time that it gave no tiles: it may have been a bad moment
+STRIKES = 3  # times a replica differs from the majority before it is given up: that is no bad luck
+FORGIVEN = 1.1  # factor on a replica's speed each time it got no tiles: the measurement may have been a bad moment
 
 
 def never() -> bool:
@@ -46,7 +46,7 @@ def never() -> bool:
 
 @dataclass
 class Round:
-    """A call of `Pool.evaluate` under way. `weight`: examples that a tile stands for."""
+    """A call of `Pool.evaluate` under way. `weight`: examples per tile."""
 
     grid: Grid
     digest: bool
@@ -55,8 +55,8 @@ class Round:
     weight: int
     digests: dict[str, str] = field(default_factory=dict)
     canaries: dict[str, float] = field(default_factory=dict)
-    asked: set[str] = field(default_factory=set)  # who has been asked for those
-    changed: bool = True  # whether there may be something to hand out
+    asked: set[str] = field(default_factory=set)  # replicas asked for a digest and canary
+    changed: bool = True  # whether there may be tiles to hand out
 
 
 class Pool:
@@ -64,20 +64,20 @@ class Pool:
 
     Args:
         members: the replicas.
-        stopping: whether the run is to stop; asked while the pool waits for replicas.
+        stopping: whether the run should stop; asked while the pool waits for replicas.
 
     Attributes:
-        lost: each loss of a replica: its name, and why.
-        rebuilt: how often a replica had another state or other scores than the rest, and was rebuilt.
-        scored: how many examples each node has scored, over all probes.
+        lost: name and reason of each loss of a replica.
+        rebuilt: how often a replica was rebuilt because its state or scores differed.
+        scored: examples that each node has scored, over all probes.
     """
 
     def __init__(self, members: Members, stopping: Callable[[], bool] = never) -> None:
         self.members, self.stopping, self.rebuilt = members, stopping, 0
         self.spec, self.commits, self.lost, self.scored = members.spec, members.commits, members.lost, members.scored
         self._work: Round | None = None
-        self._strikes: Counter[str] = Counter()  # how often each was not like the majority
-        self._slowest = 0.0  # of those whose speed is known
+        self._strikes: Counter[str] = Counter()  # how often each replica differed from the majority
+        self._slowest = 0.0  # lowest known speed
         members.on_lost, members.on_late, members.on_doubt = self._lost, self._late, self._doubted
 
     @classmethod
@@ -89,10 +89,10 @@ class Pool:
         snapshot: Snapshot | None = None,
         stopping: Callable[[], bool] = never,
     ) -> Pool:
-        """A pool of members that are there or will connect, once enough have replayed `commits`; see `gather`.
+        """A pool of members, once enough of them have connected and replayed `commits`; see `gather`.
 
-        `known`: (step, digest of the state before it) that the journal notes; a replay is checked against the last one.
-        `snapshot`: where it may begin.
+        `known`: (step, digest of the state before it) from the journal; a replay is checked against the last one.
+        `snapshot`: where a replay may begin.
         """
         members.commits += commits
         members.known = Known(*known[-1]) if known else None
@@ -107,21 +107,21 @@ class Pool:
 
     @property
     def info(self) -> ReplicaInfo:
-        """What the replicas say of themselves; the same for all."""
+        """What the replicas report about themselves; the same for all."""
         assert self.members.info is not None
         return self.members.info
 
     @property
     def size(self) -> int:
-        """Replicas that can score."""
+        """Number of replicas that can score."""
         return len(self.members.ready)
 
     def gather(self) -> None:
-        """Wait for the replicas at the start of a run: for all that have room, `cluster.min_replicas` at least.
+        """Wait at the start of a run for all replicas that have room, at least `cluster.min_replicas`.
 
         Raises:
-            ConfigError: they did not come in time.
-            KeyboardInterrupt: the run is to stop.
+            ConfigError: they did not connect in time.
+            KeyboardInterrupt: the run should stop.
         """
         members, cluster = self.members, self.members.cluster
         least = min(cluster.min_replicas, len(members.names))
@@ -140,7 +140,7 @@ class Pool:
                 absent, there = members.host.without_room(), members.host.resources()
                 raise ConfigError(
                     f"expected {least} replicas to start and connect to {members.host.listener.address}; "
-                    f"{len(members.ready)} have done so, and nothing has come for {cluster.start_timeout_s:g} s "
+                    f"{len(members.ready)} did, and none followed for {cluster.start_timeout_s:g} s "
                     f"(cluster.start_timeout_s). "
                     + (f"The cluster has no room for {len(absent)} of them: it has {there}. " if absent else "")
                     + "Lower cluster.replicas or cluster.cpus_per_replica, or see Ray's logs"
@@ -148,7 +148,7 @@ class Pool:
         members.running = True
 
     def commit(self, commit: Commit) -> None:
-        """Take a journalled commit; it is sent with each replica's next message."""
+        """Add a journalled commit; it is sent with each replica's next message."""
         self.commits.append(commit)
 
     def digest(self) -> str:
@@ -156,7 +156,7 @@ class Pool:
         return self.evaluate(Grid(len(self.commits)), digest=True)[1] or ""
 
     def rewind(self, step: int) -> None:
-        """Take all replicas to the state after `step` steps, by replay from the start."""
+        """Bring all replicas to the state after `step` steps, by replay from the start."""
         del self.commits[step:]
         members = self.members
         if members.known is not None and members.known.step > step:
@@ -167,9 +167,9 @@ class Pool:
             members.rebuild(member)
 
     def keep_snapshot(self, path: Path) -> None:
-        """Have a replica's state, before the next commit, written to a file, while the run goes on.
+        """Write a replica's state before the next commit to a file, while the run goes on.
 
-        To be called after an evaluation with a digest; nothing is kept of a state over `cluster.snapshot_mib`.
+        Call it after an evaluation with a digest; a state over `cluster.snapshot_mib` is not kept.
         """
         members, step = self.members, len(self.commits)
         member = next((member for member in members.idle if member.sent == step), None)
@@ -183,7 +183,7 @@ class Pool:
             try:
                 found = write(path, data)
             except OSError as error:
-                members.say(f"goes on without a snapshot: can't write {path}: {error.strerror}")
+                members.say(f"the run goes on without a snapshot: can't write {path}: {error.strerror}")
                 return
             members.snapshot = found if (found.step, found.digest) == (step, expected) else None
 
@@ -192,10 +192,10 @@ class Pool:
     def evaluate(self, grid: Grid, digest: bool = False) -> tuple[Scores, str | None]:
         """Scores of all tiles of a grid at the state after all commits; and the state's digest if asked for.
 
-        All replicas are asked for the digest, and in a step for the score of a tile that is the same for all.
+        All replicas are asked for the digest, and in a step for their score of one common tile.
 
         Raises:
-            ReplicaLost: too few replicas are left, and none has come in time.
+            ReplicaLost: too few replicas are left, and none connected in time.
             JournalError: most replicas disagree about the state, or about a score.
         """
         weight = scored([grid[0]]) if len(grid) else 1
@@ -207,7 +207,7 @@ class Pool:
             while True:
                 self._hand_out(work)
                 if work.shares.done and not self._awaited(work):
-                    clear = len(work.digests) > 2  # else either of two may be wrong
+                    clear = len(work.digests) > 2  # of two, either may be wrong
                     if suspects := self._suspects(work, clear):
                         if doubted:
                             raise JournalError(
@@ -246,15 +246,15 @@ class Pool:
         return found[0]
 
     def close(self) -> None:
-        """End the replicas, and what was started for them."""
+        """End the replicas and everything started for them."""
         self.members.close()
 
     def _await_enough(self) -> None:
         """Wait until there are `cluster.min_replicas`; as long as it takes, while one of them loads or replays.
 
         Raises:
-            ReplicaLost: nobody has come in time.
-            KeyboardInterrupt: the run is to stop.
+            ReplicaLost: no replica connected in time.
+            KeyboardInterrupt: the run should stop.
         """
         members, cluster = self.members, self.members.cluster
         least = min(cluster.min_replicas, len(members.names))
@@ -279,14 +279,14 @@ class Pool:
             members.pump(1.0)
 
     def _hand_out(self, work: Round) -> None:
-        """Give those who are idle what is missing; and ask them for what all are asked for."""
+        """Give the missing tiles to idle replicas; ask those for a digest and canary that have not been asked."""
         members = self.members
         if work.changed and not work.shares.done:
             idle = {member.name: member.speed for member in members.idle}
             self._slowest = min((m.speed for m in members.ready if m.speed), default=0.0)
             busy = [m.speed for m in members.ready if m.call is not None and not m.late]
             given = work.shares.hand_out(idle, busy)
-            for name in idle.keys() - {name for name, _ in given}:  # too slow for so few tiles, as it was
+            for name in idle.keys() - {name for name, _ in given}:  # at its last speed, too slow for so few tiles
                 members.connected[name].speed *= FORGIVEN
             for name, share in given:
                 self._ask(work, members.connected[name], share)
@@ -327,10 +327,10 @@ class Pool:
             work.changed = True
         bad = scores.losses == NOT_FINITE if scores.losses.dtype == np.int64 else ~np.isfinite(scores.losses)
         if bad.any() and work.grid.split == "train" and self.size > 1:
-            work.digest = work.canary = True  # is it the state, or this replica?
+            work.digest = work.canary = True  # to tell whether the state or this replica is to blame
 
     def _allowed(self, member: Member, examples: int, vital: bool) -> float:
-        """Seconds until a member is late, by how fast it was; before that is known, by the slowest of the others."""
+        """Seconds until a member is late, by its own speed; before that is known, by the slowest of the others."""
         cluster, speed = self.members.cluster, member.speed or self._slowest
         if not speed or (vital and member.extra is None):
             return math.inf
@@ -342,14 +342,14 @@ class Pool:
         return unsent
 
     def _awaited(self, work: Round) -> bool:
-        """Whether somebody has yet to say what all are asked for."""
+        """Whether a replica still owes its digest."""
         return work.digest and any(
             m.call is not None and not m.late and m.name in work.asked and m.name not in work.digests
             for m in self.members.ready
         )
 
     def _suspects(self, work: Round, clear: bool) -> list[str]:
-        """Find those that differ from the rest, let nothing count that they have said, and rebuild them."""
+        """Find replicas that differ from the majority, discard their answers, and rebuild them."""
         members, found = self.members, []
         wrong_state = differing_digests(work.digests)
         sound = {name: score for name, score in work.canaries.items() if name not in wrong_state}
@@ -381,7 +381,7 @@ class Pool:
         work.changed = True
 
     def _reject(self, work: Round, name: str) -> None:
-        """Nothing that a replica has said counts."""
+        """Discard all answers of a replica."""
         self.rebuilt += 1
         work.shares.reject(name)
         self._forget(work, name)

@@ -14,8 +14,8 @@ class Cluster:
     """Where replicas run.
 
     Args:
-        replicas: how many, or "auto": one per GPU, or one per node where there are none. In a cluster that is joined a
-            wish: those without room wait for it, which lets an autoscaler add nodes, and join the run then.
+        replicas: how many, or "auto": one per GPU, or one per node where there are none. In a cluster that is joined,
+            replicas without room wait for it, which lets an autoscaler add nodes, and join the run later.
         address: of a Ray cluster to join ("host:port", or "auto" for the one on this machine); null starts a local one,
             unless RAY_ADDRESS is set (as `ray job submit` does).
         cpus_per_replica: cores that each replica reserves and binds to; null shares each node's cores out evenly.
@@ -23,17 +23,17 @@ class Cluster:
         dashboard: serve Ray's dashboard on this machine (loopback only) when the cluster is started here.
         dashboard_port: its port, or the next one that is free.
         start_timeout_s: longest wait for the actors to be placed, and then for one after the other to connect.
-        port: of this process, where replicas connect, at any time of the run; 0 takes a free one. Only replicas on
-            other nodes make it listen on more than loopback.
-        ship: send this zoray to the nodes of a cluster that is joined, where it goes before an installed one.
-        min_replicas: below so many the run waits, at its start and later.
-        wait_timeout_s: for that long at most; then it ends, and can be resumed.
-        late_factor: a replica that takes so many times as long as it should is late: others score its tiles as well.
-        late_floor_s: but nobody is late before.
-        hang_timeout_s: a replica that does not answer for so long, and for ten times what it should take (for ten times
-            this, where that is not known), is ended and started anew.
-        snapshot_every: steps between snapshots of the state, from which a replica that comes late replays; 0 for none.
-        snapshot_mib: a larger state has none, and is replayed from the start.
+        port: of this process, where replicas connect throughout the run; 0 takes a free one. It listens on more than
+            loopback only for replicas on other nodes.
+        ship: send this zoray to the nodes of a cluster that is joined, where it takes precedence over an installed one.
+        min_replicas: with fewer the run waits, at its start and later.
+        wait_timeout_s: the longest such wait; then the run ends, and can be resumed.
+        late_factor: a replica is late when it takes this many times the expected time: others score its tiles as well.
+        late_floor_s: no replica is late before this many seconds.
+        hang_timeout_s: a replica that does not answer for this long, and for ten times its expected time (for ten times
+            this, if that is unknown), is ended and restarted.
+        snapshot_every: steps between snapshots of the state, from which a replica that joins late replays; 0 for none.
+        snapshot_mib: a larger state gets no snapshot, and is replayed from the start.
     """
 
     replicas: int | str = 1
@@ -78,7 +78,7 @@ class Cluster:
 
     @property
     def submits(self) -> bool:
-        """Whether a run is handed over to a job scheduler rather than run here."""
+        """Whether a run is handed to a job scheduler rather than run here."""
         return False
 
     def check(self) -> None:

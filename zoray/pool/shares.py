@@ -1,7 +1,7 @@
-"""Who scores which tiles of a call: shares by speed, what nobody has in hand, and whose answer counts.
+"""Which replica scores which tiles of a call: shares by speed, tiles not handed out, and which answers count.
 
-Guarantees: the answers that count cover every tile exactly once, whoever gave them and however often a tile was handed
-out. Nothing here knows of sockets, clocks or Ray.
+Guarantees: the answers that count cover every tile exactly once, whichever replicas gave them and however often a tile
+was handed out. Nothing here knows about sockets, clocks or Ray.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
     from zoray.records import Scores
 
-ALIKE = 1.25  # speeds within this factor are called equal: a measured speed differs by as much from call to call
+ALIKE = 1.25  # speeds within this factor count as equal: a measured speed varies as much from call to call
 
 
 def cut(tiles: Sequence[int], speeds: Sequence[float]) -> list[list[int]]:
     """Runs of tiles, one for each speed, so that all are done at about the same time.
 
-    A speed that is not known yet (0) counts as the mean of the others. A slow worker may be left out.
+    An unknown speed (0) counts as the mean of the others. A slow worker may be left out.
     """
     known = [speed for speed in speeds if speed > 0]
     if not known or max(known) <= ALIKE * min(known):
@@ -31,7 +31,7 @@ def cut(tiles: Sequence[int], speeds: Sequence[float]) -> list[list[int]]:
     mean = sum(known) / len(known)
     rates = [speed or mean for speed in speeds]
     counts = [0] * len(rates)
-    ends = [(1 / rate, k) for k, rate in enumerate(rates)]  # when each would be done with one tile more
+    ends = [(1 / rate, k) for k, rate in enumerate(rates)]  # when each would finish one more tile
     heapq.heapify(ends)
     for _ in tiles:
         _, k = ends[0]
@@ -49,9 +49,9 @@ class Shares:
     """The tiles of one call, numbered from 0. Workers are known by name."""
 
     count: int
-    held: dict[str, tuple[int, ...]] = field(default_factory=dict)  # what each works on
-    late: set[str] = field(default_factory=set)  # whose tiles are handed out once more
-    answers: dict[tuple[int, ...], tuple[str, Scores]] = field(default_factory=dict)  # those that count
+    held: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tiles each worker is scoring
+    late: set[str] = field(default_factory=set)  # workers whose tiles are handed out again
+    answers: dict[tuple[int, ...], tuple[str, Scores]] = field(default_factory=dict)  # the answers that count
     answered: set[int] = field(default_factory=set)  # their tiles
 
     @property
@@ -60,27 +60,27 @@ class Shares:
         return len(self.answered) == self.count
 
     def missing(self) -> list[int]:
-        """Tiles without an answer that nobody has in hand, but for those who are late."""
+        """Tiles without an answer that no worker holds, except late ones."""
         if not self.held and not self.answers:
             return list(range(self.count))
         held = {tile for name, share in self.held.items() if name not in self.late for tile in share}
         return [tile for tile in range(self.count) if tile not in self.answered and tile not in held]
 
     def hand_out(self, idle: Mapping[str, float], busy: Sequence[float] = ()) -> list[tuple[str, tuple[int, ...]]]:
-        """(worker, tiles) for those who are idle, {name: speed}; some is left for the busy ones, who will be soon."""
+        """(worker, tiles) for the idle workers, {name: speed}; some tiles are left for busy ones, soon idle too."""
         if not idle or self.done or not (missing := self.missing()):
             return []
         runs = cut(missing, [*idle.values(), *busy])
         given = [(name, tuple(run)) for name, run in zip(idle, runs, strict=False) if run]
-        if not given:  # so few that all would be left to faster ones, who are busy
+        if not given:  # so few tiles that all would be left to faster workers, which are busy
             given = [(max(idle, key=lambda name: idle[name]), tuple(missing))]
         self.held.update(given)
         return given
 
     def answer(self, name: str, scores: Scores) -> bool:
-        """Take a worker's answer to what it holds; whether it counts.
+        """Take a worker's answer for the tiles it holds; returns whether it counts.
 
-        It does where none of its tiles has an answer yet: the sums of a share can't be divided. What is missing then is
+        It counts if none of its tiles has an answer yet: the sums of a share can't be divided. Tiles still missing are
         handed out again.
         """
         share = self.held.pop(name)
@@ -92,12 +92,12 @@ class Shares:
         return True
 
     def drop(self, name: str) -> None:
-        """A worker is gone: what it holds is missing again."""
+        """Drop a worker: the tiles it holds are missing again."""
         self.held.pop(name, None)
         self.late.discard(name)
 
     def reject(self, name: str) -> None:
-        """Nothing that a worker has said or will say counts."""
+        """Discard a worker's answers, past and pending."""
         self.drop(name)
         self.answers = {share: answer for share, answer in self.answers.items() if answer[0] != name}
         self.answered = {tile for share in self.answers for tile in share}

@@ -1,7 +1,7 @@
-"""A run as a SLURM job: checked and submitted from a login node; inside the job, the Ray cluster that the job has made.
+"""A run as a SLURM job: checked and submitted from a login node; inside the job, the Ray cluster that the job started.
 
 The job itself is cluster/slurm/zoray.sbatch, which works by hand as well: this file only knows its options. A submitted
-run has its folder and config from the start, so that the job, and each start after a requeue, goes on with the folder.
+run has its folder and config from the start, so the job, and each start after a requeue, continues that folder.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 LOGS = "slurm"  # folder in the run's folder: log, script and command line of each job
 IN_JOB = "ZORAY_JOB"  # set by the script
-# What a job, a step, MPI or a Ray has put into the environment of a shell is no other job's business. How to reach
-# SLURM is, and who pays; what else sbatch reads from SBATCH_* comes from settings. As bash and Python both read them.
+# Variables that a job, a step, MPI or a Ray has put into a shell must not leak into another job. How to reach SLURM and
+# who pays are kept; all else in SBATCH_* comes from settings. The patterns mean the same in bash and in Python.
 STATE = r"^((SLURM|SLURMD|SBATCH|SALLOC|SRUN|PMI[A-Z0-9]*|OMPI|ORTE|PRTE)_|(CUDA|ROCR|HIP|NVIDIA)_VISIBLE_DEVICES$"
 STATE += r"|GPU_DEVICE_ORDINAL$|ZE_AFFINITY_MASK$|RAY_(ADDRESS|AUTH_TOKEN|TMPDIR|RAYLET|JOB|NODE|CLUSTER))"
 KEPT = (
@@ -39,8 +39,8 @@ FORGET = f"""\
 state='{STATE}' kept='{KEPT}' # of another job, in whose shell this may be
 for name in $(compgen -e); do [[ ! $name =~ $state || $name =~ $kept ]] || unset "$name"; done
 """
-SIGNALS = (30, 65535)  # seconds; SLURM takes no more, and the script needs some itself
-OWN = {  # sbatch's options that have a setting, or are the script's
+SIGNALS = (30, 65535)  # seconds; SLURM takes no more, and the script itself needs some
+OWN = {  # sbatch's options that have a setting, or that the script sets
     **{"nodes": "nodes", "gpus-per-node": "gpus_per_node", "cpus-per-task": "cpus_per_node", "mem": "memory"},
     **{"time": "time", "partition": "partition", "account": "account", "qos": "qos", "signal": "signal_s"},
     **{"requeue": "requeue", "no-requeue": "requeue", "exclusive": "exclusive"},
@@ -56,12 +56,12 @@ class Slurm(Cluster):
         replicas: how many, or "auto": one per GPU, or one per node where there are none.
         cpus_per_replica: cores that each replica reserves and binds to; null shares each node's cores out evenly.
         gpus_per_replica: GPUs of each replica; null takes one where there are any.
-        dashboard: serve Ray's dashboard on the first node (loopback only); the log has the line for a tunnel.
+        dashboard: serve Ray's dashboard on the first node (loopback only); the log has the command for a tunnel.
         dashboard_port: its port; the next free one, if it is taken.
-        start_timeout_s: longest wait for the actors to be placed, and then for one after the other to connect.
-        ship: send this zoray to the nodes, which have it already by the file system that they share.
-        port: of the driver, where replicas connect, at any time of the run; 0 takes a free one.
-        min_replicas: this and the next six as in a cluster that is joined, see Cluster.
+        start_timeout_s: longest wait for the actors to be placed, and then between one connection and the next.
+        ship: send this zoray to the nodes; seldom needed, as they share a file system.
+        port: of the driver, where replicas connect throughout the run; 0 takes a free one.
+        min_replicas: this and the next six are as in a cluster that is joined, see Cluster.
         wait_timeout_s: see Cluster.
         late_factor: see Cluster.
         late_floor_s: see Cluster.
@@ -77,8 +77,8 @@ class Slurm(Cluster):
         account: to charge.
         qos: quality of service.
         exclusive: whole nodes, shared with no other job.
-        signal_s: seconds before the time limit at which the run is told to stop after the step at hand.
-        requeue: let the job go on in a further start: after the time limit, a preemption or the loss of a node.
+        signal_s: seconds before the time limit at which the run is told to stop after the current step.
+        requeue: start the job again after the time limit, a preemption or the loss of a node, and go on.
         setup: shell lines to run on the first node before anything else, such as "module load cuda".
         python: the Python to run with; null is the one that submits.
         extra: further options of sbatch, e.g. ["--constraint=h100", "--mail-type=END"].
@@ -86,7 +86,7 @@ class Slurm(Cluster):
     """
 
     replicas: int | str = "auto"
-    address: str | None = field(default=None, init=False)  # the job's own, which it has from RAY_ADDRESS
+    address: str | None = field(default=None, init=False)  # the job's own, from RAY_ADDRESS
     ship: bool = False
     nodes: int = 1
     gpus_per_node: int = 0
@@ -181,7 +181,7 @@ def seconds(time: str) -> float:
 
 
 def script_path() -> Path:
-    """zoray.sbatch: of a checkout, or the copy that the wheel brings along."""
+    """zoray.sbatch: in a checkout, or the copy packed in the wheel."""
     here = Path(zoray.__file__).parent
     packed = here / "jobs" / "slurm" / "zoray.sbatch"
     return packed if packed.is_file() else here.parent / "cluster" / "slurm" / "zoray.sbatch"
@@ -198,14 +198,14 @@ def environment(slurm: Slurm) -> dict[str, str]:
 
 
 def outside(variables: Mapping[str, str]) -> dict[str, str]:
-    """Variables as a shell outside of any job would have them."""
+    """The variables that a shell outside any job would have."""
     return {name: value for name, value in variables.items() if re.match(KEPT, name) or not re.match(STATE, name)}
 
 
 def command(slurm: Slurm, folder: Path, arguments: Sequence[str]) -> list[str]:
-    """sbatch's command line for a run's folder. `arguments`: of a resumed run, settings that change.
+    """sbatch's command line for a run's folder. `arguments`: settings that change when a run is resumed.
 
-    It goes on with the folder, which has the run's config already.
+    The job continues the folder, which already has the run's config.
     """
     options = {
         "job-name": f"zoray-{folder.name}",
@@ -252,7 +252,7 @@ def submit(slurm: Slurm, folder: Path, arguments: Sequence[str], say: Callable[[
         logs.mkdir(exist_ok=True)
         (logs / "zoray.sbatch").write_text(script, encoding="utf-8")
         (logs / "submit.sh").write_text(
-            f"# the job's command line; once more, and the run goes on\n{FORGET}{shown}\n", encoding="utf-8"
+            f"# the job's command line; run it again to resume the run\n{FORGET}{shown}\n", encoding="utf-8"
         )
     done = subprocess.run(
         line, env={**outside(os.environ), **variables}, capture_output=True, encoding="utf-8", errors="replace"

@@ -2,8 +2,8 @@
 
 `multiprocessing.connection` frames the messages and lets both ends prove, before anything is unpickled, that they hold
 the same key; Ray carries the key to the actors. A round trip takes 0.1 ms of a core, where an actor call takes several
-and one through a compiled graph 1 to 2 (docs/results). What is sent is neither encrypted nor signed, as between Ray's
-own processes: the network between nodes has to be a private one.
+and one through a compiled graph 1 to 2 (docs/results). Messages are neither encrypted nor signed, as between Ray's own
+processes: the network between nodes must be private.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 
 from zoray.records import ConfigError
 
-PROOF_SECONDS = 10  # for the other end to show the key; a port scanner shows nothing
+PROOF_SECONDS = 10  # for the other end to prove the key; a port scanner proves nothing
 CONNECT_SECONDS = 60
-STUCK_SECONDS = 60  # without a byte in the middle of a message: the other end has been stopped or cut off
+STUCK_SECONDS = 60  # without a byte in mid-message: the other end has been stopped or cut off
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}  # seconds, seconds, count: a lost node in 11 s
 
 
 class Listener:
-    """The driver's end, where replicas connect, at any time of the run.
+    """The driver's end, where replicas connect throughout the run.
 
-    Whoever connects proves itself in a thread of its own, so that nobody keeps the driver or others waiting.
+    Each connection proves its key in its own thread, so that none keeps the driver or the others waiting.
 
     Args:
-        host: to listen on; 127.0.0.1 where all replicas are on this machine.
+        host: the address to listen on; 127.0.0.1 where all replicas are on this machine.
         port: 0 takes a free one.
     """
 
@@ -54,13 +54,13 @@ class Listener:
         threading.Thread(target=self._accept, name="zoray-listener", daemon=True).start()
 
     def fileno(self) -> int:
-        """Readable when somebody has connected, see `arrivals`."""
+        """Readable when a replica has connected, see `arrivals`."""
         return self._bell.fileno()
 
     def arrivals(self) -> list[tuple[Connection, bytes]]:
-        """Those who have connected since the last call and hold the key: a connection, and its first message.
+        """New connections since the last call that hold the key, each with its first message.
 
-        A read or write on it fails where the other end stops in the middle of a message, after STUCK_SECONDS.
+        A read or write on one fails after STUCK_SECONDS if the other end stops in mid-message.
         """
         with suppress(BlockingIOError):
             while self._bell.recv(1024):
@@ -72,15 +72,15 @@ class Listener:
         return found
 
     def close(self) -> None:
-        """Take no more connections; those that have been taken stay, and those that wait to be are closed."""
+        """Accept no more connections; those already handed out stay open, waiting ones are closed."""
         with self._handing_over:
-            self._closed = True  # from here on, whoever is still proving itself is closed by its own thread
+            self._closed = True  # from here on, a connection still proving its key is closed by its own thread
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which a mere close does not
         for end in (self._socket, self._bell, self._ringer):
             end.close()
         with suppress(queue.Empty):
-            while True:  # they would wait for ever for what nobody sends
+            while True:  # else they would wait for ever
                 self._come.get_nowait()[0].close()
 
     def _accept(self) -> None:
@@ -102,11 +102,11 @@ class Listener:
         except (AuthenticationError, EOFError, OSError, AssertionError):  # silent, gone, or another program
             connection.close()
             return
-        # One thread closes a connection, never two: the second might close a descriptor that is by then another's.
+        # One thread closes a connection, never two: the second might close a descriptor that has since been reused.
         with self._handing_over:
             if not self._closed:
                 self._come.put((connection, first))
-                with suppress(BlockingIOError):  # so many rings that nobody has heard: one is enough
+                with suppress(BlockingIOError):  # the pipe is full of unread rings: one is enough
                     self._ringer.send(b"!")
                 return
         connection.close()
@@ -116,7 +116,7 @@ def connect(address: tuple[str, int], key: bytes) -> Connection:
     """A replica's end.
 
     Raises:
-        ConfigError: the driver can't be reached, or is another run's.
+        ConfigError: the driver can't be reached, or belongs to another run.
     """
     host, port = address
     try:
@@ -129,23 +129,23 @@ def connect(address: tuple[str, int], key: bytes) -> Connection:
     except (AuthenticationError, EOFError, OSError, AssertionError) as error:
         raise ConfigError(
             f"expected the driver at {host}:{port}, where its replicas connect; {error or type(error).__name__}. "
-            "Between the nodes of a cluster this port has to be open; cluster.port=... fixes it"
+            "This port must be open between the nodes of a cluster; cluster.port=... sets it"
         ) from error
 
 
 def _open(peer: socket.socket) -> Connection:
-    """A socket as a connection for messages: sent at once, and closed by the kernel when the other node is gone."""
+    """A socket as a message connection: sends at once, and the kernel closes it when the other node is lost."""
     peer.settimeout(None)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEPALIVE.items():
-        if hasattr(socket, name):  # macOS calls them otherwise
+        if hasattr(socket, name):  # macOS has other names for them
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return Connection(peer.detach())
 
 
 def _limit(connection: Connection, seconds: int) -> None:
-    """Let reads and writes fail after some seconds; 0 is never."""
+    """Make reads and writes fail after `seconds`; 0 means never."""
     same = socket.socket(fileno=connection.fileno())
     try:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):

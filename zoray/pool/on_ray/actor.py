@@ -1,8 +1,7 @@
-"""A replica as a Ray actor: it connects to the driver, and does what the driver asks for until that is gone.
+"""A replica as a Ray actor: it connects to the driver, and answers the driver's calls until the driver is gone.
 
-Ray places the actors, hands them the run's key and starts them anew when they have died. What a step needs goes over a
-socket of each actor's (sockets.py), as byte strings: a method's name and its arguments one way, what it returns or
-raises the other.
+Ray places the actors, hands them the run's key and restarts them when they die. A step's messages go over each actor's
+socket (sockets.py) as byte strings: a method's name and arguments one way, its result or exception the other.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ BY_VALUE: Any = cloudpickle  # a script's or notebook's own classes travel as we
 
 
 class ReplicaActor:
-    """A replica in a process of its own. Loading is a method, so that its errors reach the driver as they are."""
+    """A replica in its own process. Loading is a method, so that its errors reach the driver unchanged."""
 
     def __init__(self) -> None:
         self.replica: Replica | None = None
 
     def serve(self, name: str, address: tuple[str, int], key: bytes) -> None:
-        """Connect to the driver and do what it asks for, until it is gone; a connection that breaks is made anew."""
+        """Connect to the driver and answer its calls until it is gone; reconnect if the connection breaks."""
         connection = connect(address, key)
         hello = (name, get_node_ip_address(), ray.get_runtime_context().get_node_id(), os.getpid())
         while True:
@@ -50,11 +49,11 @@ class ReplicaActor:
                 connection.close()
             try:
                 connection = connect(address, key)
-            except ConfigError:  # nobody listens there any more: the run has ended
+            except ConfigError:  # the driver no longer listens: the run has ended
                 return
 
     def call(self, message: bytes) -> bytes:
-        """Run one of METHODS; message and answer as Member packs and unpacks them."""
+        """Run one of METHODS; Members packs the message and unpacks the answer."""
         number, method, arguments = pickle.loads(message)
         try:
             if method not in METHODS:
@@ -64,9 +63,9 @@ class ReplicaActor:
             return _pickled(number, error)
 
     def load(self, spec: ReplicaSpec, cores: tuple[int, int] | None) -> ReplicaInfo:
-        """Bind this process to the i-th run of n cores of the node, before torch starts its threads; load.
+        """Bind this process to the i-th run of n cores of the node, before torch starts its threads; then load.
 
-        A replica that is there already, its connection having been lost, goes back to journal index 0.
+        If the replica exists already, because its connection was lost, it goes back to journal index 0.
         """
         if self.replica is not None:
             self.replica.reset()
@@ -85,9 +84,9 @@ class ReplicaActor:
         digest: bool,
         canary: bool = False,
     ) -> tuple[Scores, str | None, float | None]:
-        """Score ranges of a grid's tiles, see Replica.evaluate. The grid itself, and its probes, do not travel.
+        """Score ranges of a grid's tiles, see Replica.evaluate. The grid and its probes do not travel.
 
-        If they are asked for: the digest of the state that was scored, and the score of the canary.
+        Returns too, if asked for: the digest of the state that was scored, and the score of the canary.
         """
         assert self.replica is not None
         grid = self.replica.grid(step, split)
@@ -101,9 +100,9 @@ class ReplicaActor:
         self.replica.reset()
 
     def catch_up(self, commits: tuple[Commit, ...], digest: bool) -> str | None:
-        """Apply commits, scoring nothing; the digest of the state after them, if it is asked for.
+        """Apply commits without scoring; returns the digest of the state after them if asked for.
 
-        All is computed when this returns, so that a replica that is ready for tiles is ready at once.
+        All computation is done when this returns, so a replica that is ready for tiles starts on them at once.
         """
         assert self.replica is not None
         self.replica.apply(commits)
@@ -111,12 +110,12 @@ class ReplicaActor:
         return self.replica.engine.digest() if digest else None
 
     def snapshot(self, limit: int) -> bytes | None:
-        """The state as it is, see Engine.snapshot."""
+        """The current state, see Engine.snapshot."""
         assert self.replica is not None
         return self.replica.engine.snapshot(limit)
 
     def restore(self, data: bytes, step: int) -> str:
-        """Take a snapshot of the state before `step`; the digest of what that gives."""
+        """Restore a snapshot of the state before `step`; returns the digest of the result."""
         assert self.replica is not None
         self.replica.engine.restore(data, step)
         return self.replica.engine.digest()
@@ -129,7 +128,7 @@ class ReplicaActor:
 
 
 def _pickled(number: int, error: Exception) -> bytes:
-    """An exception as an answer, with the traceback as a note; one that can't travel goes as its text."""
+    """An exception as an answer, with the traceback as a note; one that can't be pickled is sent as its text."""
     text = "".join(traceback.format_exception(error))
     error.add_note(f"raised in a replica (process {os.getpid()}):\n{text}")
     try:

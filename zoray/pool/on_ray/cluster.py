@@ -1,7 +1,7 @@
-"""Which Ray cluster a run uses: join or start one, see how many replicas it has room for, share out a node's cores.
+"""Which Ray cluster a run uses: join or start one, count the replicas it has room for, share out a node's cores.
 
-Guarantees: a cluster that was started here ends with the run, and listens on loopback only; a cluster that is joined
-runs this process's zoray, whatever its nodes have installed.
+Guarantees: a cluster started here ends with the run, and listens on loopback only; a cluster that is joined runs this
+process's zoray, whatever its nodes have installed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def connect(cluster: Cluster, say: Callable[[str], None]) -> bool:
-    """Join or start a Ray cluster; whether this process connected, and so has to disconnect."""
+    """Join or start a Ray cluster; returns whether this process connected, and so must disconnect."""
     import ray
 
     if ray.is_initialized():  # a test or a notebook has its own
         return False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray runs workers at niceness 15: one busy process beside them slows a replica (OpenMP barriers) up to 40-fold.
+    # Ray's default is niceness 15: one busy process beside them slows a replica (OpenMP barriers) up to 40-fold.
     os.environ.setdefault("RAY_worker_niceness", "0")
     address = cluster.joins
     if not address:
@@ -50,9 +50,9 @@ def connect(cluster: Cluster, say: Callable[[str], None]) -> bool:
 
 
 def _own_code() -> dict[str, Any]:
-    """A runtime_env with this zoray (0.5 MB, three seconds), merged with that of the job that this process may be.
+    """A runtime_env with this zoray (0.5 MB, three seconds), merged with that of the Ray job this process may run in.
 
-    Ray refuses one field in both, so what the job says wins. Settings are composed by the driver: conf/ stays here.
+    Ray refuses a field set in both, so the job's wins. The driver composes the settings: conf/ stays here.
     """
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
     own = {"py_modules": [str(Path(zoray.__file__).parent)], "excludes": ["__pycache__"]}
@@ -60,10 +60,10 @@ def _own_code() -> dict[str, Any]:
 
 
 def size(cluster: Cluster, ranks: int = 1) -> tuple[int, int, float]:
-    """(replicas, cores of each, GPUs of each) for the cluster that is there; `ranks` share a model out.
+    """(replicas, cores of each, GPUs of each) for the current cluster; `ranks` share a model.
 
     Raises:
-        ConfigError: a cluster that was started for this run is too small for it: no node will join that.
+        ConfigError: a cluster started for this run is too small for it: no node will join it later.
     """
     import ray
 
@@ -96,7 +96,7 @@ def size(cluster: Cluster, ranks: int = 1) -> tuple[int, int, float]:
 
 
 def room(bundle: Mapping[str, float]) -> int:
-    """How many replicas with these resources the nodes that are there could hold, were they empty."""
+    """How many replicas with these resources the current nodes could hold if they were empty."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -107,7 +107,7 @@ def room(bundle: Mapping[str, float]) -> int:
 def own_host(elastic: bool = False) -> str:
     """Where this process listens for its replicas: loopback, if no node of the cluster is another machine.
 
-    `elastic`: nodes are expected to join later, so that the other machines are not there yet.
+    `elastic`: nodes are expected to join later, so other machines may come.
     """
     import ray
     from ray.util import get_node_ip_address
@@ -133,7 +133,7 @@ def leave(owns_ray: bool) -> None:
 
 
 def bind_cores(index: int, count: int) -> list[int]:
-    """Restrict this process to the index-th run of `count` of the cores that it may use; returns them.
+    """Restrict this process to the index-th run of `count` of the cores it may use; returns them.
 
     Replicas that start as many threads as a node has cores slow each other down several times.
     """

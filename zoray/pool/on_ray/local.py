@@ -1,7 +1,7 @@
-"""The Ray of a run's own: on loopback, with a dashboard where one can be had, and files where its sockets fit.
+"""A run's own Ray: on loopback, with a dashboard where possible, and its files where the socket paths fit.
 
-Guarantees: what this machine lacks (a port, a home, a short path, room) is got round, with a line that says so, or is a
-ConfigError with Ray's own words. A dashboard never costs a run: its port may be taken by another run at any moment.
+Guarantees: if this machine lacks something (a port, a home, a short path, room), a printed line says how it was worked
+around, or a ConfigError quotes Ray. The dashboard never fails a run: another run may take its port at any moment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LONGEST = 107  # bytes of a socket's path: sockaddr_un
 SOCKET = "/ray/session_2026-12-01_04-01-14_981226_4194304/sockets/plasma_store"  # the longest of Ray's; 4194304: a pid
 LEAST_FREE = 16 << 20  # bytes for Ray's logs and sockets
 OTHERS = ("/tmp", "/var/tmp")
-LOG_LINES = 12  # more of them are a log
+LOG_LINES = 12  # a text with more lines is a log
 ERROR = re.compile(r"[\w.]*(Error|Exception): ")
 AGAIN = re.compile(r"address already in use|occupied|\bport\b|dashboard|timed out during startup", re.IGNORECASE)
 
@@ -43,7 +43,7 @@ def start(dashboard: bool, port: int, say: Callable[[str], None]) -> None:
     except Exception as error:
         if not AGAIN.search(str(error)):
             raise _refused(error) from error
-        try:  # what was free was taken a moment later, or two Rays are more than this machine starts within 30 s
+        try:  # a free port was taken a moment later, or this machine can't start two Rays within 30 s
             address = _start(folder, False, port)
         except Exception as again:
             raise _refused(again) from again
@@ -69,7 +69,7 @@ def _start(folder: str | None, dashboard: bool, port: int) -> str | None:
             address="local",
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
-            logging_level=logging.CRITICAL,  # what it has to say of a failure is in what it raises
+            logging_level=logging.CRITICAL,  # the exception has all that Ray says of a failure
             log_to_driver=False,
             _temp_dir=folder,
         )
@@ -79,12 +79,11 @@ def _start(folder: str | None, dashboard: bool, port: int) -> str | None:
 
 @contextmanager
 def _on_loopback(dashboard_port: int) -> Iterator[None]:
-    """Let a Ray that starts here listen on 127.0.0.1 only: all of its servers, which else are open to the network.
+    """Make all servers of a Ray that starts here listen on 127.0.0.1 only; else they are open to the network.
 
     Ray binds to loopback where a node's own address is loopback, as it is on macOS and Windows; it turns the
     `_node_ip_address="127.0.0.1"` of `ray.init` into an address that others can reach. Its switch between the two is
-    read when ray is imported. Of ports for its
-    dashboard it tries the default one and the next 50, where it is given none.
+    read when ray is imported. If it is given no dashboard port, it tries the default one and the next 50.
     """
     from ray._private import ray_constants
 
@@ -101,7 +100,7 @@ def _on_loopback(dashboard_port: int) -> Iterator[None]:
 
 @contextmanager
 def _in_folder(folder: str | None) -> Iterator[None]:
-    """Let what Ray starts have its sockets there as well: the dashboard's multiprocessing, a replica's vLLM."""
+    """Keep the sockets of Ray's children there as well: the dashboard's multiprocessing, a replica's vLLM."""
     before = os.environ.get("TMPDIR", "")
     if folder and before and _unfit(before):
         os.environ["TMPDIR"] = str(Path(folder).parent)
@@ -113,10 +112,10 @@ def _in_folder(folder: str | None) -> Iterator[None]:
 
 
 def temp_folder(say: Callable[[str], None]) -> str | None:
-    """Where Ray keeps logs and sockets, if not where it would by itself.
+    """Where Ray keeps logs and sockets; None for Ray's default.
 
     Raises:
-        ConfigError: no folder is short enough, with room, and can be written to.
+        ConfigError: no folder has a short enough path, has room, and can be written to.
     """
     name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "")
     wanted = os.environ[name] if name else OTHERS[0]
@@ -135,7 +134,7 @@ def temp_folder(say: Callable[[str], None]) -> str | None:
 
 
 def _unfit(folder: str) -> str:
-    """What keeps Ray from having its files below a folder; empty if nothing does."""
+    """Why Ray can't keep its files below a folder; empty if it can."""
     if len(os.fsencode(folder) + SOCKET.encode()) > LONGEST:
         return f"is too long for its sockets, by {len(os.fsencode(folder) + SOCKET.encode()) - LONGEST} characters"
     if not os.path.isdir(folder):
@@ -151,7 +150,7 @@ def _unfit(folder: str) -> str:
 
 
 def _own_token() -> bool:
-    """Give Ray a token where it would keep one in a home that is not there or can't be written to; whether it is so."""
+    """Give Ray a token if the home it would keep one in is missing or can't be written to; returns whether it did."""
     told = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     if told or os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return False
@@ -167,7 +166,7 @@ def _own_token() -> bool:
 
 
 def own_words(said: str) -> str:
-    """What Ray says of a failure, in a line: of a traceback or a log the last error, of a message all of it."""
+    """What Ray says of a failure, as one line: a traceback's or log's last error, or all of a message."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     told = [line for line in lines if ERROR.match(line) or "Check failed" in line]
     line = told[-1] if told else " ".join(lines) if len(lines) <= LOG_LINES else "".join(lines[-1:])

@@ -1,7 +1,7 @@
-"""A run's actors as Ray keeps them: one placement group and one named actor for each replica.
+"""A run's actors in Ray: one placement group and one named actor for each replica.
 
-Ray places an actor as soon as its group has room, which may be when a node joins, and starts it anew when its process
-or node is gone; either way it connects to the driver's listener by itself. The driver decides who is given up.
+Ray places an actor as soon as its group has room, which may be when a node joins, and restarts it when its process or
+node is lost; either way it connects to the driver's listener by itself. The driver decides which replica is given up.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CLOSE_SECONDS = 2.0
 
 @ray.remote
 def _kill(pid: int) -> None:
-    """kill -9 a process of this node, if it is an actor's still."""
+    """kill -9 a process of this node, if it is still an actor's."""
     with suppress(OSError):
         if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
@@ -42,15 +42,15 @@ class Placement:
     """The actors of a run by name; `listener` is where they connect."""
 
     listener: Listener
-    owns_ray: bool = False  # whether Ray ends with them
+    owns_ray: bool = False  # whether Ray ends with the actors
     actors: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
-    serving: dict[str, Any] = field(default_factory=dict)  # what Ray's call of `serve` returns, when that ends
+    serving: dict[str, Any] = field(default_factory=dict)  # references to the calls of `serve`
 
     def start(
         self, names: Sequence[str], actor_class: type, arguments: Sequence[Any], bundle: dict[str, float]
     ) -> None:
-        """Ask Ray for an actor of each name, in a placement group of its own; does not wait.
+        """Ask Ray for one actor per name, each in its own placement group; does not wait.
 
         All resources of an actor are in one bundle: the ranks of a tensor-parallel replica share a node.
         """
@@ -65,21 +65,21 @@ class Placement:
             self.serve(name)
 
     def serve(self, name: str) -> None:
-        """Let an actor connect and do what it is asked for; Ray calls it again on an actor that it has restarted."""
+        """Let an actor connect and answer calls; Ray repeats this call on an actor that it has restarted."""
         self.serving[name] = self.actors[name].serve.remote(name, self.listener.address, self.listener.key)
 
     def resources(self) -> str:
-        """What the cluster has, for people."""
+        """The cluster's resources, for messages."""
         return totals()
 
     def without_room(self) -> set[str]:
-        """Names whose group waits for room."""
+        """Names whose placement group is waiting for room."""
         table = placement_group_table()
         states = {name: table.get(group.id.hex(), {}).get("state") for name, group in self.groups.items()}
         return {name for name, state in states.items() if state != "CREATED"}
 
     def ended(self, names: Sequence[str]) -> dict[str, tuple[Exception | None, bool]]:
-        """Of these, those whose `serve` has ended: the error, if any, and whether Ray has given the actor up."""
+        """Of `names`, those whose `serve` has ended: the error, if any, and whether Ray has given the actor up."""
         found: dict[str, tuple[Exception | None, bool]] = {}
         by_reference = {self.serving[name]: name for name in names if name in self.serving}
         if not by_reference:
@@ -95,14 +95,14 @@ class Placement:
         return found
 
     def restart(self, node_id: str, pid: int) -> None:
-        """End an actor's process, whatever it is doing, and let Ray start it anew; does not wait.
+        """End an actor's process, whatever it is doing, and let Ray restart it; does not wait.
 
-        By a task on its node: `ray.kill` asks the process itself, and one that hangs or is stopped does not listen.
+        A task on its node does it: `ray.kill` asks the process itself, and one that hangs or is stopped ignores it.
         """
         end_process(node_id, pid)
 
     def let_go(self, name: str) -> None:
-        """End an actor for good, and give its place back."""
+        """End an actor for good, and free its place."""
         self.serving.pop(name, None)
         if name in self.actors:
             ray.kill(self.actors.pop(name))
@@ -110,7 +110,7 @@ class Placement:
             remove_placement_group(self.groups.pop(name))
 
     def close(self) -> None:
-        """End all of them; those that are idle end by themselves, when nobody listens any more."""
+        """End all actors; idle ones end by themselves once the listener is closed."""
         self.listener.close()
         try:
             if ray.is_initialized():

@@ -1,4 +1,4 @@
-"""Whether a Ray cluster answers at an address; what can't be reached is said within CONNECT_SECONDS."""
+"""Whether a Ray cluster answers at an address; an unreachable one is reported within CONNECT_SECONDS."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _answered: set[str] = set()  # addresses that have answered this process; asking
 def check_reachable(address: str | None) -> None:
     """Raise ConfigError within CONNECT_SECONDS unless a Ray cluster answers at `address` ("host:port"); null is fine.
 
-    `ray.init` alone may wait for minutes. "auto" and "local" are left to it, which knows at once.
+    `ray.init` alone may wait for minutes. "auto" and "local" are left to it: it knows at once.
     """
     if address in (None, "auto", "local") or address in _answered:
         return
@@ -37,16 +37,16 @@ def check_reachable(address: str | None) -> None:
     deadline = time.monotonic() + CONNECT_SECONDS
     said = _ask(address, deadline)
     if TOKEN.search(said) and "RAY_AUTH_MODE" not in os.environ and not _ask(address, deadline, RAY_AUTH_MODE="token"):
-        os.environ["RAY_AUTH_MODE"] = "token"  # as `auto` has it: there is a token here, and it is the right one
-        if "ray._raylet" in sys.modules:  # which has read the variable already
+        os.environ["RAY_AUTH_MODE"] = "token"  # as `auto` does: this machine has a token, and it is the right one
+        if "ray._raylet" in sys.modules:  # it has read the variable already
             sys.modules["ray._raylet"].Config.initialize("")
         said = ""
     if said:
-        remedy = "Is it the address that `ray start --head` has printed, by default with port 6379?"
+        remedy = "Is it the address that `ray start --head` printed, by default with port 6379?"
         if TOKEN.search(said):
             remedy = (
-                "Put the token of the cluster here, as ~/.ray/auth_token or in RAY_AUTH_TOKEN (`ray get-auth-token` "
-                "prints it on the head), and set RAY_AUTH_MODE=token"
+                "Put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN on this machine (`ray "
+                "get-auth-token` prints it on the head), and set RAY_AUTH_MODE=token"
             )
         raise ConfigError(
             f"expected a Ray cluster at {address} (cluster.address or RAY_ADDRESS); Ray says: {said}. {remedy}"
@@ -55,7 +55,7 @@ def check_reachable(address: str | None) -> None:
 
 
 def _ask(address: str, deadline: float, **variables: str) -> str:
-    """What Ray has against a cluster in this process's place, in its own words; empty if nothing."""
+    """Why Ray can't use a cluster from this process, in Ray's words; empty if it can."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     options: dict[str, Any] = {"env": {**os.environ, **variables}, "encoding": "utf-8", "errors": "replace"}
     try:

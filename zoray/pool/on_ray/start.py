@@ -33,9 +33,9 @@ def start_pool(
     known: Sequence[tuple[int, str]] = (),
     snapshot: Snapshot | None = None,
 ) -> Pool:
-    """Connect to Ray, place the actors, load them side by side; the rest is as in `Pool.gathered`.
+    """Connect to Ray, place the actors, load them in parallel; the rest is as in `Pool.gathered`.
 
-    Returns when all replicas that there is room for are ready, `cluster.min_replicas` at least. The others join later.
+    Returns when all replicas that have room are ready, at least `cluster.min_replicas`. The others join later.
 
     Raises:
         ConfigError: the cluster does not answer or is too small, or a replica refuses its config.
@@ -47,7 +47,7 @@ def start_pool(
         bundle: dict[str, float] = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         here = room(bundle)
         if here < count:
-            say(f"room for {here} replicas of {count} now; the others join when the cluster has grown")
+            say(f"room for {here} of {count} replicas now; the others join when the cluster has grown")
         tag = uuid.uuid4().hex[:6]
         names = [f"zoray-{run_name}-{tag}-replica-{i}" for i in range(count)]
         placement = Placement(Listener(own_host(elastic=here < count), cluster.port), owns_ray)
