@@ -213,5 +213,5 @@ def test_a_run_folder_that_ray_would_delete_is_refused(tmp_path, monkeypatch):
     check_kept(Path("runs/a"))
     monkeypatch.chdir(job)
     check_kept(tmp_path / "runs" / "a")
-    with pytest.raises(ConfigError, match=r"Take a folder of the head node, .*: run.folder=/data/runs"):
+    with pytest.raises(ConfigError, match=r"Use a folder on the head node, .*: run.folder=/data/runs"):
         check_kept(Path("runs/a"))

@@ -1,4 +1,4 @@
-"""One run, from its settings to its report: config, experiment, the step loop, the journal, what is shown.
+"""One run, from its settings to its report: config, experiment, the step loop, the journal, the reports.
 
 Imports all rooms but serving. It is the driver's process: the only one that writes into the run's folder.
 """

@@ -1,4 +1,4 @@
-"""From the command line to components: compose the Hydra config, build the components, say plainly what is wrong.
+"""From the command line to components: compose the Hydra config, build the components, report errors plainly.
 
 Used by the mains only. Nothing here imports torch, vLLM or Ray, so a mistake in the command line costs a second.
 """
@@ -19,7 +19,7 @@ from zoray.records.process import streams
 from zoray.records.signatures import check_signature, did_you_mean, in_quotes, unknown_key
 
 USAGE_EXIT, FAILURE_EXIT, INTERRUPT_EXIT = 2, 1, 130
-MEANT = {  # what is no text in a mapping that YAML reads
+MEANT = {  # values that are not text in a mapping read by YAML
     "null": re.compile(r"(null)?\Z", re.I),
     "bool": re.compile(r"(true|false)\Z", re.I),
     "int": re.compile(r"-?(0|[1-9][0-9]*)\Z"),
@@ -29,7 +29,7 @@ SHOWING_FLAGS = {"--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"} 
 
 
 def conf_dir() -> Path:
-    """The folder of the configs: `conf/` of a checkout, or the copy that the wheel brings along."""
+    """The folder of the configs: `conf/` of a checkout, or the copy packed in the wheel."""
     here = Path(zoray.__file__).parent
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
 
@@ -37,7 +37,7 @@ def conf_dir() -> Path:
 def run_main(config_name: str, function: Callable[[Any], int | None]) -> NoReturn:
     """Compose `config_name` with the command line's overrides, call `function(config)`, exit.
 
-    Hydra's own flags (--help, --cfg, --multirun, ...) go to Hydra. Errors of ours are printed as one message, without a
+    Hydra's own flags (--help, --cfg, --multirun, ...) go to Hydra. zoray's errors are printed as one message without a
     traceback; any other exception is a defect and keeps its traceback.
     """
     streams.settle()
@@ -45,7 +45,7 @@ def run_main(config_name: str, function: Callable[[Any], int | None]) -> NoRetur
     flags = {argument for argument in arguments if argument.startswith("-")}
     if not flags:
         sys.exit(guarded(lambda: function(compose(config_name, arguments))))
-    if flags <= SHOWING_FLAGS:  # Hydra's own messages for a wrong key give advice that does not hold here
+    if flags <= SHOWING_FLAGS:  # Hydra's own messages for a wrong key give advice that is wrong here
         overrides = [argument for argument in arguments if "=" in argument]
         if guarded(lambda: compose(config_name, overrides) and None):
             sys.exit(USAGE_EXIT)
@@ -61,7 +61,7 @@ def run_main(config_name: str, function: Callable[[Any], int | None]) -> NoRetur
 
 
 def guarded(call: Callable[[], int | None]) -> int:
-    """Call, and print an error of ours as one message; the exit status."""
+    """Call, and print a zoray error as one message; returns the exit status."""
     try:
         return call() or 0
     except ConfigError as error:
@@ -84,7 +84,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
     """The config with `group=option` and `key=value` overrides; a leading `+` changes nothing for a key that exists.
 
     Raises:
-        ConfigError: an override that is no key=value, an option that a group lacks, or a key that the config lacks.
+        ConfigError: an override is not key=value, a group lacks the option, or the config lacks the key.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -115,7 +115,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> Any:
 
 
 def _with_line_breaks(config: Any, keys: Sequence[str]) -> Any:
-    r"""A config with real line breaks where the command line has \n: a shell passes on a backslash and an n."""
+    r"""A config with real line breaks where the command line has \n: a shell passes a backslash and an n."""
     from omegaconf import OmegaConf
 
     for key in keys:
@@ -130,7 +130,7 @@ def _with_line_breaks(config: Any, keys: Sequence[str]) -> Any:
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """A plain value with all texts in it changed, but for the keys of mappings."""
+    """A plain value with all its texts changed, except the keys of mappings."""
     if isinstance(value, dict):
         return {key: _each_text(item, change) for key, item in value.items()}
     if isinstance(value, list):
@@ -173,25 +173,25 @@ def _option(group: str, option: object, settings: Mapping[str, Any], where: str,
     check_option(group, str(option), where)
     config: Any = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
     for key, value in settings.items():
-        if key not in list(config.keys()):  # `in` says no for what is to be given
+        if key not in list(config.keys()):  # `in` is false for a key without a default
             raise unknown_key(f"{keys}.{key}", key, keys, [str(name) for name in config if name != "_target_"])
         config[key] = value
     return config
 
 
 def _check_experiment(options: Sequence[str]) -> None:
-    """An experiment's values would silently win over those of another space or estimator that has the same keys."""
+    """Refuse experiment= with space= or estimator=: its values would silently override theirs under the same keys."""
     chosen = dict(option.split("=", 1) for option in options)
     swapped = [f"{group}={chosen[group]}" for group in ("space", "estimator") if group in chosen]
     if "experiment" in chosen and swapped:
         raise ConfigError(
             f"expected experiment={chosen['experiment']} with its own space and estimator; got {', '.join(swapped)} "
-            "beside it. Leave one of them out (make run: EXPERIMENT=null), or change single settings, space.KEY=VALUE"
+            "too. Leave one of them out (make run: EXPERIMENT=null), or change single settings, space.KEY=VALUE"
         )
 
 
 def readable(override: str) -> str:
-    """An override that Hydra's grammar can read: text with what it has no token for, such as ~ or ü, goes in quotes."""
+    """An override that Hydra's grammar can read: text with characters it has no token for (~, ü) is quoted."""
     key, equals, value = override.partition("=")
     if not equals or key.startswith(("-", "~")) or value.startswith(("[", "{", "'", '"')):
         return override
@@ -209,10 +209,10 @@ def readable(override: str) -> str:
 
 
 def _split(override: str) -> tuple[str, str]:
-    """(key, value) of an override. Hydra's grammar decides what a value is; beyond it, keys of a mapping may be quoted.
+    """(key, value) of an override, by Hydra's grammar for values; in addition, keys of a mapping may be quoted.
 
     Raises:
-        ConfigError: it is no key=value, or can't be read.
+        ConfigError: the override is not key=value, or can't be read.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -255,11 +255,11 @@ def _as_list(key: str, value: str) -> str:
 
 
 def _mapping(value: str) -> dict[Any, Any] | None:
-    """A mapping of which Hydra can't read a key (in quotes, with an accent, null), and YAML can."""
+    """A mapping with a key that YAML can read and Hydra can't (quoted, with an accent, null)."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """As Hydra reads what has no quotes: no and on, 007, 12:30 and dates are text."""
+        """Reads unquoted values as Hydra does: no and on, 007, 12:30 and dates are text."""
 
         yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -273,7 +273,7 @@ def _mapping(value: str) -> dict[Any, Any] | None:
 
 
 def check_option(group: str, option: str, where: str = "") -> None:
-    """Raise ConfigError, with the options that exist, unless the group has this one."""
+    """Raise ConfigError, listing the existing options, unless the group has this one."""
     options = group_options(group)
     if option not in options:
         advice = did_you_mean(option, options) or f". Settings of the chosen one are {group}.KEY=VALUE"
@@ -282,7 +282,7 @@ def check_option(group: str, option: str, where: str = "") -> None:
 
 
 def check_key(key: str, config: Any) -> None:
-    """Raise ConfigError, with the names that exist, unless `config` has the dotted `key`."""
+    """Raise ConfigError, listing the existing names, unless `config` has the dotted `key`."""
     from omegaconf import DictConfig, OmegaConf
 
     node, parent = config, ""
@@ -333,7 +333,7 @@ def build_experiment(config: Any) -> Any:
 
     try:
         missing = sorted(OmegaConf.missing_keys(config))
-    except OmegaConfBaseException as error:  # an interpolation such as ${oc.env:NAME} of what is not there
+    except OmegaConfBaseException as error:  # an interpolation such as ${oc.env:NAME} of a missing variable
         raise ConfigError(" ".join(str(error).split())) from None
     if missing:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """The step loop: ask, evaluate, tell, journal, commit. One function, read from top to bottom.
 
 Guarantees: a step is in the journal before any replica applies it; SIGTERM, SIGHUP and Ctrl-C end the run after the
-step at hand and leave it resumable; a resumed run goes on with the same steps as if it had not stopped.
+current step and leave it resumable; a resumed run takes the same steps as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def tune(
 ) -> dict[str, Any]:
     """Run an experiment to its end, or until it is asked to stop; returns the summary.
 
-    `workload` is the experiment's model and data as checked; `config` the experiment as plain values, for plots and
-    W&B. The run's folder must exist. `stopping`: asked after each step, in the place of signals. `on_dev`: called with
-    each evaluation on dev, between two steps, in a resumed run with the one that it begins at once more.
+    `workload` is the experiment's checked model and data; `config` the experiment as plain values, for plots and W&B.
+    The run's folder must exist. `stopping`: asked after each step, in place of signals. `on_dev`: called with each
+    evaluation on dev, between two steps; in a resumed run again with the one it begins at.
 
     Raises:
-        ConfigError, JournalError, ReplicaLost, FloatingPointError: as the parts say; what is journalled is kept.
-        OSError: the disk refuses a file of the run. It can be resumed, and then has the digest of an undisturbed one.
+        ConfigError, JournalError, ReplicaLost, FloatingPointError: raised by the parts; journalled steps are kept.
+        OSError: the disk refuses a file of the run. It can be resumed, and then ends with an undisturbed run's digest.
     """
     e, run, folder = experiment, experiment.run, experiment.run.path
     order = order_of(e.spec, workload)
@@ -119,13 +119,13 @@ def tune(
                     guide = (gains(trust, len(header["matrices"])), packed(scores.feedback, step))
                 memory, commit = e.optimizer.update(memory, step, run.steps, estimate.weights, *guide)
 
-                # Measured first: of what is beyond the journal a resumed run forgets the numbers, and does it again.
+                # Metrics first: a resumed run drops those of steps that are not journalled, and repeats those steps.
                 monitor.step(result_of(step, e, grid, scores, estimate, pool, time.monotonic() - began))
                 monitor.check()
                 log.append(journal.StepRecord(commit, tuple(map(mean, losses)), digest, memory, trust))
                 every = e.cluster.snapshot_every
                 if digest is not None and every and step - last_snapshot >= every:
-                    log.sync()  # a snapshot is of no use to a journal that has lost its step
+                    log.sync()  # a snapshot is useless if the journal loses its step
                     pool.keep_snapshot(folder / snapshots.FILE_NAME)
                     last_snapshot = step
 
@@ -147,7 +147,7 @@ def tune(
             facts = {"finished": finished, "steps": last, "selected": selected, "digest": digest}
             seconds = time.monotonic() - started
             summary = summary_of(header, monitor.history, pool, trust, **facts, seconds=seconds)
-            monitor.finish(summary)  # first of all that is written at the end
+            monitor.finish(summary)  # the first file written at the end
             if isinstance(e.space, Lora):
                 write_peft(folder / "adapter", arrays, e.space.rank, e.space.alpha, e.model.path, e.space.targets)
             for line in closing(e, folder, summary, monitor.history, failed):
@@ -157,9 +157,9 @@ def tune(
 
 
 def measure(pool: Pool, workload: Workload, monitor: Monitor, split: str) -> tuple[Evaluation, np.ndarray | None]:
-    """The current state on a split, and what each example is worth (see evaluation.evaluate).
+    """The current state's evaluation on a split, and each example's worth (see evaluation.evaluate).
 
-    None for the latter if the run has evaluated that state before (a resumed run may have): it is not done again.
+    If the run has evaluated that state before (a resumed run may have), the earlier one is returned, and None.
     """
     known = {(evaluation.step, evaluation.split): evaluation for evaluation in monitor.history.evaluations}
     if (len(pool.commits), split) in known:

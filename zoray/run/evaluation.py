@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(pool: Pool, workload: Workload, split: str) -> tuple[Evaluation, np.ndarray]:
-    """Loss and metrics of the current state on a whole split, shared out over the replicas; and what `worth` says."""
+    """Loss and metrics of the current state on a whole split, scored by all replicas; and each example's `worth`."""
     began, step, count = time.monotonic(), len(pool.commits), len(workload.splits[split])
     scores, digest = pool.evaluate(Grid.of(pool.spec, step, split, count), digest=True)
     check_rewards(scores, workload, f"evaluation on {split} before step {step + 1}")
@@ -48,13 +48,13 @@ def evaluate(pool: Pool, workload: Workload, split: str) -> tuple[Evaluation, np
 
 
 def of_run(config: Any) -> tuple[ReplicaSpec, journal.Contents, int]:
-    """What a replica is made of to score a run, its journal, and how many steps of it are asked for."""
+    """The spec of a replica that scores a run, the run's journal, and the step asked for."""
     folder = user_path(config.run)
     contents = journal.read(folder / journal.FILE_NAME)
     stored = load_run_config(folder)
     check_run_files(stored, folder, ["model", *(part for part in ("task", "objective") if config[part] is None)])
     experiment = build_experiment(stored)
-    if experiment.estimator.guided:  # a state is scored without
+    if experiment.estimator.guided:  # scoring needs no feedback
         experiment = replace(experiment, estimator=TwoPoint())
     if config.engine is not None:
         experiment = replace(experiment, engine=build(config.engine, "engine"))
@@ -74,7 +74,7 @@ def of_run(config: Any) -> tuple[ReplicaSpec, journal.Contents, int]:
 
 
 def of_model(config: Any) -> tuple[ReplicaSpec, None, int]:
-    """The spec of a model as it is, which an adapter without numbers leaves as it is to the bit."""
+    """The spec of an untuned model: a zero adapter leaves it unchanged to the bit."""
     from zoray.engines.vllm.engine import Vllm
 
     space: Any = Lora(rank=1, alpha=1.0)
@@ -91,7 +91,7 @@ def of_model(config: Any) -> tuple[ReplicaSpec, None, int]:
 
 
 def read_adapter(folder: Path, spec: ReplicaSpec) -> bytes:
-    """A state of the model, before it loads."""
+    """A PEFT adapter as a state of the spec's model, read before the model loads."""
     base = spec.model.resolve()
     return read_peft(folder, spec.space, linear_matrices(base, spec.space.targets), base)
 
@@ -105,7 +105,7 @@ def _task(config: Any, own: Any) -> Any:
 
 @dataclass(frozen=True)
 class Suited(Unbound):
-    """The objective that a task is evaluated by where none is named: by its answers, or its options, or else `own`."""
+    """The objective for evaluating a task if none is named: by its answers, or its options, or else `own`."""
 
     own: Any = None
 
@@ -118,7 +118,7 @@ class Suited(Unbound):
 
 
 def catch_up(replica: Replica, contents: journal.Contents, last: int) -> None:
-    """Bring a replica to a step of a run, and compare all digests on the way."""
+    """Bring a replica to a step of a run, comparing all digests on the way."""
     header = contents.header
     if replica.info.weights != header["weights"]:
         raise JournalError(
@@ -128,7 +128,7 @@ def catch_up(replica: Replica, contents: journal.Contents, last: int) -> None:
     if replica.spec.space.folds and replica.info.dtype != header["dtype"]:
         raise JournalError(
             f"the run folded into base weights of {header['dtype']}; this engine holds {replica.info.dtype}. "
-            "Take the run's own engine and kind of device"
+            "Use the run's own engine and kind of device"
         )
     for noted in contents.steps[:last]:
         if noted.digest is not None and noted.digest != replica.engine.digest():
@@ -137,7 +137,7 @@ def catch_up(replica: Replica, contents: journal.Contents, last: int) -> None:
 
 
 def write_predictions(path: Path, replica: Replica, split: str, outcomes: Outcomes) -> None:
-    """A line for each example: what it was asked, what is right, what the model said, and what that is worth."""
+    """Write one line per example: its prompt, the right answer, the model's output, its score and loss."""
     workload, places = replica.workload, {}
     for part in workload.parts:
         if part.evaluator.sampling is not None:
@@ -161,5 +161,5 @@ def write_predictions(path: Path, replica: Replica, split: str, outcomes: Outcom
 
 
 def _asked(prompt: Any) -> Any:
-    """A prompt as JSON: of a chat pairs of role and content, with what else a message has as a third."""
+    """A prompt as JSON; a chat is pairs of role and content, with a message's other fields as a third item."""
     return prompt if isinstance(prompt, str) else [[m.role, m.content, *filter(None, [m.more])] for m in prompt]

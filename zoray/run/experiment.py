@@ -1,4 +1,4 @@
-"""An experiment: the components of a run, each a frozen config of its own, and the numbers of the loop itself."""
+"""An experiment: the components of a run, each with its own frozen config, and the numbers of the loop itself."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ class Run:
     Args:
         name: the run's folder below `folder`.
         folder: where runs are kept.
-        resume: folder of a run to go on with; its config is taken from there.
+        resume: folder of a run to resume; its config is taken from there.
         steps: optimizer steps.
-        batch: examples a step.
+        batch: examples per step.
         stratify: take labels in turn, so that batches of a multiple of the number of labels are balanced.
         seed: of directions and of A.
         data_seed: of the order of examples.
-        tile_examples: examples of a tile, the unit handed to a replica. Part of the result's definition, so it does not
-            depend on the number of replicas; a step has one tile for each direction and each slice of the batch.
+        tile_examples: examples per tile, the unit handed to a replica. It affects the result, so it does not depend on
+            the number of replicas; a step has one tile for each direction and each slice of the batch.
         eval_every: steps between evaluations on dev; 0 for only before and after.
         digest_every: steps between comparisons of the replicas' states.
-        patience: end the run when that many evaluations on dev in a row brought no new best one; 0 for never.
+        patience: end the run after this many evaluations on dev in a row without a new best; 0 for never.
         select: which state is the result, "best" on dev or "last".
         too_long: "refuse" sequences over the model's or the engine's limit, or "cut" their beginning, as MeZO does;
-            null refuses, but cuts those of a file so large that it is read as it goes.
+            null refuses, but cuts those of a file so large that it is streamed.
         test: evaluate on test, if the task has such rows, before the first step and at the selected one.
-        date: YYYY-MM-DD, what a chat template writes that asks for today's date; null for the day on which the run
-            begins, by UTC. Resumed runs, evaluations and all replicas have the run's own.
+        date: YYYY-MM-DD, the date for chat templates that ask for today's; null for the day on which the run begins,
+            in UTC. Resumed runs, evaluations and all replicas use the run's date.
     """
 
     name: str = "run"
@@ -117,7 +117,7 @@ class Experiment:
     run: Run
 
     def __post_init__(self) -> None:
-        """Refuse parts that do not go together."""
+        """Refuse components that do not work together."""
         self.engine.check(self.space)
         space, batch, pairs = type(self.space).__name__.lower(), self.run.batch, self.estimator.directions
         if not self.estimator.shared and batch % pairs:

@@ -1,9 +1,8 @@
-"""A step of a run for other programs: an adapter folder of PEFT's, or a merged Hugging Face checkpoint.
+"""Exports a step of a run for other programs: a PEFT adapter folder, or a merged Hugging Face checkpoint.
 
-`peft` writes an adapter folder that peft and vLLM load; `merged` a checkpoint in safetensors. A run that
-folds into its base weights has no small adapter of its own: its folds are stacked while their rank fits a LoRA slot,
-else the change is cut to `rank` by SVD, and the error is printed. So is the share of a change that a merged checkpoint
-loses to the rounding of its dtype.
+`peft` writes an adapter folder that peft and vLLM load; `merged` a checkpoint in safetensors. A run that folds into its
+base weights has no small adapter: its folds are stacked if their rank fits a LoRA slot, else the change is cut to
+`rank` by SVD, and the error is printed. For a merged checkpoint the share of the change lost to rounding is printed.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ if TYPE_CHECKING:
 
 FORMATS = ("peft", "merged")
 RANK = 64  # of an adapter that a change of weights is cut to
-SAID, WARNED = 1e-4, 0.05  # share of a change from which on its loss to rounding is printed, and is warned of
+SAID, WARNED = 1e-4, 0.05  # shares of a change lost to rounding from which it is printed, and warned about
 
 
 def write(folder: Path, out: Path, step: object, kind: str, rank: int = RANK, dtype: str = "auto") -> str:
-    """Write a step of the run in a folder as `kind`, one of FORMATS; says what was written, and how exact it is.
+    """Write a step of the run in `folder` as `kind`, one of FORMATS; returns what was written and how exact it is.
 
-    `dtype` is that of a merged checkpoint, auto for the model's own.
+    `dtype`: of a merged checkpoint; auto for the model's own.
     """
     contents = journal.read(folder / journal.FILE_NAME)
     last = resolve_step(step, folder, len(contents.steps))
@@ -73,17 +72,17 @@ def _lora(
 
 
 def _wide(weight: torch.Tensor) -> torch.Tensor:
-    """A weight in the dtype to add to it in: float32, or its own if that is wider."""
+    """A weight in the dtype used for additions: float32, or its own if that is wider."""
     import torch
 
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 class Rounded:
-    """Changed weights, each rounded once to the dtype of a checkpoint, and what of the change that loses.
+    """Changed weights, each rounded once to a checkpoint's dtype, and the share of the change lost by rounding.
 
     Args:
-        dtype: of the checkpoint; auto for that of the weights before.
+        dtype: of the checkpoint; auto for the dtype of the original weights.
     """
 
     def __init__(self, dtype: str) -> None:
@@ -91,7 +90,7 @@ class Rounded:
         self._dtype, self._missed, self._total = dtype, 0.0, 0.0
 
     def add(self, name: str, before: torch.Tensor, now: torch.Tensor, more: torch.Tensor) -> None:
-        """Take a weight (out, in) as it was before the run and as it is now, and what is to be added to it."""
+        """Add a weight (out, in): before the run, now, and what must still be added to it."""
         import torch
 
         after = now.double() + more.double()
@@ -106,16 +105,14 @@ class Rounded:
 
     @property
     def dtype(self) -> str:
-        """Of the checkpoint."""
+        """The checkpoint's dtype."""
         return str(next(iter(self.weights.values())).dtype).removeprefix("torch.")
 
     def said(self) -> str:
-        """A line for people, where more is lost than float32 would; what to do where that is much."""
+        """A line to print if more is lost than in float32, with advice if it is much; else empty."""
         line = f"rounding to {self.dtype} lost {100 * self.lost:.2g} % of the change"
         if self.lost > WARNED:
-            line = (
-                f"warning: {line}. dtype=float32 keeps it, and so does format=peft, the adapter beside the base model"
-            )
+            line = f"warning: {line}. dtype=float32 keeps it, and so does format=peft, an adapter for the base model"
         return f"{line}\n" if self.lost >= SAID else ""
 
 
@@ -132,7 +129,7 @@ def _folded(
     state: Any = journal.replay(contents, step, weights=weights, on_fold=stack)
     digest = state.digest()
     rest = state.pending()
-    if any(b.any() for b, _ in rest.values()):  # what is not folded yet belongs to the model as well
+    if any(b.any() for b, _ in rest.values()):  # updates not folded yet belong to the model as well
         stack(rest)
     pending = {name: product(*rest[name]) if rest else torch.zeros(()) for name in weights}
     if kind == "merged":

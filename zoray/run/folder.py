@@ -1,6 +1,6 @@
-"""A run's folder: made whole or not at all, read again from anywhere, and what its config names still there.
+"""A run's folder: created whole or not at all, read from anywhere, with a check that the files it names exist.
 
-Configs of 0.1 hold the names that modules had then; they are read as today's.
+Configs of 0.1 hold that version's module names; they are read as today's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from zoray.records import ConfigError
 from zoray.records.overrides import setting
 from zoray.records.paths import absolute_paths, missing_paths
 
-ROOM_OF = {  # modules of 0.1 that configs of its runs name, but for those that have become rooms
+ROOM_OF = {  # modules of 0.1 that its runs' configs name, except those that are now rooms
     **dict.fromkeys(("spaces", "estimators", "feedback", "optimizers"), "methods"),
     **dict.fromkeys(("cluster", "slurm"), "pool"),
     **dict.fromkeys(("experiment", "monitoring"), "run"),
@@ -26,14 +26,14 @@ ROOM_OF = {  # modules of 0.1 that configs of its runs name, but for those that 
 
 
 def resume_command(path: Path) -> str:
-    """What goes on with a run, to be pasted into a shell."""
+    """The command that resumes a run, ready to paste into a shell."""
     return f"python -m zoray.launch {setting('run.resume', str(path))}"
 
 
 def with_absolute_paths(config: Any) -> Any:
-    """The config that a run keeps: it can go on, and be evaluated, from any working directory.
+    """The config that a run keeps, so that it can be resumed and evaluated from any working directory.
 
-    A job of Ray's has a copy of its working directory on each node, and none when it is over: paths stay as they are.
+    A Ray job has a copy of its working directory on each node, deleted when it ends: there paths stay as they are.
     """
     from omegaconf import OmegaConf
 
@@ -43,22 +43,22 @@ def with_absolute_paths(config: Any) -> Any:
 
 
 def check_kept(path: Path) -> None:
-    """Raise ConfigError if a run would be in the copy of a working directory that Ray makes for a job, and deletes."""
+    """Raise ConfigError if a run's folder would be in a Ray job's working directory, which Ray deletes."""
     if "working_dir_files" in path.absolute().parts:
         raise ConfigError(
             f"expected run.folder outside the job's working directory, which Ray deletes after the job; got {path}. "
-            "Take a folder of the head node, or one that all nodes share: run.folder=/data/runs"
+            "Use a folder on the head node, or one that all nodes share: run.folder=/data/runs"
         )
 
 
 def has_measured(path: Path) -> bool:
-    """Whether a run has come as far as its first evaluation or step."""
+    """Whether a run has reached its first evaluation or step."""
     metrics, steps = path / "metrics.jsonl", path / "journal.jsonl"  # the journal's first line is only its header
     return (metrics.exists() and metrics.stat().st_size > 0) or (steps.exists() and steps.read_bytes().count(b"\n") > 1)
 
 
 def create(path: Path, config: str) -> None:
-    """Make the run's folder with its config, whole or not at all."""
+    """Create the run's folder with its config, whole or not at all."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:6]}")
     try:
         partial.mkdir(parents=True)
@@ -72,7 +72,7 @@ def create(path: Path, config: str) -> None:
 
 
 def load_run_config(folder: Path) -> Any:
-    """The config that a run was started with, its files by absolute paths; ConfigError if the folder is not a run's."""
+    """The config that a run was started with, with absolute paths; ConfigError if the folder is not a run's."""
     import yaml
     from omegaconf import OmegaConf
 
@@ -81,7 +81,7 @@ def load_run_config(folder: Path) -> Any:
         raise ConfigError(f"expected the folder of a run (with config.yaml and journal.jsonl); got {str(folder)!r}")
     try:
         settings = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OSError) as error:  # OmegaConf's word for neither a mapping nor a list is OSError
+    except (yaml.YAMLError, OSError) as error:  # OmegaConf raises OSError for neither a mapping nor a list
         raise ConfigError(f"{path} is not readable: {' '.join(str(error).split())}") from None
     settings = _in_rooms(settings)
     if (start := _started_in(folder, settings)) is not None:
@@ -90,7 +90,7 @@ def load_run_config(folder: Path) -> Any:
 
 
 def _in_rooms(settings: Any) -> Any:
-    """The settings of a run with every `_target_` that was a name of 0.1 by its name of today."""
+    """The settings of a run, with every `_target_` of 0.1 replaced by today's name."""
     if isinstance(settings, list):
         return [_in_rooms(item) for item in settings]
     if not isinstance(settings, dict):
@@ -102,7 +102,7 @@ def _in_rooms(settings: Any) -> Any:
 
 
 def _started_in(folder: Path, settings: Any) -> Path | None:
-    """The working directory that a run was started from, as its folder tells where run.folder is relative."""
+    """The working directory that a run was started from, known from its folder if run.folder is relative."""
     run = settings.get("run") if isinstance(settings, Mapping) else None
     below = Path(str(run.get("folder")), str(run.get("name"))) if isinstance(run, Mapping) else Path()
     here = Path(abspath(folder))
@@ -112,7 +112,7 @@ def _started_in(folder: Path, settings: Any) -> Path | None:
 
 
 def check_run_files(config: Any, folder: Path, parts: Sequence[str] = ("model", "task", "objective")) -> None:
-    """Raise ConfigError unless the files and folders are there that these parts of a run's config name."""
+    """Raise ConfigError unless the files and folders that these parts of a run's config name exist."""
     from omegaconf import OmegaConf
 
     settings: Any = OmegaConf.to_container(config)
@@ -125,11 +125,11 @@ def check_run_files(config: Any, folder: Path, parts: Sequence[str] = ("model", 
 
 
 def base_of_run(folder: Path, header: Mapping[str, Any]) -> Path:
-    """The folder of the model that a run's journal pins: where its config says it is now.
+    """The folder of the model that a run's journal pins, at the place that its config names now.
 
     Raises:
-        ConfigError: it is not there.
-        JournalError: it has other weights.
+        ConfigError: the folder is not there.
+        JournalError: the model has other weights.
     """
     from zoray.models.folder import pinned_folder
 

@@ -1,10 +1,10 @@
 """The run's source of truth: an append-only log of coefficients from which every replica's state can be rebuilt.
 
-One JSON object a line. The first is the header: everything that replay needs besides the steps. Each later line is a
+One JSON object per line. The first is the header: everything that replay needs besides the steps. Each later line is a
 step: its probes' losses (for audit) and its commit (what is applied). Every line ends in a CRC-32 of its own text and
-carries the hash of the line before, so a changed, lost, doubled or swapped line is found. A line is appended before
-anyone applies it. A torn last line (no newline: the write was cut) never took effect and is dropped; any other damage
-is an error that names the line.
+carries the hash of the line before, so a changed, lost, doubled or swapped line is detected. A line is appended before
+any replica applies it. A torn last line (no newline: the write was cut) never took effect and is dropped; any other
+damage is an error that names the line.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class StepRecord:
     losses: tuple[float, ...]  # one per probe, in the order of `ask`; nan where a loss was not finite
     digest: str | None = None
     optimizer: tuple[float, ...] = ()  # the optimizer's state after this step
-    trust: tuple[float, ...] = ()  # what is known of the feedback's worth after this step, see feedback.py
+    trust: tuple[float, ...] = ()  # how far feedback is trusted after this step, see feedback.py
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def read(path: Path) -> Contents:
 
     Raises:
         ConfigError: there is no journal.
-        JournalError: a damaged line (named), a broken chain, or another format.
+        JournalError: a line is damaged (it is named), the chain is broken, or the format is another.
     """
     if not path.is_file():
         raise ConfigError(f"expected a journal at {path}; there is none. Give the folder of a run: run=runs/NAME")
@@ -142,7 +142,7 @@ def replay(
     weights: Mapping[str, torch.Tensor] | None = None,
     on_fold: Callable[..., None] | None = None,
 ) -> State:
-    """The state after `step` steps (all of them if None), checked against the digests on the way.
+    """The state after `step` steps (all if None), checked against the digests on the way.
 
     Args:
         contents: the journal.
@@ -152,8 +152,8 @@ def replay(
         on_fold: sees the factors of each fold, see methods/spaces/lozo.py.
 
     Raises:
-        ConfigError: the journal has fewer steps, or the space folds and there are no weights.
-        JournalError: a digest differs from the one that the run noted.
+        ConfigError: the journal has fewer steps, or the space folds and no weights are given.
+        JournalError: a digest differs from the run's.
     """
     header, last = contents.header, len(contents.steps) if step is None else step
     if not 0 <= last <= len(contents.steps):
@@ -175,8 +175,8 @@ def replay(
 class Journal:
     """Appends to a journal.
 
-    A step is in the operating system's hands when `append` returns, so that killing the process loses nothing; `sync`
-    makes it survive a power cut as well.
+    When `append` returns, the operating system has the step, so killing the process loses nothing; after `sync` it
+    survives a power cut as well.
     """
 
     def __init__(self, path: Path, last_hash: str, next_step: int) -> None:
@@ -189,7 +189,7 @@ class Journal:
         """Start a journal with its header.
 
         Raises:
-            JournalError: there is one already.
+            JournalError: the journal exists already.
         """
         line = _seal({"format": FORMAT, **header})
         try:
@@ -209,17 +209,17 @@ class Journal:
 
     @classmethod
     def resume(cls, path: Path, contents: Contents) -> Journal:
-        """Go on after the last whole line; a torn line behind it is cut off."""
+        """Continue after the last whole line; a torn line after it is cut off."""
         log = cls(path, contents.last_hash, len(contents.steps))
         with path.open("rb") as file:
             file.seek(contents.valid_bytes)
             if b"\n" in file.read():
-                raise JournalError(f"{path} has grown since it was read: another process has gone on with that run")
+                raise JournalError(f"{path} has grown since it was read: another process has resumed that run")
         os.truncate(path, contents.valid_bytes)
         return log
 
     def append(self, record: StepRecord) -> None:
-        """Write a step. Steps come in order, each once."""
+        """Write a step. Steps must come in order, each once."""
         if record.commit.step != self.next_step:
             raise JournalError(f"expected step {self.next_step} next, got step {record.commit.step}")
         commit = record.commit
@@ -268,7 +268,7 @@ def _lock(file: Any, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise JournalError(f"{path} is being written by another process: that run is still going on") from None
+        raise JournalError(f"{path} is being written by another process: that run is still under way") from None
     except OSError:
         return
 
@@ -279,7 +279,7 @@ def _plain(losses: Sequence[float]) -> list[float | None]:
 
 
 def usable_snapshot(path: Path, steps: Sequence[StepRecord]) -> snapshots.Snapshot | None:
-    """The snapshot at a path, if it is of the run with these steps."""
+    """The snapshot at a path, if it belongs to the run with these steps."""
     found = snapshots.read(path)
     ok = found is not None and found.step < len(steps) and steps[found.step].digest == found.digest
     return found if ok else None
@@ -303,10 +303,10 @@ def make_header(e: Experiment, workload: Workload) -> dict[str, Any]:
 
 
 def read_journal(path: Path, header: dict[str, Any]) -> Contents | None:
-    """The journal that is there, or None; one that ends in its header holds no step, and is begun anew.
+    """The journal at `path`, or None; one torn in its header holds no step, and is started again.
 
     Raises:
-        JournalError: it was made with other weights, data or settings.
+        JournalError: the journal was made with other weights, data or settings.
     """
     if not path.exists():
         return None
@@ -330,7 +330,7 @@ def read_journal(path: Path, header: dict[str, Any]) -> Contents | None:
 
 
 def open_journal(path: Path, header: dict[str, Any], earlier: Contents | None, dtype: str, folds: bool) -> Journal:
-    """A new journal, or the one that is there. `dtype`: of the base weights as the engine holds them.
+    """A new journal, or the existing one. `dtype`: of the base weights in the engine.
 
     Raises:
         JournalError: a run that folds into its base weights is resumed with another dtype.

@@ -1,7 +1,7 @@
-"""What a run will take, before it takes it: tokens, slots, memory, bytes, time.
+"""What a run will need, before it starts: tokens, slots, memory, bytes, time.
 
-Tokens, slots and weights are exact, the rest of the memory is an upper estimate; time is the arithmetic of the
-forward pass at the rate of a matrix product measured here, so it says minutes or hours, not seconds.
+Tokens, slots and weights are exact, the rest of the memory is an upper estimate; time is the forward pass's arithmetic
+at the rate of a matrix product measured here, so it tells minutes from hours, no more.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ if TYPE_CHECKING:
 
 PROCESS = 1.5 * 2**30  # bytes of Python, torch, vLLM and Ray in a replica's process
 SAMPLED_STEPS = 50
-TAX = 1.15  # of adapters, head and host over the inner layers' products
+TAX = 1.15  # factor for adapters, head and host over the inner layers' products
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # by vLLM, into one module
 GIB, MIB = 2**30, 2**20
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a run takes. Bytes and seconds are of one replica that does all the work alone."""
+    """What a run needs. Bytes and seconds are for one replica that does all the work."""
 
     trained: int
     matrices: int
     probes: int
-    sequences: int  # of a step; options of several tokens are one each
-    tokens: tuple[int, int, int]  # of a step: mean, least, most of the first steps
-    forwards: int  # of a step, by slots and tokens
+    sequences: int  # per step; each option of several tokens counts as one
+    tokens: tuple[int, int, int]  # per step: mean, least, most over the first steps
+    forwards: int  # per step, by slots and tokens
     memory: dict[str, int]  # bytes by part
     to_replica: int  # bytes of a step's message
     from_replica: int
-    seconds: float  # of a step
-    flops: float  # a second, as measured
+    seconds: float  # per step
+    flops: float  # per second, as measured
 
     @property
     def total(self) -> int:
@@ -87,7 +87,7 @@ def make(e: Experiment, workload: Workload, device: str = "cpu") -> Footprint:
     forwards = max(passes, -(-int(np.mean(tokens)) // budget))
     at_once = min(budget, most)
     drawn = e.space.drawn(workload.matrices)
-    staged = min(probes, slots) * drawn if device == "cpu" else 0  # the buffer for what goes into slots
+    staged = min(probes, slots) * drawn if device == "cpu" else 0  # the buffer for numbers written into slots
     staged = staged if staged <= STAGED_ELEMENTS else 0
     widest = max(out for out, _ in workload.matrices.values())
     copy = size * sum(out * into for out, into in matrices.values()) if e.space.keep_base else 0
@@ -151,7 +151,7 @@ def lines(plan: Footprint, e: Experiment, device: str, limit: int, replicas: int
 
 
 def messages(e: Experiment, matrices: Mapping[str, tuple[int, int]], losses: int) -> tuple[Commit, Scores]:
-    """A commit and an answer of the size that a step's have."""
+    """A commit and an answer as large as a step's."""
     if not e.estimator.guided:
         return Commit(0, (0.1,) * e.estimator.directions), Scores(np.zeros(losses), 0.0, 0)
     trained = e.space.trained(matrices)
@@ -162,13 +162,13 @@ def messages(e: Experiment, matrices: Mapping[str, tuple[int, int]], losses: int
 
 
 def feedback_bytes(lens: int, matrices: Mapping[str, tuple[int, int]], hidden: int, weights: int) -> int:
-    """The rows that a forward keeps, the maps, and the products that these are fitted from."""
+    """Bytes of the rows that a forward keeps, the maps, and the products that the maps are fitted from."""
     rows, fit = max(1 << 26, int(0.04 * weights)), min(1 << 28, 12 * hidden * hidden * len(matrices))
     return rows + (8 * lens * hidden * len(matrices) + fit if lens else 0)
 
 
 def step_tokens(e: Experiment, workload: Workload) -> list[int]:
-    """Forward tokens of each of the first steps; completions count as if each were as long as it may be."""
+    """Forward tokens of each of the first steps; completions count at their maximum length."""
     order, tokens = order_of(e.spec, workload), []
     for step in range(min(SAMPLED_STEPS, e.run.steps)):
         lengths = np.array([_length(workload, int(i)) for i in order.step(step)])
@@ -178,7 +178,7 @@ def step_tokens(e: Experiment, workload: Workload) -> list[int]:
 
 
 def _length(workload: Workload, index: int) -> int:
-    """Tokens of a training example under one probe, at most."""
+    """The most tokens a training example takes under one probe."""
     example, sequences = workload.example("train", index)
     sampling = workload.parts[example.part].objective.sampling
     return sum(len(sequence.tokens) for sequence in sequences) + (0 if sampling is None else 1 + sampling.max_tokens)
@@ -187,9 +187,9 @@ def _length(workload: Workload, index: int) -> int:
 def slot_elements(
     e: Experiment, chosen: dict[str, tuple[int, int]], matrices: dict[str, tuple[int, int]], device: str = "cpu"
 ) -> int:
-    """Numbers of one slot. vLLM rounds the rank up, and wraps every module that holds a matrix of a chosen name.
+    """Numbers in one slot. vLLM rounds the rank up, and wraps every module that holds a matrix of a chosen name.
 
-    Where CUDA takes dense products, the B of matrices that a module has fused stand beside zeros.
+    Where CUDA uses dense products, the B of matrices fused in one module are padded with zeros.
     """
     from zoray.engines.vllm.engine import Vllm, slot_rank
 
@@ -206,7 +206,7 @@ def slot_elements(
 
 
 def matmul_rate(device: str, size: int, into: int, out: int, tokens: int) -> float:
-    """Floating-point operations a second of x W^T with the model's own sizes, the best of a few."""
+    """Floating-point operations per second of x W^T at the model's sizes, the best of a few."""
     import torch
 
     dtype = torch.float32 if size == 4 else torch.bfloat16
@@ -228,7 +228,7 @@ def _losses(grid: Grid) -> int:
 
 
 def device_of_here() -> tuple[str, int]:
-    """What a replica would run on here, and its memory in bytes."""
+    """The device that a replica would use here, and its memory in bytes."""
     import torch
 
     if torch.cuda.is_available():

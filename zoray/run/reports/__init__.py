@@ -1,1 +1,1 @@
-"""What a run shows and leaves to look at."""
+"""What a run prints, draws and keeps for reading."""

@@ -1,4 +1,4 @@
-"""What a run has measured, from metrics.jsonl: steps, evaluations, the best of them, a table of before and after."""
+"""A run's measurements from metrics.jsonl: steps, evaluations, the best one, a before/after table."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class History:
         self._evaluations[evaluation.step, evaluation.split] = evaluation
 
     def rewind(self, step: int) -> None:
-        """Forget what was measured after `step`: a resumed run goes on from there."""
+        """Forget all measurements after `step`: a resumed run goes on from there."""
         self._steps = {key: value for key, value in self._steps.items() if key <= step}
         self._evaluations = {key: value for key, value in self._evaluations.items() if key[0] <= step}
 
     def read(self, folder: Path) -> None:
-        """Take in a metrics.jsonl. A torn last line is left out; a damaged one before it is an error that names it."""
+        """Read a metrics.jsonl. A torn last line is ignored; an earlier damaged line is an error that names it."""
         path = folder / "metrics.jsonl"
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
             try:
@@ -58,7 +58,7 @@ class History:
 
 
 def read_metrics(folder: Path) -> tuple[list[StepResult], list[Evaluation]]:
-    """The steps and evaluations of a run folder, without what a resume took back; later lines win."""
+    """The steps and evaluations of a run folder, without those that a resume took back; later lines win."""
     history = History()
     history.read(folder)
     return history.steps, history.evaluations
@@ -66,18 +66,17 @@ def read_metrics(folder: Path) -> tuple[list[StepResult], list[Evaluation]]:
 
 def _record(kind: type, line: dict) -> Any:
     """A record from its line; null is a number that was not finite, and keys of another version are left out."""
-    line = {"score": line.get("accuracy"), **line}  # its name until it was not always that
+    line = {"score": line.get("accuracy"), **line}  # the score's name when it was always the accuracy
     names = [f.name for f in dataclasses.fields(kind) if f.name in line]
     absent = {name: math.nan for name in names if line[name] is None and name != "metric"}
     return kind(**{name: line[name] for name in names} | absent)
 
 
 def summarise(evaluations: Iterable[Evaluation], selected: int | None = None) -> dict[str, dict]:
-    """What was measured before step 1, at the selected step (None: the last one), and best on dev.
+    """Results before step 1, at the selected step (None: the last one), and best on dev.
 
-    A block has step, the metric by its name, loss and count on dev; `initial` and `final` hold the same of the test
-    split as "test".
-    A block is empty if it was not measured.
+    A block has step, the metric by its name, loss and count on dev; `initial` and `final` hold the same for the test
+    split as "test". A block is empty if it was not measured.
     """
     summary: dict[str, dict] = {"initial": {}, "final": {}, "best": {}}
     ordered = sorted(evaluations, key=lambda e: e.step)
@@ -99,7 +98,7 @@ def _block(e: Evaluation) -> dict[str, Any]:
 
 
 def best(evaluations: Iterable[Evaluation]) -> Evaluation | None:
-    """The evaluation on dev with the highest score, then the lowest loss, then the fewest steps."""
+    """The evaluation on dev with the highest score; ties go to the lowest loss, then the fewest steps."""
     dev = sorted((e for e in evaluations if e.split == "dev"), key=lambda e: e.step)
     return max(dev, key=_rank, default=None)
 
@@ -112,7 +111,7 @@ def stalled(evaluations: Iterable[Evaluation], patience: int) -> bool:
 
 
 def table(evaluations: Iterable[Evaluation], selected: int | None = None) -> str:
-    """Metric and loss before and after as plain text; what was not measured is a dash."""
+    """Metric and loss before and after as plain text; a dash where nothing was measured."""
     evaluations = list(evaluations)
     summary, metric = summarise(evaluations, selected), next((e.metric for e in evaluations if e.metric), None)
     lines = [
@@ -145,7 +144,7 @@ def _cell(value: float | None, layout: str, width: int = 10) -> str:
 
 
 def resolve_step(step: object, folder: Path, steps: int) -> int:
-    """The step that a command line asks for: a number, null for the last, "best" for the best evaluated one on dev.
+    """The step that a command line asks for: a number, null for the last, "best" for the best one evaluated on dev.
 
     Raises:
         ConfigError: the journal has fewer steps, or "best" is asked for and there is no evaluation on dev.

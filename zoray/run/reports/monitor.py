@@ -1,9 +1,9 @@
-"""What a run shows and leaves to look at: progress, metrics.jsonl, summary.json, curve.png, Weights & Biases.
+"""A run's outputs: progress, metrics.jsonl, summary.json, curve.png, Weights & Biases.
 
-Guarantees: every step and evaluation is a line of metrics.jsonl, flushed at once. A sink that is configured works at
-start or is a ConfigError. After that no failure of a sink ever reaches the run: it is warned about once and the sink
-is switched off. So nothing may be rebuilt from here; the journal is the run's source of truth. But a run whose own
-files a disk refuses should not go on as if they were there: `check` says so, between two of the run's steps.
+Guarantees: every step and evaluation is a line of metrics.jsonl, flushed at once. A configured sink works at start or
+raises a ConfigError. After that no failure of a sink reaches the run: one warning is logged and the sink is switched
+off. So nothing may be rebuilt from here; the journal is the run's source of truth. But if a disk refuses the run's own
+files, the run should not go on as if they were written: `check` raises that error, between two steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from zoray.run.reports.history import History, table
 from zoray.run.reports.plots import draw_curve, label
 
 log = logging.getLogger(__name__)
-OWN = ("metrics.jsonl", "summary.json", "curve.png")  # what a run leaves beside its journal and adapter
+OWN = ("metrics.jsonl", "summary.json", "curve.png")  # files a run writes beside its journal and adapter
 LOGIN_REMEDY = "Set WANDB_API_KEY, or logging.wandb.mode=offline"
 
 
@@ -67,7 +67,7 @@ class Logging:
         require(isinstance(self.wandb, Wandb), "logging.wandb to be a Wandb or its parameters", self.wandb)
 
     def check(self) -> None:
-        """ConfigError if a sink can't work on this machine. Writes nothing, so it can run before there is a folder."""
+        """Raise ConfigError if a sink can't work on this machine. Writes nothing, so it needs no folder yet."""
         if self.curve:
             _require_installed("matplotlib", "logging.curve", "logging.curve=false")
         if isinstance(self.wandb, Wandb) and self.wandb.mode != "disabled":
@@ -77,15 +77,15 @@ class Logging:
 
                 try:
                     login = wandb.login(prompt=False)  # a prompt would hang a batch job
-                except Exception as error:  # a malformed key; not swallowed
+                except Exception as error:  # a malformed key; must reach the user
                     raise ConfigError(f"W&B login failed: {error}. {LOGIN_REMEDY}") from error
                 require(login, "a login for logging.wandb.mode=online", "no API key", LOGIN_REMEDY)
 
 
 class Monitor:
-    """Everything that watches one run, behind four verbs. Build it before any GPU is taken: it checks the sinks.
+    """All sinks of one run, behind four verbs. Build it before any GPU is taken: it checks the sinks.
 
-    A run that is left without `finish` still gets its curve, and W&B marks it as failed, to be resumed.
+    A run that ends without `finish` still gets its curve, and W&B marks it as failed, so it can be resumed.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Monitor:
         self.message(table(self.history.evaluations, summary.get("selected")))
 
     def check(self) -> None:
-        """Raise the OSError that a file of the run was refused with, if one was."""
+        """Raise the OSError with which a file of the run was refused, if any."""
         if self.refused is not None:
             raise self.refused
 
@@ -145,7 +145,7 @@ class Monitor:
             self._guard(name, lambda sink=sink: getattr(sink, verb)(*arguments))
 
     def _guard(self, name: str, action: Callable[[], None]) -> None:
-        """The one place that swallows errors: a lost metric must not cost the run that it describes."""
+        """The one place that swallows errors: a lost metric must not cost the run."""
         try:
             action()
         except Exception as error:
@@ -241,7 +241,7 @@ class MetricsFile(Sink):
     def __init__(self, folder: Path, start_step: int) -> None:
         path = self.path = folder / "metrics.jsonl"
         resumed = path.exists()
-        self.file = path.open("ab", buffering=0)  # a line is with the system at once, whole or as an error
+        self.file = path.open("ab", buffering=0)  # the system gets a line at once, whole or with an error
         if resumed:
             data = path.read_bytes()
             self.file.truncate(data.rfind(b"\n") + 1)
@@ -273,7 +273,7 @@ class SummaryFile(Sink):
 
 
 class Curve(Sink):
-    """curve.png, drawn once: when the run finishes, or is left early after at least one step or evaluation."""
+    """curve.png, drawn once: when the run finishes, or stops early after at least one step or evaluation."""
 
     def __init__(self, folder: Path, name: str, config: dict, history: History) -> None:
         self.path, self.name, self.history, self.pending = folder / "curve.png", name, history, False
@@ -296,15 +296,15 @@ class Curve(Sink):
 
 
 class WandbRun(Sink):
-    """A W&B run with the step as x axis. It never prompts, and waits for a server a bounded time only."""
+    """A W&B run with the step as x axis. It never prompts, and waits for a server for a bounded time only."""
 
     def __init__(self, folder: Path, config: Wandb, name: str, run_config: dict) -> None:
         import wandb
 
-        # A server that is away costs a minute; a bar redrawn every step would fill W&B's console log.
+        # An absent server costs a minute; a bar redrawn every step would fill W&B's console log.
         limits: dict[str, Any] = {"init_timeout": 60, "finish_timeout": 60, "console": "off", "silent": True}
         options: dict[str, Any] = {**dataclasses.asdict(config), "dir": str(folder), "name": name, "config": run_config}
-        # `auto` goes on with the run that this folder began and did not finish; W&B has that online only.
+        # `auto` resumes the unfinished run of this folder; W&B has that online only.
         options["resume"] = "auto" if config.mode == "online" else None
         try:
             self.run = wandb.init(**options, settings=wandb.Settings(**limits))
@@ -338,7 +338,7 @@ def _json(value: object, indent: int | None = None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Values that strict JSON has: NaN and infinities become null, NumPy scalars become Python's."""
+    """Values allowed in strict JSON: NaN and infinities become null, NumPy scalars become Python's."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""What a run did, as a picture: curve.png, two panels over the steps.
+"""A run as a picture: curve.png, two panels over the steps.
 
-Draws whatever there is: no steps, one step, non-finite losses or no evaluations give a readable picture, not an error.
-Non-finite losses are gaps in the line and counted in the legend, never zeros. Uses no display and no pyplot state.
+No steps, one step, non-finite losses or no evaluations still give a readable picture, not an error. Non-finite losses
+are gaps in the line and counted in the legend, never zeros. Uses no display and no pyplot state.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def draw_curve(
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite ones among the last `window` values; NaN where there is none."""
+    """Mean of the finite values among the last `window`; NaN where there is none."""
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
@@ -84,7 +84,7 @@ def _losses(axes: Axes, steps: Sequence[StepResult], evaluations: Sequence[Evalu
     if finite:
         window = max(1, min(50, len(raw) // 10))
         smooth = moving_average(raw, window)
-        lone = "." if finite < 3 else ""  # a line through one point shows nothing
+        lone = "." if finite < 3 else ""  # a line through one point is invisible
         axes.plot(x, raw, color=TRAIN, alpha=0.28, linewidth=0.9, marker=lone, markersize=8, label="train, each step")
         if window > 1:
             axes.plot(x, smooth, color=TRAIN, linewidth=1.9, label=f"train, mean of {window} steps")
@@ -103,12 +103,12 @@ def _losses(axes: Axes, steps: Sequence[StepResult], evaluations: Sequence[Evalu
         axes.set_ylim(low - pad, high + 2 * pad)
     if axes.get_legend_handles_labels()[1]:
         trend = [v for v in (raw if finite else [e.loss for e in dev]) if math.isfinite(v)]
-        side = "upper left" if trend and trend[-1] > trend[0] else "upper right"  # away from the line's high end
+        side = "upper left" if trend and trend[-1] > trend[0] else "upper right"  # far from the line's high end
         axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.8, loc=side, ncols=2)
 
 
 def _scores(axes: Axes, evaluations: Sequence[Evaluation]) -> None:
-    """The dev metric with its start and best named, and the test metric as diamonds."""
+    """The dev metric with its start and best labelled, and the test metric as diamonds."""
     metric = next((e.metric for e in evaluations if e.metric), None)
     axes.set_ylabel(metric or "score", color=INK)
     shown = [e for e in evaluations if math.isfinite(e.score)]

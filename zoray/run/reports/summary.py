@@ -1,4 +1,4 @@
-"""What a run says of itself in words and numbers: as it begins, of a step, and at its end."""
+"""A run's own report in words and numbers: when it begins, for a step, and at its end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def opening(e: Experiment, workload: Workload, pool: Pool, order: Order, seconds: float) -> Iterator[str]:
-    """Lines before the first step: who is there after so many seconds, and what will not go well."""
+    """Lines before the first step: how many replicas are ready after `seconds`, and warnings."""
     check = ", ".join(f"{name} {value:.1e}" for name, value in pool.info.self_test) or "exact reference"
     yield (
         f"{pool.size} replica(s) ready after {seconds:.0f} s; adapters live: {check}; score noise {pool.info.noise:.1e}"
@@ -38,13 +38,13 @@ def opening(e: Experiment, workload: Workload, pool: Pool, order: Order, seconds
             "multiple of them, or set run.stratify=false"
         )
     if workload.encoder is not None and workload.encoder.shortened:
-        yield f"{workload.encoder.shortened} sequences were too long and have lost their beginning"
+        yield f"{workload.encoder.shortened} sequences were too long; their beginning was cut"
 
 
 def result_of(
     step: int, e: Experiment, grid: Grid, scores: Scores, found: Estimate, pool: Pool, s: float
 ) -> StepResult:
-    """A step that took `s` seconds, as metrics.jsonl has it."""
+    """A step that took `s` seconds, as a record for metrics.jsonl."""
     return StepResult(
         step=step + 1,
         loss=found.loss,
@@ -61,7 +61,7 @@ def result_of(
 
 
 def failures(step: int, scores: Scores) -> str:
-    """A warning that completions of a step have no reward."""
+    """A warning that some of a step's completions have no reward."""
     return (
         f"warning: step {step + 1}: {scores.failed} of {scores.written} completions have no reward "
         f"and count as objective.failed; the first: {scores.failure.strip().splitlines()[-1]}"
@@ -80,7 +80,7 @@ def summary_of(
     seconds: float,
     digest: str,
 ) -> dict[str, Any]:
-    """summary.json: of a run with `steps` journalled, whose state is now that after `selected` of them."""
+    """summary.json of a run with `steps` journalled, whose state is the one after `selected` steps."""
     taken = history.steps
     in_steps, tokens = sum(s.seconds for s in taken), sum(s.tokens for s in taken)
     return {
@@ -106,7 +106,7 @@ def summary_of(
 
 
 def closing(e: Experiment, folder: Path, summary: dict[str, Any], history: History, failed: int) -> Iterator[str]:
-    """Lines behind the table of results: doubts, and what can be done with the run. `failed`: rewards, this time."""
+    """Lines after the table of results: warnings, and how to use the run. `failed`: rewards, this time."""
     directions = e.estimator.directions * len(history.steps)
     silent = summary["silent_directions"]["ties"] + summary["silent_directions"]["buried"]
     if directions and silent > directions / 2:
