@@ -224,7 +224,7 @@ def test_a_500_says_where_the_log_is(chat_model, tmp_path, monkeypatch, caplog):
     gateway = FakeGateway(settings_of(chat_model, tmp_path / "store"))
     monkeypatch.setattr(gateway.inner, "files", public(fails))
     answer = Client(gateway).get("/v1/files")
-    assert answer.status_code == 500 and "its log says where: log/ in its folder" in answer.text
+    assert answer.status_code == 500 and "the server's log says where: log/ in its folder" in answer.text
     assert "RuntimeError in GET" in caplog.text and "private text" not in caplog.text + answer.text
 
 

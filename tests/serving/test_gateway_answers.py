@@ -55,7 +55,7 @@ FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "
         (
             {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, USER]},
             "messages[1].tool_calls",
-            "this server has no tools, and reads no calls of them. Leave the turn out",
+            "this server has no tools, and reads no calls to them. Leave the turn out",
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": "b", "tool_calls": [CALL]}]},

@@ -85,7 +85,7 @@ def test_what_no_journal_has_is_not_there(store, settings, made, name):
 def test_a_damaged_journal_is_said_without_its_path(store, settings, made):
     path = made.folder / "journal.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"step":2', b'"step":7', 1))
-    with pytest.raises(ConfigError, match="expected a whole journal of mail to make mail@1 of") as caught:
+    with pytest.raises(ConfigError, match="expected a whole journal of mail to make mail@1 from") as caught:
         versions.make_sure(store, "mail@1", settings)
     assert str(store.folder) not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Calls of a running server (zoray.serve): JSON in, JSON out, and clear errors."""
+"""Calls to a running server (zoray.serve): JSON in, JSON out, and clear errors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 URL, KEY = "ZORAY_URL", "ZORAY_API_KEY"  # environment variables
 DEFAULT = "http://127.0.0.1:8000"
-AGAIN_SECONDS = 30.0  # for which a question is asked again, while the server says that it is to come again
+AGAIN_SECONDS = 30.0  # how long a GET is repeated while the server asks to try again
 
 
 class Client:
-    """A server by its address, e.g. http://127.0.0.1:8000; null takes that of ZORAY_URL. The key is ZORAY_API_KEY's."""
+    """A server by its address, e.g. http://127.0.0.1:8000; null takes ZORAY_URL's. The key comes from ZORAY_API_KEY."""
 
     def __init__(self, url: str | None = None) -> None:
         self.url = (url or os.environ.get(URL) or DEFAULT).rstrip("/").removesuffix("/v1")
@@ -34,7 +34,7 @@ class Client:
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=not own)
 
     def get(self, *path: str) -> Any:
-        """What lies at /v1/<path>; asked again for a while where the server is busy or being started anew."""
+        """The JSON at /v1/<path>; repeated for a while if the server is busy or restarting."""
         deadline = time.monotonic() + AGAIN_SECONDS
         while True:
             answer = self._send("GET", path)
@@ -44,22 +44,22 @@ class Client:
             time.sleep(wait)
 
     def post(self, *path: str, json: Any = None) -> Any:
-        """What the server answers to a request."""
+        """The server's answer to a POST."""
         return self._read(self._send("POST", path, json=json or {}))
 
     def put(self, *path: str, json: Any) -> Any:
-        """Likewise, of a setting."""
+        """The server's answer to a PUT."""
         return self._read(self._send("PUT", path, json=json))
 
     def delete(self, *path: str) -> Any:
-        """Likewise, of a deletion."""
+        """The server's answer to a DELETE."""
         return self._read(self._send("DELETE", path))
 
     def upload(self, path: Path) -> Any:
-        """A file's record on the server.
+        """Upload a file; returns its record on the server.
 
         Raises:
-            ConfigError: it can't be read, or the server refuses it.
+            ConfigError: the file can't be read, or the server refuses it.
         """
         try:
             data = path.read_bytes()
@@ -90,5 +90,5 @@ class Client:
             advice = f". Set {KEY} in the environment" if answer.status_code == 401 else ""
             raise ConfigError(f"{said or f'the server answers with HTTP status {answer.status_code}'}{advice}")
         if not isinstance(found, dict):
-            raise ConfigError(f"expected a zoray server at {self.url}; what answers there is none")
+            raise ConfigError(f"expected a zoray server at {self.url}; another program answers there")
         return found

@@ -1,7 +1,7 @@
 """`python -m zoray.tuning VERB`: tuning jobs and versions of a running server (zoray.serve), from the command line.
 
-upload FILE                             an upload, for several jobs
-preview FILE_ID|task:NAME [key=value]   how it would be used
+upload FILE                             upload a file, for several jobs
+preview FILE_ID|task:NAME [key=value]   show how it would be used
 create file=PATH|training_file=ID|task=NAME [name=...] [steps= n_epochs= batch_size= ...] [template= ...]
 list, files, status NAME, metrics NAME, events NAME [follow]
 pause, resume, stop NAME                stop is for good
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 USE, HYPER = tuple(Use.model_fields), tuple(Hyperparameters.model_fields)
 SOURCES = ("file", "training_file", "task")
-KINDS: dict[str, Any] = {  # what each setting of a job is: int, float, bool, str, list, dict
+KINDS: dict[str, Any] = {  # the type of each setting of a job: int, float, bool, str, list, dict
     name: get_origin(kind) or kind
     for model in (NewJob, Hyperparameters, Use)
     for name, field in model.model_fields.items()
@@ -40,11 +40,11 @@ KINDS: dict[str, Any] = {  # what each setting of a job is: int, float, bool, st
 FILE_ID = re.compile(r"file-[0-9a-f]{24}")
 ENDED = ("succeeded", "failed", "cancelled")
 FOLLOW_SECONDS = 1.0  # between looks at a job's events
-Found = tuple[Any, str]  # for machines, and for people
+Found = tuple[Any, str]  # JSON for machines, text for people
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for; the exit status."""
+    """Do what the command line asks for; returns the exit status."""
     asked = _parser().parse_args(argv)
 
     def run() -> int:
@@ -89,7 +89,7 @@ def _create(client: Client, asked: Any) -> Found:
     try:
         job = client.post("fine_tuning", "jobs", json=request)
     except ConfigError:
-        if uploaded:  # it would be in the way of the next try
+        if uploaded:  # else each new try would leave another copy
             client.delete("files", uploaded)
         raise
     name = job["id"]
@@ -181,7 +181,7 @@ def _rollback(client: Client, asked: Any) -> Found:
 
 
 def _before(versions: Mapping[str, Any]) -> str | None:
-    """The version that was live before this one, if it is still there; None is the base model."""
+    """The last version that was live before this one and still exists; None is the base model."""
     live, kept = versions["live"], {one["id"] for one in versions["data"]}
     if live is None:
         raise ConfigError("expected a version to be live; it is the base model. Name one: rollback VERSION")
@@ -221,19 +221,19 @@ def _parser() -> argparse.ArgumentParser:
         if verb in ("status", "events", "metrics", "pause", "resume", "stop", "cancel", "delete", "promote"):
             one.add_argument("name")
         if verb == "events":
-            one.add_argument("follow", nargs="?", choices=["follow"], help="go on until the job has ended")
+            one.add_argument("follow", nargs="?", choices=["follow"], help="keep printing until the job has ended")
         if verb == "rollback":
-            one.add_argument("name", nargs="?", metavar="VERSION|base", help="else the one that was live before")
+            one.add_argument("name", nargs="?", metavar="VERSION|base", help="default: the one that was live before")
         if verb == "learning":
             one.add_argument("wish", nargs="?", choices=["on", "off"])
     return parser
 
 
 def _everywhere() -> argparse.ArgumentParser:
-    """What may stand before a verb and after it; made anew for each, since defaults are kept in it."""
+    """Options allowed before a verb and after it; a new parser for each, since a parser stores its defaults."""
     found = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     found.add_argument("--url", help=f"the server's address; else that of {URL}, else {DEFAULT}")
-    found.add_argument("--json", action="store_true", help="print what the server has said, as JSON")
+    found.add_argument("--json", action="store_true", help="print the server's answer as JSON")
     return found
 
 
@@ -272,7 +272,7 @@ def _value(key: str, text: str) -> Any:
 
 
 def _unquoted(text: str) -> str:
-    """A text without the quotes that the command line of a run needs, and messages print."""
+    """A text without the quotes that a run's command line needs and messages print."""
     quoted = len(text) > 1 and text[0] == text[-1] == '"'
     return re.sub(r'\\(["\\])', r"\1", text[1:-1]) if quoted else text
 

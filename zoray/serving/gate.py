@@ -1,4 +1,4 @@
-"""The promotion gate: whether a new state of the adapter may answer people. Pure: numbers in, verdict out."""
+"""The promotion gate: whether a new version may answer people. Pure: numbers in, verdict out."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a version is worth: on held-out rows of a job's data, and on a neutral text that no job knows."""
+    """A version's measurements: on held-out rows of a job's data, and on a neutral text that no job knows."""
 
-    score: float  # of the job's metric, higher is better; NaN where it has none
+    score: float  # in the job's metric, higher is better; NaN where it has none
     loss: float  # mean loss
     perplexity: float  # on the neutral text
-    metric: str | None = None  # what the score is called
-    rows: tuple[float, ...] = ()  # what each row is worth, higher is better: its score, or where there is none -loss
+    metric: str | None = None  # the metric's name
+    rows: tuple[float, ...] = ()  # worth of each row, higher is better: its score, or -loss where there is none
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether to promote, and why or why not, for people."""
+    """Whether to promote, and the reason, for people."""
 
     promote: bool
     reason: str
@@ -37,11 +37,11 @@ class Gate:
     """When a version becomes the live one.
 
     Args:
-        automatic: promote what passes; else people do.
+        automatic: promote every version that passes; else people promote.
         margin: by how much a version must beat the live one on held-out rows: in its metric (0.02 of accuracy is two
-            points), or where there is none by that share of the loss.
-        confidence: how sure it must be that this is more than luck of the rows, see `confidence`; 0.5 asks for nothing.
-        max_forgetting: by what share perplexity on a neutral text may be above the base model's.
+            points), or where there is none, as a share of the loss.
+        confidence: required certainty that the gain is not chance, see `confidence`; 0.5 requires nothing.
+        max_forgetting: largest allowed rise of perplexity on a neutral text, as a share of the base model's.
     """
 
     automatic: bool = True
@@ -71,8 +71,8 @@ class Gate:
         if sure < self.confidence:
             return Verdict(
                 False,
-                f"{compared}: that may be luck of {len(new.rows)} held-out rows ({_percent(sure)} sure, at least "
-                f"{self.confidence:.0%} asked for)",
+                f"{compared}: on {len(new.rows)} held-out rows that may be chance ({_percent(sure)} sure, at least "
+                f"{self.confidence:.0%} needed)",
             )
         if forgets:
             return Verdict(
@@ -85,7 +85,7 @@ class Gate:
 
 
 def confidence(new: Sequence[float], live: Sequence[float]) -> float:
-    """How likely it is that rows are worth more under `new`, from as many paired rows (n,); 0.5 where nothing says so.
+    """How likely it is that rows are worth more under `new`, from n paired rows (n,); 0.5 without any evidence.
 
     The normal distribution at sum(d) / sqrt(sum(d^2)) of the differences d. For accuracy, where d is -1, 0 or 1, that
     is McNemar's test (https://doi.org/10.1007/BF02295996), one-sided and without a correction for continuity.
@@ -96,5 +96,5 @@ def confidence(new: Sequence[float], live: Sequence[float]) -> float:
 
 
 def _percent(sure: float) -> str:
-    """Nothing is quite sure."""
+    """Never says 100%."""
     return "over 99%" if sure > 0.99 else f"{sure:.0%}"

@@ -1,4 +1,4 @@
-"""What a server is started with: conf/serve.yaml, checked."""
+"""A server's settings: conf/serve.yaml, checked."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from zoray.records.signatures import check_signature
 from zoray.run.config import build
 from zoray.serving.gate import Gate
 
-KEY = "ZORAY_API_KEY"  # the environment variable that holds it
+KEY = "ZORAY_API_KEY"  # the environment variable that holds the API key
 PUBLIC = re.compile(r"(?!-)[A-Za-z0-9.-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")  # a name of an address
-PORTS = {"http": "80", "https": "443"}  # that addresses leave out
+PORTS = {"http": "80", "https": "443"}  # default ports, which addresses leave out
 PARTS = ("model", "engine", "space", "estimator", "optimizer")
 
 
@@ -28,29 +28,29 @@ class Settings:
     """A server.
 
     Args:
-        model: what is served and tuned.
+        model: the model to serve and tune.
         engine: vLLM, with slots for a step's probes, and a KV cache for requests and scoring.
-        space: of the adapters, lora.
-        estimator: of tuning jobs, as in a run.
+        space: the adapters' space, lora.
+        estimator: for tuning jobs, as in a run.
         optimizer: likewise; its `anchor` pulls towards the base model.
         gate: when a version becomes the live one.
-        name: what the base model is called in requests; null for its folder's name.
+        name: the base model's name in requests; null for its folder's name.
         folder: where uploads, jobs and versions are kept.
-        host: to listen on. Any other than this machine's own needs a key, in the environment variable ZORAY_API_KEY.
-        port: to listen on.
-        names: what this server is called in public, by a proxy in front of it: names of addresses, with the port where
-            that is not 80 or 443. Needs a key.
-        replicas: engines. Requests are shared out among them, and so is tuning.
-        gpus: of each engine; null takes engine.tensor_parallel of them where there are any.
+        host: address to listen on. Any but this machine's own needs a key in the environment variable ZORAY_API_KEY.
+        port: port to listen on.
+        names: this server's public names, behind a proxy: names of addresses, with the port if that is not 80 or 443.
+            Needs a key.
+        replicas: number of engines, which share requests and tuning.
+        gpus: GPUs of each engine; null takes engine.tensor_parallel of them where there are any.
         slots: versions, besides the base model, that can answer at the same time.
-        max_slowdown: by what factor tuning may stretch the time to a request's first token, and that between tokens.
-        steps: of a tuning job, where it does not say.
-        batch: examples a step, likewise.
+        max_slowdown: maximum slowdown, from tuning, of the time to first token and between tokens, as a factor.
+        steps: steps of a tuning job that names none.
+        batch: examples per step, likewise.
         eval_every: steps between evaluations on held-out rows, each of which may promote a version.
         seed: of directions, of A and of the order of examples.
-        max_upload_mb: of a file.
-        max_storage_mb: of all uploads together.
-        requests_per_minute: of one address; null for no limit.
+        max_upload_mb: largest size of a file.
+        max_storage_mb: largest size of all uploads together.
+        requests_per_minute: limit for one address; null for none.
         capture: keep conversations that people rate (thumbs up or down), to learn from.
         dashboard: Ray's dashboard on http://127.0.0.1:8265.
     """
@@ -114,10 +114,10 @@ class Settings:
 
     @property
     def key(self) -> str | None:
-        """What requests have to show, from the environment.
+        """The key that requests must present, from the environment.
 
         Raises:
-            ConfigError: others can reach this server, and there is none; or it is too short.
+            ConfigError: other machines can reach this server and there is no key; or the key is too short.
         """
         key = os.environ.get(KEY) or None
         if key is not None and len(key) < 16:
@@ -136,7 +136,7 @@ def settings_of(config: Any) -> Settings:
     """The settings of a composed conf/serve.yaml.
 
     Raises:
-        ConfigError: a setting is not what it has to be.
+        ConfigError: a setting is invalid.
     """
     parts = {name: build(config[name], name) for name in PARTS}
     own = dict(config.serve)
@@ -149,7 +149,7 @@ def settings_of(config: Any) -> Settings:
 
 
 def is_own(host: str) -> bool:
-    """Whether only this machine reaches a host."""
+    """Whether a host is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -157,9 +157,9 @@ def is_own(host: str) -> bool:
 
 
 def is_public(address: str, names: Sequence[str], scheme: str = "") -> bool:
-    """Whether an address is one of the server's public names; its port counts where a `scheme` is given.
+    """Whether an address is one of the server's public names; its port is compared if a `scheme` is given.
 
-    Hosts come without: proxies pass them on with a port or not, and another port is no other name.
+    Host headers come without a scheme: proxies forward them with or without a port, which does not change the name.
     """
     host, port = _parts(address)
     usual = PORTS.get(scheme, "")

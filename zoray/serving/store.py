@@ -1,12 +1,12 @@
-"""What a server keeps, as plain files below one folder: uploads, jobs, versions, and which version is live.
+"""A server's data, as plain files below one folder: uploads, jobs, versions, and which version is live.
 
     files/<id>/       data.csv (or .tsv, .jsonl, .txt) as it came, meta.json
     jobs/<name>/      request.json, state.json, events.jsonl, run/ (a run's folder, see docs/run.md)
     versions/<name>/  a PEFT adapter and meta.json; <name> is <job>@<step>
-    live.json         the version that answers, and those before it
+    live.json         the version that answers, and its predecessors
 
-Guarantees: what has been written is on disk whole or not at all; names are of letters, digits and . _ - @, and never
-lead out of the folder; only the owner may enter it; what is deleted is gone from disk.
+Guarantees: a file is on disk whole or not at all; names consist of letters, digits and . _ - @, and never lead out of
+the folder; only the owner may enter it; deleted data are gone from disk.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ VERSION = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}@[0-9]{1,9}")
 FILE_ID = re.compile(r"file-[0-9a-f]{24}")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 _appending = threading.Lock()
-LONGEST = 1 << 20  # bytes of a line: one is read, filled into a prompt and tokenised as a whole
+LONGEST = 1 << 20  # bytes of a line: a line is read, filled into a prompt and tokenised as a whole
 
 
 class NotFound(ConfigError):
-    """There is nothing of that name."""
+    """No file, job, version or conversation has that name."""
 
 
 def public(method: F) -> F:
-    """Mark what requests may lead to as a method of the Tuner's; TunerServer.call takes no other."""
+    """Mark a method that requests may reach through the Tuner; TunerServer.call accepts no other."""
     method.public = True  # type: ignore[attr-defined]
     return method
 
@@ -63,10 +63,10 @@ class Store:
     # Files.
 
     def add_file(self, name: str, data: bytes) -> dict[str, Any]:
-        """Keep an upload; its record.
+        """Keep an upload; returns its record.
 
         Raises:
-            ConfigError: not one of SUFFIXES, or no text.
+            ConfigError: the suffix is not one of SUFFIXES, or the data are not text.
         """
         suffix = Path(name).suffix.lower()
         if suffix not in SUFFIXES:
@@ -98,14 +98,14 @@ class Store:
         return read_json(self._file_folder(number) / "meta.json")
 
     def file_name(self, number: str) -> str:
-        """What an upload was called, for messages."""
+        """An upload's original name, for messages."""
         try:
             return self.file(number)["filename"]
         except NotFound:
             return "a deleted file"
 
     def data_path(self, number: str) -> Path:
-        """Where the data of an upload lie."""
+        """The path of an upload's data."""
         folder = self._file_folder(number)
         for path in folder.glob("data.*"):
             return path
@@ -125,17 +125,17 @@ class Store:
         return self._folder("versions", name, VERSION, "version")
 
     def new_version(self, name: str) -> Path:
-        """Where a version is to be written."""
+        """The folder to write a version into."""
         if not VERSION.fullmatch(name):
             raise ConfigError(f"expected a version's name, <job>@<step>; got {shown(name)}")
         return self.folder / "versions" / name
 
     def versions(self) -> list[dict[str, Any]]:
-        """What is known of all versions, the oldest first."""
+        """The records of all versions, the oldest first."""
         return _sorted(read_all(self.folder.glob("versions/*@*/meta.json")))
 
     def mark(self, name: str) -> str:
-        """Tells a version from another one of that name, which has been deleted since."""
+        """A mark that tells a version from an earlier, deleted one of the same name."""
         try:
             found = (self.version_folder(name) / "adapter_model.safetensors").stat()
         except FileNotFoundError:
@@ -147,7 +147,7 @@ class Store:
         """Delete a version from disk.
 
         Raises:
-            ConfigError: it is the live one.
+            ConfigError: the version is live.
         """
         with self.lock:
             folder = self.version_folder(name)
@@ -156,7 +156,7 @@ class Store:
             _remove(folder)
 
     def version_names(self) -> list[str]:
-        """Names of all versions of which all is known."""
+        """Names of all complete versions."""
         return [path.parent.name for path in self.folder.glob("versions/*@*/meta.json")]
 
     # Which one is live.
@@ -170,7 +170,7 @@ class Store:
         return self._live()["history"]
 
     def set_live(self, version: str | None, reason: str) -> None:
-        """Let a version answer from now on."""
+        """Make a version live from now on."""
         with self.lock:
             if version is not None:
                 self.version_folder(version)
@@ -179,7 +179,7 @@ class Store:
             write_json(self.folder / "live.json", {"version": version, "history": [*known, entry][-1000:]})
 
     def forget_live(self) -> None:
-        """Let the base model answer, and forget which versions have been live; a full disk has room for that."""
+        """Make the base model live and delete the history of live versions; works on a full disk."""
         with self.lock:
             (self.folder / "live.json").unlink(missing_ok=True)
 
@@ -194,10 +194,10 @@ class Store:
         return self._folder("jobs", name, NAME, "job")
 
     def new_job(self, name: str, request: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
-        """Make a job's folder, with its request and state.
+        """Create a job's folder, with its request and state.
 
         Raises:
-            ConfigError: there is one of that name, or the name can't be one.
+            ConfigError: a job of that name exists, or the name is not allowed.
         """
         if not NAME.fullmatch(name):
             raise ConfigError(
@@ -221,22 +221,22 @@ class Store:
         return [name for _, name in sorted(found)]
 
     def delete_job(self, name: str) -> None:
-        """Delete a job from disk, with what it has measured; its versions stay, but for half-made ones."""
+        """Delete a job from disk, with its metrics; its versions stay, except unfinished ones."""
         with self.lock:
             _remove(self.job_folder(name))
             for path in self.folder.glob(f"versions/{name}@*"):
-                if not (path / "meta.json").exists():  # it would be in the way of the next job of that name
+                if not (path / "meta.json").exists():  # else it would block the next job of that name
                     shutil.rmtree(path, ignore_errors=True)
 
     def delete_everything(self) -> None:
-        """Delete all files, jobs and versions from disk, those that were never finished among them."""
+        """Delete all files, jobs and versions from disk, unfinished ones included."""
         with self.lock:
             for kind in ("files", "jobs", "versions"):
                 for entry in (self.folder / kind).iterdir():
                     _remove(entry) if entry.is_dir() else entry.unlink()
 
     def _sweep(self) -> None:
-        """Remove what a server that was killed has left half done: its job makes it again, or there is none."""
+        """Remove unfinished files of a killed server: their job writes them again, or no longer exists."""
         jobs = {path.name for path in (self.folder / "jobs").iterdir()}
         unknown = (
             path
@@ -255,15 +255,15 @@ class Store:
 
 
 def claim(folder: Path, patience: float = 0.0, lock: str = ".lock") -> Any:
-    """Keep a server's folder for this process, as long as what this returns is open.
+    """Lock a server's folder for this process, as long as the returned file is open.
 
     Args:
-        folder: of a server; it need not be there.
-        patience: seconds to wait for another one to end.
-        lock: the file's name: of the one process that writes jobs, or of the command that starts it.
+        folder: of a server; it need not exist.
+        patience: seconds to wait for another server to end.
+        lock: the lock file's name: one for the process that writes jobs, one for the command that starts it.
 
     Raises:
-        ConfigError: another server has it: both would write the same journals.
+        ConfigError: another server has the folder: both would write the same journals.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -288,7 +288,7 @@ def read_json(path: Path) -> Any:
     """A JSON file's value.
 
     Raises:
-        NotFound: it is not there, or no longer.
+        NotFound: the file does not exist, or no longer.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -297,7 +297,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_all(paths: Iterable[Path]) -> Iterator[Any]:
-    """The values of JSON files, without those that are deleted meanwhile."""
+    """The values of JSON files, skipping any that are deleted in the meantime."""
     for path in paths:
         with suppress(NotFound):
             yield read_json(path)
@@ -355,7 +355,7 @@ def _check_text(data: bytes) -> None:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[Path]:
-    """A new folder to be filled, in its place when all went well."""
+    """A temporary folder to fill; it is renamed to `folder` if all goes well."""
     partial = folder.with_name(f".partial-{uuid.uuid4().hex}")
     with disk.naming(folder):
         try:
@@ -371,7 +371,7 @@ def _sorted(records: Any) -> list[dict[str, Any]]:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder: out of sight at once, then from disk."""
+    """Delete a folder: hidden at once, then removed from disk."""
     doomed = folder.with_name(f".partial-{uuid.uuid4().hex[:8]}")
     folder.rename(doomed)
     shutil.rmtree(doomed)

@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 APP = "zoray"  # the application's name in Ray Serve
-LIVE = "live"  # the model's name that stands for the version that answers at the time
-MEASURE_SECONDS = 600.0  # for which a measurement that fails is tried again: engines take a while to start
-START_SECONDS = 30.0  # that a request waits for a tuner that has never answered
-LOST_SECONDS = 5.0  # after which the tuner is not waited for
-LOOK_SECONDS = 0.5  # between questions to the tuner what is live
-TAKEOVER_SECONDS = 60.0  # that a tuner before this one may take to end
+LIVE = "live"  # the model name that stands for the current live version
+MEASURE_SECONDS = 600.0  # how long a failing measurement is repeated: engines take a while to start
+START_SECONDS = 30.0  # how long a request waits for a tuner that has never answered
+LOST_SECONDS = 5.0  # how long a call to the tuner is waited for
+LOOK_SECONDS = 0.5  # between questions to the tuner about the live version
+TAKEOVER_SECONDS = 60.0  # how long the previous tuner may take to end
 AT_ONCE = 64  # requests that an engine answers at the same time
-MOST_WAITING = 512  # requests beside those that engines are answering; further ones are told to come again
+MOST_WAITING = 512  # requests waiting besides those being answered; further ones are told to try again
 QUIET = {"enable_access_log": False}  # engines ask the tuner twice a second
 
 
@@ -55,7 +55,7 @@ class TunerServer:
         self._claim = claim(Path(settings.folder), TAKEOVER_SECONDS)
         self.tuner = Tuner(settings, self._measure)
         self._engine: Any = None
-        # Imports that take seconds, before anybody waits for them; and by one thread: transformers' own are not safe.
+        # Slow imports, before any request waits for them; and in one thread: transformers' own are not thread-safe.
         load_tokenizer(settings.model.resolve())
         linear_matrices(settings.model.resolve())
         import datasets  # noqa: F401
@@ -63,7 +63,7 @@ class TunerServer:
         self.tuner.start()
 
     async def call(self, name: str, *arguments: Any) -> tuple[str | None, str, Any]:
-        """(kind of error or None, its text, result): exceptions would reach the gateway as Ray's own."""
+        """(kind of error or None, its text, result): an exception would reach the gateway as one of Ray's."""
         if not hasattr(getattr(self.tuner, name, None), "public"):
             return "ConfigError", f"there is no {name}", None
         try:
@@ -86,11 +86,11 @@ class TunerServer:
         return self.tuner.where()
 
     def _measure(self, stopping: Callable[[], bool], version: str | None, dev: bool = True) -> Any:
-        """By any engine that has the job's data, however long people keep it busy; one that has died is replaced.
+        """Measure with any engine that has the job's data, however long it is busy; if it dies, another one is asked.
 
         Raises:
-            ConfigError: as the engine says (NotFound: the version has been deleted).
-            KeyboardInterrupt: the job is to stop.
+            ConfigError: from the engine (NotFound: the version has been deleted).
+            KeyboardInterrupt: the job should stop.
         """
         asked, failing = None, None
         while not stopping():
@@ -103,7 +103,7 @@ class TunerServer:
                 if isinstance(error.cause, ConfigError):
                     raise error.cause from None
                 failed = error
-            except TimeoutError:  # it is at work; Ray's is a RayError as well
+            except TimeoutError:  # still at work; Ray's TimeoutError is a RayError as well
                 continue
             except (RayError, RuntimeError) as error:
                 failed = error
@@ -144,15 +144,15 @@ class Gateway:
         self._engine, self.tuner = engine, Calls(tuner)
         self._live: str | None = None
         self._names: list[str] = []
-        self._changes = 0  # of what is live, by requests to this gateway
+        self._changes = 0  # changes of the live version by requests to this gateway
         self._looking: asyncio.Task[None] | None = None
-        self._seen = asyncio.Event()  # what is live has been told once
+        self._seen = asyncio.Event()  # the tuner has named the live version at least once
         self._ready = False
         self._answering = 0
         self._most = AT_ONCE * settings.replicas + MOST_WAITING
 
     def __serve_build_asgi_app__(self) -> Any:
-        """Ray Serve's place for an app whose routes are those of an object."""
+        """Ray Serve's hook for an app whose routes belong to an object."""
         return build_app(self)
 
     async def ready(self) -> bool:
@@ -163,12 +163,12 @@ class Gateway:
         return self._ready
 
     async def names(self) -> list[str]:
-        """What requests may call a model: the base, `live`, and each version."""
+        """The model names that requests may use: the base, `live`, and each version."""
         await self._look()
         return [self.settings.name, LIVE, *self._names]  # type: ignore[list-item]
 
     async def resolve(self, model: Any) -> str | None:
-        """The version that a request is answered by, None for the base model; fixed from here on."""
+        """The version that answers a request, None for the base model; fixed from here on."""
         if model == self.settings.name:
             return None
         if self._looking is None:
@@ -176,7 +176,7 @@ class Gateway:
         try:
             await asyncio.wait_for(self._seen.wait(), START_SECONDS)
         except TimeoutError:
-            raise Refused(503, "what is live is not known yet; try again soon") from None
+            raise Refused(503, "the live version is not known yet; try again soon") from None
         if model in (None, "", LIVE):
             return self._live
         if model not in self._names:
@@ -186,7 +186,7 @@ class Gateway:
         return model
 
     async def promote(self, version: str) -> dict[str, Any]:
-        """Let a version (or the base model, by its name) answer from now on."""
+        """Make a version (or the base model, by its name) live from now on."""
         chosen = None if version == self.settings.name else version
         await self.tuner.promote(chosen)
         self._live, self._changes = chosen, self._changes + 1
@@ -197,7 +197,7 @@ class Gateway:
         self._live, self._names, self._changes = None, [], self._changes + 1
 
     async def answer(self, kind: str, body: dict[str, Any], version: str | None) -> AsyncIterator[Any]:
-        """An engine's answer; another one is asked where the first has died before it said anything."""
+        """An engine's answer; if it dies before it has said anything, another engine is asked."""
         if self._answering >= self._most:
             raise Refused(503, "too many requests are waiting already; try again in a few seconds")
         self._answering += 1
@@ -222,21 +222,21 @@ class Gateway:
                     raise
 
     async def _look(self) -> None:
-        """Ask the tuner what is live; while it is being started anew, what was known counts."""
+        """Ask the tuner which version is live; while the tuner restarts, the last answer counts."""
         changes = self._changes
         with suppress(RayError, TimeoutError):
             found = await asyncio.wait_for(self.tuner.answering(), LOST_SECONDS)
-            if changes == self._changes:  # else it may be from before
+            if changes == self._changes:  # else the answer may be outdated
                 self._live, self._names = found["live"], found["names"]
                 self._seen.set()
 
     async def _keep_looking(self) -> None:
-        """What the gate promotes answers within a second, and no request waits for the tuner."""
+        """Poll the tuner: a promoted version answers within a second, and no request waits for the tuner."""
         while True:
             try:
                 await self._look()
-            except Exception as error:  # this goes on as long as the gateway does
-                log.warning("what is live was not told: %s", type(error).__name__)
+            except Exception as error:  # this loop must last as long as the gateway
+                log.warning("the tuner did not name the live version: %s", type(error).__name__)
             await asyncio.sleep(LOOK_SECONDS)
 
 
@@ -259,7 +259,7 @@ def application(settings: Settings) -> Any:
     gateway = deployment(serve.ingress()(Gateway)).options(
         name="Gateway",
         num_replicas=1,
-        max_ongoing_requests=2 * (AT_ONCE * settings.replicas + MOST_WAITING),  # the page, health and rollback get in
+        max_ongoing_requests=2 * (AT_ONCE * settings.replicas + MOST_WAITING),  # room for the page, health and rollback
         logging_config=QUIET,  # paths hold names that people have given
         ray_actor_options={"num_cpus": 0},
     )
@@ -271,11 +271,11 @@ def build(arguments: dict[str, Any]) -> Any:
     """The Serve application for a Serve config file (`import_path: zoray.serving:build`) and `serve run`.
 
     `arguments` are settings of conf/serve.yaml as on the command line of zoray.serve, {"serve.replicas": 2}, or nested,
-    {"serve": {"replicas": 2}}. They come from whoever owns the cluster. Serve's own proxies listen, on all addresses as
-    a rule: without serve.host=127.0.0.1 a key is needed.
+    {"serve": {"replicas": 2}}. They come from the cluster's owner. Serve's own proxies listen, usually on all
+    addresses: without serve.host=127.0.0.1 a key is needed.
 
     Raises:
-        ConfigError: a setting is not what it has to be.
+        ConfigError: a setting is invalid.
     """
     given = {"serve.host": "0.0.0.0", **_flat(arguments)}
     overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]

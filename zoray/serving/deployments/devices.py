@@ -1,4 +1,4 @@
-"""Which devices an engine of a server gets: GPUs that Ray reserves for it, or its share of a node's cores."""
+"""Which devices a server's engine gets: GPUs that Ray reserves for it, or its share of a node's cores."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def gpus(settings: Settings) -> int:
-    """GPUs of each engine: serve.gpus, or where that is null one for each rank of the model if there are any.
+    """GPUs of each engine: serve.gpus, or if that is null one for each rank of the model, if there are any.
 
     Raises:
-        ConfigError: there is no cluster yet to look at.
+        ConfigError: serve.gpus is null and there is no cluster yet.
     """
     if settings.gpus is not None:
         return settings.gpus
@@ -31,7 +31,7 @@ def gpus(settings: Settings) -> int:
 
 
 def check_room(settings: Settings) -> None:
-    """Raise ConfigError unless the cluster, which nobody will join, has GPUs for all engines."""
+    """Raise ConfigError unless the cluster, which no node will join, has GPUs for all engines."""
     each = gpus(settings)
     if each and room({"GPU": each}) < settings.replicas:
         raise ConfigError(
@@ -41,10 +41,10 @@ def check_room(settings: Settings) -> None:
 
 
 def share_cores(settings: Settings, number: int) -> list[int]:
-    """Bind this process to its share of the node's cores, if engines compute there; it is the `number`-th on its node.
+    """Bind this process, the `number`-th on its node, to its share of the node's cores, if engines run on CPUs.
 
-    Engines that start as many threads as a node has cores slow each other down several times. Ray lets processes like
-    this one have a single thread, and so would the engine's process, which takes over what is set here.
+    Engines that start as many threads as a node has cores slow each other down several times. Ray sets such processes
+    to a single thread, and the engine's process inherits what is set here.
     """
     cores = sorted(os.sched_getaffinity(0))
     if gpus(settings):

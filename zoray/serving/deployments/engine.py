@@ -1,7 +1,7 @@
-"""The engine of a server as a Ray Serve deployment: it answers requests under versions, and tunes as a pool's replica.
+"""A server's engine as a Ray Serve deployment: it answers requests under versions, and tunes as a pool's replica.
 
-One vLLM engine does both (engines/shared/engine.py). Guarantees: a request is answered by one version from its first to
-its last token: a slot that a request uses is not written.
+One vLLM engine does both (engines/shared/engine.py). Guarantees: one version answers a request from its first to its
+last token: a slot that a request uses is not written.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from zoray.serving.settings import Settings
 
 log = logging.getLogger(__name__)
-SLOT_SECONDS = 60.0  # that a request waits for a slot, where all are in use by other versions
-JOIN_SECONDS = 0.5  # between questions to the tuner whether there is a job
+SLOT_SECONDS = 60.0  # how long a request waits for a slot while other versions use all of them
+JOIN_SECONDS = 0.5  # between questions to the tuner about a current job
 
 
 class EngineServer:
-    """What each replica of the deployment is."""
+    """A replica of the deployment."""
 
     async def __init__(self, settings: Settings, tuner: Any) -> None:
         from ray import serve
@@ -71,13 +71,13 @@ class EngineServer:
             range(first, first + settings.slots), self.store.mark, self._arrays, self.engine.put, self.api.let
         )
         text = neutral_text(load_tokenizer(folder))
-        if settings.estimator.guided:  # a job fits its own, if nobody asks anything then
+        if settings.estimator.guided:  # a job fits its own, if no request comes then
             await asyncio.to_thread(self.engine.fit_lens, lens_table(text), settings.estimator.lens)
         self.member, self._measuring = TuningMember(self.engine, text, self.client), asyncio.Lock()
         self._joining = asyncio.create_task(self._join())
 
     async def _warm(self) -> None:
-        """The first request of each kind takes seconds: imports, a template to be read."""
+        """Answer one request of each kind: the first takes seconds, for imports and a template to read."""
         about = {"model": self.settings.name, "max_tokens": 1}
         for kind, body in (
             ("completions", {"prompt": "a"}),
@@ -87,43 +87,43 @@ class EngineServer:
                 pass
 
     async def check_health(self) -> None:
-        """Raises if vLLM's core is gone: Serve then starts a new replica."""
+        """Raise if vLLM's core has died: Serve then starts a new replica."""
         await self.client.check_health()
 
     async def answer(
         self, kind: str, body: dict[str, Any], version: str | None
     ) -> AsyncIterator[tuple[int, bool, bytes]]:
-        """A request's answer under a version, None for the base model; see OpenAI.answer."""
+        """A request's answer by a version, None for the base model; see OpenAI.answer."""
         salt = None if version is None else self.store.mark(version)
         async with self.versions.held(version):
             async for part in self.api.answer(kind, {**body, "model": version or self.settings.name}, salt):
                 yield part
 
     async def ready(self) -> bool:
-        """Whether requests can be answered: this one has been."""
+        """Whether requests can be answered: this call itself shows it."""
         return True
 
     async def measure(self, version: str | None, dev: bool = True) -> Measured:
-        """A version on the neutral text, and with `dev` on the dev rows of the job at hand; one at a time."""
+        """Measure a version on the neutral text, and with `dev` on the current job's dev rows; one at a time."""
         async with self._measuring, self.versions.held(version) as slot:
             over = threading.Event()
             task = asyncio.create_task(asyncio.to_thread(self.member.measure, slot, dev, over.is_set))
             try:
                 return await asyncio.shield(task)
-            except asyncio.CancelledError:  # the slot is held until nothing is scored under it any more
+            except asyncio.CancelledError:  # hold the slot until no scoring uses it any more
                 over.set()
                 await asyncio.gather(task, return_exceptions=True)
                 raise
 
     def _arrays(self, version: str) -> dict[str, np.ndarray]:
-        """A version's adapter, as Engine.adapter gives it."""
+        """A version's adapter, in the form of Engine.adapter."""
         check(self.store, version, self.settings)
         folder = self.store.version_folder(version)
         factors = read_factors(folder, peft_space(folder), self._matrices)
         return {name: factor.float().numpy() for name, factor in factors.items()}
 
     async def _join(self) -> None:
-        """Take part in the job at hand, whenever there is one."""
+        """Take part in the current job, whenever there is one."""
         from ray import serve
 
         name, told = f"engine-{serve.get_replica_context().rank.rank}", ""
@@ -133,21 +133,21 @@ class EngineServer:
                 if where is not None and not self.member.busy:
                     self.member.start(name, *where)
                 told = ""
-            except Exception as error:  # while the tuner is restarted; Ray's errors have no type in common
+            except Exception as error:  # while the tuner restarts; Ray's errors have no common type
                 if told != (told := type(error).__name__):  # once, not twice a second
-                    log.warning("the tuner does not say which job there is: %s", error)
+                    log.warning("the tuner does not name the current job: %s", error)
             await asyncio.sleep(JOIN_SECONDS)
 
 
 class Versions:
-    """Which version lies in which slot, and how many requests use it. On one event loop only.
+    """Which version is in which slot, and how many requests use it. For one event loop only.
 
     Args:
-        slots: of the engine, that versions may lie in.
-        mark: tells a version from another one of its name, which has been deleted since, see Store.mark.
-        read: a version's adapter.
+        slots: the engine's slots for versions.
+        mark: tells a version from an earlier, deleted one of its name, see Store.mark.
+        read: reads a version's adapter.
         put: writes an adapter into a slot, see SharedEngine.put; like `read`, it is called in a thread.
-        let: lets requests be answered by a version in a slot, or by no such version (None) any longer, see OpenAI.let.
+        let: lets a version in a slot answer requests, or (None) answer no longer, see OpenAI.let.
     """
 
     def __init__(
@@ -160,18 +160,18 @@ class Versions:
     ) -> None:
         self._mark, self._read, self._write, self._let = mark, read, put, let
         self._free = list(slots)
-        self._slot: OrderedDict[str, int] = OrderedDict()  # the version used last comes last
+        self._slot: OrderedDict[str, int] = OrderedDict()  # the most recently used version comes last
         self._users: dict[str, int] = {}
-        self._marks: dict[str, str] = {}  # what lies in the slot of a name; it may have been deleted and learnt anew
+        self._marks: dict[str, str] = {}  # marks of the versions in slots, which may have been deleted since
         self._turn = asyncio.Condition()
 
     @asynccontextmanager
     async def held(self, version: str | None) -> AsyncIterator[int]:
-        """A version's slot, -1 for the base model; it stays as it is meanwhile.
+        """A version's slot, -1 for the base model; the slot is not written while it is held.
 
         Raises:
             NotFound: there is no such version.
-            TimeoutError: all slots are in use by others.
+            TimeoutError: other versions use all slots.
         """
         if version is None:
             yield -1

@@ -1,6 +1,6 @@
-"""What goes wrong in a server, on disk: log/<part>.log in its folder, two files of a megabyte for each of its parts.
+"""A server's error logs: log/<part>.log in its folder, two files of a megabyte for each part of the server.
 
-Nothing of a request is written there, nor of anybody's data: types of errors, and where in the code they were raised.
+They hold no request and no user's data, only the types of errors and where in the code they were raised.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MOST = 1 << 20  # bytes of a file
 
 
 def keep_log(folder: Path | str, part: str) -> None:
-    """Write what zoray has to say in this process to a file; what the disk refuses goes to stderr, which Ray keeps."""
+    """Write this process's zoray log to a file; lines that the disk refuses go to stderr, which Ray keeps."""
     path = Path(folder) / LOG / f"{part}.log"
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Ray Serve's replicas listen for each other on all of a machine's addresses, and unpickle what they are sent.
+"""Keeps Ray Serve's replicas on loopback: they listen on all of a machine's addresses, and unpickle what they receive.
 
-Ray's token guards them where Ray asks for one; nobody else is to reach them at all. Calls between them are actors'
-calls as long as Serve is not told otherwise, so that nothing needs these ports.
+Ray's token guards them where Ray asks for one; no other machine should reach them at all. By default Serve's replicas
+call each other as actors, so nothing needs these ports.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def listen_here_only() -> None:
-    """Let the replica in this process listen on 127.0.0.1; to be called by its constructor, before it listens.
+    """Make the replica in this process listen on 127.0.0.1; its constructor must call this, before it listens.
 
     Raises:
-        RuntimeError: this version of Ray does it in another way.
+        RuntimeError: this version of Ray works differently.
     """
     from ray.serve._private import constants, replica
 

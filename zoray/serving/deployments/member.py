@@ -1,4 +1,4 @@
-"""An engine of a server as a replica of a job's pool: it scores tiles for the driver, and measures versions."""
+"""A server's engine as a replica of a job's pool: it scores tiles for the driver, and measures versions."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from zoray.scoring.workload import ReplicaSpec
 
 log = logging.getLogger(__name__)
-NEUTRAL = Path(__file__).with_name("neutral.txt")  # of no job's subject: how well a version still knows plain English
+NEUTRAL = Path(__file__).with_name("neutral.txt")  # on no job's subject: tests how much English a version forgets
 
 
 class TuningMember(ReplicaActor):
-    """An engine as a replica of a job's pool: what the driver asks for runs in a thread, in turns with requests.
+    """An engine as a replica of a job's pool: the driver's calls run in a thread, in turns with requests.
 
     Args:
         engine: of this process.
-        text: the neutral one.
-        client: vLLM's, which knows whether its core has died.
+        text: the neutral text.
+        client: vLLM's client, which knows whether its core has died.
     """
 
     def __init__(self, engine: SharedEngine, text: list[TokenSequence], client: Any) -> None:
@@ -49,18 +49,18 @@ class TuningMember(ReplicaActor):
 
     @property
     def busy(self) -> bool:
-        """Whether it is connected to a driver."""
+        """Whether the member is connected to a driver."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, name: str, address: tuple[str, int], key: bytes) -> None:
-        """Connect to a driver, and do what it asks for until it is gone."""
+        """Connect to a driver, and answer its calls until it is gone."""
         self._thread = threading.Thread(target=self._serve, args=(name, address, key), name="zoray-tuning", daemon=True)
         self._thread.start()
 
     def call(self, message: bytes) -> bytes:
-        """As ReplicaActor.call; where vLLM's core has died, this process ends, and Serve starts another.
+        """As ReplicaActor.call; if vLLM's core has died, this process ends, and Serve starts another.
 
-        The driver would take the error for the job's own, and end the job; a connection that breaks is waited for.
+        The driver would take the error for the job's own and end the job; it waits when a connection breaks.
         """
         answer = super().call(message)
         if self._client.errored:
@@ -69,17 +69,17 @@ class TuningMember(ReplicaActor):
         return answer
 
     def load(self, spec: ReplicaSpec, cores: tuple[int, int] | None) -> ReplicaInfo:
-        """The job's data; the model is there."""
+        """Load the job's data; the model is loaded already."""
         self._engine.reset()
         if self.replica is None or self.replica.spec != spec:
             self.replica = Replica(spec, engine=self._engine)
         return self.replica.info
 
     def measure(self, slot: int, dev: bool, stopping: Callable[[], bool]) -> Measured:
-        """What a slot holds (-1: the base model) on the neutral text, and with `dev` on the dev rows of the job.
+        """Measure a slot's version (-1: the base model) on the neutral text, and with `dev` on the job's dev rows.
 
         Raises:
-            Closed: it was `stopping`, between two slices.
+            Closed: `stopping` was true between two slices.
         """
         replica = self.replica if dev else None
         if dev and replica is None:
@@ -103,7 +103,7 @@ class TuningMember(ReplicaActor):
 
 
 class Pinned:
-    """An engine for which every probe is what one slot of versions holds; the bare model stays what it is."""
+    """An engine that scores every probe with one version's slot; the bare model stays as it is."""
 
     def __init__(self, engine: SharedEngine, slot: int, stopping: Callable[[], bool]) -> None:
         self._engine, self._slot, self._stopping = engine, slot, stopping

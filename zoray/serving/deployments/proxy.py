@@ -1,6 +1,6 @@
-"""What Ray Serve's proxy, which holds the clients' connections, says when the gateway ends in the middle of a request.
+"""What Ray Serve's proxy, which holds the clients' connections, answers if the gateway ends during a request.
 
-By itself it says nothing: an answer that has not begun becomes a bare 500, and one that has breaks off.
+By default it says nothing: an answer that has not begun becomes a bare 500, and one that has begun breaks off.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from zoray.serving.http.door import Refused, failure
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-GONE = "the server's gateway has ended and is being started again; try again soon"
+GONE = "the server's gateway has ended and is being restarted; try again soon"
 
 
 class Told:
-    """A 503 in the place of an answer that never began, and an error event behind a stream that broke off."""
+    """Sends a 503 for an answer that never began, and an error event after a stream that broke off."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -47,5 +47,5 @@ class Told:
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray Serve's proxy is to wrap its app in; a variable of Ray's names it, see start.PROXY."""
+    """The middlewares for Ray Serve's proxy; one of Ray's variables names this function, see start.PROXY."""
     return [Middleware(Told)]

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
     from zoray.serving.settings import Settings
 
-# What Ray Serve's proxy is to say when the gateway is gone. Ray reads it where the proxy runs.
+# How Ray Serve's proxy answers when the gateway is gone. Ray reads the variable where the proxy runs.
 PROXY = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "zoray.serving.deployments.proxy:middlewares")
 
 
 @contextmanager
 def started(settings: Settings) -> Iterator[str]:
-    """The application, answering at the address that this yields, until the context is left."""
+    """Run the application until the context is left; yields its address."""
     on_term = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault(*PROXY)  # for Ray's processes
     owns = connect(Cluster(dashboard=settings.dashboard), print)
-    signal.signal(signal.SIGTERM, on_term)  # Ray's own in its place ends in an abort, while engines start
+    signal.signal(signal.SIGTERM, on_term)  # Ray's handler ends in an abort while engines start
     own_ray = owns and not Cluster().joins
     try:
         from ray import serve
@@ -35,7 +35,7 @@ def started(settings: Settings) -> Iterator[str]:
         from zoray.serving.deployments.application import APP, application
         from zoray.serving.deployments.devices import check_room
 
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it has to tell is said by zoray.serve
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # zoray.serve prints what matters
 
         if own_ray:
             check_room(settings)
@@ -47,24 +47,24 @@ def started(settings: Settings) -> Iterator[str]:
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             yield f"http://{host}:{settings.port}"
             if own_ray:
-                serve.delete(APP)  # answers at hand have some seconds to end
+                serve.delete(APP)  # answers under way have some seconds to end
         finally:
-            # In a Ray of our own, Serve ends with it, without the error that its own shutdown has Ray print.
+            # In a Ray of our own, Serve ends with Ray, without the error that serve.shutdown makes Ray print.
             if not own_ray:
                 serve.delete(APP)
-                if not serve.status().applications:  # of other people
+                if not serve.status().applications:  # other people's
                     serve.shutdown()
     finally:
         leave(owns)
 
 
 def _listen(settings: Settings) -> None:
-    """Start Ray Serve. Its port was free when the command began, which another program may have ended meanwhile."""
+    """Start Ray Serve. Its port was free when the command began; another program may have taken it since."""
     from ray import serve
 
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
-    except RuntimeError as error:  # of the proxy's actor, by Ray made one of its own as well
+    except RuntimeError as error:  # from the proxy's actor; Ray makes it one of its own errors as well
         if "Failed to bind" not in str(error):
             raise
         raise ConfigError(
@@ -74,7 +74,7 @@ def _listen(settings: Settings) -> None:
 
 
 def _check_free() -> None:
-    """Raise ConfigError if Ray Serve runs already on a cluster that was joined: it listens as others have said."""
+    """Raise ConfigError if Ray Serve already runs on a cluster that was joined: it listens at another address."""
     import ray
 
     try:

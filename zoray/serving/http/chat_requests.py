@@ -1,8 +1,8 @@
-"""What may be asked of a model over the network: OpenAI's fields within bounds; other fields are left out, not refused.
+"""Requests to a model over the network: OpenAI's fields within bounds; other fields are ignored, not refused.
 
-Guarantees: no field has a request cost more than its tokens do; what is a picture, a sound or an address to be fetched
-is refused, and so are schemas that the grammar does not hold to (grammar.py). A field of OpenAI's that would change the
-answer, and can't here, is refused by name.
+Guarantees: no field makes a request cost more than its tokens do; pictures, sounds and addresses to fetch are refused,
+and so are schemas that the grammar does not enforce (grammar.py). An OpenAI field that would change the answer, and has
+no effect here, is refused by name.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from zoray.serving.http.grammar import enforced
 
 MOST_CHOICES = 16  # of a prompt
 MOST_PROMPTS = 32
-MOST_STOPS = 4  # as OpenAI's API and vLLM have it
-MOST_ALTERNATIVES = 20  # tokens beside the one that was chosen
+MOST_STOPS = 4  # as in OpenAI's API and vLLM
+MOST_ALTERNATIVES = 20  # tokens besides the chosen one
 NO_TOOLS = "this server has no tools"
 
 Text = Annotated[str, Field(max_length=2_000_000)]
@@ -30,7 +30,7 @@ Stops = Annotated[
 
 
 def _prompts(value: Any) -> str | None:
-    """Which of its kinds a prompt is, by what it begins with."""
+    """A prompt's kind, by its first item."""
     if not isinstance(value, list):
         return TEXT if isinstance(value, str) else None
     first = type(value[0]) if value else str
@@ -51,7 +51,7 @@ Prompts = Annotated[
 
 
 class Asked(BaseModel):
-    """What both kinds of requests have."""
+    """Fields of both kinds of requests."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -79,12 +79,12 @@ class Asked(BaseModel):
 
     @property
     def body(self) -> dict[str, Any]:
-        """What is passed on to the engine."""
+        """The fields for the engine."""
         return self.model_dump(exclude_none=True, by_alias=True)
 
 
 class Streaming(BaseModel):
-    """What a stream has besides."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
@@ -115,7 +115,7 @@ def _speaker(role: Any) -> Any:
     return role
 
 
-CALLS = f"{NO_TOOLS}, and reads no calls of them. Leave the turn out, or say in its content what was called"
+CALLS = f"{NO_TOOLS}, and reads no calls to them. Leave the turn out, or say in its content what was called"
 
 
 class Said(BaseModel):
@@ -130,7 +130,7 @@ class Said(BaseModel):
 
 
 class Shape(BaseModel):
-    """A JSON schema that an answer is to follow."""
+    """A JSON schema that an answer must follow."""
 
     name: str = Field(max_length=64)
     description: str | None = Field(default=None, max_length=1000)
@@ -141,7 +141,7 @@ class Shape(BaseModel):
     def _enforced(self) -> Shape:
         found = enforced(self.shape)
         if found is False:
-            raise ValueError("expected a schema that something fits")
+            raise ValueError("expected a schema that some answer fits")
         self.shape = {} if found is True else found
         return self
 
@@ -163,7 +163,7 @@ class Format(BaseModel):
 
 
 def _choice(choice: Any) -> None:
-    """No tools means that none is called, which none and auto allow."""
+    """Accept only none and auto: there are no tools to call."""
     mode = choice
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         inner = choice.get("allowed_tools")
@@ -228,7 +228,7 @@ class Completion(Asked):
     def _fits(self) -> Completion:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("expected max_tokens of at least 1, or echo=true")
-        if self.echo and self.stream and self.logprobs is not None:  # vLLM fails at that where n > 1
+        if self.echo and self.stream and self.logprobs is not None:  # vLLM fails at this if n > 1
             raise ValueError("expected echo with logprobs only without stream")
         prompts = (
             self.prompt if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else [self.prompt]

@@ -1,8 +1,8 @@
-"""The door: what every request has to pass before a route sees it, and what every answer carries.
+"""The door: checks that every request must pass before a route sees it, and headers of every answer.
 
-Guarantees: a request without the key, from a page of another site, too often or too large is refused before its body
-is kept; bodies in memory are bounded, each and all together; every refusal is an error as OpenAI's API has it; nothing
-of a request is logged; HEAD is answered as GET is, without a body.
+Guarantees: a request without the key, from another site's page, too frequent or too large is refused before its body
+is kept; bodies in memory are bounded, each and in total; every refusal is an error in the form of OpenAI's API; nothing
+of a request is logged; HEAD is answered like GET, without a body.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
-MOST_JSON = 4 << 20  # bytes of a request that is no upload
-FORM = 1 << 16  # bytes of an upload beside its file
-MOST_HELD = 64 << 20  # bytes of all bodies in memory, beside those of four uploads
-SECONDS = {"json": 60.0, "upload": 1800.0}  # that a body may take to arrive
+MOST_JSON = 4 << 20  # bytes of a request that is not an upload
+FORM = 1 << 16  # bytes of an upload besides its file
+MOST_HELD = 64 << 20  # bytes of all bodies in memory, besides those of four uploads
+SECONDS = {"json": 60.0, "upload": 1800.0}  # time for a body to arrive
 RATED = 65_536  # addresses whose rates are remembered
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 HEADERS = {
@@ -47,7 +47,7 @@ HEADERS = {
 
 
 class Refused(Exception):
-    """A request that ends here: a status, and why; `after` seconds it may be tried again."""
+    """A refused request: status and reason; after `after` seconds it may be tried again."""
 
     def __init__(self, status: int, message: str, param: str | None = None, after: float = 5.0) -> None:
         super().__init__(message)
@@ -61,14 +61,14 @@ class Refused(Exception):
 
 
 class Rates:
-    """Requests of an address within the last minute: a bucket that fills evenly."""
+    """Rate limit per address and minute: a token bucket that fills evenly."""
 
     def __init__(self, per_minute: int | None) -> None:
         self._limit = per_minute
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # address -> (tokens, when)
 
     def take(self, address: str) -> float:
-        """Seconds to wait before the next request; 0 where this one may pass."""
+        """Seconds to wait before the next request; 0 if this one may pass."""
         if self._limit is None:
             return 0.0
         now, whose = time.monotonic(), _payer(address)
@@ -84,11 +84,11 @@ class Door:
     """ASGI middleware.
 
     Args:
-        app: what is behind it.
+        app: the app behind the door.
         settings: of the server.
-        key: that requests have to show; None for none.
-        open_paths: that are shown to everyone.
-        upload_path: where bodies may be as large as an upload.
+        key: the key that requests must present; None for none.
+        open_paths: paths that need no key.
+        upload_path: the path where bodies may be as large as an upload.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection's request."""
-        if scope["type"] == "websocket":  # there are none, and nobody who asks is told more
+        if scope["type"] == "websocket":  # none are served, and no client is told more
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] != "http":
@@ -155,7 +155,7 @@ class Door:
             log.error("%s in %s %s:\n%s", type(error).__name__, scope["method"], path, where)
             if begun:
                 raise
-            told = f"the server has made a mistake; its log says where: {LOG}/ in its folder (serve.folder)"
+            told = f"internal server error; the server's log says where: {LOG}/ in its folder (serve.folder)"
             await Refused(500, told).response(scope, receive, out)
         finally:
             self._held -= held
@@ -185,17 +185,17 @@ def _holds(headers: Headers, key: str) -> bool:
 
 
 def _foreign(headers: Headers, path: str, own: str, names: Sequence[str]) -> str | None:
-    """Why a request may be one that a browser sends for a page of another site, which could reach a local server."""
+    """Why a request may come from another site's page in a browser, which can reach a local server; else None."""
     host = headers.get("host", "")
     found = HOST.fullmatch(host)
     if found is None:
         return _not_accepted("Host", host, "a name or an address", None)
-    # A name of a foreign site that has been made to stand for 127.0.0.1 (DNS rebinding); others need the key.
+    # A foreign site's name may be made to resolve to 127.0.0.1 (DNS rebinding); servers on other hosts need the key.
     if is_own(own) and not is_own(found[1].strip("[]")) and not is_public(host, names):
         return _not_accepted("Host", host, "of this machine (127.0.0.1, localhost), or of serve.names", found[1])
     site = headers.get("sec-fetch-site")
     if site in ("cross-site", "same-site"):
-        if path == "/":  # a link to the page is no harm
+        if path == "/":  # a link to the page is harmless
             return None
         return f"requests from pages of other sites are not answered; got Sec-Fetch-Site: {site}"
     origin = headers.get("origin")
@@ -209,21 +209,21 @@ def _foreign(headers: Headers, path: str, own: str, names: Sequence[str]) -> str
 
 
 def _not_accepted(header: str, got: str, expected: str, name: str | None) -> str:
-    """What to set, should the name be the server's after all: a proxy in front of it has one of its own."""
+    """The refusal, and the setting for a name that is the server's after all: a proxy in front has its own name."""
     shown = "".join(c if c.isprintable() else "?" for c in got[:100])
     advice = f". If that is how people reach this server, start it with 'serve.names=[\"{name}\"]'" if name else ""
     return f"expected {header} to be {expected}; got {shown!r}{advice}"
 
 
 def _address(client: Sequence[Any] | None, headers: Headers, proxied: bool) -> str:
-    """Whose rate a request counts to: behind a proxy of this machine, that of the client which it names."""
+    """The address whose rate a request counts to; behind a proxy on this machine, the client that the proxy names."""
     address = client[0] if client else "?"
-    named = headers.get("x-forwarded-for", "").rpartition(",")[2].strip()  # what the nearest proxy has added
+    named = headers.get("x-forwarded-for", "").rpartition(",")[2].strip()  # added by the nearest proxy
     return named if proxied and named and is_own(address) else address
 
 
 def _payer(address: str) -> str:
-    """Whose rate an address counts to: of IPv6, people have networks of 2^64."""
+    """The network whose rate an address counts to: with IPv6, each user has a network of 2^64 addresses."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -234,7 +234,7 @@ def _payer(address: str) -> str:
 
 
 def failure(status: int, message: str, param: str | None = None) -> bytes:
-    """An error as OpenAI's API has it."""
+    """An error in the form of OpenAI's API."""
     kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()

@@ -1,4 +1,4 @@
-"""Fields of requests: unions with the error of the branch that was meant, and fields that may ask for nothing only."""
+"""Fields of requests: unions that report the intended branch's error, and fields that accept only no-op values."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pydantic_core import PydanticCustomError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-TEXT, LIST, TEXTS, TOKENS, LISTS, OBJECT, NUMBER = TAGS = (  # branches of unions; no part of where an error is
+TEXT, LIST, TEXTS, TOKENS, LISTS, OBJECT, NUMBER = TAGS = (  # branches of unions; left out of an error's place
     "<text>", "<list>", "<texts>", "<tokens>", "<lists>", "<object>", "<number>",
 )  # fmt: skip
 TYPES = {str: TEXT, list: LIST, dict: OBJECT, int: NUMBER, float: NUMBER}
 
 
 def by_type(expected: str, choose: Callable[[Any], str | None] | None = None) -> Discriminator:
-    """A union's branch by the outer type of what came: TEXT, LIST, OBJECT or NUMBER, or what `choose` says.
+    """A union's branch by the value's outer type: TEXT, LIST, OBJECT or NUMBER, or by `choose`.
 
-    `expected` is what to say where there is none.
+    `expected`: the error's text if no branch fits.
     """
     return Discriminator(
         choose or (lambda value: TYPES.get(type(value))),
@@ -30,7 +30,7 @@ def by_type(expected: str, choose: Callable[[Any], str | None] | None = None) ->
 
 
 def only(*harmless: Any, why: str) -> BeforeValidator:
-    """Of a field that has no meaning here: values that ask for nothing pass (as does null), others are refused."""
+    """For a field without meaning here: values that ask for nothing pass (as does null), others are refused."""
 
     def check(value: Any) -> None:
         if value is not None and not any(value == one and type(value) is type(one) for one in harmless):
@@ -41,12 +41,12 @@ def only(*harmless: Any, why: str) -> BeforeValidator:
 
 
 def wrong(said: str) -> PydanticCustomError:
-    """An error of a field, in these words."""
+    """A field's error with this text."""
     return PydanticCustomError("wrong", "{said}", {"said": said})
 
 
 def place(loc: Sequence[str | int]) -> str:
-    """Where an error is, as OpenAI's API has it: messages[0].content."""
+    """An error's place in the form of OpenAI's API: messages[0].content."""
     where = ""
     for part in loc:
         if isinstance(part, int):
@@ -57,7 +57,7 @@ def place(loc: Sequence[str | int]) -> str:
 
 
 def told(error: Mapping[str, Any]) -> str:
-    """What pydantic has found wrong."""
+    """The text of a pydantic error."""
     numbers = error.get("ctx") or {}
     if error["type"] in ("too_long", "too_short"):
         most = error["type"] == "too_long"

@@ -1,8 +1,8 @@
-"""A client's JSON schema as one that the engine's grammar enforces: pydantic, zod and OpenAI's clients write more.
+"""Rewrites a client's JSON schema into one that the engine's grammar enforces: pydantic, zod and OpenAI's write more.
 
-Guarantees: what comes out allows no answer that the schema forbids; its grammar is no larger than what is written but
-for what MOST_COUNT and MOST_LENGTHS allow; what can't be enforced is named in a ValueError. No schema that passes has
-vLLM take another backend than xgrammar: the first request's is that of all.
+Guarantees: the result allows no answer that the schema forbids; its grammar is no larger than the written schema,
+except for what MOST_COUNT and MOST_LENGTHS allow; a ValueError names what can't be enforced. No schema that passes
+makes vLLM choose another backend than xgrammar: the first request's backend serves all.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from zoray.serving.http.patterns import LOOKAROUND, MOST_TIMES, check_pattern
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MOST_SCHEMA = 16_384  # characters, without annotations and with what $ref stands for in its place
-MOST_WRITTEN = 131_072  # characters as it came
+MOST_SCHEMA = 16_384  # characters, without annotations and with each $ref replaced by its target
+MOST_WRITTEN = 131_072  # characters as received
 DEEPEST = 12  # levels
-MOST_REFS = 32  # of one $ref that stands for another
+MOST_REFS = 32  # length of a chain of $refs
 MOST_COUNT = 10_000  # of characters or items
-MOST_LENGTHS = 12  # different ones of text, and patterns: each takes up to a second or two to prepare
-LARGEST = 2**53  # of bounds of numbers
-NOTES = {  # say nothing about what fits (JSON Schema 2020-12, sections 8 and 9 of Validation, 8 of Core)
+MOST_LENGTHS = 12  # different text lengths and patterns: each takes up to a second or two to prepare
+LARGEST = 2**53  # largest bound of a number
+NOTES = {  # keywords that restrict nothing (JSON Schema 2020-12, sections 8 and 9 of Validation, 8 of Core)
     "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
     "$schema", "$id", "$defs", "definitions", "discriminator", "contentEncoding", "contentMediaType", "contentSchema",
 }  # fmt: skip
@@ -33,13 +33,13 @@ FORMATS = (
 )  # fmt: skip
 ANY_TEXT = {"password", "binary", "byte", "path", "file-path", "directory-path", "regex"}  # formats of any text
 OF_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-BOUNDS = {  # keyword -> the types that it is about
+BOUNDS = {  # keyword -> the types it applies to
     **dict.fromkeys(OF_NUMBERS, ("integer", "number")),
     **dict.fromkeys(("minLength", "maxLength", "pattern", "format"), ("string",)),
     **dict.fromkeys(("items", "prefixItems", "minItems", "maxItems"), ("array",)),
     **dict.fromkeys(("properties", "required", "additionalProperties", "minProperties", "maxProperties"), ("object",)),
 }
-INSTEAD = {  # of keywords that no grammar here enforces
+INSTEAD = {  # advice for keywords that no grammar here enforces
     "uniqueItems": "take a list, and check the answer",
     "multipleOf": "check the answer",
     "not": "list what is allowed: enum or anyOf",
@@ -58,7 +58,7 @@ def enforced(schema: dict[str, Any]) -> dict[str, Any] | bool:
     """The schema for the grammar.
 
     Raises:
-        ValueError: it is too large, refers to itself or to elsewhere, or asks for what is not enforced here.
+        ValueError: the schema is too large, refers to itself or outside itself, or has parts that are not enforced.
     """
     if len(json.dumps(schema)) > MOST_WRITTEN:
         raise ValueError(f"expected a schema of at most {MOST_SCHEMA:,} characters")
@@ -67,14 +67,14 @@ def enforced(schema: dict[str, Any]) -> dict[str, Any] | bool:
 
 @dataclass
 class Grammar:
-    """One schema on its way; `root` is what #/... refers to."""
+    """The rewriting of one schema; `root` is the target of #/..."""
 
     root: dict[str, Any]
-    spent: int = 0  # characters of what comes out
+    spent: int = 0  # characters of the result
     lengths: set[Any] = field(default_factory=set)
 
     def node(self, schema: Any, path: tuple[str, ...], refs: tuple[str, ...] = (), depth: int = 1) -> Any:
-        """A schema within: at `path`, inside of what these `refs` stand for."""
+        """A subschema at `path`, inside the targets of these `refs`."""
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict) or depth > DEEPEST:
@@ -97,7 +97,7 @@ class Grammar:
                     continue
                 if not kinds and about != ("object",) and name != "items":
                     raise wrong(path, f"expected a type beside {name}")
-                if not kinds or set(kinds) & set(about):  # else it is about nothing that fits
+                if not kinds or set(kinds) & set(about):  # else it applies to no value that fits
                     found[name] = schema[name]
             self._bounded(found, path)
         self.spent += 2 + len(json.dumps({key: found[key] for key in found if key not in ("properties", "items")}))
@@ -106,7 +106,7 @@ class Grammar:
         return found | self._within(found, kinds, path, refs, depth + 1)
 
     def _plain(self, schema: Any, path: tuple[str, ...], refs: tuple[str, ...]) -> tuple[dict[str, Any], Any]:
-        """Without annotations, and with what $ref and an allOf of one stand for."""
+        """The schema without annotations, and with $ref and an allOf of one replaced by their targets."""
         for _ in range(MOST_REFS):
             schema = {key: value for key, value in schema.items() if key not in NOTES and not key.startswith("x-")}
             if schema.get("uniqueItems") is False:
@@ -146,7 +146,7 @@ class Grammar:
         return found
 
     def _either(self, name: str, schema: dict[str, Any], path: tuple[str, ...], refs: Any, depth: int) -> Any:
-        """Branches, each with what stands beside them."""
+        """The branches of an anyOf or oneOf, each joined with the keywords beside it."""
         branches = schema.pop(name)
         if not isinstance(branches, list) or not branches:
             raise wrong(path, f"expected {name} to be a list of schemas")
@@ -155,7 +155,7 @@ class Grammar:
             raise wrong(path, "a oneOf whose schemas may fit the same answer is not enforced here; take anyOf, or give "
                               "each a property of its own `const`")  # fmt: skip
         if any(isinstance(one, dict) and set(_kinds(one, path)) & {"number", "integer"} for one, _ in told):
-            told = [(one, own) for one, own in told if not _decimal(one)]  # the number says the same
+            told = [(one, own) for one, own in told if not _decimal(one)]  # the number's branch covers it
         found = []
         for (one, own), number in zip(told, range(len(told)), strict=True):
             both = _joined(one, schema, path) if isinstance(one, dict) else one
@@ -165,7 +165,7 @@ class Grammar:
     def _within(
         self, found: dict[str, Any], kinds: Any, path: tuple[str, ...], refs: Any, depth: int
     ) -> dict[str, Any]:
-        """The schemas inside of one."""
+        """A schema's subschemas."""
         inner: dict[str, Any] = {}
         extra = found.get("additionalProperties")
         if extra is not None:
@@ -176,7 +176,7 @@ class Grammar:
                 raise wrong(path, "expected properties to be an object")
             inner["properties"] = {name: self.node(one, (*path, name), refs, depth) for name, one in own.items()}
             for name in found.get("required", ()):
-                if name not in own:  # the grammar looks at properties only
+                if name not in own:  # the grammar reads only `properties`
                     inner["properties"][name] = {} if extra is None else inner["additionalProperties"]
                 if inner["properties"][name] is False:
                     raise wrong(path, f"expected required properties to be allowed; {name[:50]!r} is not")
@@ -188,11 +188,11 @@ class Grammar:
         if "items" in found:
             inner["items"] = self.node(found["items"], (*path, "[]"), refs, depth)
         elif "array" in kinds and "prefixItems" not in found:
-            inner["items"] = {}  # the grammar would take no item at all
+            inner["items"] = {}  # else the grammar would allow no item
         return inner
 
     def _bounded(self, found: dict[str, Any], path: tuple[str, ...]) -> None:
-        """Raise ValueError unless all bounds are what a grammar of bounded size can hold to."""
+        """Raise ValueError unless a grammar of bounded size can enforce all bounds."""
         for low, high in (("minLength", "maxLength"), ("minItems", "maxItems"), ("minProperties", "maxProperties")):
             for name in (low, high):
                 value = found.get(name, 0)
@@ -245,9 +245,9 @@ class Grammar:
 
 
 def _length_as_pattern(found: dict[str, Any]) -> None:
-    """Say bounds of a text's length as a pattern, where that can be prepared.
+    """Write bounds of a text's length as a pattern, where that can be prepared.
 
-    The grammar's own bounds let a tab or another control character into the text, and the answer would be no JSON.
+    The grammar's own bounds allow tabs and other control characters in the text, and the answer would not be JSON.
     """
     least, most = found.get("minLength", 0), found.get("maxLength")
     if {"minLength", "maxLength"} & found.keys() and max(least, most or 0) <= MOST_TIMES:
@@ -258,13 +258,13 @@ def _length_as_pattern(found: dict[str, Any]) -> None:
 
 
 def wrong(path: tuple[str, ...], said: str) -> ValueError:
-    """An error at a place of a schema."""
+    """An error at a place in a schema."""
     where = ".".join(path).replace(".[", "[")[-150:]
     return ValueError(f"in {where}: {said}" if where else said)
 
 
 def _numbers(found: dict[str, Any], path: tuple[str, ...]) -> None:
-    """Raise ValueError unless there is a number within the bounds; those of whole numbers are made whole."""
+    """Raise ValueError unless some number is within the bounds; bounds of whole numbers are rounded to whole ones."""
     whole = "number" not in _kinds(found, path)
     for name in OF_NUMBERS:
         value = found.get(name, 0)
@@ -284,7 +284,7 @@ def _numbers(found: dict[str, Any], path: tuple[str, ...]) -> None:
 
 
 def _kinds(schema: dict[str, Any], path: tuple[str, ...]) -> tuple[str, ...]:
-    """Its types; none where it does not say."""
+    """A schema's types; none if it names none."""
     given = schema.get("type", [])
     kinds = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else (given,)
     for kind in kinds:
@@ -294,7 +294,7 @@ def _kinds(schema: dict[str, Any], path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _values(schema: dict[str, Any], kinds: tuple[str, ...], path: tuple[str, ...]) -> dict[str, Any]:
-    """Of an enum or a const those of its types; the grammar would take all."""
+    """The values of an enum or a const that fit the schema's types; the grammar would allow all."""
     if others := sorted(set(schema) - {"enum", "const", "type"}):
         raise wrong(path, f"{others[0]} is not enforced beside enum or const; leave it out")
     values = schema.get("enum", [schema.get("const")])
@@ -315,7 +315,7 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _joined(one: dict[str, Any], other: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """Two schemas that both have to fit, as one."""
+    """Two schemas that must both fit, as one."""
     if twice := sorted(key for key in one.keys() & other.keys() if one[key] != other[key]):
         raise wrong(
             path,
@@ -325,12 +325,12 @@ def _joined(one: dict[str, Any], other: dict[str, Any], path: tuple[str, ...]) -
 
 
 def _decimal(schema: Any) -> bool:
-    """A decimal's text, which pydantic allows beside the number, with a pattern that no grammar knows."""
+    """Whether a schema is for a decimal's text, which pydantic allows beside the number, with lookaheads as pattern."""
     return isinstance(schema, dict) and LOOKAROUND.search(str(schema.get("pattern", ""))) is not None
 
 
 def _apart(branches: list[Any], plain: Callable[[Any], dict[str, Any]]) -> bool:
-    """Whether no answer can fit two of the schemas: other values or types, or other ones of a property of both."""
+    """Whether no answer can fit two of the schemas: values or types differ, or those of a property in both do."""
     known: list[tuple[set[str], dict[str, set[str]]]] = []
     for one in branches:
         if not isinstance(one, dict):

@@ -1,9 +1,9 @@
-"""What the server's OpenAPI says beyond what FastAPI finds out itself: errors, streams and uploads."""
+"""Parts of the server's OpenAPI that FastAPI does not derive itself: errors, streams and uploads."""
 
 from typing import Any
 
 ERROR: dict[str, Any] = {
-    "description": "An error as OpenAI's API has it",
+    "description": "An error in the form of OpenAI's API",
     "content": {
         "application/json": {
             "schema": {

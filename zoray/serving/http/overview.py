@@ -1,4 +1,4 @@
-"""All that the page shows, in one answer: it is asked for every two seconds by everybody who looks at it."""
+"""All that the page shows, in one answer: every open page asks for it every two seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_SHOWN = 100  # rated conversations
 
 
 def gather(tuner: Any, job: str) -> dict[str, Any]:
-    """Files, jobs, versions and the rest, and the numbers and events of one job, if it is there, from the Tuner."""
+    """Files, jobs, versions and the rest from the Tuner, and the numbers and events of one job, if it exists."""
     versions = tuner.versions()
     jobs = tuner.jobs(versions["data"])
     numbers: dict[str, Any] = {"id": None, "steps": [], "evaluations": [], "events": []}
@@ -36,7 +36,7 @@ def gather(tuner: Any, job: str) -> dict[str, Any]:
 
 
 def parts(found: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """What `gather` has found as the page shows it, by parts: each is sent when it has changed."""
+    """The result of `gather` as the page shows it, in parts: each is sent when it has changed."""
     numbers, steps = found["numbers"], shapes.thin(found["numbers"]["steps"])
     return {
         "server": {"name": settings.name, "steps": settings.steps},

@@ -1,8 +1,8 @@
-"""Regular expressions in a client's schema: which of them the engine's grammar can hold to.
+"""Regular expressions in a client's schema: which of them the engine's grammar can enforce.
 
-xgrammar takes from milliseconds to minutes to prepare a pattern. The dear ones fit a text in many ways: counted repeats
-of what has several lengths, or several repeats of any length in a row. Those are refused, and so is what xgrammar does
-not know, or takes and does not hold to.
+xgrammar takes from milliseconds to minutes to prepare a pattern. The slow ones match a text in many ways: counted
+repeats of a group with several lengths, or several repeats of any length in a row. Those are refused, and so are
+patterns that xgrammar does not know, or accepts and does not enforce.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 LOOKAROUND = re.compile(r"\(\?<?[=!]")
 MOST_PLACES = 256  # characters of a pattern with its repeats written out
 MOST_TIMES = 128  # of a counted repeat: xgrammar fails on patterns with larger ones
-MOST_LOOSE = 20  # by which the counts of several repeats may vary, all together
+MOST_LOOSE = 20  # how far the counts of several repeats may vary in total
 PIECE = re.compile(
     r"""(?P<open>\((?!\?)|\(\?:)
     |(?P<close>\))
@@ -28,14 +28,14 @@ PIECE = re.compile(
 
 @dataclass
 class Group:
-    """What stands in a pair of brackets so far."""
+    """The content of a pair of brackets so far."""
 
     places: int = 0  # characters, with repeats written out
-    loose: bool = False  # whether it can be of several lengths, or different ways
+    loose: bool = False  # whether it can match several lengths, or in different ways
 
 
 def check_pattern(pattern: object) -> None:
-    """Raise ValueError unless a grammar of bounded size holds to the pattern."""
+    """Raise ValueError unless a grammar of bounded size enforces the pattern."""
     if not isinstance(pattern, str) or not pattern:
         raise ValueError("expected pattern to be a text")
     if LOOKAROUND.search(pattern):
@@ -82,7 +82,7 @@ def check_pattern(pattern: object) -> None:
 
 
 def _repeat(pattern: str, found: re.Match[str], what: Group, group: Group, varied: list[int]) -> None:
-    """Take what stands before a *, +, ? or {...} as often as that says."""
+    """Apply a *, +, ? or {...} to the item before it."""
     if found["least"] is None:
         group.loose = True
         return
@@ -92,7 +92,7 @@ def _repeat(pattern: str, found: re.Match[str], what: Group, group: Group, varie
         raise _refused(pattern, f"expected counts of at most {MOST_TIMES}; got {found['times']}")
     if what.loose and most > 1:
         raise _refused(
-            pattern, "a counted repeat of what can be of several lengths, or of alternatives, is not enforced here"
+            pattern, "a counted repeat of a group with several lengths, or of alternatives, is not enforced here"
         )
     group.places += what.places * max(0, most - 1)
     if found["comma"]:

@@ -1,8 +1,8 @@
 """The HTTP side of a server: OpenAI's API for answers, files and tuning jobs, zoray's own for versions, and the page.
 
-Nobody is trusted: requests pass a door that checks origin, rate, key and size (door.py), values are bounded
-(chat_requests.py, job_requests.py), every name is checked against a pattern before it is a path (store.py), and there
-are no CORS headers.
+No client is trusted: requests pass a door that checks origin, rate, key and size (door.py), values are bounded
+(chat_requests.py, job_requests.py), every name is checked against a pattern before it becomes a path (store.py), and
+there are no CORS headers.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ log = logging.getLogger(__name__)
 PAGE = Path(__file__).parents[1] / "page"
 ASSETS = {path.name: path for path in PAGE.rglob("*.*")}  # their addresses have no folders
 ASSETS |= {"": ASSETS.pop("index.html")}
-OPEN = ("/health", *(f"/{asset}" for asset in ASSETS))  # to everyone
+OPEN = ("/health", *(f"/{asset}" for asset in ASSETS))  # without a key
 UPLOAD = "/v1/files"
 NOTHING = "there is nothing here"
-PARTS = ("chat/completions", "completions", "models", "files", "fine_tuning/jobs")  # of OpenAI's API that are here
-ELSEWHERE = (  # and such as clients may look for
+PARTS = ("chat/completions", "completions", "models", "files", "fine_tuning/jobs")  # of OpenAI's API, served here
+ELSEWHERE = (  # parts that clients may look for
     "responses", "embeddings", "images", "audio", "moderations", "batches", "assistants", "threads", "vector_stores",
     "uploads", "realtime", "evals", "videos", "containers",
 )  # fmt: skip
@@ -78,7 +78,7 @@ def build_app(gateway: Any) -> FastAPI:
         if not disk.refuses(error):
             raise error
         full = error.errno in disk.FULL
-        advice = "Delete files, jobs or versions, or make room there" if full else "Let it write there"
+        advice = "Delete files, jobs or versions, or make room there" if full else "Allow it to write there"
         said = f"the server can't write to its folder (serve.folder): {disk.reason(error)}; nothing was changed"
         return Refused(507, f"{said}. {advice}, and try again").response
 
@@ -87,14 +87,14 @@ def build_app(gateway: Any) -> FastAPI:
     async def gone(request: Request, error: Exception) -> Response:
         if isinstance(error, BackPressureError):
             return Refused(503, "too many requests are waiting already; try again in a few seconds").response
-        if isinstance(error, RayTaskError):  # raised over there
+        if isinstance(error, RayTaskError):  # raised in the other process
             cause = error.cause
             if isinstance(cause, ConfigError):
                 return await wrong(request, cause)
             if not isinstance(cause, TimeoutError | EngineGone):
                 raise error
         log.warning("%s", type(error).__name__)
-        return Refused(503, "the engine or the tuner has ended and is being started anew; try again soon").response
+        return Refused(503, "the engine or the tuner has ended and is being restarted; try again soon").response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -111,7 +111,7 @@ def build_app(gateway: Any) -> FastAPI:
     async def unknown(request: Request, error: HTTPException) -> Response:
         if error.status_code in (404, 405) and (hint := _hint(app, request.url.path)):
             return Refused(404, hint).response
-        known = {404: NOTHING, 405: "this is not done that way", 400: "expected a body of JSON"}
+        known = {404: NOTHING, 405: "this method is not allowed here", 400: "expected a body of JSON"}
         response = Refused(error.status_code, known.get(error.status_code, str(error.detail))).response
         response.headers.update(error.headers or {})
         return response
@@ -153,7 +153,7 @@ def build_app(gateway: Any) -> FastAPI:
                 try:
                     async for _, _, data in parts:
                         yield data
-                except Exception:  # the engine has died in the middle: a clean end that says so
+                except Exception:  # the engine died in the middle: end the stream cleanly with an error
                     message = failure(503, "the engine has ended in the middle of the answer; try again")
                     yield b"data: " + message + b"\n\n"
 
@@ -304,7 +304,7 @@ def build_app(gateway: Any) -> FastAPI:
             raise HTTPException(404)
         return FileResponse(ASSETS[asset])
 
-    app.openapi()  # it is kept; of HEAD there is nothing to say
+    app.openapi()  # cached now, before HEAD is added: the schema leaves it out
     for route in app.routes:
         if isinstance(route, APIRoute) and "GET" in route.methods:
             route.methods.add("HEAD")  # the door leaves the body out
@@ -312,7 +312,7 @@ def build_app(gateway: Any) -> FastAPI:
 
 
 def _hint(app: FastAPI, path: str) -> str | None:
-    """What a client may have meant that has a wrong base_url, or looks for a part of OpenAI's API that is not here."""
+    """Advice for a client with a wrong base_url, or one that wants a part of OpenAI's API that is not here."""
     last = re.sub(r"/+", "/", f"/{path}").rstrip("/").rpartition("/v1/")[2].lstrip("/")
     meant = f"/v1/{last}"
     if meant != path and any(isinstance(one, APIRoute) and one.path_regex.match(meant) for one in app.routes):
@@ -355,6 +355,6 @@ async def _upload(request: Request, limit: int) -> tuple[str, bytes]:
 
 
 class Form(MultiPartParser):
-    """Keeps all in memory, where it is already: private data are in no temporary file."""
+    """Keeps the file in memory, where it is already, so private data never reach a temporary file."""
 
     spool_max_size = 0

@@ -1,4 +1,4 @@
-"""Files, jobs, versions and events as OpenAI's API shows them, with zoray's own fields beside."""
+"""Files, jobs, versions and events in the form of OpenAI's API, plus zoray's own fields."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from zoray.serving.http.door import Refused
 
 
 def page(found: list[dict[str, Any]], limit: int, after: str | None, what: str, most: int = 100) -> dict[str, Any]:
-    """A piece of a list, behind the one of which the id is `after`."""
+    """A page of a list, after the item with the id `after`."""
     ids = [one["id"] for one in found]
     if after is not None and after not in ids:
         raise Refused(404, f"there is no {what} {after[:100]!r}", "after")
@@ -27,7 +27,7 @@ def file_of(file: dict[str, Any]) -> dict[str, Any]:
 
 
 def job_of(job: dict[str, Any], base: str) -> dict[str, Any]:
-    """A job as OpenAI's API shows it, with zoray's own fields beside."""
+    """A job in the form of OpenAI's API, plus zoray's own fields."""
     request, last, numbers, way = job["request"], job["last"], job["numbers"], job["request"].get("learns_by")
     ended = job["status"] in ("succeeded", "failed", "cancelled")
     return {
@@ -59,7 +59,7 @@ def job_of(job: dict[str, Any], base: str) -> dict[str, Any]:
 
 
 def checkpoint_of(version: dict[str, Any]) -> dict[str, Any]:
-    """A version as OpenAI's API shows a checkpoint; its own record beside."""
+    """A version in the form of an OpenAI checkpoint, plus its own record."""
     measured = version["measured"]
     return {
         "id": version["id"],
@@ -74,7 +74,7 @@ def checkpoint_of(version: dict[str, Any]) -> dict[str, Any]:
 
 
 def events_of(job: str, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What has happened to a job as OpenAI's API shows it, the latest first."""
+    """A job's events in the form of OpenAI's API, the latest first."""
     return [
         {
             "id": f"{job}-{number}",
@@ -90,6 +90,6 @@ def events_of(job: str, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def thin(rows: list[dict[str, Any]], most: int = 500) -> list[dict[str, Any]]:
-    """Evenly chosen rows, the last one among them: what a curve can show."""
+    """Evenly spaced rows, including the last: as many as a curve can show."""
     every = -(-len(rows) // most) if rows else 1
     return [row for i, row in enumerate(rows) if (len(rows) - 1 - i) % every == 0]

@@ -1,1 +1,1 @@
-"""Jobs: asked for, run one at a time, made versions, judged, and live or not."""
+"""Jobs: requested, run one at a time, turned into versions, judged, and promoted or not."""

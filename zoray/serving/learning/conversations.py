@@ -1,4 +1,4 @@
-"""Conversations that people have rated: what becomes of thumbs up and down. Kept here, shown, and deletable."""
+"""Conversations that people have rated, thumbs up or down: kept, shown, deleted, and made into training rows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-MOST_PAIRED = 4  # disliked answers, the latest, that each liked answer to the same question is preferred to
+MOST_PAIRED = 4  # latest disliked answers that each liked answer to the same question is paired with
 ID = re.compile(r"talk-[0-9a-f]{24}")
 
 
 class Conversations:
-    """One small file each, in a folder of their own."""
+    """The rated conversations, one small file each, in their own folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -32,10 +32,10 @@ class Conversations:
     def add(
         self, messages: Sequence[dict[str, str]], up: bool, model: str, number: str | None = None
     ) -> dict[str, Any]:
-        """Keep a conversation whose last message is the answer that was rated; `number` rates one that is kept anew.
+        """Keep a conversation whose last message is the rated answer; with `number`, rate a kept one again.
 
         Raises:
-            ConfigError: there is no question with an answer.
+            ConfigError: the messages do not end with a question and an answer.
         """
         roles = [message["role"] for message in messages]
         if roles[-2:] != ["user", "assistant"] or not messages[-1]["content"].strip():
@@ -54,30 +54,30 @@ class Conversations:
 
     @public
     def all(self) -> list[dict[str, Any]]:
-        """All of them, the oldest first."""
+        """All conversations, the oldest first."""
         return sorted(read_all(self._folder.glob("talk-*.json")), key=lambda one: one["created_at"])
 
     def latest(self, most: int) -> list[dict[str, Any]]:
-        """The last ones, the oldest of them first."""
+        """The latest `most` conversations, the oldest of them first."""
         names = [name for _, name, _ in sorted(self._entries())[-most:]]
         return list(read_all(self._folder / name for name in names))
 
     def ids(self) -> list[str]:
-        """Of all of them."""
+        """The ids of all conversations."""
         return [name.removesuffix(".json") for _, name, _ in self._entries()]
 
     @property
     def bytes(self) -> int:
-        """What they take on disk."""
+        """Their size on disk."""
         return sum(size for _, _, size in self._entries())
 
     def delete_everything(self) -> None:
-        """Delete all of them from disk, those that were never finished among them."""
+        """Delete all conversations from disk, unfinished files included."""
         for path in self._folder.iterdir():
             path.unlink(missing_ok=True)
 
     def _entries(self) -> list[tuple[int, str, int]]:
-        """When each was rated last, its file's name and size."""
+        """Time of the last rating, file name and size of each."""
         found = []
         for entry in os.scandir(self._folder):
             if entry.name.startswith("talk-"):
@@ -87,17 +87,17 @@ class Conversations:
 
     @public
     def delete(self, number: str) -> None:
-        """Delete one from disk."""
+        """Delete a conversation from disk."""
         self._path(number).unlink(missing_ok=True)
 
     def rows(self, most: float = math.inf) -> bytes:
-        """What there is to learn from them, as lines of JSON, the latest of them if it is more than `most` bytes.
+        """Training rows from the conversations, as lines of JSON; the latest ones, if all exceed `most` bytes.
 
-        Where answers to the same question have been liked and disliked, these are preferences, and only they are used;
-        else the liked answers are examples to imitate.
+        Liked and disliked answers to the same question become preferences; if there are enough, only they are used.
+        Else the liked answers are examples to imitate.
 
         Raises:
-            ConfigError: nobody has liked anything.
+            ConfigError: too few conversations have thumbs up.
         """
         liked: dict[str, list[Any]] = {}
         disliked: dict[str, list[Any]] = {}

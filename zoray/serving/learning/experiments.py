@@ -1,8 +1,8 @@
-"""A tuning job's request as a zoray experiment: what it learns from, what the server decides and what it may change.
+"""A tuning job's request as a zoray experiment: its data, the server's settings and those that the request may change.
 
-It learns from an upload, or from a task that zoray brings along: named in the request, composed of the package's own
-conf only. Guarantees: a name is looked up among the files that are there and is never part of a path; a request may
-change such a task's sizes and nothing else, so that no path, template or name to import of a request's reaches it.
+A job learns from an upload, or from a task that comes with zoray: named in the request, composed from the package's own
+conf only. Guarantees: a name is looked up among existing files and is never part of a path; a request may change such a
+task's sizes and nothing else, so no path, template or import name of a request reaches it.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ SIZES = ("train", "dev", "test")
 
 
 class Upload(File):
-    """A file of the server's own, of which nothing is kept elsewhere: what people delete is gone."""
+    """An uploaded file, of which nothing is cached elsewhere: what people delete is gone."""
 
     cached: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
 class Apart(Upload):
-    """One with another beside it, whose rows are dev.
+    """An upload with another one, whose rows are dev.
 
     Args:
-        held_out: the other.
+        held_out: the other one's path.
     """
 
     held_out: str = ""
 
     def tables(self) -> dict[str, Rows]:
-        """Its rows, and those that are held out."""
+        """The upload's rows, and the held-out ones."""
         return {**super().tables(), "dev": open_rows(self.held_out)["train"]}
 
 
 def lessons(request: NewJob, data_path: Callable[[str], Path]) -> tuple[Task, Objective]:
-    """What a job learns from, and the likelihood that suits it; `data_path` tells where the data of an upload lie.
+    """A job's task, and the likelihood that suits it; `data_path` gives the path of an upload's data.
 
     Raises:
         ConfigError: there is no such upload or task, or a setting does not suit it.
@@ -86,7 +86,7 @@ def lessons(request: NewJob, data_path: Callable[[str], Path]) -> tuple[Task, Ob
 
 
 def file_of(use: Use, data: Path, held_out: Path | None = None) -> File:
-    """The task of an upload's data; `held_out` is another's, whose rows are dev.
+    """The task for an upload's data; `held_out`: another upload's data, whose rows are dev.
 
     Raises:
         ConfigError: the settings contradict each other.
@@ -104,7 +104,7 @@ def objective_of(task: File) -> Objective:
 
 
 def _as_asked(objective: Objective, request: NewJob) -> Objective:
-    """With the method's own number; ConfigError if the rows are learnt from by another method."""
+    """The objective with the request's beta; ConfigError if the rows need another method than the request's."""
     pairs, beta = isinstance(objective, Preference), request.hyperparameters and request.hyperparameters.beta
     if request.method is not None and (request.method.type == "dpo") != pairs:
         have, method = ("preferences", "dpo") if pairs else ("no preferences", "supervised")
@@ -119,7 +119,7 @@ def _as_asked(objective: Objective, request: NewJob) -> Objective:
 
 @cache
 def task_names() -> tuple[str, ...]:
-    """The tasks that need nothing of the user's: no path, no parts, and no reward."""
+    """The tasks that need nothing from the user: no path, no parts, and no reward."""
     return tuple(
         path.stem
         for path in sorted((conf_dir() / "task").glob("*.yaml"))
@@ -128,10 +128,10 @@ def task_names() -> tuple[str, ...]:
 
 
 def preset(name: str, sizes: Mapping[str, int | None]) -> tuple[Task, Objective]:
-    """A task, with sizes of its splits that differ from its own where they are given, and the likelihood that suits it.
+    """A task with the given sizes of its splits (None: the task's own), and the likelihood that suits it.
 
     Raises:
-        ConfigError: there is no such task, or a size that it can't have.
+        ConfigError: there is no such task, or it can't have a size.
     """
     if name not in task_names():
         advice = did_you_mean(name, list(task_names()))
@@ -142,18 +142,18 @@ def preset(name: str, sizes: Mapping[str, int | None]) -> tuple[Task, Objective]
 
 
 def _settings(name: str) -> dict[str, Any]:
-    """What conf/task says; each time anew, since components may keep what they are given."""
+    """The settings in conf/task; read each time, since components may keep the objects they are given."""
     return yaml.safe_load((conf_dir() / "task" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def _metric(settings: Mapping[str, Any]) -> str | None:
-    """What the task's class is measured by."""
+    """The metric of the task's class."""
     module, _, name = settings["_target_"].rpartition(".")
     return getattr(import_module(module), name).metric
 
 
 def experiment_of(settings: Settings, store: Store, name: str, request: NewJob, date: str | None = None) -> Experiment:
-    """The experiment of a job, whose run is in the job's folder; `date`: on which it was asked for.
+    """The experiment of a job, whose run is in the job's folder; `date`: the date of its request.
 
     Raises:
         ConfigError: there is no such upload or task, or a setting does not suit it.
@@ -168,7 +168,7 @@ def experiment_of(settings: Settings, store: Store, name: str, request: NewJob, 
         folder=str(store.folder / "jobs" / name),
         steps=numbers["steps"],
         batch=batch,
-        # a tile that gives feedback is a forward pass of its own
+        # a tile that gives feedback needs its own forward pass
         tile_examples=min(-(-batch // s.replicas), MAX_TILE) if s.estimator.guided else Run.tile_examples,
         seed=s.seed,  # the engine has opened its adapters with it
         data_seed=s.seed if request.seed is None else request.seed,
@@ -179,24 +179,24 @@ def experiment_of(settings: Settings, store: Store, name: str, request: NewJob, 
     )
     patience = dict.fromkeys(("hang_timeout_s", "start_timeout_s", "wait_timeout_s"), PATIENT)
     cluster = Cluster(replicas=s.replicas, late_floor_s=60.0, **patience)
-    # In the steps of requests a sequence is a request, of which vLLM wants to write a token.
+    # In steps shared with requests a sequence is a request, for which vLLM wants to write a token.
     engine = replace(s.engine, max_length=s.engine.length_limit(max_length(s.model.resolve())) - 1)
     logging_ = Logging(progress=False, curve=False)
     return Experiment(s.model, task, objective, s.space, s.estimator, optimizer, engine, cluster, logging_, run)
 
 
 def _chosen(settings: Settings, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers that a server has for its jobs: the job's own where it has given one."""
+    """A job's numbers: its own where given, else the server's."""
     fields = Hyperparameters.model_fields
     own = {name: one for name, field in fields.items() for one in field.metadata if isinstance(one, Else)}
     return {name: given.get(name) or attrgetter(setting)(settings) for name, setting in own.items()}
 
 
 def settled(settings: Settings, request: NewJob, experiment: Experiment, rows: int) -> dict[str, Any]:
-    """A request as it is kept: what depends on the number of rows and on the server's settings is a number of its own.
+    """A request as it is kept: values that depend on the number of rows or the server's settings become fixed numbers.
 
     Raises:
-        ConfigError: epochs come to more steps than a job may take, or a multiplier to too high a learning rate.
+        ConfigError: epochs amount to too many steps, or a multiplier to too high a learning rate.
     """
     numbers = request.hyperparameters or Hyperparameters()
     found = numbers.model_dump(exclude_none=True)
@@ -213,9 +213,9 @@ def settled(settings: Settings, request: NewJob, experiment: Experiment, rows: i
 
 
 def numbers_of(settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
-    """What a job is done with, for people: `request` as it is kept."""
+    """A job's numbers, for people; `request` as it is kept."""
     numbers = _chosen(settings, found := request.get("hyperparameters") or {})
-    rows = request.get("rows")  # jobs of before there were any have none
+    rows = request.get("rows")  # old jobs have none
     seen = numbers["steps"] * numbers["batch_size"] / rows if rows else None
     return {
         **numbers,

@@ -1,4 +1,4 @@
-"""What may be asked for over the network: plain values within bounds, and nothing that names code or paths."""
+"""Requests for jobs and ratings over the network: plain values within bounds, nothing that names code or paths."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from zoray.tasks.file.columns import names_in
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PREFIX = "task:"  # before a task's name, where a request has room for a file's id only
+PREFIX = "task:"  # before a task's name, in a field meant for a file's id
 Word = Annotated[str, Field(max_length=200)]
 Column = Field(default=None, min_length=1, max_length=200)
 MOST_COLUMNS = 10  # of a template: each may hold a long text
-MOST_STEPS, MOST_RATE = 1_000_000, 100  # of a job; a learning rate is below
-UPLOAD = re.compile(r"[^\s'\"]*/files/(?P<number>file-[0-9a-f]{24})/data\.\w+")  # where one lies on the server
+MOST_STEPS, MOST_RATE = 1_000_000, 100  # of a job; a learning rate must be below
+UPLOAD = re.compile(r"[^\s'\"]*/files/(?P<number>file-[0-9a-f]{24})/data\.\w+")  # an upload's path on the server
 
 
 class Plain(BaseModel):
-    """Fields that are known; all others are refused."""
+    """Known fields only; all others are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Use(Plain):
-    """How a file is used; what is not said follows from its columns (docs/your-data.md)."""
+    """How a file is used; fields not given follow from its columns (docs/your-data.md)."""
 
     kind: Literal["choice", "completion", "chat", "preference"] | None = None
     template: str | None = Field(default=None, min_length=1, max_length=4000)
@@ -62,15 +62,15 @@ def _automatic(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-Auto = BeforeValidator(_automatic)  # OpenAI's word for what the server chooses
+Auto = BeforeValidator(_automatic)  # OpenAI's word for the server's choice
 
 
 class Else(str):
-    """The server's setting that stands for a number that is not given."""
+    """The server's setting that replaces a number not given."""
 
 
 class Hyperparameters(Plain):
-    """Numbers of a job; what is not given, or "auto", is the server's."""
+    """Numbers of a job; the server's where not given, or "auto"."""
 
     steps: Annotated[int | None, Auto, Else("steps")] = Field(default=None, ge=1, le=MOST_STEPS)
     batch_size: Annotated[int | None, Auto, Else("batch")] = Field(default=None, ge=1, le=4096)
@@ -103,7 +103,7 @@ def _likelihood(kind: Any) -> Any:
 
 
 class Method(Plain):
-    """How a job learns; it follows from the rows, so that this can only say the same."""
+    """How a job learns. The rows decide; this can only confirm it."""
 
     type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_likelihood)]
     supervised: Way | None = None
@@ -118,9 +118,9 @@ class Method(Plain):
 
 
 class NewJob(Plain):
-    """A tuning job, as OpenAI's API has it, with zoray's settings beside.
+    """A tuning job in the form of OpenAI's API, plus zoray's settings.
 
-    It learns from an upload, or from a task that zoray brings along: `task`, or `training_file` as "task:NAME".
+    It learns from an upload, or from a task that comes with zoray: `task`, or `training_file` as "task:NAME".
     """
 
     training_file: str | None = Field(default=None, min_length=1, max_length=64)
@@ -153,14 +153,12 @@ class NewJob(Plain):
                 "expected validation_file beside a training_file, both uploads: a task has held-out rows of its own"
             )
         if self.validation_file is not None and self.validation_file == self.training_file:
-            raise wrong(
-                "expected validation_file to be another than training_file; leave it out for a tenth of the rows"
-            )
+            raise wrong("expected validation_file to differ from training_file; leave it out for a tenth of the rows")
         return self
 
     @model_validator(mode="after")
     def _one_place(self) -> NewJob:
-        """Hyperparameters of the method are those of the job, as they were called before there were methods."""
+        """Move the method's hyperparameters to the job's own field, where OpenAI's older API has them."""
         way = self.method and (self.method.supervised or self.method.dpo)
         if self.method is None or way is None or way.hyperparameters is None:
             return self
@@ -173,17 +171,17 @@ class NewJob(Plain):
 
     @classmethod
     def stored(cls, request: dict[str, Any]) -> NewJob:
-        """One as the server keeps it, without what it has added."""
+        """A request from the server's record, without the fields that the server has added."""
         return cls(**{key: value for key, value in request.items() if key in cls.model_fields})
 
     @property
     def source(self) -> str:
-        """What it learns from, in the place of a file's id: that, or task:NAME."""
+        """The source of its rows: a file's id, or task:NAME."""
         return self.training_file or f"{PREFIX}{self.task}"
 
 
 class Wish(Plain):
-    """Whether active learning is to be on."""
+    """Whether active learning should be on."""
 
     on: bool
 
@@ -205,5 +203,5 @@ class Rated(Plain):
 
 
 def plainly(text: str, name_of: Callable[[str], str] = lambda number: "the file") -> str:
-    """The command line's messages for those who use a server: settings as named here, and files by their own names."""
+    """A command-line message for users of a server: with its names of settings, and files by their own names."""
     return UPLOAD.sub(lambda found: name_of(found["number"]), re.sub(r"\btask\.(?=[a-z_]+\b)", "", text))

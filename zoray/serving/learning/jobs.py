@@ -1,7 +1,7 @@
-"""The jobs of a server: one at a time, in a thread, each a zoray run in a folder of its own.
+"""The jobs of a server: one at a time, in a thread, each a zoray run in its own folder.
 
 A job's journal is the truth: a server that was killed goes on where the journal ends. After each evaluation on held-out
-rows the state becomes a version, is measured, and the gate decides whether it answers people from now on.
+rows the state becomes a version, is measured, and the gate decides whether it goes live.
 """
 
 from __future__ import annotations
@@ -34,49 +34,49 @@ if TYPE_CHECKING:
     from zoray.serving.store import Store
 
 log = logging.getLogger(__name__)
-TURNS = {  # what people can do with a job: in which states, and what it is then
-    "pause": (("queued", "running"), "paused"),  # after the step at hand, to be resumed
+TURNS = {  # what people can do with a job: the states that allow it, and the state that follows
+    "pause": (("queued", "running"), "paused"),  # after the current step; can be resumed
     "resume": (("paused", "failed"), "queued"),
     "cancel": (("queued", "running", "paused", "failed"), "cancelled"),  # for good
 }
-GOING = ("queued", "running", "paused")  # what has not ended
-ASK_SECONDS = 5.0  # until the next job is looked for, where nobody says that there is one
-ENDS_SECONDS = 120.0  # that a job may take to end after its step
+GOING = ("queued", "running", "paused")  # jobs that have not ended
+ASK_SECONDS = 5.0  # between looks for a next job, if no notification comes
+ENDS_SECONDS = 120.0  # how long a job may take to end
 
 
 class Jobs:
-    """The thread that runs jobs, and what it is told meanwhile.
+    """The thread that runs jobs, and the calls that control it.
 
     Args:
         settings: of the server.
-        store: where the jobs are.
-        measure: `measure(stopping, version, dev)` asks an engine, see EngineServer.measure; KeyboardInterrupt tells it
-            to stop.
-        promote: lets a version answer: its name, and why.
+        store: where the jobs are kept.
+        measure: `measure(stopping, version, dev)` asks an engine, see EngineServer.measure; it raises KeyboardInterrupt
+            if the job should stop.
+        promote: makes a version live: its name, and the reason.
     """
 
     def __init__(self, settings: Settings, store: Store, measure: Any, promote: Callable[[str, str], None]) -> None:
         self._settings, self._store, self._measure, self._promote = settings, store, measure, promote
         self.states, self._wake = States(store), threading.Condition()
-        self.current: str | None = None  # the one at work
+        self.current: str | None = None  # the job at work
         self._listener: Listener | None = None
         self._closed, self._deleting = False, 0
         self._worker = threading.Thread(target=self._work, name="zoray-jobs", daemon=True)
 
     def start(self) -> None:
-        """Go on with what a server before this one has left."""
+        """Continue the jobs that an earlier server left."""
         for name in self._store.jobs():
             if self.states[name]["status"] == "running":
                 self.states.mark(name, status="queued")
         self._worker.start()
 
     def close(self) -> None:
-        """Stop after the step at hand; the job goes on when the server is started again."""
+        """Stop after the current step; the job goes on when the server starts again."""
         self._closed = True
         self.notify()
 
     def where(self) -> tuple[tuple[str, int], bytes] | None:
-        """Where engines connect to take part in the job at hand."""
+        """Where engines connect to take part in the current job; None if there is none."""
         listener = self._listener
         return None if listener is None else (listener.address, listener.key)
 
@@ -88,25 +88,25 @@ class Jobs:
 
     @public
     def set_learning(self, on: bool) -> None:
-        """Let jobs run, or stop the one at hand after its step until they may again."""
+        """Let jobs run, or stop the current one after its step until they may run again."""
         with self._wake:
             write_json(self._store.folder / "learning.json", {"on": on})
             self._wake.notify_all()
 
     def notify(self) -> None:
-        """There may be something to do."""
+        """Wake the thread: there may be work."""
         with self._wake:
             self._wake.notify_all()
 
     def add(self, name: str, request: dict[str, Any]) -> None:
-        """Queue a new job; `request` as experiments.settled gives it, and when and of what it was made."""
+        """Queue a new job; `request`: the result of experiments.settled, plus created_at and filename."""
         self._store.new_job(name, request, {"status": "queued", "changed_at": request["created_at"]})
-        self.states.forget(name)  # of a deleted one of that name
+        self.states.forget(name)  # left by a deleted job of that name
         self.states.tell(name, "created", f"learns from {request['filename']}")
         self.notify()
 
     def turn(self, name: str, verb: str) -> None:
-        """Do one of TURNS; ConfigError if the job is in none of its states."""
+        """Do one of TURNS; ConfigError if the job's state does not allow it."""
         of, status = TURNS[verb]
         with self._wake:
             found = self.states[name]["status"]
@@ -118,7 +118,7 @@ class Jobs:
             self._wake.notify_all()
 
     def end(self, true: Callable[[str], bool]) -> None:
-        """End jobs of some kind for good, even on a full disk, and wait until none of them is at work any more."""
+        """End the jobs for which `true(name)` for good, even on a full disk, and wait until none is at work."""
         for name in self._store.jobs():
             with self._wake, suppress(NotFound):  # deleted just now
                 if true(name) and self.states[name]["status"] in GOING:
@@ -133,7 +133,7 @@ class Jobs:
 
     @contextmanager
     def ended(self) -> Iterator[None]:
-        """All have ended, and none is taken up meanwhile."""
+        """End all jobs, and start none inside the context."""
         with self._wake:
             self._deleting += 1
         try:
@@ -147,7 +147,7 @@ class Jobs:
 
     @public
     def delete(self, name: str) -> None:
-        """Delete a job that has ended, with its journal and numbers."""
+        """Delete an ended job, with its journal and metrics."""
         with self._wake:
             if self.states[name]["status"] in ("queued", "running") or self.current == name:
                 raise ConfigError(f"{name} is still at work: cancel it first")
@@ -163,13 +163,13 @@ class Jobs:
                     self.states.write_again()
                 if (name := self._take_up()) is not None:
                     self._work_on(name)
-            except Exception as error:  # a file that can't be read or written: this thread must not be the end of all
+            except Exception as error:  # a file can't be read or written, say: the thread must go on
                 told = error if isinstance(error, OSError) else ""  # other texts may hold what people have written
                 log.error("%s: %s\n%s", type(error).__name__, told, "".join(format_tb(error.__traceback__)))
                 time.sleep(ASK_SECONDS)
 
     def _take_up(self) -> str | None:
-        """The next job, which is at work from now on; None if there has been none for a while."""
+        """Start the next job; returns its name, or None if there has been none for a while."""
         with self._wake:
             if (name := self._next()) is None:
                 self._wake.wait(ASK_SECONDS)
@@ -190,14 +190,14 @@ class Jobs:
         return None
 
     def _work_on(self, name: str) -> None:
-        """Run a job, and note how it has ended; what can't be noted on disk is kept in memory until it can."""
+        """Run a job and note how it ended; if the disk refuses that, it is kept in memory until it can be written."""
         try:
             self._put_down(name, self._run(name))
         except KeyboardInterrupt:  # asked to stop while it waited for engines
             self._put_down(name, None)
         except ConfigError as error:
             self._failed(name, str(error))
-        except Exception as error:  # a job's end must not be the end of all
+        except Exception as error:  # a failed job must not end the thread
             log.error("job %s: %s\n%s", name, type(error).__name__, "".join(format_tb(error.__traceback__)))
             self._failed(name, why(error))
         finally:
@@ -234,10 +234,10 @@ class Jobs:
             )
         finally:
             self._listener = None
-            listener.close()  # an engine may have connected that nobody has taken
+            listener.close()  # an engine may have connected without being admitted
 
     def _put_down(self, name: str, summary: dict[str, Any] | None) -> None:
-        """A job has come to its end, or has been stopped; `summary` is driver.tune's."""
+        """Note that a job has finished or has been stopped; `summary` is driver.tune's."""
         with self._wake, suppress(NotFound):
             finished = summary is not None and summary["finished"]
             if self.states[name]["status"] == "running":
@@ -248,7 +248,7 @@ class Jobs:
     def _failed(self, name: str, reason: str) -> None:
         reason = plainly(reason, self._store.file_name)
         with self._wake, suppress(NotFound):
-            if self.states[name]["status"] == "running":  # else people have paused or ended it meanwhile
+            if self.states[name]["status"] == "running":  # else people have paused or ended it
                 self.states.mark(name, status="failed", error=reason)
             self.states.tell(name, "failed", reason)
 
@@ -262,5 +262,5 @@ def _outcome(summary: dict[str, Any]) -> str:
 
     told = f"{summary['steps']} steps; {metric} on held-out rows {change(first, final)}"
     if "test" in first and "test" in final:
-        told += f", on test rows, which have decided nothing, {change(first['test'], final['test'])}"
+        told += f", on test rows, which decided nothing, {change(first['test'], final['test'])}"
     return told

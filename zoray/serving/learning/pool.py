@@ -1,4 +1,4 @@
-"""The engines of a server as the replicas of a job's pool: they connect by themselves, when they hear of the job."""
+"""A server's engines as the replicas of a job's pool: they connect by themselves, when they hear of the job."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from zoray.scoring.workload import ReplicaSpec
 
 log = logging.getLogger(__name__)
-PATIENT = 86_400.0  # seconds: an engine that answers people may take so long for tuning's share
+PATIENT = 86_400.0  # seconds: an engine that answers requests may take this long for tuning's share
 
 
 class ServedHost:
-    """What keeps the processes is Ray Serve; here they only connect."""
+    """A Host whose processes belong to Ray Serve; here they only connect."""
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
@@ -63,7 +63,7 @@ def start_pool(
     known: Sequence[tuple[int, str]] = (),
     snapshot: Snapshot | None = None,
 ) -> Pool:
-    """As on_ray.start.start_pool, of engines that are there and connect to `listener`; waits until `stopping`."""
+    """As on_ray.start.start_pool, for running engines that connect to `listener`; waits until `stopping`."""
     names = [f"engine-{i}" for i in range(replicas)]
     members = Members(names, ServedHost(listener), spec, cluster, None, say, BY_VALUE.dumps)
     return Pool.gathered(members, commits, known, snapshot, stopping)

@@ -1,7 +1,7 @@
-"""What becomes of a job's state after an evaluation: a version, measured, judged by the gate, and perhaps what is live.
+"""After an evaluation a job's state becomes a version, is measured, judged by the gate, and perhaps promoted.
 
-Guarantees: a version is on disk before it is measured, and measured before it is judged; what people have chosen by
-hand since a job began (or was resumed) is not undone by the gate.
+Guarantees: a version is on disk before it is measured, and measured before it is judged; the gate does not undo what
+people have chosen by hand since a job began (or was resumed).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from zoray.serving.settings import Settings
     from zoray.serving.store import Store
 
-BY_HAND = "by hand"  # why something became live that people have chosen
-KEPT = 20  # versions of a job that have never been live
+BY_HAND = "by hand"  # the reason noted when people choose the live version
+KEPT = 20  # versions kept per job that have never been live
 
 
 class Promotion:
-    """The evaluations of one job, from when it is taken up until it ends or is put down.
+    """The evaluations of one job, from its start until it ends or stops.
 
     Args:
         settings: of the server, with its gate.
-        store: where versions are kept, and what is live.
-        measure: asks an engine what a version (None: the base model) is worth, on the dev rows too or not, see
+        store: keeps the versions and the name of the live one.
+        measure: asks an engine to measure a version (None: the base model), with or without the dev rows, see
             EngineServer.measure.
         note: appends an event to the job: kind, message, more.
-        promote: lets a version answer: its name, and why.
+        promote: makes a version live: its name, and the reason.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Promotion:
     def evaluated(
         self, job: str, events: list[dict[str, Any]], pool: Pool, evaluation: Evaluation, rows: np.ndarray | None
     ) -> None:
-        """Make a version of the state that has been evaluated, measure it, and let the gate decide; once a step.
+        """Make the evaluated state a version, measure it, and let the gate decide; once per step.
 
-        `rows`: what each held-out row is worth (see measure.evaluate), so that none is scored twice; None if unknown.
+        `rows`: the worth of each held-out row (see evaluation.evaluate), so that none is scored twice; None if unknown.
         """
         version, store = f"{job}@{evaluation.step}" if evaluation.step else None, self._store
         if rows is not None:
@@ -85,7 +85,7 @@ class Promotion:
                         "evaluated", f"step {evaluation.step}: deleted before it was judged", step=evaluation.step
                     )
                     return
-                if store.live() == live:  # else what was live has been deleted meanwhile
+                if store.live() == live:  # else the live version was deleted in the meantime
                     raise
         verdict = self._gate.judge(new, current, base.perplexity)
         versions.describe(
@@ -106,15 +106,15 @@ class Promotion:
         self._prune(job)
 
     def _let_answer(self, events: list[dict[str, Any]], version: str, why: str) -> None:
-        """Promote what has passed, unless people have chosen something else."""
+        """Promote a version that passed, unless people have chosen another."""
         if overruled(events, self._store.live_history()):
-            waits = f"{version} waits for you: what is live has been chosen by hand meanwhile"
+            waits = f"{version} waits for you: the live version has been chosen by hand since"
             self._note("held", waits, version=version)
         else:
             self._promote(version, why)
 
     def _followed(self, events: list[dict[str, Any]], version: str) -> bool:
-        """Whether what was due to a version has been done: it has been live or held, or people have deleted it."""
+        """Whether a due version has been dealt with: it has been live or held, or people have deleted it."""
         been = {entry["version"] for entry in self._store.live_history()}
         done = version in been or any(event.get("version") == version for event in events)
         return done or version not in self._store.version_names()
@@ -134,16 +134,16 @@ class Promotion:
         return self._known[version]
 
     def _prune(self, job: str) -> None:
-        """Keep the last few versions of a job, and those that have been live."""
+        """Keep a job's last few versions, and those that have been live."""
         been = {entry["version"] for entry in self._store.live_history()}
         own = [v["id"] for v in self._store.versions() if v["job"] == job and v["id"] not in been]
         for version in own[:-KEPT]:
-            with suppress(ConfigError):  # promoted or deleted by somebody just now
+            with suppress(ConfigError):  # promoted or deleted just now
                 self._store.delete_version(version)
 
 
 def overruled(events: list[dict[str, Any]], history: list[dict[str, Any]]) -> bool:
-    """Whether people have chosen what is live since a job began, or since they have resumed it."""
+    """Whether people have chosen the live version since a job began, or since they resumed it."""
     began = max((event["time"] for event in events if event["kind"] in ("started", "queued")), default=0.0)
     return any(entry["reason"] == BY_HAND and entry["time"] > began for entry in history)
 

@@ -1,4 +1,4 @@
-"""States, events and numbers of jobs on disk; a state that a full disk does not take counts, too, until it does."""
+"""States, events and metrics of jobs on disk; a state that a full disk refuses counts all the same, from memory."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ MOST_READ = 32  # jobs whose metrics are kept in memory
 
 
 class States:
-    """state.json, events.jsonl and metrics of each job; to be called under the lock of Jobs but for what reads."""
+    """state.json, events.jsonl and metrics of each job; call under the lock of Jobs, except for reading."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._unwritten: dict[str, dict[str, Any]] = {}
         self._reading = threading.Lock()
-        self._metrics: dict[str, tuple[Any, list[Any], list[Any]]] = {}  # of jobs looked at last: file's mark, numbers
+        self._metrics: dict[str, tuple[Any, list[Any], list[Any]]] = {}  # recently read jobs: file's mark, metrics
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         folder = self._store.job_folder(name)
         return self._unwritten.get(name) or read_json(folder / "state.json")
 
     def set(self, name: str, **values: Any) -> None:
-        """Change a job's state; an OSError changes nothing."""
+        """Change a job's state; after an OSError it is unchanged."""
         write_json(self._store.job_folder(name) / "state.json", {**values, "changed_at": time.time()})
         self._unwritten.pop(name, None)
 
     def mark(self, name: str, **values: Any) -> None:
-        """The same where it is so, whether the disk takes it or not."""
+        """Change a job's state even if the disk refuses: then it is kept in memory."""
         try:
             self.set(name, **values)
         except OSError as error:
-            log.warning("job %s is %s, which is not written yet: %s", name, values["status"], error)
+            log.warning("job %s is %s, not written to disk yet: %s", name, values["status"], error)
             self._unwritten[name] = {**values, "changed_at": time.time()}
 
     def give_up(self, name: str) -> None:
-        """Let a job that nothing works on any more have failed, if even noting its end has."""
+        """Mark a job as failed that no thread works on any more and whose end could not be noted."""
         if self[name]["status"] == "running":
             why = "how it ended could not be noted; the server's log says why. Resume it"
             self._unwritten[name] = {"status": "failed", "error": why, "changed_at": time.time()}
 
     def forget(self, name: str) -> None:
-        """A job is deleted."""
+        """Drop the state in memory of a deleted job."""
         self._unwritten.pop(name, None)
 
     def write_again(self) -> None:
-        """Write what the disk has not taken, if it does now."""
+        """Write the states that the disk has refused, if it accepts them now."""
         for name, values in list(self._unwritten.items()):
             try:
                 write_json(self._store.job_folder(name) / "state.json", values)
@@ -69,7 +69,7 @@ class States:
 
     @public
     def events(self, name: str) -> list[dict[str, Any]]:
-        """What has happened to a job, the oldest first."""
+        """A job's events, the oldest first."""
         return read_lines(self._store.job_folder(name) / "events.jsonl")
 
     def note(self, name: str, kind: str, message: str, **more: Any) -> None:
@@ -78,11 +78,11 @@ class States:
         append_json(self._store.job_folder(name) / "events.jsonl", line)
 
     def tell(self, name: str, kind: str, message: str, **more: Any) -> None:
-        """The same of what has been done already, and does not depend on it."""
+        """Append an event of something done already; if the disk refuses it, only warn."""
         try:
             self.note(name, kind, message, **more)
         except OSError as error:
-            log.warning("job %s: %s is not written: %s", name, kind, error)
+            log.warning("job %s: event %s is not written: %s", name, kind, error)
 
     @public
     def metrics(self, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

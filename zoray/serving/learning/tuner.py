@@ -1,4 +1,4 @@
-"""What requests ask of the tuner: files, conversations, jobs, versions, and what is live. Jobs run in jobs.py."""
+"""The tuner's answers to requests: files, conversations, jobs, versions, the live one. Jobs run in jobs.py."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from zoray.tasks.preview import preview
 if TYPE_CHECKING:
     from zoray.serving.settings import Settings
 
-MOST_FILES, MOST_JOBS = 1000, 500  # each is looked at for a list
+MOST_FILES, MOST_JOBS = 1000, 500  # a list reads each of them
 
 
 class Tuner:
-    """Jobs, versions, and what is live; `measure` is that of Jobs."""
+    """Jobs, versions, and which version is live; `measure`: see Jobs."""
 
     def __init__(self, settings: Settings, measure: Any) -> None:
         self.settings, self.store = settings, Store(settings.folder)
         self.conversations = Conversations(self.store.folder / "conversations")
         self._jobs = jobs = Jobs(settings, self.store, measure, self.promote)
         self.states, self.close, self.where = jobs.states, jobs.close, jobs.where
-        # What requests may ask of these as they are.
+        # Methods of these that requests may call directly.
         self.files, self.file, self.delete_version = self.store.files, self.store.file, self.store.delete_version
         self.rated, self.unrate = self.conversations.all, self.conversations.delete
         self.is_learning, self.set_learning, self.delete = jobs.is_learning, jobs.set_learning, jobs.delete
         self.events, self.metrics = self.states.events, self.states.metrics
 
     def start(self) -> None:
-        """Go on with what a server before this one has left.
+        """Continue the jobs that an earlier server left.
 
         Raises:
-            ConfigError: what is live can't answer on this server.
+            ConfigError: the live version can't answer on this server.
         """
         versions.check_live(self.store, self.settings)
         self._jobs.start()
@@ -55,7 +55,7 @@ class Tuner:
         """Keep an upload, see Store.add_file.
 
         Raises:
-            ConfigError: there is no room for it (serve.max_storage_mb).
+            ConfigError: it would exceed serve.max_storage_mb.
         """
         self._make_sure_of_room(len(data))
         return self.store.add_file(name, data)
@@ -65,7 +65,7 @@ class Tuner:
         """Keep a rated conversation.
 
         Raises:
-            ConfigError: the server keeps none (serve.capture=false).
+            ConfigError: the server keeps no conversations (serve.capture=false).
         """
         if not self.settings.capture:
             raise ConfigError("this server keeps no conversations (serve.capture=false)")
@@ -82,10 +82,10 @@ class Tuner:
 
     @public
     def delete_all(self) -> None:
-        """Delete all that people have given, and all that was learnt from it."""
+        """Delete all data that people have given, and everything learnt from them."""
         self.store.forget_live()
         with self._jobs.ended():
-            self.store.forget_live()  # the last of them may have passed the gate meanwhile
+            self.store.forget_live()  # again: the last job may have promoted a version
             self.store.delete_everything()
             self.conversations.delete_everything()
 
@@ -96,14 +96,14 @@ class Tuner:
         """Check a job and queue it.
 
         Raises:
-            ConfigError: the file or a setting is wrong: what was expected, what came.
+            ConfigError: the file or a setting is wrong; the message says what was expected.
         """
         source = request.task or self.store.file(request.source)["filename"]
         if len(self.store.jobs()) >= MOST_JOBS:
             raise ConfigError(f"expected at most {MOST_JOBS} jobs; delete some")
         name = request.suffix or f"job-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
         experiment, now = experiment_of(self.settings, self.store, name, request), time.time()
-        rows = len(load_workload(experiment.spec).splits.train)  # every mistake in the data shows before there is a job
+        rows = len(load_workload(experiment.spec).splits.train)  # shows every mistake in the data before a job exists
         asked = settled(self.settings, request, experiment, rows)
         self._jobs.add(name, {**asked, "created_at": now, "filename": source})
         return self.job(name)
@@ -128,7 +128,7 @@ class Tuner:
 
     @public
     def job(self, name: str, versions: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-        """All there is to know about a job but its events and numbers; `versions`: all, if they have been read."""
+        """All about a job except its events and metrics; `versions`: all versions, if they have been read."""
         folder = self.store.job_folder(name)
         request, state = read_json(folder / "request.json"), self.states[name]
         steps, evaluations = self.metrics(name)
@@ -166,7 +166,7 @@ class Tuner:
 
     @public
     def preview(self, number: str, use: Use) -> list[str]:
-        """How an upload (or task:NAME) would be used, in lines for people; ConfigError names what is wrong with it."""
+        """How an upload (or task:NAME) would be used, in lines for people; ConfigError says what is wrong."""
         experiment = experiment_of(
             self.settings, self.store, "preview", NewJob.model_construct(training_file=number, use=use)
         )
@@ -176,14 +176,14 @@ class Tuner:
         return [self.plainly(line) for line in lines]
 
     def plainly(self, text: str) -> str:
-        """A message for those who use the server, with an upload's own name in the place of where it lies."""
+        """A message for the server's users, with an upload's own name in place of its path."""
         return plainly(text, self.store.file_name)
 
     # Versions.
 
     @public
     def answering(self) -> dict[str, Any]:
-        """What is live, and the names of all versions; asked twice a second."""
+        """The live version, and the names of all versions; called twice a second."""
         return {"live": self.store.live(), "names": self.store.version_names()}
 
     @public
@@ -194,7 +194,7 @@ class Tuner:
 
     @public
     def file_content(self, number: str) -> bytes:
-        """An upload as it came."""
+        """An upload's bytes."""
         try:
             return self.store.data_path(number).read_bytes()
         except FileNotFoundError:
@@ -202,13 +202,13 @@ class Tuner:
 
     @public
     def promote(self, version: str | None, reason: str = BY_HAND) -> None:
-        """Let a version (None: the base model) answer from now on; to roll back is the same.
+        """Make a version (None: the base model) live from now on; rolling back is the same.
 
-        It may be any step of a job: one that is not kept is made of the journal.
+        It may be any step of a job: a version that is not kept is made from the journal.
 
         Raises:
-            NotFound: there is no such job, or it has not come so far.
-            ConfigError: it was learnt from another base model, or with another space.
+            NotFound: there is no such job, or it has not reached that step.
+            ConfigError: the version was learnt from another base model, or with another space.
         """
         if version is not None:
             versions.make_sure(self.store, version, self.settings)

@@ -1,8 +1,8 @@
-"""States of jobs as versions, which requests can be answered by: kept as they come, or made of a job's journal.
+"""States of jobs as versions that can answer requests: kept after an evaluation, or made from a job's journal.
 
-A version is a PEFT adapter and what is known of it. Any step of a job can be one: the journal rebuilds its state, bit
-for bit. Guarantees: a version that becomes live is an adapter of this server's base model and space; what another model
-or rank has learnt is refused, not answered with.
+A version is a PEFT adapter and its record. Any step of a job can be one: the journal rebuilds its state, bit for bit.
+Guarantees: a version that becomes live is an adapter of this server's base model and space; an adapter of another model
+or rank is refused.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ UNKNOWN = {"score": None, "loss": None, "perplexity": None, "metric": None, "row
 
 
 def write(store: Store, name: str, arrays: Mapping[str, np.ndarray], space: Space, base: str) -> Path:
-    """A version's adapter; its folder. One that is there is left alone: it is the same, and may be answering.
+    """Write a version's adapter; returns its folder. An existing one stays: it is the same, and may be answering.
 
-    `base`: what the adapter names as its base model.
+    `base`: the base model's name in the adapter.
     """
     with store.lock:
         if not (folder := store.new_version(name)).exists():
@@ -50,9 +50,9 @@ def write(store: Store, name: str, arrays: Mapping[str, np.ndarray], space: Spac
 
 
 def describe(folder: Path, weights: str, digest: str, **known: Any) -> None:
-    """Write down what is known of a version: of which base model (weights_hash), digest of its state, and more.
+    """Write a version's record: its base model (weights_hash), the digest of its state, and more.
 
-    One of which the disk does not take that is none, and leaves nothing.
+    If the disk refuses it, a version without a record is removed.
     """
     job, _, step = folder.name.partition("@")
     about = {"id": folder.name, "job": job, "step": int(step), "weights": weights, "digest": digest}
@@ -65,11 +65,11 @@ def describe(folder: Path, weights: str, digest: str, **known: Any) -> None:
 
 
 def make_sure(store: Store, name: str, settings: Settings) -> None:
-    """Let there be a version that this server can answer by: one that is not kept is made of the journal of its job.
+    """Make sure that a version exists and suits this server: one that is not kept is made from its job's journal.
 
     Raises:
-        NotFound: there is no such job, or it has not come so far.
-        ConfigError: it was learnt from another base model, or with another space.
+        NotFound: there is no such job, or it has not reached that step.
+        ConfigError: the version was learnt from another base model, or with another space.
     """
     try:
         there = (store.version_folder(name) / META).exists()
@@ -81,14 +81,14 @@ def make_sure(store: Store, name: str, settings: Settings) -> None:
 
 
 def check_live(store: Store, settings: Settings) -> None:
-    """Raise ConfigError if what is live can't answer on this server: then no request could be answered."""
+    """Raise ConfigError if the live version can't answer on this server: then no request could be answered."""
     if (live := store.live()) is None:
         return
     try:
         make_sure(store, live, settings)
     except NotFound as error:
         raise ConfigError(
-            f"expected what is live to be there: {error}. Delete {store.folder / 'live.json'} to go back to the base "
+            f"expected the live version to exist: {error}. Delete {store.folder / 'live.json'} to go back to the base "
             "model"
         ) from None
 
@@ -96,7 +96,7 @@ def check_live(store: Store, settings: Settings) -> None:
 def check(store: Store, name: str, settings: Settings) -> None:
     """Raise ConfigError unless a version is an adapter of this server's base model and space."""
     folder = store.version_folder(name)
-    found, meta = peft_space(folder), folder / META  # without META, it is of this server's job at hand
+    found, meta = peft_space(folder), folder / META  # without META, it is from this server's current job
     weights = read_json(meta).get("weights") if meta.exists() else None
     _fits(name, found.rank, found.alpha, weights, settings)
 
@@ -116,7 +116,7 @@ def _fits(name: str, rank: int, alpha: float, weights: str | None, settings: Set
 
 
 def plain(numbers: Any) -> dict[str, Any]:
-    """A record of numbers for JSON, which has no NaN."""
+    """A record of numbers for JSON, with null for NaN."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in dataclasses.asdict(numbers).items()
@@ -124,7 +124,7 @@ def plain(numbers: Any) -> dict[str, Any]:
 
 
 def _replay(store: Store, name: str, settings: Settings) -> None:
-    """A version out of the journal. It has been measured only if its step happens to have been evaluated."""
+    """Make a version from the journal. It has measurements only if its step was evaluated."""
     job, _, number = name.partition("@")
     run = store.folder / "jobs" / job / "run"
     if not VERSION.fullmatch(name) or not (run / journal.FILE_NAME).exists():
@@ -139,7 +139,7 @@ def _replay(store: Store, name: str, settings: Settings) -> None:
     except JournalError as error:
         log.error("%s", error)
         raise ConfigError(
-            f"expected a whole journal of {job} to make {name} of; it is damaged, the server's log says where "
+            f"expected a whole journal of {job} to make {name} from; it is damaged, the server's log says where "
             f"({LOG}/ in serve.folder)"
         ) from None
     evaluations = read_metrics(run)[1] if (run / METRICS).exists() else []
@@ -147,7 +147,7 @@ def _replay(store: Store, name: str, settings: Settings) -> None:
     known = {key: value for key, value in plain(measured).items() if key in UNKNOWN} if measured else {}
     with store.lock:
         folder = write(store, name, state.arrays(), space, header["model"])
-        if not (folder / META).exists():  # else somebody else has made it meanwhile
+        if not (folder / META).exists():  # else another call has made it in the meantime
             describe(
                 folder,
                 header["weights"],
