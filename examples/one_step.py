@@ -35,7 +35,7 @@ SEED, BATCH = 0, 4
 
 def main(model: str, steps: int, path: Path) -> None:
     """Take some steps, one printed line each, and replay them."""
-    # What is tuned, on what, and how. Each part is a frozen dataclass, and has a file in conf/.
+    # The model, the data and the method. Each part is a frozen dataclass, and has a file in conf/.
     spec = ReplicaSpec(
         model=Model(model),
         task=File(str(MAILS), template="{text} This is", train=BATCH, dev=1, test=0),
@@ -63,12 +63,12 @@ def main(model: str, steps: int, path: Path) -> None:
         # ask: which probes to score. A probe is an address and a scale; its direction is never stored or sent.
         probes = estimator.ask(step)
 
-        # evaluate: the loss of the step's examples under each probe. A pool deals the tiles out to its replicas.
+        # evaluate: the loss of the step's examples under each probe. A pool hands the tiles out to its replicas.
         grid = Grid.of(spec, step)
         scores, digest = replica.evaluate((), grid.tiles, digest=True)
         losses, _ = losses_of(probes, grid.tiles, scores)
 
-        # tell: what the losses say of the gradient, one weight a direction; the optimizer makes it a coefficient.
+        # tell: what the losses say about the gradient, one weight per direction; the optimizer makes it a coefficient.
         estimate = estimator.tell(probes, losses)
         memory, commit = optimizer.update(memory, step, steps, estimate.weights)
 

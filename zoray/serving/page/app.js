@@ -1,4 +1,4 @@
-// The page of a zoray server: what the server says is asked for every two seconds, and shown where it has changed.
+// The page of a zoray server: it asks the server for its state every two seconds, and shows what has changed.
 import { $, acts, complain, guarded, page, put } from "./parts.js";
 import { call, locked, put as send, unlock } from "./server.js";
 import * as chat from "./chat.js";
@@ -8,10 +8,10 @@ import * as stored from "./stored.js";
 import * as versions from "./versions.js";
 
 const SECONDS = 2;
-const parts = {}, marks = {}; // what the server has said, and how it knows each part of that again
+const parts = {}, marks = {}; // the server's state by parts, and the mark of each part
 let unlocking = false;
 
-// Ask for what has changed; `job` is the one whose numbers are to be shown.
+// Ask for the parts that have changed; `job` is the one whose numbers are shown.
 async function look(job) {
   const have = Object.entries(marks).map((pair) => pair.join(":")).join(",");
   const found = await call(`/v1/overview?${new URLSearchParams({ have, ...(job ? { job } : {}) })}`);
@@ -20,7 +20,7 @@ async function look(job) {
 
 async function refresh() {
   const round = (page.round += 1);
-  const stale = () => round !== page.round; // something was done meanwhile
+  const stale = () => round !== page.round; // the user did something in the meantime
   await look(learning.shownJob(parts.jobs || [])?.id);
   if (stale()) return;
   const job = learning.shownJob(parts.jobs);
@@ -59,7 +59,7 @@ async function loop() {
 
 page.refresh = asked;
 for (const part of [chat, data, learning, stored, versions]) part.begin(asked);
-let before = null; // what had the focus before a message was dismissed
+let before = null; // the element that had the focus before a message was dismissed
 addEventListener("focusin", (event) => { if (!$("messages").contains(event.target)) before = event.target; });
 acts($("dismiss"), async () => {
   complain("");

@@ -1,4 +1,4 @@
-// Pieces of the page. Text from models, files and people reaches it as text only, never as markup.
+// Parts of the page. Text from models, files and people reaches it as text only, never as markup.
 
 export const $ = (id) => document.getElementById(id);
 export const page = { busy: 0, round: 0, refresh: async () => {} };
@@ -17,7 +17,7 @@ export function drawn(tag, attributes = {}, text = undefined) {
   return made;
 }
 
-// A thumb, up or down: fonts with one are not on every machine.
+// A thumb, up or down: not every machine has a font with one.
 export function thumb(up) {
   const svg = drawn("svg", { viewBox: "0 0 24 24", class: up ? "thumb" : "thumb down", "aria-hidden": "true" });
   svg.append(drawn("path", { d: "M2 10h4v11H2zM8 21V10l5-8c1.7 0 2.6 1.3 2.2 2.9L14.2 9H20c1.3 0 2.2 1.1 2 2.4l-1.3 7.8A2 2 0 0 1 18.7 21z" }));
@@ -30,7 +30,7 @@ export function button(text, does, attributes = {}) {
   return made;
 }
 
-// What a button does. Pressed again meanwhile, it does nothing; it keeps the focus, which `disabled` would take away.
+// Bind a button's action. While it runs, further presses do nothing; `disabled` would take the focus away.
 export function acts(on, does) {
   let going = false;
   on.addEventListener("click", async () => {
@@ -51,21 +51,21 @@ export function complain(text) {
   tell(text, false);
 }
 
-// A message until it is dismissed or the next thing is done: news, or what went wrong.
+// Show a message, news or an error, until it is dismissed or the next action begins.
 export function tell(text, news = true) {
   $("alert").classList.toggle("news", news);
   $("alert").hidden = !text;
   $("alert-text").textContent = text;
 }
 
-// For those who listen to the page: what can be seen elsewhere on it. What is said at the same time is said together.
+// Announce to screen readers what others see elsewhere on the page. Simultaneous texts are joined.
 let saying = [];
 export function say(text) {
   if (!saying.length) setTimeout(() => { [$("said").textContent, saying] = [saying.join(". "), []]; }, 50);
   saying.push(text);
 }
 
-// Do something that changes what the server has, then show that; what the server said before is not shown any more.
+// Run an action that changes the server's state, then show the new state; earlier answers are no longer shown.
 export async function guarded(does) {
   page.busy += 1;
   page.round += 1;
@@ -77,10 +77,10 @@ export async function guarded(does) {
   } finally {
     page.busy -= 1;
   }
-  page.refresh(); // not waited for: the next thing can be done meanwhile
+  page.refresh(); // not awaited: the next action need not wait for it
 }
 
-// Ask before something is done for good.
+// Ask for confirmation before something irreversible.
 export function sure(text, yes = "Delete") {
   return new Promise((resolve) => {
     const dialog = $("sure");
@@ -92,9 +92,9 @@ export function sure(text, yes = "Delete") {
   });
 }
 
-const shown = new WeakMap(); // element -> what it was made of, as JSON
+const shown = new WeakMap(); // element -> the item it was made from, as JSON
 
-// Show items as an element's children. Only what has changed is made anew, and the focus stays where it was.
+// Show items as an element's children. Only changed items are made again, and the focus stays where it was.
 export function list(parent, items, key, make) {
   const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
   const focused = parent.contains(document.activeElement) ? document.activeElement : null;
@@ -122,12 +122,12 @@ export function list(parent, items, key, make) {
   next?.focus({ preventScroll: true });
 }
 
-// Set a text only where it is another: a selection in it stays.
+// Set a text only if it differs, so that a selection in it stays.
 export function put(id, text) {
   if ($(id).textContent !== text) $(id).textContent = text;
 }
 
-// The options of a choice; the one chosen stays chosen while there is such a one.
+// Set the options of a choice; the chosen one stays chosen as long as it exists.
 export function choose(select, options, chosen) {
   list(select, options, ([value]) => value, ([value, text]) => element("option", text, { value }));
   if (select.value !== chosen) select.value = chosen;

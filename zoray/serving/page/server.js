@@ -1,4 +1,4 @@
-// Requests to the server that this page comes from, with its key where it has one.
+// Requests to the server that this page comes from, with its key if it has one.
 import { $, page } from "./parts.js";
 
 const kept = { key: sessionStorage.getItem("key") || "" };
@@ -19,11 +19,11 @@ export async function call(path, options = {}) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server does not answer. Is it still running?");
   }
-  // What is being asked for may not know of this change yet: shown, it would take a new upload back out of use.
+  // A state requested before this change may lack it: if shown, a new upload would be taken out of use again.
   if (options.method) page.round += 1;
   if (response.ok) return options.raw ? response : response.json();
   let text = `${response.status} ${response.statusText}`;
-  try { text = (await response.json()).error.message; } catch { /* not of our own making */ }
+  try { text = (await response.json()).error.message; } catch { /* not one of zoray's errors */ }
   const error = Object.assign(new Error(text), { status: response.status });
   if (response.status === 401) {
     lock();
@@ -51,8 +51,8 @@ function tellWrong(text) {
 }
 
 export function unlock(key) {
-  if (!/^[\x21-\x7e]+$/.test(key)) { // of no header
-    tellWrong("Keys have letters, digits and plain signs only.");
+  if (!/^[\x21-\x7e]+$/.test(key)) { // no header can hold it
+    tellWrong("A key has only letters, digits and plain signs.");
     return;
   }
   kept.key = key;

@@ -3,7 +3,7 @@ import { $, button, choose, complain, element, say, thumb } from "./parts.js";
 import { call, post, remove } from "./server.js";
 
 const MOST_PARTS = 512; // of an answer, about as many tokens: a model that never ends is stopped
-// At temperature 1 small models write nonsense, at low ones they repeat themselves; another answer is to be another one.
+// At temperature 1 small models write nonsense, at low ones they repeat themselves; "another answer" must differ.
 const SAMPLING = { temperature: 0.3, top_p: 0.9, frequency_penalty: 0.5 }, OTHER = { ...SAMPLING, temperature: 0.8 };
 let turns = [];
 let asking = null;
@@ -14,7 +14,7 @@ export function showModels(base, versions, live) {
   choose(select, names.map((name) => [name, text(name)]), names.includes(select.value) ? select.value : "live");
 }
 
-// Ratings of conversations that have been deleted meanwhile are taken back.
+// Take back the ratings of conversations that have since been deleted.
 const rated = new Set();
 export function showKept(kept) {
   const ids = new Set(kept);
@@ -33,7 +33,7 @@ function shownTurn(turn, mine) {
   return item;
 }
 
-// Below an answer: whether it is good, and another one. `before` are the messages that it answers.
+// The buttons below an answer: to rate it, and to get another. `before`: the messages that it answers.
 function rating(talk, turn, item, before) {
   const row = element("div", null, { class: "row", role: "group", "aria-label": "Rate this answer" });
   const rate = (up) => async () => {
@@ -54,7 +54,7 @@ function rating(talk, turn, item, before) {
   }
   const again = button("Another answer", async () => {
     if (asking || talk !== turns || talk.at(-1) !== turn) return;
-    talk.pop(); // the chat goes on from the answer that comes; this one stays in sight, to be compared and rated
+    talk.pop(); // the chat goes on from the next answer; this one stays visible, to be compared and rated
     row.firstChild.focus({ preventScroll: true });
     again.remove();
     if (await answer(talk, OTHER) || talk !== turns) return;
@@ -82,7 +82,7 @@ async function ask() {
   talk.push(question);
   const asked = shownTurn(question, true);
   if (await answer(talk, SAMPLING) || talk !== turns) return;
-  talk.pop(); // as if it had not been asked
+  talk.pop(); // drop the unanswered question
   asked.remove();
   $("question").value ||= text;
   if (!talk.length) clear();
@@ -95,7 +95,7 @@ function busy(own) {
   $("stop").hidden = !own;
 }
 
-// Stream the next answer of a talk; whether there is one.
+// Stream the next answer of a talk; returns whether there is one.
 async function answer(talk, sampling) {
   const own = new AbortController(), turn = { role: "assistant", content: "", model: "" };
   const item = shownTurn(turn, false), log = $("turns"), messages = talk.map(({ role, content }) => ({ role, content }));
@@ -126,16 +126,16 @@ async function answer(talk, sampling) {
     failed = true;
     cut = error.name === "AbortError" ? ", stopped" : ", broken off";
     if (error.name !== "AbortError" && !error.shown) {
-      complain(error.message + (talk.length > 1 ? "\nIf the chat has become too long, begin a new one." : ""));
+      complain(error.message + (talk.length > 1 ? "\nIf the chat has become too long, start a new one." : ""));
     }
   }
   clearTimeout(slow);
   if (asking === own) busy(null);
   item.classList.remove("waiting");
-  if (talk !== turns) return false; // a new chat has been begun meanwhile
+  if (talk !== turns) return false; // a new chat was started in the meantime
   if (!turn.content) {
     item.remove();
-    if (!failed) complain(`${turn.model || "The model"} has answered with nothing. Ask in other words, or choose another version.`);
+    if (!failed) complain(`${turn.model || "The model"} gave an empty answer. Ask in other words, or choose another version.`);
     return false;
   }
   talk.push(turn);

@@ -3,7 +3,7 @@ import { $, drawn } from "./parts.js";
 
 const LEFT = 46, RIGHT = 346, TOP = 12, BOTTOM = 150;
 
-// points: [step, value]; raw: the same before smoothing, drawn thinner; range: of the values, where it is known.
+// points: [step, value]; raw: the same before smoothing, drawn thinner; range: of the values, if it is known.
 export function curve(id, points, name, { raw = [], range = null } = {}) {
   const svg = $(id), ok = ([, y]) => y !== null && Number.isFinite(y);
   const json = JSON.stringify([points, name, raw]);

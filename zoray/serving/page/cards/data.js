@@ -1,4 +1,4 @@
-// Files: upload by choice or by dropping, how they will be used, and the start of a job.
+// Files: upload by choosing or dropping, preview of their use, and the start of a job.
 import { $, acts, button, complain, element, guarded, list, put, say, size, sure, tell } from "./parts.js";
 import { call, post, remove } from "./server.js";
 import { follow } from "./learning.js";
@@ -6,7 +6,7 @@ import { follow } from "./learning.js";
 const FIELDS = ["template", "columns", "words"];
 let chosen = null;
 let had = null; // whether there were files
-let looked = 0; // a preview that has been asked for later is the one that counts
+let looked = 0; // number of the latest preview, the only one that counts
 let seen = ""; // the settings that the preview shows
 
 export function showFiles(files) {
@@ -14,7 +14,7 @@ export function showFiles(files) {
     chosen = null;
     $("use").hidden = true;
   }
-  if (had !== Boolean(files.length)) { // open for those who have nothing yet
+  if (had !== Boolean(files.length)) { // open while there are no files
     had = Boolean(files.length);
     $("forms").open = !had;
   }
@@ -73,7 +73,7 @@ export async function use(file) {
   await look();
 }
 
-// name=value pairs, whose values may have blanks: "text=Email body, label=kind".
+// name=value pairs, whose values may have spaces: "text=Email body, label=kind".
 function pairs(id, example) {
   return $(id).value.split(/,|\s+(?=\w+\s*[=:])/).map((part) => part.trim()).filter(Boolean).map((part) => {
     const [, name, value] = part.match(/^([^=:]+?)\s*[=:]\s*(.+)$/) || [];
@@ -82,7 +82,7 @@ function pairs(id, example) {
   });
 }
 
-// The settings that the fields stand for.
+// The settings in the fields.
 function how() {
   const found = {}, template = $("template").value.trim().replaceAll("\\n", "\n");
   if (template) found.template = template;
@@ -120,7 +120,7 @@ async function look() {
   }
 }
 
-// What is trained, or chosen among, stands between » and «.
+// The text that is trained, or the options, stand between » and «.
 function marked(line) {
   const kind = /^\s*or, wrong:/.test(line) ? { class: "wrong" } : {};
   return line.split(/(».*?«)/).map((part) => (/^».*«$/.test(part) ? element("mark", part, kind) : part));
@@ -141,7 +141,7 @@ async function learn() {
   if (steps) json.hyperparameters = { steps: Number(steps) };
   const { id } = await post("/v1/fine_tuning/jobs", json);
   follow(id);
-  tell(`${id} is to learn from ${chosen.filename}. ${$("learning").checked ? "Its curves are below, under Learning." : "It waits until active learning is on."}`);
+  tell(`${id} will learn from ${chosen.filename}. ${$("learning").checked ? "Its curves are below, under Learning." : "It waits until active learning is on."}`);
 }
 
 export function begin() {

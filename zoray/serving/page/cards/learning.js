@@ -1,21 +1,21 @@
-// Jobs: what is being learnt, its curves, and what has happened.
+// Jobs: their status, curves and events.
 import { $, acts, choose, complain, element, list, put, say, sure, when } from "./parts.js";
 import { post, remove } from "./server.js";
 import { curve, smooth } from "./curve.js";
 
 const GOING = ["running", "queued", "paused"];
 const WORDS = { running: "learning", queued: "waits for its turn", paused: "paused", succeeded: "finished", cancelled: "ended early", failed: "failed" };
-let followed = null; // the job that was chosen to be shown
-let picked = false; // by hand, from the list
-let shown = null; // the one that is
+let followed = null; // the job chosen to be shown
+let picked = false; // whether it was chosen by hand, from the list
+let shown = null; // the job shown
 const known = new Map(); // job -> its status as last seen
 
 export function follow(job, byHand = false) {
   [followed, picked] = [job, byHand];
 }
 
-// The job that is shown: the one that was picked; or that was begun here, until it has ended and another is at work; else
-// the one at work, or the latest.
+// The job to show: the picked one; or the one begun here, until it has ended and another is at work; else the one at
+// work, or the latest.
 export function shownJob(jobs) {
   const chosen = jobs.find((one) => one.id === followed), running = jobs.find((one) => one.status === "running");
   const found = (chosen && (picked || GOING.includes(chosen.status) || !running) && chosen) || running ||
@@ -38,7 +38,7 @@ function lasting(seconds) {
   return minutes < 90 ? `about ${minutes} minutes` : `about ${(minutes / 60).toFixed(1)} hours`;
 }
 
-// What has happened to jobs since they were last looked at, for those who see or listen to another part of the page.
+// Announce changes of jobs since the last look, for users who see or listen to another part of the page.
 function tellNews(jobs) {
   for (const { id, status, error } of jobs) {
     const was = known.get(id);
@@ -96,7 +96,7 @@ export function begin(refresh) {
   }
   acts($("remove"), async () => {
     const job = shown;
-    if (!await sure(`Delete ${job} with its curves? Its versions stay, but no other step of it can be gone back to.`)) return;
+    if (!await sure(`Delete ${job} with its curves? Its versions stay, but you cannot go back to any other step.`)) return;
     await remove(`/v1/fine_tuning/jobs/${job}`);
     $("learning-title").focus();
   });

@@ -1,4 +1,4 @@
-// What is stored, and how to delete it.
+// The stored data, and their deletion.
 import { $, acts, button, count, element, list, put, size, sure, thumb } from "./parts.js";
 import { post, remove } from "./server.js";
 import { use } from "./data.js";

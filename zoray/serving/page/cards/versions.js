@@ -1,10 +1,10 @@
-// Versions with their scores before and after; to promote one, and to roll back.
+// Versions with their scores before and after, promotion and rollback.
 import { $, acts, button, count, element, list, put, say, sure, tell, when } from "./parts.js";
 import { post, remove } from "./server.js";
 
-let live; // as last shown
-let all = false; // whether those that did not pass are shown as well
-let last = null; // what is shown
+let live; // the live version as last shown
+let all = false; // whether versions that did not pass are shown as well
+let last = null; // the state shown
 
 function score(measured) {
   return (measured.score ?? measured.loss)?.toFixed(3) ?? "–";
@@ -16,21 +16,21 @@ function cell(label, ...parts) {
   return made;
 }
 
-// By how much a version is better, for people: accuracy in points.
+// How much better a version is, for people: accuracy in points.
 function change({ measured: now, compared_with: then }) {
   const key = now.score === null || then.score === null ? "loss" : "score", by = now[key] - then[key];
   const points = key === "score" && ["accuracy", "f1"].includes(now.metric);
   return `${by < 0 ? "−" : "+"}${Math.abs(points ? 100 * by : by).toFixed(points ? 1 : 3)}${points ? " points" : ` ${key}`}`;
 }
 
-// Who was live before: of the same job, by its step.
+// The version that was live before; one of the same job by its step.
 function before({ job, compared_with: then }, base) {
   return then.version === null ? base : then.version.startsWith(`${job}@`) ? `step ${then.version.slice(job.length + 1)}` : then.version;
 }
 
-// Whether it was promoted.
+// Promote a version; returns whether it was promoted.
 async function promote(version, learns) {
-  const judged = !version.base && version.compared_with; // else it has never stood before the gate
+  const judged = !version.base && version.compared_with; // else the gate has never judged it
   if (judged && !version.passed && !await sure(`${version.id} did not pass the gate: ${version.reason}\n\nPromote it all the same?`, "Promote it")) return false;
   await post(`/v1/versions/${encodeURIComponent(version.id)}/promote`);
   const goes = learns ? " The job at work promotes nothing by itself any more, until you pause and resume it." : "";
@@ -38,7 +38,7 @@ async function promote(version, learns) {
   return true;
 }
 
-// Any step of a job: one that is not among the versions is made from the job's journal.
+// Promote any step of a job: the server makes a missing version from the job's journal.
 async function promoteStep() {
   const name = $("step-name").value.trim();
   if (!/^[^@\s]+@\d+$/.test(name)) throw new Error(`Expected a job and a step, such as mail@60; got ${name || "nothing"}`);
