@@ -258,7 +258,7 @@ def test_an_empty_journal_and_a_torn_header_are_refused(path):
     header = path.read_bytes().split(b"\n")[0]
     for content in (b"", header[:10], header):
         path.write_bytes(content)
-        with pytest.raises(JournalError, match=r"holds no whole line.*start it anew"):
+        with pytest.raises(JournalError, match=r"holds no whole line.*start it again"):
             journal.read(path)
 
 

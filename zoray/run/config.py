@@ -186,7 +186,7 @@ def _check_experiment(options: Sequence[str]) -> None:
     if "experiment" in chosen and swapped:
         raise ConfigError(
             f"expected experiment={chosen['experiment']} with its own space and estimator; got {', '.join(swapped)} "
-            "too. Leave one of them out (make run: EXPERIMENT=null), or change single settings, space.KEY=VALUE"
+            "beside it. Leave one of them out (make run: EXPERIMENT=null), or change single settings, space.KEY=VALUE"
         )
 
 

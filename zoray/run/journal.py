@@ -105,7 +105,7 @@ def read(path: Path) -> Contents:
     whole = data[: data.rfind(b"\n") + 1]
     lines = whole.split(b"\n")[:-1]
     if not lines:
-        raise JournalError(f"{path} holds no whole line: the run ended before its header was written; start it anew")
+        raise JournalError(f"{path} holds no whole line: the run ended before its header was written; start it again")
     header = _unseal(lines[0], 1, path)
     if header.get("format") not in (1, 2, FORMAT):
         raise JournalError(
