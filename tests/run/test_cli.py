@@ -225,7 +225,7 @@ def test_help_and_mistakes_are_quick_and_import_nothing_heavy(arguments, tmp_pat
 @pytest.mark.parametrize("swap", ["space=lora", "estimator=rloo"])
 def test_an_experiment_keeps_its_own_space_and_estimator(swap):
     """Those of another one may have the same keys, whose values would silently be the experiment's."""
-    with pytest.raises(ConfigError, match=rf"experiment=movie_reviews with its own .*; got {swap} beside it"):
+    with pytest.raises(ConfigError, match=rf"experiment=movie_reviews with its own .*; got {swap} too"):
         compose("config", ["experiment=movie_reviews", swap])
     assert compose("config", ["experiment=movie_reviews", "space.rank=3"]).space.rank == 3
     assert compose("config", [swap]) is not None
