@@ -79,7 +79,7 @@ def _step(config: Any, folder: Path) -> dict[str, str]:
 def _evaluated(config: Any, arguments: dict[str, str]) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager, get_task_dict
 
     harness: Any = importlib.import_module("lm_eval")
 
@@ -89,6 +89,14 @@ def _evaluated(config: Any, arguments: dict[str, str]) -> Any:
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(f"expected tasks that lm_eval knows; got {unknown}. Its own list: lm_eval --tasks list")
+    try:  # their data, before a model loads
+        get_task_dict([*names], manager)
+    except OSError as error:  # as the Hub's own errors are
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"expected the data of tasks={names} from the Hub, or in its cache; {type(error).__name__}: {why}. Fetch "
+            "them once on a machine with a network, with the same command, and copy $HF_HOME from there"
+        ) from error
     if config.backend == "vllm":
         in_this_process()
         arguments = _import_backend() | arguments

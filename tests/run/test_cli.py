@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -225,7 +226,7 @@ def test_help_and_mistakes_are_quick_and_import_nothing_heavy(arguments, tmp_pat
 @pytest.mark.parametrize("swap", ["space=lora", "estimator=rloo"])
 def test_an_experiment_keeps_its_own_space_and_estimator(swap):
     """Those of another one may have the same keys, whose values would silently be the experiment's."""
-    with pytest.raises(ConfigError, match=rf"experiment=movie_reviews with its own .*; got {swap} too"):
+    with pytest.raises(ConfigError, match=rf"experiment=movie_reviews with its own .*; got {swap} beside it"):
         compose("config", ["experiment=movie_reviews", swap])
     assert compose("config", ["experiment=movie_reviews", "space.rank=3"]).space.rank == 3
     assert compose("config", [swap]) is not None
@@ -247,3 +248,14 @@ def test_make_run_is_the_experiment_unless_told_otherwise(given, expected):
     command = ["make", "-n", "run", *given]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1].endswith(expected)
+
+
+@pytest.mark.parametrize("typed", [r"{text}\nIt was", r"{text}\\nIt was", r"{text},\tIt was"])
+def test_advice_to_quote_means_what_was_typed(typed):
+    with pytest.raises(ConfigError) as refused:
+        compose("config", ["task=file", f"task.template={typed}"])
+    (advice,) = [word for word in shlex.split(str(refused.value).rpartition("as well: ")[2])]
+    pasted, meant = (
+        compose("config", ["task=file", one]).task.template for one in (advice, f'task.template="{typed}"')
+    )
+    assert pasted == meant

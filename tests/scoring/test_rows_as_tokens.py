@@ -72,6 +72,11 @@ def test_a_chat_that_the_template_refuses_is_named_by_its_place(suffix, place, t
 
 @pytest.mark.parametrize("objective", [AnswerNLL(), Reward("length", {"most": 20}, max_tokens=4)])
 def test_what_is_too_long_is_named_by_its_place(objective, tmp_path):
+    if isinstance(objective, AnswerNLL):  # the prompt is not at fault where another cell is
+        rows = [{"prompt": f"x{i}", "completion": f"great {LONG if i == 2 else ''}"} for i in range(8)]
+        task = File(write_rows(tmp_path / "b.jsonl", rows), dev=1, test=0)
+        with pytest.raises(ConfigError, match=r"b\.jsonl, line 3: expected sequences of at most 256 tokens"):
+            loaded(model(tmp_path / "m"), task, objective, tmp_path)
     rows = [{"prompt": f"x{i} {LONG if i in (2, 5) else ''}", "completion": "great"} for i in range(8)]
     task = File(write_rows(tmp_path / "a.jsonl", rows), dev=1, test=0)
     says = (
@@ -86,18 +91,18 @@ def test_what_is_too_long_is_named_by_its_place(objective, tmp_path):
     [
         ([chat(f"x{i}") for i in range(3)], {}, AnswerNLL(), "line 1, column 'messages'"),
         ([{"prompt": f"<end> {i}", "completion": "a"} for i in range(3)], {}, AnswerNLL(), "line 1, column 'prompt'"),
-        ([{"prompt": f"x{i}", "completion": "a <end>"} for i in range(3)], {}, AnswerNLL(), "line 1, column 'prompt'"),
+        ([{"prompt": f"x{i}", "completion": "a <end>"} for i in range(3)], {}, AnswerNLL(), "line 1"),
         (
             [{"text": f"x{i}", "label": ["no", "yes"][i % 2]} for i in range(4)],
             {"words": {"no": " <end>", "yes": " great"}},
             ChoiceNLL(),
-            "line 1, column 'text'",
+            "line 1",
         ),
         (
             [{"prompt": f"x{i}", "chosen": "a<end>", "rejected": "b"} for i in range(3)],
             {},
             Preference(),
-            "line 1, column 'prompt'",
+            "line 1",
         ),
     ],
 )
@@ -142,7 +147,7 @@ def test_text_prompts_run_with_a_template_that_asks_otherwise_than_it_answers(tm
     task = File(write_rows(tmp_path / "a.jsonl", rows), dev=1, test=0, metric="f1", max_tokens=4)
     _, workload = loaded(folder, task, AnswerNLL(), tmp_path)
     assert workload.encoder is not None and workload.encoder.stop_ids(()) == {2}
-    with pytest.raises(ConfigError, match=r"a\.jsonl, line 1, column 'prompt': .*does not begin an answer"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 1: .*does not begin an answer"):
         loaded(folder, replace(task, chat=True), AnswerNLL(), tmp_path)
 
 

@@ -112,7 +112,7 @@ def test_a_validation_file_is_what_is_held_out(client, gateway):
         ({"hyperparameters": {"beta": 0.1}}, None, "expected beta with preferences only"),
         ({"hyperparameters": {"n_epochs": 3, "steps": 5}}, "hyperparameters", "expected steps or n_epochs; got both"),
         ({"hyperparameters": {"learning_rate": 1, "learning_rate_multiplier": 2}}, "hyperparameters", "got both"),
-        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "greater than or equal to 1"),
+        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "greater than or equal to 1; got 0"),
         ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", "valid integer"),
         ({"hyperparameters": {"learning_rate_multiplier": 1e5}}, None, "expected a learning rate below 100; got 10000"),
         (

@@ -194,7 +194,7 @@ LAST = [{"role": "assistant", "content": " Bye!"}]
 def test_what_a_row_becomes(row, settings, becomes, write):
     """A file of one row has it in train, as dev is taken from a second one."""
     task = File(write("a.jsonl", [row]), **settings, dev=1, test=0)
-    with pytest.raises(ConfigError, match="has 1 usable rows"):
+    with pytest.raises(ConfigError, match="has 1 usable row;"):
         task.load()
     other = json.loads(
         json.dumps(row).replace('"a"', '"z"').replace("Hi", "Ho").replace(" a", " z").replace(": a", ": z")
@@ -350,3 +350,10 @@ def test_the_examples_are_what_their_script_writes_and_load(tmp_path):
     assert 0.4 < sum(e.label for e in mails.train) / 160 < 0.6
     assert [len(pairs[name]) for name in ("train", "dev", "test")] == [96, 12, 12]
     assert all(len(e.options[0]) < len(e.options[1]) for e in every(pairs))
+
+
+def test_too_few_rows_say_how_many_were_left_out_as_repeats(write):
+    rows = [{"prompt": "x", "completion": f"a{i}"} for i in range(40)]
+    says = r"a\.jsonl, less 39 rows with the prompt of an earlier one, has 1 usable row; asked for 0 \+ 1 \+ 1 = 2"
+    with pytest.raises(ConfigError, match=says):
+        File(write("a.jsonl", rows), dev=1, test=0).load()

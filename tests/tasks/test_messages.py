@@ -111,7 +111,9 @@ def test_calls_and_tools_are_what_the_template_writes(suffix, tmp_path):
     example = loaded(tmp_path, [row], suffix)
     assert trained(example, TAKES) == 'let me seef{"a": 1}</s>'
     assert encoder(TAKES).text(example.prompt).startswith('<s>[{"type": "function"')
-    with pytest.raises(ConfigError, match=r"does not write 'tool_calls', 'tools', so it would be lost.*task\.ignore="):
+    with pytest.raises(
+        ConfigError, match=r"does not write 'tool_calls' and 'tools', which would be lost.*task\.ignore="
+    ):
         trained(example)
     assert trained(loaded(tmp_path, [row], suffix, ignore=("tools", "tool_calls"))) == "let me see</s>"
 
@@ -122,7 +124,7 @@ def test_text_that_becomes_a_chat_keeps_its_tools(column, tmp_path):
     named = {"completion_column": "output"} if column == "prompt" else {}
     example = loaded(tmp_path, [row], chat=True, **named)
     assert [message.role for message in example.prompt] == ["tools", "user"]
-    with pytest.raises(ConfigError, match="does not write 'tools', so it would be lost"):
+    with pytest.raises(ConfigError, match="does not write 'tools', which would be lost"):
         trained(example)
     assert trained(loaded(tmp_path, [row], chat=True, ignore=("tools",), **named)) == "great</s>"
 

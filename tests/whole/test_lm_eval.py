@@ -122,6 +122,7 @@ def test_vllm_is_asked_for_a_rank_that_it_has_slots_for(tiny_models, tmp_path, r
         (["run=nowhere", "tasks=[films]", "backend=tf"], "expected backend to be one of hf, vllm; got 'tf'"),
         (["run=nowhere", "tasks=[films]"], "nowhere/journal.jsonl"),
         (["model=smollm2-135m", "tasks=[no_such_task]"], r"expected tasks that lm_eval knows; got ['no_such_task']"),
+        (["model=smollm2-135m", "tasks=[arc_easy]"], "expected the data of tasks=['arc_easy'] from the Hub, or in its"),
     ],
 )
 def test_mistakes_are_named(arguments, says):

@@ -295,8 +295,8 @@ class Encoder:
             lost.append("tools")
         if lost:
             raise ConfigError(
-                f"the model's chat template does not write {', '.join(map(repr, lost))}, so it would be lost. Take a "
-                f"model whose template does, or leave it out: 'task.ignore=[{', '.join(lost)}]'"
+                f"the model's chat template does not write {' and '.join(map(repr, lost))}, which would be lost. Take "
+                f"a model whose template does, or leave this out: 'task.ignore=[{', '.join(lost)}]'"
             )
         for place, message in enumerate(messages):
             if message.role == "tool" and not self._writes(messages, place, ""):

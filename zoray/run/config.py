@@ -232,12 +232,12 @@ def _split(override: str) -> tuple[str, str]:
             return key, value_of(mapping)
         raise ConfigError(
             f"can't read the value of {override!r} ({str(error).splitlines()[0]}). "
-            f"Quote text with special characters, for the shell as well: {setting(key, value)}"
+            f"Quote text with special characters, for the shell as well: {setting(key, unescaped(value))}"
         ) from None
     if several:
         raise ConfigError(
-            f"expected one value; got {override!r}. Write {_as_list(key, value)}{setting(key, value)} for text, or add "
-            "--multirun for a run with each value"
+            f"expected one value; got {override!r}. Write {_as_list(key, value)}{setting(key, unescaped(value))} for "
+            "text, or add --multirun for a run with each value"
         )
     mapping = _mapping(value) if unkeyed else None
     return key, value if mapping is None else value_of(mapping)

@@ -176,7 +176,7 @@ class Encoding:
 
     def _encode(self, example: Example) -> tuple[TokenSequence, ...]:
         hidden = self._encoder.control.hidden.total()
-        sequences = placed(example, lambda: self._parts[example.part].objective.encode(example, self._encoder))
+        sequences = self._placed(example, lambda: self._parts[example.part].objective.encode(example, self._encoder))
         if self._encoder.control.hidden.total() > hidden:
             self._encoder.note_literal(example)
         return sequences
@@ -202,7 +202,8 @@ class Encoding:
         """Refuse a sequence over the limit, or a prompt that leaves no room for a token to be written."""
         limit = self._encoder.limit
         if limit is not None and tokens + writes > limit:
-            place, what = f"{example.where}: " if example.where else "", " and one to write" if writes else ""
+            place = _place(example, lambda: len(self._encoder.tokens(example.prompt)) + writes > limit)
+            what = " and one to write" if writes else ""
             self._refuse(
                 example,
                 f"{place}expected sequences of at most {self._limit}; got {tokens} tokens{what} in {split} example "
@@ -227,13 +228,30 @@ class Encoding:
     def _check_evaluated(self, evaluator: Objective, split: str, index: int, example: Example) -> None:
         try:
             if evaluator.sampling is None:
-                placed(example, lambda: evaluator.encode(example, self._encoder))
+                self._placed(example, lambda: evaluator.encode(example, self._encoder))
             else:
                 room = evaluator.sampling.max_tokens
-                tokens = placed(example, lambda: self._encoder.tokens(example.prompt, room))
+                tokens = self._placed(example, lambda: self._encoder.tokens(example.prompt, room))
                 self._check_length(len(tokens), True, split, index, example)
         except ConfigError as error:
             self._refuse(example, str(error))
+
+    def _placed(self, example: Example, call: Callable[[], Found]) -> Found:
+        """`call()`; its errors say where the example comes from."""
+
+        def prompt_fails() -> bool:
+            try:
+                self._encoder.tokens(example.prompt)
+            except ConfigError:
+                return True
+            return False
+
+        try:
+            return call()
+        except SettingError:
+            raise
+        except ConfigError as error:
+            raise ConfigError(f"{_place(example, prompt_fails)}{error}") from error
 
     def _refuse(self, example: Example, why: str) -> None:
         row = example.where.row if example.where else None
@@ -285,14 +303,13 @@ def encode_split(
     return EncodedAsAsked(examples, encode) if len(examples) > WHOLE else tuple(map(encode, examples))
 
 
-def placed(example: Example, call: Callable[[], Found]) -> Found:
-    """`call()`; its errors say where the example comes from."""
-    try:
-        return call()
-    except SettingError:
-        raise
-    except ConfigError as error:
-        raise ConfigError(f"{example.where}: {error}" if example.where else str(error)) from error
+def _place(example: Example, prompt_fails: Callable[[], bool]) -> str:
+    """Where an example comes from, in front of an error: its row; and the prompt's columns if that alone fails."""
+    where = example.where
+    if where is None:
+        return ""
+    row = getattr(where, "row", where)
+    return f"{where if row is where or prompt_fails() else row}: "
 
 
 class EncodedAsAsked(Sequence[tuple[TokenSequence, ...]]):

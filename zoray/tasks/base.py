@@ -62,7 +62,8 @@ def seeded_order(count: int, seed: int) -> np.ndarray:
 def too_few(usable: int, sizes: Sequence[int], source: str) -> ConfigError:
     """The error of a source that has fewer usable rows than all sizes together."""
     asked = " + ".join(str(size) for size in sizes)
-    return ConfigError(f"{source} has {usable} usable rows; asked for {asked} = {sum(sizes)}. Ask for fewer")
+    rows = "1 usable row" if usable == 1 else f"{usable} usable rows"
+    return ConfigError(f"{source} has {rows}; asked for {asked} = {sum(sizes)}. Ask for fewer, or give more rows")
 
 
 def distinct(examples: Iterable[Example]) -> list[Example]:

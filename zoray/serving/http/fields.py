@@ -64,4 +64,12 @@ def told(error: Mapping[str, Any]) -> str:
         bound = f"at most {numbers['max_length']}" if most else f"at least {numbers['min_length']}"
         got = numbers.get("actual_length")
         return f"expected {bound} of them; got {'more' if got is None else got}"
-    return str(error["msg"]).removeprefix("Value error, ")
+    said = str(error["msg"]).removeprefix("Value error, ")
+    match error["type"]:
+        case "extra_forbidden":
+            return "this server knows no such field here; leave it out, or see /openapi.json for its name"
+        case "string_unicode":
+            return "it holds half a character; write whole characters, in UTF-8"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            return f"{said}; got {error['input']}"
+    return said

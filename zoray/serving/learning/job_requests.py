@@ -204,4 +204,5 @@ class Rated(Plain):
 
 def plainly(text: str, name_of: Callable[[str], str] = lambda number: "the file") -> str:
     """A command-line message for users of a server: with its names of settings, and files by their own names."""
+    text = re.sub(r"'task\.ignore=\[([^\]]*)\]'", r"use.ignore=[\1]", text)  # of what is in `use`, a list
     return UPLOAD.sub(lambda found: name_of(found["number"]), re.sub(r"\btask\.(?=[a-z_]+\b)", "", text))

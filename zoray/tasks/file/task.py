@@ -184,7 +184,8 @@ class File(Task):
             raise ConfigError(
                 f"{self.path}: all of its rows are held out as well, and a row can't be in both. Hold out other rows"
             )
-        return self._split(kept), _description(self.path, reader, rows, sum(map(len, first)), kept)
+        count = sum(map(len, first))
+        return self._split(kept, count), _description(self.path, reader, rows, count, kept)
 
     def _passed(self, tables: dict[str, Rows]) -> tuple[Reader, dict[str, Scan], dict[str, int]]:
         """The reader of the rows, their scans, and the labels' numbers by first appearance.
@@ -247,8 +248,11 @@ class File(Task):
         """The end of a prompt, as far as it is known; label words of a chat stand alone."""
         return "" if schema.template is None or self.chat else schema.template.texts[-1]
 
-    def _split(self, kept: Mapping[str, Examples]) -> dict[str, Examples]:
-        """Test, dev and train, drawn from the rows in this order, unless they have rows of their own."""
+    def _split(self, kept: Mapping[str, Examples], count: int) -> dict[str, Examples]:
+        """Test, dev and train, drawn from the rows in this order, unless they have rows of their own.
+
+        `count` is that of all rows, those with an earlier row's prompt too.
+        """
         pool = kept["train"]
         tenth = max(1, len(pool) // SHARE)
         taken: dict[str, Examples] = {}
@@ -262,7 +266,9 @@ class File(Task):
             else:
                 sizes[name] = min(MOST[name], tenth) if size is None else size
         sizes["train"] = max(1, len(pool) - sum(sizes.values())) if self.train is None else self.train
-        parts = seeded_parts(len(pool), list(sizes.values()), self.seed, self.path)
+        repeats = count - sum(map(len, kept.values()))
+        source = f"{self.path}, less {repeats:,} rows with the prompt of an earlier one," if repeats else self.path
+        parts = seeded_parts(len(pool), list(sizes.values()), self.seed, source)
         return taken | {name: pool.part(part) for name, part in zip(sizes, parts, strict=True)}
 
 
