@@ -129,7 +129,11 @@ def read_config(folder: Path) -> Adapter:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"expected a PEFT adapter's folder ({CONFIG}); got {folder}: {error}") from None
+        why = error.strerror or str(error) if isinstance(error, OSError) else f"it is no JSON: {error}"
+        raise ConfigError(
+            f"expected a PEFT adapter's folder ({CONFIG}); got {folder}, and of {CONFIG}: {why}. Name the folder that "
+            "save_pretrained or a run has written"
+        ) from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise ConfigError(f"expected a plain LoRA adapter from PEFT; {path} has peft_type={json.dumps(kind)}. {REMEDY}")

@@ -131,6 +131,6 @@ def need_options(example: Example, name: str) -> None:
     """Raise ConfigError unless the example has options to choose from."""
     if len(example.options) < 2:
         raise ConfigError(
-            f"expected examples with options to choose from for objective={name}; got {example.asked[:60]!r} without. "
-            "Take objective=answer_nll, metric or reward"
+            f"expected examples with options to choose from for objective={name}; got one without, "
+            f"{example.asked[:60]!r}. Take objective=answer_nll, metric or reward"
         )

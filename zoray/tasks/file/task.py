@@ -428,7 +428,9 @@ def _oddities(rows: TextFiles) -> list[str]:
     if rows.empty:
         lines.append(f"left out, since all their cells are empty: {rows.empty:,} rows")
     if rows.long:
-        lines.append(f"cells go on over several lines in {rows.long:,} rows, first in {rows.first_long}")
+        lines.append(
+            f"cells go on over several lines in {rows.long:,} row{'s' * (rows.long != 1)}, first in {rows.first_long}"
+        )
     if rows.doubts:
         where, several = rows.doubts[0]
         lines[-1] += (
