@@ -361,6 +361,7 @@ class Pool:
             why = f"its {what} is not that of the others"
             found.append(f"{name} ({what})")
             self._strikes[name] += clear
+            self.rebuilt += 1
             self._reject(work, name)
             if (member := members.connected.get(name)) is None:
                 continue
@@ -382,14 +383,12 @@ class Pool:
 
     def _reject(self, work: Round, name: str) -> None:
         """Discard all answers of a replica."""
-        self.rebuilt += 1
         work.shares.reject(name)
         self._forget(work, name)
 
     def _doubted(self, member: Member) -> None:
-        if self._work is None:
-            self.rebuilt += 1
-        else:
+        self.rebuilt += 1
+        if self._work is not None:
             self._reject(self._work, member.name)
 
     def _lost(self, member: Member) -> None:

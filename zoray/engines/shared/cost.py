@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 SHARE = 0.08  # of the requests' time that tuning may take
 RARE = 150  # steps: one long gap between tokens in this many does not move their 99th percentile
 LONGEST = 0.2  # seconds that tuning may delay requests at once
-REMEMBERED = 32  # pieces behind an estimate
+REMEMBERED, REMEMBERED_IDLE = 32, 8  # pieces behind an estimate: of those with traffic, and without
 
 
 class Credit:
@@ -38,8 +38,7 @@ class Cost:
     ones.
     """
 
-    def __init__(self, idle: int = 8) -> None:
-        self._most = {False: REMEMBERED, True: idle}
+    def __init__(self) -> None:
         self._pieces: list[tuple[float, float, bool]] = []  # (size, seconds, without traffic)
         self._line: tuple[float, float] | None = None
 
@@ -57,7 +56,7 @@ class Cost:
         """Note a finished piece."""
         self._pieces.append((size, seconds, idle))
         alike = [piece for piece in self._pieces if piece[2] == idle]
-        if len(alike) > self._most[idle]:
+        if len(alike) > (REMEMBERED_IDLE if idle else REMEMBERED):
             self._pieces.remove(alike[0])
         self._line = line(self._pieces)
 

@@ -54,8 +54,9 @@ def start_pool(
         placement.start(names, ReplicaActor, (), bundle)
     except BaseException:
         if placement is not None:
-            placement.close()
-        leave(owns_ray)
+            placement.close()  # leaves Ray as well
+        else:
+            leave(owns_ray)
         raise
     members = Members(names, placement, spec, cluster, None if gpus else cpus, say, BY_VALUE.dumps)
     return Pool.gathered(members, commits, known, snapshot)
